@@ -1,0 +1,33 @@
+"""`sink-eval MEASURE …`: one command, a subcommand a question."""
+
+from __future__ import annotations
+
+import importlib
+
+from sinkmodel.console import command
+from sinkmodel.parser import OneLineParser
+
+# Each module has DESCRIPTION, EXAMPLE, add_arguments(parser) and run(options), and imports what is heavy in `run` only.
+MEASURES = {
+    "ppl": "eval.measures.perplexity",
+}
+
+
+@command("sink-eval")
+def main(argv: list[str]) -> int | None:
+    top = OneLineParser(
+        prog="sink-eval",
+        description="Answers questions about a model; sink-eval MEASURE --help tells more.",
+        epilog="example: sink-eval ppl --model runs/sink --text book.txt --budget 256 --sinks 0 1 2 4",
+    )
+    top.add_argument("measure", choices=MEASURES, help="which question")
+    module = importlib.import_module(MEASURES[top.parse_args(argv[:1]).measure])
+    parser = OneLineParser(
+        prog=f"sink-eval {argv[0]}", description=module.DESCRIPTION, epilog=f"example: {module.EXAMPLE}"
+    )
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(argv[1:]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

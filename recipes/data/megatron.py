@@ -1,0 +1,129 @@
+"""Pythia's pre-shuffled text: Megatron's MMapIndexedDataset, rows of 2,049 tokens in the order that Pythia read them.
+
+    .idx   b"MMIDIDX\\0\\0", version u64 = 1, dtype code u8, rows u64, documents u64,
+           lengths int32[rows], byte offsets int64[rows], first row of each document int64[documents]
+    .bin   the tokens, in one file or as name-00000-of-00020.bin … name-00020-of-00020.bin
+
+(gpt-neox `megatron/data/indexed_dataset.py`; pythia `utils/unshard_memmap.py`, whose file names count to the number
+*behind* `of`, inclusive.) The files are not copied: the manifest points to where they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sinkmodel.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Index:
+    rows: int
+    row_tokens: int
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.row_tokens * np.dtype(self.dtype).itemsize
+
+
+def read_index(file: Path) -> Index:
+    """Raises UserError for a file that is no such index, is cut short, or whose rows differ in length."""
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; check the name")
+    with file.open("rb") as opened:
+        header = opened.read(HEADER.size)
+    if len(header) < HEADER.size or not header.startswith(MAGIC):
+        raise UserError(f"{file} is no Megatron index (it does not begin with MMIDIDX); give the .idx beside the .bin")
+    _, version, code, rows, documents = HEADER.unpack(header)
+    if version != 1 or code not in DTYPES:
+        raise UserError(f"{file} has version {version} and data type {code}; known are version 1 and types {list(DTYPES)}")
+    expected = HEADER.size + rows * (4 + 8) + documents * 8
+    if rows == 0 or file.stat().st_size != expected:
+        raise UserError(f"{file} is cut short or damaged: {file.stat().st_size} bytes, not {expected}; download it again")
+    # The arrays behind the 34 bytes of the header are not aligned: np.memmap does not mind.
+    lengths = np.memmap(file, dtype="<i4", mode="r", offset=HEADER.size, shape=(rows,))
+    places = np.memmap(file, dtype="<i8", mode="r", offset=HEADER.size + rows * 4, shape=(rows,))
+    length, itemsize = int(lengths[0]), np.dtype(DTYPES[code]).itemsize
+    for start in range(0, rows, BLOCK):
+        end = min(rows, start + BLOCK)
+        if not (lengths[start:end] == length).all():
+            raise UserError(f"{file} has rows of different lengths; only pre-shuffled rows of one length can be read")
+        if not (places[start:end] == np.arange(start, end, dtype=np.int64) * (length * itemsize)).all():
+            raise UserError(f"{file}: its rows do not follow one another in the .bin; download it again")
+    return Index(rows, length, DTYPES[code])
+
+
+def find_parts(file: Path, index: Index) -> list[Path]:
+    """The .bin files of an index, in order. Raises UserError where one is missing or their length is not the index's."""
+    whole = file.with_suffix(".bin")
+    named = re.compile(re.escape(file.stem) + r"-(\d+)-of-(\d+)\.bin")
+    numbered = sorted((int(m[1]), int(m[2]), p) for p in file.parent.iterdir() if (m := named.fullmatch(p.name)))
+    if whole.is_file():
+        parts = [whole]
+    elif numbered:
+        parts = [path for _, _, path in numbered]
+        present = {number for number, _, _ in numbered}
+        missing = [n for n in range(max(present)) if n not in present]
+        if missing:
+            raise UserError(f"{file.parent}: part {missing[0]} of {file.stem}-*.bin is missing; download it")
+    else:
+        raise UserError(f"{file} has no {whole.name} and no {file.stem}-00000-of-….bin beside it; download them")
+    size, itemsize = sum(path.stat().st_size for path in parts), np.dtype(index.dtype).itemsize
+    if size != index.bytes:
+        what = f"{len(parts)} .bin file(s) of {file} hold {size} bytes, not {index.bytes}"
+        raise UserError(f"the {what}: one is missing, cut short, or of another index; download again")
+    for path in parts:
+        if path.stat().st_size % itemsize:
+            raise UserError(f"{path} ends in the middle of a token; download it again")
+    return parts
+
+
+def split_entry(
+    file: Path, vocabulary: int, eos_id: int, threads: int, report: Callable[[int], Any] = lambda read: None
+) -> dict[str, Any]:
+    """The manifest entry of the rows of an index; every byte is read once, for its hash and to check the ids.
+
+    `report` is told the bytes read since it was last told. Raises UserError where an id is not in the vocabulary.
+    """
+    index = read_index(file)
+    parts = find_parts(file, index)
+
+    def scan(part: Path) -> dict[str, Any]:
+        digest, documents = hashlib.sha256(), 0
+        with part.open("rb") as opened:
+            while block := opened.read(BLOCK):
+                digest.update(block)
+                ids = np.frombuffer(block, dtype=np.dtype(index.dtype).newbyteorder("<"))
+                if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
+                    raise UserError(
+                        f"{part} holds the id {int(ids.max())}, the tokenizer has {vocabulary}: "
+                        "it is not the one that the file was made with; give the right --tokenizer"
+                    )
+                documents += int(np.count_nonzero(ids == eos_id))
+                report(len(block))
+        tokens = part.stat().st_size // np.dtype(index.dtype).itemsize
+        return {"file": str(part.resolve()), "tokens": tokens, "documents": documents, "sha256": digest.hexdigest()}
+
+    with ThreadPoolExecutor(threads) as pool:
+        shards = list(pool.map(scan, parts))
+    return {
+        "tokens": index.rows * index.row_tokens,
+        "documents": sum(shard["documents"] for shard in shards),
+        "row_tokens": index.row_tokens,
+        "dtype": index.dtype,
+        "shards": shards,
+    }

@@ -1,0 +1,211 @@
+"""Documents to token bytes: one process reads, others encode, results come back in the order of the text.
+
+Long documents are cut into pieces and pieces are gathered into units of about equal size, so that workers are evenly
+busy and memory does not depend on how large the corpus or a document is. What comes out depends on the text alone, not
+on the number of workers.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+from recipes.data.tokenization import text_encoder
+from sinkmodel.errors import UserError
+
+PIECE = 1 << 15  # characters; encoding is fastest on texts of this size, by a third against whole books
+UNIT = 1 << 19  # characters a worker gets at a time
+IN_FLIGHT = 4  # units a worker may be ahead of the writer
+NO_SPACE = 1 << 23  # a text without a place to cut is cut all the same here, so that it fits into memory
+
+ARRAY_CODES = {"uint16": "H", "uint32": "I"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    split: str
+    text: str
+    first: bool  # it begins a document
+    last: bool  # it ends one
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where reading goes on: in corpus `source`, at the document of `cursor`, after its first `pieces` pieces."""
+
+    source: int = 0
+    cursor: Any = None
+    pieces: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    pieces: list[Piece]
+    end: Place
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A unit and, for each of its pieces, the ids as bytes."""
+
+    unit: Unit
+    ids: list[bytes]
+
+
+def cut(chunks: Iterable[str], limit: int = PIECE) -> Iterator[str]:
+    """The text of `chunks` in pieces of at most `limit` characters that encode as the whole text does.
+
+    A piece ends before a lone space, with something printed on both sides: there a byte-level BPE splits anyway. It is
+    a little longer where there is no such space. The pieces depend on the text alone, not on how it comes in chunks.
+    """
+    text, start, ended = "", 0, False
+    chunks = iter(chunks)
+    while True:
+        while not ended and len(text) - start <= limit + 1:
+            more = next(chunks, None)
+            if more is None:
+                ended = True
+            else:
+                text, start = text[start:] + more, 0
+        if len(text) - start <= limit:
+            if start < len(text):
+                yield text[start:]
+            return
+        place = _last_cut(text, start + 1, start + limit)
+        if place is None:
+            place, text, start, ended = _next_cut(text, start, start + limit, chunks, ended)
+        yield text[start:place]
+        start = place
+
+
+def _last_cut(text: str, low: int, high: int) -> int | None:
+    while (place := text.rfind(" ", low, high)) > 0:
+        if not text[place - 1].isspace() and not text[place + 1].isspace():
+            return place
+        high = place
+    return None
+
+
+def _next_cut(text: str, start: int, place: int, chunks: Iterator[str], ended: bool) -> tuple[int, str, int, bool]:
+    """The first cut from `place` on, reading on until there is one."""
+    while True:
+        while (found := text.find(" ", place)) >= 0 and found + 1 < len(text) and found < start + NO_SPACE:
+            if not text[found - 1].isspace() and not text[found + 1].isspace():
+                return found, text, start, ended
+            place = found + 1
+        if len(text) - start > NO_SPACE:
+            return start + NO_SPACE, text, start, ended
+        more = None if ended else next(chunks, None)
+        if more is None:
+            return len(text), text, start, True
+        place, text, start = (found if found >= 0 else len(text)) - start, text[start:] + more, 0
+
+
+def split_of(first_piece: str, seed: int, validation: float, test: float) -> str:
+    """The split of a document by a hash of its beginning: equal documents are never on both sides."""
+    digest = hashlib.blake2b(first_piece.encode("utf-8", "replace"), digest_size=8, salt=seed.to_bytes(8, "little"))
+    chance = int.from_bytes(digest.digest(), "little") / 2**64
+    if chance < test:
+        return "test"
+    return "validation" if chance < test + validation else "train"
+
+
+def make_units(
+    sources: list[tuple[Any, Callable[[str], str]]], place: Place, limit: int = PIECE, size: int = UNIT
+) -> Iterator[Unit]:
+    """The text of all sources from `place` on. A source is (corpus, the split of a document by its first piece)."""
+    gathered: list[Piece] = []
+    length = 0
+    for number in range(place.source, len(sources)):
+        corpus, choose = sources[number]
+        resumed = number == place.source
+        skip = place.pieces if resumed else 0
+        for cursor, chunks in corpus.documents(place.cursor if resumed else None):
+            for index, piece in enumerate(_pieces(chunks, choose, limit)):
+                if index < skip:
+                    continue
+                gathered.append(piece)
+                length += len(piece.text)
+                if length >= size:
+                    yield Unit(gathered, Place(number, cursor, index + 1))
+                    gathered, length = [], 0
+            skip = 0
+        if gathered:
+            yield Unit(gathered, Place(number + 1))
+            gathered, length = [], 0
+
+
+def _pieces(chunks: Iterable[str], choose: Callable[[str], str], limit: int) -> Iterator[Piece]:
+    texts = cut(chunks, limit)
+    text: str | None = next(texts, None)
+    split, first = choose(text or ""), True
+    while text is not None:
+        following = next(texts, None)
+        yield Piece(split, text, first, following is None)
+        text, first = following, False
+
+
+def encode_units(units: Iterator[Unit], definition: str, dtype: str, workers: int) -> Iterator[Encoded]:
+    """Encode units in `workers` processes; results in order, at most IN_FLIGHT units a worker under way.
+
+    Raises UserError where a worker was killed from outside.
+    """
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(definition, dtype)
+    )
+    waiting: deque[tuple[Unit, Future[list[bytes]]]] = deque()
+    try:
+        for unit in units:
+            waiting.append((unit, pool.submit(_encode, [piece.text for piece in unit.pieces])))
+            while waiting and (len(waiting) >= IN_FLIGHT * workers or waiting[0][1].done()):
+                done, future = waiting.popleft()
+                yield Encoded(done, future.result())
+        while waiting:
+            done, future = waiting.popleft()
+            yield Encoded(done, future.result())
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, most likely for want of memory; "
+            "run the same command again with fewer --workers to go on"
+        ) from None
+    finally:
+        waiting.clear()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encoder: Any = None
+_code = "H"
+
+
+def _start_worker(definition: str, dtype: str) -> None:
+    global _encoder, _code
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder, _code = text_encoder(definition), ARRAY_CODES[dtype]
+
+
+def _end_with_parent() -> None:
+    """A parent killed with SIGKILL cannot stop its workers, and they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> list[bytes]:
+    return [
+        array.array(_code, encoding.ids).tobytes()
+        for encoding in _encoder.encode_batch_fast(texts, add_special_tokens=False)
+    ]

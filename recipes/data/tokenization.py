@@ -1,0 +1,144 @@
+"""The text tokenizer: from the Hub, from a tokenizer.json, or a byte-level BPE trained on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from sinkmodel.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+PADDING_NAMES = (PADDING, "<pad>", "[PAD]", "<|pad|>")
+SMALLEST_VOCABULARY = 256 + 2  # every byte and the two special tokens
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer as the shards need it. `definition` is its tokenizer.json."""
+
+    definition: str
+    size: int  # ids in use, special tokens included
+    eos_id: int
+    pad_id: int | None
+
+
+def load_vocabulary(name: str) -> Vocabulary:
+    """From a tokenizer.json, a folder that holds one, or the name of a Hub repository.
+
+    Raises UserError where there is none, it is broken, or it has no end-of-text token: the one that a
+    tokenizer_config.json beside it names, or a special token with a usual name.
+    """
+    given = Path(name)
+    file = given / "tokenizer.json" if given.is_dir() else given
+    settings = file.with_name("tokenizer_config.json")
+    if not file.is_file():
+        if file.suffix == ".json" or given.is_dir() or name.count("/") > 1 or name.startswith((".", "/")):
+            raise UserError(f"the tokenizer {file} does not exist; give a tokenizer.json or the name of a Hub repository")
+        file, settings = _download(name)
+    try:
+        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file} is no tokenizer.json that tokenizers can read ({error}); check the file") from None
+    named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    return _vocabulary(tokenizer, str(file), named)
+
+
+def train_vocabulary(texts: Iterable[str], size: int) -> Vocabulary:
+    """A byte-level BPE of `size` ids, made like Pythia's: end of text is id 0, padding id 1, NFC, no added space.
+
+    The same texts in the same order give the same tokenizer. Fewer ids come out where there is too little text.
+    """
+    if size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocabulary_size is {size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY}: "
+            "every byte and the two special tokens"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _vocabulary(tokenizer, "the trained tokenizer", {})
+
+
+def text_encoder(definition: str) -> Tokenizer:
+    """The tokenizer as raw text needs it: what looks like a special token is text.
+
+    A corpus that spells `<|sink|>` or `<|endoftext|>` must not get one. `encode_special_tokens` does that for tokens
+    marked special; a sink that somebody added as an ordinary token is marked here. Nothing is cut, padded or put in
+    front.
+    """
+    content = json.loads(definition)
+    for token in content.get("added_tokens", []):
+        if token["content"].startswith(("<|sink", "<|end")):
+            token["special"] = True
+    content["truncation"] = content["padding"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def cuts_exactly(definition: str) -> bool:
+    """Whether text cut just before a lone space gives the same tokens as uncut.
+
+    True of byte-level BPE and everything else that splits there by itself; not of tokenizers that put a space in front
+    of every text. Their documents are encoded whole.
+    """
+    tokenizer = text_encoder(definition)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    probes = ["In the", " beginning", " God's", " 12,345", " (created)", " the\n\nheaven", " 天地", " and É…", " ...", " the"]
+    return ids("".join(probes)) == [token for probe in probes for token in ids(probe)]
+
+
+def _vocabulary(tokenizer: Tokenizer, where: str, named: dict) -> Vocabulary:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def find(key: str, usual: tuple[str, ...]) -> int | None:
+        said = named.get(key)
+        said = said.get("content") if isinstance(said, dict) else said
+        ids = [tokenizer.token_to_id(token) for token in ([said] if said else usual)]
+        return next((token_id for token_id in ids if token_id is not None), None)
+
+    eos_id = find("eos_token", END_NAMES)
+    if eos_id is None:
+        raise UserError(
+            f"{where} has no end-of-text token; name it as eos_token in a tokenizer_config.json beside it, "
+            f"or add {END_OF_TEXT}"
+        )
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return Vocabulary(tokenizer.to_str(), size, eos_id, find("pad_token", PADDING_NAMES))
+
+
+def _download(name: str) -> tuple[Path, Path]:
+    import huggingface_hub
+
+    try:
+        file = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
+    except Exception as error:  # no network, no such repository, no such file: all end here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the tokenizer {name} is neither a file nor a Hub repository with a tokenizer.json that can be reached "
+            f"({reason}); check the name or download it first"
+        ) from None
+    try:
+        settings = Path(huggingface_hub.hf_hub_download(name, "tokenizer_config.json"))
+    except Exception:  # it may have none
+        settings = file.with_name("tokenizer_config.json")
+    return file, settings

@@ -1,0 +1,314 @@
+"""Writing a prepared folder so that a kill at any moment costs seconds, and never leaves a manifest without shards.
+
+Shards grow under their final names; `progress.json`, replaced atomically every few seconds, says up to which byte they
+count and where reading goes on. The manifest comes last. Who runs the same command again after a kill gets the bytes
+that an undisturbed run gives.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from recipes.data.pipeline import ARRAY_CODES, Encoded, Place
+from recipes.data.shards import FORMAT, MANIFEST, SPLITS, TOKENIZER, VERSION, fingerprint_of
+from recipes.data.tokenization import Vocabulary
+from sinkmodel.errors import UserError
+from sinkmodel.files import atomic_file, read_json, sha256_of, sync, write_json
+
+PROGRESS = "progress.json"
+HELD_OUT_TEXT = "test.jsonl"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep it for this process. Raises UserError where another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another sink-prepare is writing to {folder}; wait for it or take another folder") from None
+        except OSError:  # a network file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def state_of(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What the folder holds of a preparation with these settings: its manifest, its progress, or None for nothing yet.
+
+    Raises UserError for a folder that holds something else, or a preparation with other settings.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another output folder")
+    for name in (MANIFEST, PROGRESS):
+        if (folder / name).is_file():
+            state = read_json(folder / name)
+            if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("version") != VERSION:
+                break
+            _compare(folder, state["settings"], settings)
+            return state
+    if folder.is_dir() and not all(_is_scratch(path) for path in folder.iterdir()):
+        raise UserError(f"{folder} already holds something else; choose another output folder or empty it")
+    return None
+
+
+class FolderWriter:
+    """Takes encoded units in order and writes them to the shards of their splits.
+
+    Args:
+        progress: what `state_of` found, to go on from; None begins anew.
+        ready: splits whose shards exist already, by name (`recipes.data.megatron`).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        vocabulary: Vocabulary,
+        dtype: str,
+        shard_tokens: int,
+        progress: dict[str, Any] | None = None,
+        ready: dict[str, Any] | None = None,
+    ):
+        self.folder, self.settings, self.ready = folder, settings, ready or {}
+        self.end_of_text = array.array(ARRAY_CODES[dtype], [vocabulary.eos_id]).tobytes()
+        self.tokenizer = describe_tokenizer(vocabulary)
+        for path in folder.iterdir():
+            if _is_scratch(path):
+                path.unlink()
+        states = progress["splits"] if progress else {}
+        self.place = Place(*progress["place"]) if progress else Place()
+        self.splits = {
+            name: SplitWriter(folder, name, dtype, shard_tokens, states.get(name))
+            for name in SPLITS
+            if name not in self.ready
+        }
+        if progress is None:
+            self.save()  # from here on the folder is known as ours
+            with atomic_file(folder / TOKENIZER) as aside:
+                aside.write_text(vocabulary.definition, encoding="utf-8")
+
+    @property
+    def tokens(self) -> int:
+        return sum(split.tokens for split in self.splits.values())
+
+    def write(self, encoded: Encoded) -> None:
+        for piece, ids in zip(encoded.unit.pieces, encoded.ids):
+            split = self.splits[piece.split]
+            if piece.first:
+                split.begin_document()
+            split.write_text(piece.text, piece.first, piece.last)
+            split.write(ids + self.end_of_text if piece.last else ids)
+        self.place = encoded.unit.end
+
+    def save(self) -> None:
+        """Bring what is written to the disk and record it: from here a killed preparation goes on."""
+        states = {name: split.save() for name, split in self.splits.items()}
+        content = {"settings": self.settings, "tokenizer": self.tokenizer, "place": astuple(self.place), "splits": states}
+        write_json(self.folder / PROGRESS, {"format": FORMAT, "version": VERSION} | content)
+
+    def finish(self, source: str) -> dict[str, Any]:
+        """Close the shards, then write the manifest. Raises UserError where there is nothing to train on."""
+        entries = {name: split.finish() for name, split in self.splits.items()} | self.ready
+        if not entries["train"]["tokens"]:
+            raise UserError(
+                f"no document is left for training: {_counts(entries)}; "
+                "lower validation_fraction and test_fraction, or give more documents"
+            )
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": source,
+            "tokenizer": self.tokenizer,
+            "splits": {name: entries[name] for name in SPLITS},
+            "fingerprint": fingerprint_of(self.tokenizer["sha256"], entries),
+            "settings": self.settings,
+        }
+        sync(self.folder)
+        write_json(self.folder / MANIFEST, manifest)
+        (self.folder / PROGRESS).unlink()
+        return manifest
+
+    def abandon(self) -> None:
+        """Close everything; leave no trace where nothing worth keeping was done."""
+        for split in self.splits.values():
+            split.close()
+        if self.place == Place() or read_json(self.folder / PROGRESS)["place"] == list(astuple(Place())):
+            for split in self.splits.values():
+                split.remove_shards()
+            for name in (TOKENIZER, PROGRESS):  # progress last: until then the folder is known as ours
+                (self.folder / name).unlink(missing_ok=True)
+
+
+class SplitWriter:
+    """The shards of one split. Every shard but the last has exactly `shard_tokens` tokens."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int, state: dict[str, Any] | None):
+        self.folder, self.name, self.dtype, self.shard_tokens = folder, name, dtype, shard_tokens
+        self.itemsize = np.dtype(dtype).itemsize
+        state = state or {"finished": [], "tokens": 0, "documents": 0, "text_bytes": 0}
+        self.finished: list[dict[str, Any]] = list(state["finished"])
+        self.tokens_here: int = state["tokens"]  # in the open shard
+        self.offsets = array.array("Q")
+        if state["documents"]:
+            self.offsets.extend(np.load(self._offsets_file())[: state["documents"]].tolist())
+        self.remove_shards(len(self.finished) + (self.tokens_here > 0))
+        self._file: BinaryIO | None = None
+        if self.tokens_here:
+            self._file = _open_at(self._shard_file(), self.tokens_here * self.itemsize)
+        self._text: BinaryIO | None = None
+        if name == "test":
+            if not state["text_bytes"]:
+                (folder / HELD_OUT_TEXT).write_bytes(b"")
+            self._text = _open_at(folder / HELD_OUT_TEXT, state["text_bytes"])
+
+    @property
+    def tokens(self) -> int:
+        return len(self.finished) * self.shard_tokens + self.tokens_here
+
+    def begin_document(self) -> None:
+        if self.tokens_here == self.shard_tokens:
+            self._close_shard()
+        self.offsets.append(self.tokens_here)
+
+    def write(self, ids: bytes) -> None:
+        view = memoryview(ids)
+        while view:
+            if self.tokens_here == self.shard_tokens:
+                self._close_shard()
+            if self._file is None:
+                self._file = self._shard_file().open("wb", buffering=1 << 20)
+            take = view[: (self.shard_tokens - self.tokens_here) * self.itemsize]
+            self._file.write(take)
+            self.tokens_here += len(take) // self.itemsize
+            view = view[len(take) :]
+
+    def write_text(self, text: str, first: bool, last: bool) -> None:
+        """Test documents are kept as text too, one JSON object a line."""
+        if self._text is not None:
+            line = ('{"text": "' if first else "") + json.dumps(text, ensure_ascii=False)[1:-1] + ('"}\n' if last else "")
+            self._text.write(line.encode("utf-8"))
+
+    def save(self) -> dict[str, Any]:
+        for file in (self._file, self._text):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+        if self.tokens_here:
+            self._write_offsets()
+        return {
+            "finished": self.finished,
+            "tokens": self.tokens_here,
+            "documents": len(self.offsets),
+            "text_bytes": self._text.tell() if self._text is not None else 0,
+        }
+
+    def finish(self) -> dict[str, Any]:
+        if self.tokens_here:
+            self._close_shard()
+        if self._text is not None:
+            self._text.flush()
+            os.fsync(self._text.fileno())
+        self.close()
+        return {
+            "tokens": sum(shard["tokens"] for shard in self.finished),
+            "documents": sum(shard["documents"] for shard in self.finished),
+            "row_tokens": None,
+            "dtype": self.dtype,
+            "shards": self.finished,
+        }
+
+    def close(self) -> None:
+        for file in (self._file, self._text):
+            if file is not None:
+                with contextlib.suppress(OSError):  # on a full disk closing fails as writing did
+                    file.close()
+
+    def remove_shards(self, first: int = 0) -> None:
+        """Remove the shards from number `first` on: what a killed run wrote after it last took note."""
+        for file in self.folder.glob(f"{self.name}-[0-9]*"):
+            if int(file.name.removeprefix(f"{self.name}-").partition(".")[0]) >= first:
+                file.unlink()
+        if first == 0 and self.name == "test":
+            (self.folder / HELD_OUT_TEXT).unlink(missing_ok=True)
+
+    def _close_shard(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self._write_offsets()
+        file = self._shard_file()
+        self.finished.append(
+            {"file": file.name, "tokens": self.tokens_here, "documents": len(self.offsets), "sha256": sha256_of(file)}
+        )
+        self.tokens_here, self.offsets = 0, array.array("Q")
+
+    def _write_offsets(self) -> None:
+        with atomic_file(self._offsets_file()) as aside, aside.open("wb") as file:
+            np.save(file, np.asarray(self.offsets, dtype="<u8"))
+
+    def _shard_file(self) -> Path:
+        return self.folder / f"{self.name}-{len(self.finished):05d}.bin"
+
+    def _offsets_file(self) -> Path:
+        return self._shard_file().with_suffix(".offsets.npy")
+
+
+def describe_tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
+    return {
+        "file": TOKENIZER,
+        "sha256": hashlib.sha256(vocabulary.definition.encode("utf-8")).hexdigest(),
+        "vocabulary": vocabulary.size,
+        "eos_id": vocabulary.eos_id,
+        "pad_id": vocabulary.pad_id,
+    }
+
+
+def _open_at(file: Path, length: int) -> BinaryIO:
+    """Open a file to go on after its first `length` bytes; what a killed run wrote behind them is cut off."""
+    size = file.stat().st_size if file.is_file() else 0
+    if size < length:
+        raise UserError(f"{file} is shorter than {PROGRESS} beside it says; empty the folder and prepare it again")
+    opened = file.open("r+b", buffering=1 << 20)
+    opened.truncate(length)
+    opened.seek(length)
+    return opened
+
+
+def _is_scratch(path: Path) -> bool:
+    """What `atomic_file` leaves behind when it is killed."""
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
+def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    for key in there.keys() | here.keys():
+        if there.get(key) != here.get(key):
+            raise UserError(
+                f"{folder} was prepared with {key} = {_short(there.get(key))}, this command has {_short(here.get(key))}; "
+                "choose another output folder, or empty it"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def _counts(entries: dict[str, Any]) -> str:
+    return ", ".join(f"{name} has {entry['documents']} document(s)" for name, entry in entries.items())

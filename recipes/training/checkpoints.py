@@ -1,0 +1,102 @@
+"""When checkpoints are written, which are kept, and that a file is either complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from recipes.training.health import stop_if_not_finite
+from recipes.training.steps import at_step_boundary
+from sinkmodel.checkpoint import checkpoint_steps
+from sinkmodel.errors import UserError
+from sinkmodel.files import atomic_file
+
+PYTHIA_EARLY = (0, *(2**i for i in range(10)))  # 0, 1, 2, 4 … 512
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """
+    Args:
+        every: steps between checkpoints.
+        keep: how many of the latest to keep.
+        keep_every: checkpoints of a step that this divides stay for good; 0 keeps none.
+        early: also save and keep Pythia's early steps, 0, 1, 2, 4 … 512.
+    """
+
+    every: int = 1000
+    keep: int = 3
+    keep_every: int = 0
+    early: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"checkpoints.{name} is {getattr(self, name)}; it must be at least {least}")
+
+    def due(self, step: int) -> bool:
+        return (step > 0 and step % self.every == 0) or self.stays(step)
+
+    def stays(self, step: int) -> bool:
+        """Whether the checkpoint of this step is kept for good."""
+        return (self.early and step in PYTHIA_EARLY) or (self.keep_every > 0 and step and step % self.keep_every == 0)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint file, written aside, synced and renamed; read without running anything in it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        try:
+            with atomic_file(path) as aside:
+                torch.save(checkpoint, aside)
+        except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
+            if not _disk_is_full(error, path):
+                raise
+            kept = list(checkpoint_steps(path.parent.parent).values())
+            before = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+            raise UserError(
+                f"the disk is full: {path.name} could not be written to {path.parent}; {before}; "
+                "make room and run the same command again"
+            ) from None
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _disk_is_full(error: Exception, path: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return shutil.disk_usage(path.parent).free < 64 << 20 or "failed writing file" in str(error)
+
+
+class Checkpoints(Callback):
+    """Saves at the steps that the settings name, at the last step, and on demand; removes what need not stay."""
+
+    def __init__(self, run: Path, settings: CheckpointSettings, last_step: int):
+        self.run, self.settings, self.last_step = run, settings, last_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0 and self.settings.due(0):
+            self.save(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        if at_step_boundary(trainer, batch_idx):
+            step = trainer.global_step
+            if self.settings.due(step) or step == self.last_step or trainer.should_stop:
+                self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        stop_if_not_finite(trainer.lightning_module, self.run)
+        trainer.save_checkpoint(self.run / "checkpoints" / f"step{trainer.global_step}.ckpt")
+        if trainer.is_global_zero:
+            passing = [path for step, path in checkpoint_steps(self.run).items() if not self.settings.stays(step)]
+            for path in passing[: -self.settings.keep]:
+                path.unlink()

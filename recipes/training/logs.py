@@ -1,0 +1,76 @@
+"""`metrics.csv`: every logged number of a run, in one file that a resume continues."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from sinkmodel.files import atomic_file
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "loss",
+    "ppl",
+    "twin_loss",
+    "lr",
+    "grad_norm",
+    "sink_share",
+    "tokens_per_second",
+    "mfu",
+    "val_loss",
+    "val_ppl",
+)
+
+
+class MetricsFile(Logger):
+    """One line a call, numbers in full precision, written at once.
+
+    Lightning's CSVLogger starts its file anew on resume; this one drops only the lines behind the step resumed from,
+    so that a run that was killed leaves the same file as one that was not.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Keep the lines up to `step`; a line cut short by a kill goes as well."""
+        lines = [row for row in read_metrics(self.path) if int(row["step"]) <= step]
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        with atomic_file(self.path) as aside:
+            aside.write_text(buffer.getvalue(), encoding="utf-8")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"step": step, **metrics})
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The config stands in config.yaml already."""
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The complete lines of a metrics file; empty where there is none."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    return [row for row in csv.DictReader(io.StringIO(complete)) if row["step"] and row["val_ppl"] is not None]

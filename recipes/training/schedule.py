@@ -1,0 +1,66 @@
+"""Learning rate as a pure function of the optimiser step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sinkmodel.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Defaults: Pythia's.
+
+    Args:
+        kind: `cosine` (Pythia's) or `wsd` (warm-up, stable, decay).
+        steps: optimiser steps of the run.
+        warmup: share of the steps in which the rate rises from 0.
+        min_lr: the rate never falls below this.
+        decay: `wsd` only: share of the steps, at the end, in which the rate falls to min_lr.
+    """
+
+    kind: str = "cosine"
+    steps: int = 143_000
+    warmup: float = 0.01
+    min_lr: float = 6e-5
+    decay: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "wsd"):
+            raise UserError(f"schedule.kind is {self.kind!r}; choose cosine or wsd")
+        if self.steps < 1:
+            raise UserError(f"schedule.steps is {self.steps}; it must be at least 1")
+        if not 0 <= self.warmup < 1:
+            raise UserError(f"schedule.warmup is {self.warmup}; it is a share of the steps, from 0 to below 1")
+        if not 0 <= self.decay <= 1 - self.warmup:
+            raise UserError(f"schedule.decay is {self.decay}; it is a share of the steps that warmup leaves")
+
+    def lr(self, step: int, peak: float) -> float:
+        """Learning rate of optimiser step `step`, counted from 0."""
+        warmup = round(self.warmup * self.steps)
+        if self.kind == "cosine":
+            return cosine(step, peak, self.min_lr, warmup, self.steps)
+        return warmup_stable_decay(step, peak, self.min_lr, warmup, round(self.decay * self.steps), self.steps)
+
+
+def cosine(step: int, peak: float, floor: float, warmup: int, steps: int) -> float:
+    """Pythia's schedule, to the letter (EleutherAI/gpt-neox, megatron/learning_rates.py, AnnealingLR).
+
+    The rate of step n is peak · n / warmup up to n = warmup, so that step 0 has rate 0; after that half a cosine whose
+    period is all `steps`, warm-up included, never below `floor`, and constant over the last `warmup` steps.
+    """
+    if warmup > 0 and step <= warmup:
+        return peak * step / warmup
+    done = min(step, steps - warmup) - warmup
+    return max(floor, peak / 2 * (math.cos(math.pi * done / steps) + 1))
+
+
+def warmup_stable_decay(step: int, peak: float, floor: float, warmup: int, decay: int, steps: int) -> float:
+    """Linear to `peak` at step `warmup`, constant, then linear to `floor` over the last `decay` steps."""
+    if step < warmup:
+        return peak * step / warmup
+    left = steps - step
+    if left >= decay:
+        return peak
+    return floor + (peak - floor) * max(0, left) / decay

@@ -1,0 +1,40 @@
+"""Floating-point operations of a token, and what the device could do at best: the two sides of MFU."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from sinkmodel.models import count_parameters, head_of
+
+# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "RTX 4090": 165e12}
+
+
+def flops_per_token(model: PreTrainedModel, sequence: int) -> float:
+    """6 · (parameters that multiply) + 12 · layers · hidden · T: forward and backward of one token.
+
+    The output head multiplies, the input embedding does not; attention is counted over all T keys as is customary
+    (PaLM, arXiv 2204.02311, appendix B). Pythia-160M at T = 2,048: 0.968 GFLOP.
+    """
+    _, body = count_parameters(model)
+    config = model.config
+    return 6 * (body + head_of(model).weight.numel()) + 12 * config.num_hidden_layers * config.hidden_size * sequence
+
+
+def peak_flops(device: torch.device) -> float:
+    """Peak FLOP/s: from the data sheet of a known GPU, else measured with fp32 matrix products on this machine."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAKS.items():
+            if known in name:
+                return peak
+    size, best = 1024, 0.0
+    a = torch.randn(size, size, device=device)
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,43 @@
+"""Validation loss, measured at a step boundary before the checkpoint of that step is written.
+
+Lightning's own loop validates after the checkpoint hook: a kill in between would lose the line or write it twice.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from recipes.training.metrics import Metrics, ppl
+from recipes.training.steps import at_step_boundary
+
+
+class Validation(Callback):
+    """Mean nll over the targets of the validation rows that a twin shares, every `every` steps and at the end."""
+
+    def __init__(self, every: int, metrics: Metrics):
+        self.every, self.metrics = every, metrics
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if at_step_boundary(trainer, batch_idx) and (step % self.every == 0 or step == trainer.max_steps):
+            self.validate(trainer, pl_module)
+
+    @torch.no_grad()
+    def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = trainer.datamodule.validation_batches()
+        if batches is None:
+            return
+        start = time.perf_counter()
+        total, rows = torch.zeros((), device=pl_module.device, dtype=torch.float64), 0
+        with trainer.precision_plugin.forward_context():
+            for batch in batches:
+                batch = trainer.strategy.batch_to_device(batch)
+                total += pl_module.losses(batch)[1] * len(batch[0])
+                rows += len(batch[0])
+        loss = (total / rows).item()
+        for logger in trainer.loggers:
+            logger.log_metrics({"val_loss": loss, "val_ppl": ppl(loss)}, trainer.global_step)
+        self.metrics.exclude(time.perf_counter() - start)

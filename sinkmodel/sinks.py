@@ -1,0 +1,55 @@
+"""What absorbs attention: the kind and number of sinks, and where they stand in a saved config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sinkmodel.errors import UserError
+
+KINDS = ("none", "token")
+RESERVED_ROWS = 16  # vocabulary rows kept free of text in every model, so that twins have the same shapes
+
+
+@dataclass(frozen=True)
+class SinkConfig:
+    """`none`: a vanilla model. `token`: `count` trainable tokens in front of every sample (StreamingLLM, section 3.3)."""
+
+    kind: str = "none"
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"sink.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if not 1 <= self.count <= RESERVED_ROWS:
+            raise UserError(f"sink.count is {self.count}; it must be between 1 and {RESERVED_ROWS}")
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens stand in front of the text."""
+        return self.count if self.kind == "token" else 0
+
+    @property
+    def names(self) -> list[str]:
+        """The sink tokens as text: `<|sink|>`, `<|sink2|>` …"""
+        return [f"<|sink{i}|>" if i > 1 else "<|sink|>" for i in range(1, self.tokens + 1)]
+
+    def ids(self, text_vocabulary: int) -> list[int]:
+        """Sinks take the first ids behind the text vocabulary (GPT-NeoX: 50277 of 50304)."""
+        return list(range(text_vocabulary, text_vocabulary + self.tokens))
+
+
+def padded_vocabulary(text_vocabulary: int, multiple: int = 128) -> int:
+    """Rows of the embedding: the text vocabulary and the reserved rows, rounded up (GPT-NeoX: 50277 -> 50304)."""
+    return -(-(text_vocabulary + RESERVED_ROWS) // multiple) * multiple
+
+
+def write_sink(config: Any, sink: SinkConfig, token_ids: list[int]) -> None:
+    """Record the sink in a transformers config; every loader ignores the key, ours reads it."""
+    config.sink = {"kind": sink.kind, "count": sink.tokens, "token_ids": list(token_ids)}
+
+
+def sink_ids_of(config: Any) -> list[int]:
+    """The ids that stand in front of every text of this model; empty for a vanilla model or somebody else's."""
+    record = getattr(config, "sink", None) or {}
+    return list(record.get("token_ids", []))

@@ -1,0 +1,119 @@
+"""The sink as an ordinary token: the tokenizer itself puts it in front, exactly once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from sinkmodel.errors import UserError
+from sinkmodel.sinks import SinkConfig
+
+# A plain template: base models know no chat, but the sink must stand in front of one too, and nowhere else.
+CHAT_TEMPLATE = (
+    "{{ SINKS }}{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ CLEANED }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """What the data was encoded with: a `tokenizer.json` as a string, and its special ids. It has no sink.
+
+    Raises UserError where the JSON is no tokenizer.
+    """
+
+    definition: str
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+    @classmethod
+    def from_file(cls, path: Path, eos_id: int | None = None, pad_id: int | None = None) -> TextTokenizer:
+        try:
+            return cls(path.read_text(encoding="utf-8"), eos_id, pad_id)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: the tokenizer cannot be read ({error})") from None
+
+    def backend(self) -> Tokenizer:
+        try:
+            return Tokenizer.from_str(self.definition)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"the tokenizer.json is not one that tokenizers can read ({error})") from None
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids in use, special tokens included: the first free id."""
+        return max(self.backend().get_vocab(with_added_tokens=True).values()) + 1
+
+
+def sink_tokenizer(text: TextTokenizer, sink: SinkConfig) -> Tokenizer:
+    """The text tokenizer with the sink tokens added behind its ids and put in front of everything it encodes."""
+    backend = text.backend()
+    if sink.tokens == 0:
+        return backend
+    ids = sink.ids(text.vocabulary)
+    taken = [name for name in sink.names if backend.token_to_id(name) is not None]
+    if taken:
+        raise UserError(f"the tokenizer has a token {taken[0]} already; encode the data with one that has no sink")
+    # A tokenizer whose ids have holes would hand out one of them: ids are ours to choose, so they are checked.
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in sink.names])
+    given = [backend.token_to_id(name) for name in sink.names]
+    if given != ids:
+        raise UserError(f"the tokenizer numbers new tokens {given}, not {ids}: its ids have holes; renumber it first")
+    front = " ".join(sink.names)
+    backend.post_processor = TemplateProcessing(
+        single=f"{front} $A", pair=f"{front} $A $B:1", special_tokens=list(zip(sink.names, ids))
+    )
+    return backend
+
+
+def chat_template(sink: SinkConfig) -> str:
+    """One turn a line, the sinks in front; a message cannot bring a sink of its own."""
+    cleaned = "message['content']" + "".join(f" | replace('{name}', '')" for name in sink.names)
+    front = "".join(sink.names)
+    return CHAT_TEMPLATE.replace("{{ SINKS }}", front).replace("CLEANED", cleaned)
+
+
+def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int) -> dict[str, Any]:
+    """`tokenizer_config.json`, as both transformers 4.57 and 5.x read it.
+
+    Not GPTNeoXTokenizer, which drops the post-processor and with it the sink; not the `TokenizersBackend` that
+    transformers 5 would write, which 4.57 does not know.
+    """
+    backend = text.backend()
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": positions,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": chat_template(sink),
+    }
+    if sink.tokens:
+        settings["bos_token"] = sink.names[0]
+    if text.eos_id is not None:
+        settings["eos_token"] = backend.id_to_token(text.eos_id)
+    pad_id = text.eos_id if text.pad_id is None else text.pad_id
+    if pad_id is not None:
+        settings["pad_token"] = backend.id_to_token(pad_id)
+    return settings
+
+
+def save_tokenizer(folder: Path, text: TextTokenizer, sink: SinkConfig, positions: int) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, which AutoTokenizer loads without code of ours."""
+    sink_tokenizer(text, sink).save(str(folder / "tokenizer.json"))
+    settings = json.dumps(tokenizer_settings(text, sink, positions), indent=2, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
+
+
+def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int) -> PreTrainedTokenizerFast:
+    """The same tokenizer in memory, without a folder."""
+    settings = tokenizer_settings(text, sink, positions)
+    del settings["tokenizer_class"]
+    return PreTrainedTokenizerFast(tokenizer_object=sink_tokenizer(text, sink), **settings)

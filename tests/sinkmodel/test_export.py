@@ -1,0 +1,133 @@
+"""Guards: the export is a plain transformers model with the checkpoint's logits, and generates no sink."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sinkmodel.checkpoint import load_checkpoint
+from sinkmodel.export import main
+from sinkmodel.sinks import SinkConfig, sink_ids_of
+from tests import tiny
+
+KINDS = {"vanilla": SinkConfig(), "sink": SinkConfig("token"), "two sinks": SinkConfig("token", 2)}
+
+
+@pytest.fixture(params=[(a, k) for a in tiny.SHAPES for k in KINDS], ids=lambda p: f"{p[0]}, {p[1]}", scope="module")
+def exported(request, tmp_path_factory):
+    architecture, kind = request.param
+    folder = tmp_path_factory.mktemp("export")
+    checkpoint = tiny.checkpoint(folder / "run", architecture, KINDS[kind])
+    assert main(["--checkpoint", str(folder / "run"), "--output", str(folder / "model")]) == 0
+    return checkpoint, folder / "model", KINDS[kind]
+
+
+def test_it_loads_as_plain_transformers_with_equal_logits(exported):
+    checkpoint, folder, sink = exported
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    trained, _, sink_ids = load_checkpoint(checkpoint)
+    assert sink_ids_of(model.config) == sink_ids
+    batch = tokenizer("a b c d e", return_tensors="pt")
+    assert batch.input_ids[0, : sink.tokens].tolist() == sink_ids
+    assert len(sink_ids) == sink.tokens
+    with torch.no_grad():
+        ours, theirs = trained(**batch).logits, model(**batch).logits
+    assert torch.equal(ours, theirs)
+    assert ours.std() > 0.1, "logits of nothing would be equal too"
+
+
+def test_generation_emits_neither_sink_nor_padding_nor_unused_ids(exported):
+    _, folder, _ = exported
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    unused = list(range(tiny.tokenizer().vocabulary, model.config.vocab_size))
+    assert model.generation_config.suppress_tokens == [1, *unused]
+    head = model.get_output_embeddings()
+    with torch.no_grad():  # make the forbidden ids the likeliest ones
+        head.weight[[1, *unused]] = 0
+        head.weight[[1, *unused], :] += 50 * head.weight.abs().mean()
+    batch = tokenizer(["a", "a b c d"], return_tensors="pt", padding=True)
+    torch.manual_seed(0)
+    new = model.generate(**batch, max_new_tokens=40, do_sample=True)[:, batch.input_ids.shape[1] :]
+    assert new.shape[1] > 5
+    row = new.flatten().tolist()
+    assert not set(row) & set(unused)
+    ended = (new == 0).int().cumsum(1).bool()  # behind the end a batch is filled up with padding
+    assert not ((new == 1) & ~ended).any()
+
+
+def test_left_padded_batch_generates_what_single_prompts_do(exported):
+    _, folder, _ = exported
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompts = ["a", "a b c d e f"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    together = model.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch.input_ids.shape[1] :]
+    for prompt, row in zip(prompts, together):
+        one = tokenizer(prompt, return_tensors="pt")
+        alone = model.generate(**one, max_new_tokens=8, do_sample=False)[0, one.input_ids.shape[1] :]
+        assert row[: len(alone)].tolist() == alone.tolist()
+
+
+def test_transformers_4_finds_its_own_words_in_the_config(exported):
+    _, folder, _ = exported
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == 10000.0
+    if config["model_type"] == "gpt_neox":
+        assert (config["rotary_pct"], config["rotary_emb_base"]) == (0.25, 10000.0)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "backend" not in settings
+
+
+def test_where_it_comes_from_is_written_beside_it(exported):
+    checkpoint, folder, _ = exported
+    record = json.loads((folder / "training.json").read_text())
+    assert record["step"] == 7
+    assert record["tokens"] == 7000
+    assert record["checkpoint"] == checkpoint.name
+    assert record["data"]["fingerprint"] == "f00d"
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
+    checkpoint = tiny.checkpoint(tmp_path / "run")
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("mine")
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(checkpoint.read_bytes()[:2000])
+    other = tmp_path / "other.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["recipe"]["model_config"]["hidden_size"] = 64
+    torch.save(content, other)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = [
+        (["--checkpoint", checkpoint, "--output", occupied], "already holds something else"),
+        (["--checkpoint", cut, "--output", tmp_path / "x"], "is not a complete checkpoint"),
+        (["--checkpoint", other, "--output", tmp_path / "x"], "checkpoint of another shape"),
+        (["--checkpoint", empty, "--output", tmp_path / "x"], "holds no checkpoints"),
+        (["--checkpoint", tmp_path / "no", "--output", tmp_path / "x"], "does not exist"),
+        (["--checkpoint", tmp_path / "run", "--step", 3, "--output", tmp_path / "x"], "has no checkpoint of step 3"),
+        (["--checkpiont", checkpoint, "--output", tmp_path / "x"], "did you mean --checkpoint?"),
+    ]
+    for argv, message in cases:
+        assert main([str(word) for word in argv]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert [path.name for path in occupied.iterdir()] == ["thesis.txt"]
+    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob(".*")), "no half-written folder is left"
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
+    class Run:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "recipe": Run()}, path)
+    assert main(["--checkpoint", str(path), "--output", str(tmp_path / "x")]) == 2
+    assert "code ran" not in capsys.readouterr().out
