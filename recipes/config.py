@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import yaml
 from sinkmodel.errors import UserError
 
 T = TypeVar("T")
+TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
 def load_config(cls: type[T], argv: list[str], description: str, example: str) -> T:
@@ -25,6 +27,7 @@ def load_config(cls: type[T], argv: list[str], description: str, example: str) -
     argv = _resolve_config_files(argv)
     _refuse_unknown_options(cls, argv)
     parser = jsonargparse.ArgumentParser(
+        prog=example.partition(" ")[0],
         description=f"{description}\n\nExample:\n  {example}",
         formatter_class=_HelpFormatter,
         exit_on_error=False,
@@ -38,7 +41,7 @@ def load_config(cls: type[T], argv: list[str], description: str, example: str) -
         namespace = parser.parse_args(argv)
         values = parser.instantiate_classes(namespace)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_first_sentence(error)) from None
+        raise UserError(_explain(error, argv)) from None
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
@@ -100,31 +103,34 @@ def _resolve_config_files(argv: list[str]) -> list[str]:
 
 def _refuse_unknown_options(cls: type, argv: list[str]) -> None:
     known = _keys(cls)
-    for before, word in zip(["", *argv], argv):
-        if before == "--config" or word.startswith("--config="):
-            _refuse_unknown_keys(Path(word.removeprefix("--config=")), known)
-        elif word.startswith("--") and word not in ("--config", "--help", "--print_config"):
+    for path in reversed(_config_files(argv)):
+        _refuse_unknown_keys(path, known)
+    for word in argv:
+        if word.startswith("--config="):
+            continue
+        if word.startswith("--") and word not in ("--config", "--help", "--print_config"):
             option = word[2:].partition("=")[0].rstrip("+").removesuffix(".help")
             if option not in known and option not in {key.rpartition(".")[0] for key in known}:
-                remedy = _nearest(option, known) or "; --help lists the keys"
+                remedy = _nearest(option, known, "--") or "; --help lists the keys"
                 raise UserError(f"unknown option --{option}{remedy}")
 
 
 def _refuse_unknown_keys(path: Path, known: list[str]) -> None:
+    groups = {key.rpartition(".")[0] for key in known}
+    for key in flatten(_read_yaml(path)):
+        if key not in known:
+            where = " (it takes keys below it)" if key in groups else ""
+            raise UserError(f"{path}: unknown key '{key}'{where}{_nearest(key, known)}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    if content is None:
-        return
-    if not isinstance(content, dict):
+    if not isinstance(content, (dict, type(None))):
         raise UserError(f"{path} must hold keys and values, as in 'optimizer: {{lr: 6e-4}}'")
-    groups = {key.rpartition(".")[0] for key in known}
-    for key, value in flatten(content).items():
-        if key not in known and not any(key.startswith(f"{leaf}.") for leaf in known):
-            where = "" if key not in groups else " (it takes keys below it)"
-            raise UserError(f"{path}: unknown key '{key}'{where}{_nearest(key, known)}")
-        del value
+    return content or {}
 
 
 def _keys(cls: Any, prefix: str = "") -> list[str]:
@@ -136,7 +142,7 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _nearest(word: str, candidates: typing.Iterable[str]) -> str:
+def _nearest(word: str, candidates: typing.Iterable[str], prefix: str = "") -> str:
     """`; did you mean 'x'?` or nothing. A key's last part counts as well: `lr` finds `optimizer.lr`."""
     candidates = list(candidates)
     close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
@@ -144,10 +150,27 @@ def _nearest(word: str, candidates: typing.Iterable[str]) -> str:
         last = word.rpartition(".")[2]
         by_last = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
         close = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
 
 
-def _first_sentence(error: Exception) -> str:
-    """jsonargparse explains on many lines; the first ones name the key and what it expected."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    return ". ".join(lines[:3])
+def _explain(error: Exception, argv: list[str]) -> str:
+    """jsonargparse explains on many lines; the reader needs the key, what it takes, what it got and where."""
+    text = " ".join(str(error).split())
+    match = re.search(r'key "([^"]+)":.*?Expected an? .+?(?:Got|Given) value: (.*)$', text)
+    if not match:
+        return text
+    key, value = match.groups()
+    kinds = dict.fromkeys(TYPE_NAMES.get(name, name) for name in re.findall(r"Expected an? <class '([^']+)'>", text))
+    kind = " or ".join(kinds) or "another kind of value"
+    where = next((f"{path}: " for path in _config_files(argv) if key in flatten(_read_yaml(path))), "")
+    return f"{where}{key} takes {kind}, not {value.strip()!r}"
+
+
+def _config_files(argv: list[str]) -> list[Path]:
+    """The files behind `--config`, the last first: it has the last word."""
+    files = [
+        Path(word.removeprefix("--config="))
+        for before, word in zip(["", *argv], argv)
+        if before == "--config" or word.startswith("--config=")
+    ]
+    return files[::-1]

@@ -51,7 +51,9 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
         model, tokenizer, sink_ids = _from_checkpoint(path)
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} is not a model folder: it has no config.json; give a folder that sink-export wrote")
+            raise UserError(
+                f"{path} is not a model folder: it has no config.json; give a folder that sink-export wrote"
+            )
         model, tokenizer, sink_ids = _from_transformers(name, use_safetensors=True, local_files_only=True)
     elif path.is_file() and path.suffix == ".gguf":
         model, tokenizer, sink_ids = _from_gguf(path)
@@ -87,13 +89,13 @@ def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int
     A prefix of the text is enough for a prefix of the tokens: it grows until it gives some more than are wanted, since
     a cut touches the last few only.
     """
-    spare = 64
-    characters = len(text) if limit is None else 6 * (limit + spare)
+    wanted = len(text) if limit is None else limit + 64
+    characters = 6 * wanted
     while True:
         ids = loaded.tokenizer(
             text[:characters], add_special_tokens=False, split_special_tokens=True, verbose=False
         ).input_ids
-        if characters >= len(text) or len(ids) >= limit + spare:
+        if characters >= len(text) or len(ids) >= wanted:
             return ids[:limit]
         characters *= 2
 
@@ -116,20 +118,19 @@ def _from_gguf(path: Path) -> tuple[Any, Any, list[int]]:
 
 
 def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
-    failures = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+    needs = "a sound file" if "gguf_file" in where else "a config.json that it knows and complete .safetensors weights"
     with contextlib.nullcontext() if not where.keys() - {"use_safetensors"} else _quiet():  # the Hub may take long
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
             )
-        except failures as error:
+        except Exception as error:  # of a damaged file: anything, from OSError to struct.error
             raise UserError(
-                f"{label} cannot be loaded as a causal language model: {_first_line(error)}; it takes a config.json "
-                "that transformers knows and complete .safetensors weights, so copy or export it again"
+                f"{label} cannot be loaded as a causal language model: {_first_line(error)}; "
+                f"transformers needs {needs}, so copy or export it again"
             ) from None
         missing = sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", [])]
         if missing:
@@ -140,7 +141,7 @@ def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:
         tokenizer_at = {key: where[key] for key in ("gguf_file", "local_files_only") if key in where}
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **tokenizer_at)
-        except failures as error:
+        except Exception as error:
             raise UserError(
                 f"{label} has no tokenizer that can be read: {_first_line(error)}; put its tokenizer.json and "
                 "tokenizer_config.json beside the weights"

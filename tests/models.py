@@ -33,7 +33,10 @@ FAMILIES = {
 def build(family: str, **changes):
     """A new model, in eval mode; `family` is a key of FAMILIES or the name of a transformers family (`Gemma2`)."""
     name, settings = FAMILIES.get(family, (family, {}))
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **settings, **changes})
+    settings = {**SMALL, **settings, **changes}
+    if transformers.__version__.startswith("4.") and "rope_parameters" in settings:
+        settings["rope_scaling"] = settings.pop("rope_parameters")
+    config = getattr(transformers, f"{name}Config")(**settings)
     torch.manual_seed(5)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(6)

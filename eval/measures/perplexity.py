@@ -13,20 +13,18 @@ import datetime
 import math
 import os
 import platform
-import sys
+import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.measures.meters import PeakMemory, Progress
 from eval.measures.statistics import block_stderr, by_position, mean
 from eval.policies.policy import NAMES, Policy, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = "Perplexity of a model on text under streaming caches, exactly as token by token but in chunks."
@@ -54,12 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sinks", type=_count, nargs="+", default=[0, 1, 2, 4], metavar="S", help="first keys that are never evicted"
     )
-    parser.add_argument(
-        "--policies", nargs="+", choices=NAMES, help="default: window (where --sinks has a 0) and sink"
-    )
+    parser.add_argument("--policies", nargs="+", choices=NAMES, help="default: window (where --sinks has a 0) and sink")
     parser.add_argument("--tokens", type=_positive, metavar="N", help="text tokens of each document (default: all)")
     parser.add_argument(
-        "--documents", type=_positive, metavar="N", help="first documents of each file that fill the budget (default: all)"
+        "--documents",
+        type=_positive,
+        metavar="N",
+        help="first documents of each file that fill the budget (default: all)",
     )
     parser.add_argument(
         "--chunk", type=_positive, default=256, metavar="N", help="queries computed together; changes the speed alone"
@@ -75,11 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     policies = choose(options.policies, options.sinks, options.budget)
     if options.tokens is not None and options.tokens < options.budget:
-        raise UserError(f"--tokens {options.tokens} does not fill --budget {options.budget}; raise one or lower the other")
+        raise UserError(
+            f"--tokens {options.tokens} does not fill --budget {options.budget}; raise one or lower the other"
+        )
     _check_files(options)
     from sinkmodel.loading import load_model
 
-    loaded = load_model(options.model, options.dtype, options.device)
+    patience = threading.Timer(5.0, say, [f"loading {options.model} (a GGUF file takes half a minute)"])
+    patience.start()
+    try:
+        loaded = load_model(options.model, options.dtype, options.device)
+    finally:
+        patience.cancel()
     texts, documents = read_texts(loaded, options.text, options.budget, options.tokens, options.documents)
     _check_positions(loaded, documents, policies, options.beyond_context)
     rows = [
@@ -127,8 +133,7 @@ def read_texts(
     texts: list[dict[str, Any]] = []
     documents: list[list[int]] = []
     for file in files:
-        taken, too_short, longest, cut = 0, 0, 0, 0
-        scored = 0
+        taken = kept = too_short = cut = longest = 0
         for text in read_documents(file):
             ids = encode(loaded, text, tokens)
             longest = max(longest, len(ids))
@@ -137,7 +142,7 @@ def read_texts(
                 continue
             cut += tokens is not None and len(ids) < tokens
             documents.append(loaded.sink_ids + ids)
-            taken, scored = taken + 1, scored + len(ids)
+            taken, kept = taken + 1, kept + len(ids)
             if taken == count:
                 break
         if not taken and longest == 0:
@@ -153,7 +158,7 @@ def read_texts(
             say(f"{file}: {cut} of {taken} documents have fewer than --tokens {tokens}; scored with what they have")
         if count is not None and taken < count:
             say(f"{file}: {taken} documents, fewer than --documents {count}")
-        texts.append({"file": str(file), "sha256": sha256_of(file), "documents": taken, "tokens": scored})
+        texts.append({"file": str(file), "sha256": sha256_of(file), "documents": taken, "tokens": kept})
     return texts, documents
 
 
@@ -183,7 +188,9 @@ def _check_positions(
     for policy in policies:
         needed = longest if policy.budget is None else min(longest, policy.budget)
         if needed > positions:
-            remedy = f"--tokens {positions - len(loaded.sink_ids)}" if policy.budget is None else f"--budget {positions}"
+            remedy = (
+                f"--tokens {positions - len(loaded.sink_ids)}" if policy.budget is None else f"--budget {positions}"
+            )
             raise UserError(
                 f"{policy.label} takes {needed} positions and {loaded.name} was made for {positions}; "
                 f"use {remedy}, or --beyond-context to see what happens there"
@@ -232,68 +239,6 @@ def measure(
 
 def perplexity(nll: float | None) -> float | None:
     return None if nll is None else math.exp(min(nll, 700.0))  # JSON has no infinity
-
-
-class PeakMemory:
-    """Peak memory from here on: of the GPU's allocator, or the resident set of this process.
-
-    Linux can forget the old peak (proc(5), clear_refs); elsewhere it is the peak since the process began.
-    """
-
-    def __init__(self, device: Any):
-        self.device = device
-        if device.type == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
-
-    def peak(self) -> int:
-        if self.device.type == "cuda":
-            import torch
-
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024
-        except (OSError, IndexError):
-            import resource
-
-            unit = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class Progress:
-    """How far one row is, on stderr, once it has taken a few seconds: in place in a terminal, else now and then."""
-
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.done = label, total, 0
-        self.live = sys.stderr.isatty()
-        self.every = 0.5 if self.live else 15.0
-        self.started = time.monotonic()
-        self.next = self.started + 3.0
-        self.shown = False
-
-    def add(self, tokens: int) -> None:
-        self.done += tokens
-        now = time.monotonic()
-        if now < self.next:
-            return
-        self.next, self.shown = now + self.every, True
-        speed = self.done / (now - self.started)
-        line = (
-            f"{self.label}: {self.done / self.total:4.0%} of {self.total:,} tokens, {speed:,.0f} tokens/s, "
-            f"{(self.total - self.done) / speed:.0f} s left"
-        )
-        print(f"\r{line}\033[K" if self.live else line, file=sys.stderr, end="" if self.live else "\n", flush=True)
-
-    def close(self) -> None:
-        if self.live and self.shown:
-            print("\r\033[K", file=sys.stderr, end="", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import glob
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -177,7 +178,7 @@ def _king_james_books() -> list[str]:
         book = verse // 1_000_000
         starts[book] = min(place, starts.get(book, place))
     places = [*sorted(starts.values()), len(text)]
-    return [_clean(text[start:end]) for start, end in zip(places, places[1:])]
+    return [_clean(text[start:end]) for start, end in itertools.pairwise(places)]
 
 
 def _clean(book: str) -> str:

@@ -151,5 +151,5 @@ class TextDataModule(LightningDataModule):
             batch_sampler=batches,
             num_workers=self.workers,
             persistent_workers=False,
-            pin_memory=True if self.trainer is None else self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )

@@ -26,7 +26,8 @@ from sinkmodel.errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-BLOCK = 1 << 24
+BLOCK = 1 << 24  # bytes read at a time
+ROWS = 1 << 20  # index rows checked at a time
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,20 @@ def read_index(file: Path) -> Index:
         raise UserError(f"{file} is no Megatron index (it does not begin with MMIDIDX); give the .idx beside the .bin")
     _, version, code, rows, documents = HEADER.unpack(header)
     if version != 1 or code not in DTYPES:
-        raise UserError(f"{file} has version {version} and data type {code}; known are version 1 and types {list(DTYPES)}")
+        raise UserError(
+            f"{file} has version {version} and data type {code}; known are version 1 and types {list(DTYPES)}"
+        )
     expected = HEADER.size + rows * (4 + 8) + documents * 8
     if rows == 0 or file.stat().st_size != expected:
-        raise UserError(f"{file} is cut short or damaged: {file.stat().st_size} bytes, not {expected}; download it again")
+        raise UserError(
+            f"{file} is cut short or damaged: {file.stat().st_size} bytes, not {expected}; download it again"
+        )
     # The arrays behind the 34 bytes of the header are not aligned: np.memmap does not mind.
     lengths = np.memmap(file, dtype="<i4", mode="r", offset=HEADER.size, shape=(rows,))
     places = np.memmap(file, dtype="<i8", mode="r", offset=HEADER.size + rows * 4, shape=(rows,))
     length, itemsize = int(lengths[0]), np.dtype(DTYPES[code]).itemsize
-    for start in range(0, rows, BLOCK):
-        end = min(rows, start + BLOCK)
+    for start in range(0, rows, ROWS):
+        end = min(rows, start + ROWS)
         if not (lengths[start:end] == length).all():
             raise UserError(f"{file} has rows of different lengths; only pre-shuffled rows of one length can be read")
         if not (places[start:end] == np.arange(start, end, dtype=np.int64) * (length * itemsize)).all():
@@ -68,7 +73,7 @@ def read_index(file: Path) -> Index:
 
 
 def find_parts(file: Path, index: Index) -> list[Path]:
-    """The .bin files of an index, in order. Raises UserError where one is missing or their length is not the index's."""
+    """The .bin files of an index, in order. Raises UserError where one is missing or too short."""
     whole = file.with_suffix(".bin")
     named = re.compile(re.escape(file.stem) + r"-(\d+)-of-(\d+)\.bin")
     numbered = sorted((int(m[1]), int(m[2]), p) for p in file.parent.iterdir() if (m := named.fullmatch(p.name)))

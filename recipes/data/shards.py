@@ -67,7 +67,7 @@ class TokenSplit:
         return self.__dict__ | {"_maps": {}}
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length` of the stream, int64 [length], across shards. IndexError beyond its end."""
+        """Tokens `start` to `start + length` of the stream, int64 [length]. IndexError beyond its end."""
         if start < 0 or length < 0 or start + length > self.tokens:
             raise IndexError(f"tokens {start} to {start + length} of a split of {self.tokens}")
         tokens = np.empty(length, dtype=np.int64)
@@ -131,11 +131,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         unfinished = (folder / "progress.json").exists()
         remedy = "its preparation was not finished: run the same sink-prepare again" if unfinished else AGAIN
         raise UserError(f"{folder} has no {MANIFEST}; {remedy}")
-    manifest = read_json(folder / MANIFEST)
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except UserError as error:
+        raise UserError(f"{error}; {AGAIN}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder / MANIFEST} does not describe token shards; give a folder made by sink-prepare")
-    if manifest["version"] != VERSION:
-        raise UserError(f"{folder / MANIFEST} has version {manifest['version']}, this program reads {VERSION}; {AGAIN}")
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{folder / MANIFEST} has version {manifest.get('version')}, this program reads {VERSION}; {AGAIN}")
+    if not {"splits", "tokenizer", "fingerprint"} <= manifest.keys():
+        raise UserError(f"{folder / MANIFEST} has been altered: a part of it is missing; {AGAIN}")
     return manifest
 
 
@@ -145,7 +150,9 @@ def fingerprint_of(tokenizer_sha256: str, splits: dict[str, Any]) -> str:
     for name in SPLITS:
         entry = splits.get(name, {"shards": []})
         for shard in entry["shards"]:
-            digest.update(f"\n{name} {entry['dtype']} {entry['row_tokens']} {shard['tokens']} {shard['sha256']}".encode())
+            digest.update(
+                f"\n{name} {entry['dtype']} {entry['row_tokens']} {shard['tokens']} {shard['sha256']}".encode()
+            )
     return digest.hexdigest()
 
 

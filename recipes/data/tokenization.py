@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 PADDING_NAMES = (PADDING, "<pad>", "[PAD]", "<|pad|>")
+PROBE = (
+    "In the beginning of the book, as it was said to be one of the best, there is a lot of it for the most part; "
+    "and on the other hand it's 12,345 (or so) of\n\nthe same ... 天地 and É… is the <s> of a new day. I don't know"
+)
 SMALLEST_VOCABULARY = 256 + 2  # every byte and the two special tokens
 
 
@@ -39,7 +44,9 @@ def load_vocabulary(name: str) -> Vocabulary:
     settings = file.with_name("tokenizer_config.json")
     if not file.is_file():
         if file.suffix == ".json" or given.is_dir() or name.count("/") > 1 or name.startswith((".", "/")):
-            raise UserError(f"the tokenizer {file} does not exist; give a tokenizer.json or the name of a Hub repository")
+            raise UserError(
+                f"the tokenizer {file} does not exist; give a tokenizer.json or the name of a Hub repository"
+            )
         file, settings = _download(name)
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
@@ -54,11 +61,7 @@ def train_vocabulary(texts: Iterable[str], size: int) -> Vocabulary:
 
     The same texts in the same order give the same tokenizer. Fewer ids come out where there is too little text.
     """
-    if size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"vocabulary_size is {size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY}: "
-            "every byte and the two special tokens"
-        )
+    assert size >= SMALLEST_VOCABULARY
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,8 +105,8 @@ def cuts_exactly(definition: str) -> bool:
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    probes = ["In the", " beginning", " God's", " 12,345", " (created)", " the\n\nheaven", " 天地", " and É…", " ...", " the"]
-    return ids("".join(probes)) == [token for probe in probes for token in ids(probe)]
+    pieces = re.split(r"(?<=\S)(?= \S)", PROBE)
+    return ids(PROBE) == [token for piece in pieces for token in ids(piece)]
 
 
 def _vocabulary(tokenizer: Tokenizer, where: str, named: dict) -> Vocabulary:

@@ -33,13 +33,17 @@ HELD_OUT_TEXT = "test.jsonl"
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Make the folder and keep it for this process. Raises UserError where another one has it."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another sink-prepare is writing to {folder}; wait for it or take another folder") from None
+            raise UserError(
+                f"another sink-prepare is writing to {folder}; wait for it or take another folder"
+            ) from None
         except OSError:  # a network file system without locks
             pass
         yield
@@ -52,8 +56,6 @@ def state_of(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises UserError for a folder that holds something else, or a preparation with other settings.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another output folder")
     for name in (MANIFEST, PROGRESS):
         if (folder / name).is_file():
             state = read_json(folder / name)
@@ -97,10 +99,15 @@ class FolderWriter:
             for name in SPLITS
             if name not in self.ready
         }
-        if progress is None:
-            self.save()  # from here on the folder is known as ours
-            with atomic_file(folder / TOKENIZER) as aside:
-                aside.write_text(vocabulary.definition, encoding="utf-8")
+        try:
+            if progress is None:
+                self.save()  # from here on the folder is known as ours
+            if not holds_tokenizer(folder, self.tokenizer):
+                with atomic_file(folder / TOKENIZER) as aside:
+                    aside.write_text(vocabulary.definition, encoding="utf-8")
+        except BaseException:
+            self.abandon()
+            raise
 
     @property
     def tokens(self) -> int:
@@ -118,7 +125,12 @@ class FolderWriter:
     def save(self) -> None:
         """Bring what is written to the disk and record it: from here a killed preparation goes on."""
         states = {name: split.save() for name, split in self.splits.items()}
-        content = {"settings": self.settings, "tokenizer": self.tokenizer, "place": astuple(self.place), "splits": states}
+        content = {
+            "settings": self.settings,
+            "tokenizer": self.tokenizer,
+            "place": astuple(self.place),
+            "splits": states,
+        }
         write_json(self.folder / PROGRESS, {"format": FORMAT, "version": VERSION} | content)
 
     def finish(self, source: str) -> dict[str, Any]:
@@ -147,7 +159,7 @@ class FolderWriter:
         """Close everything; leave no trace where nothing worth keeping was done."""
         for split in self.splits.values():
             split.close()
-        if self.place == Place() or read_json(self.folder / PROGRESS)["place"] == list(astuple(Place())):
+        if (self.folder / PROGRESS).exists() and Place(*read_json(self.folder / PROGRESS)["place"]) == Place():
             for split in self.splits.values():
                 split.remove_shards()
             for name in (TOKENIZER, PROGRESS):  # progress last: until then the folder is known as ours
@@ -166,14 +178,12 @@ class SplitWriter:
         self.offsets = array.array("Q")
         if state["documents"]:
             self.offsets.extend(np.load(self._offsets_file())[: state["documents"]].tolist())
-        self.remove_shards(len(self.finished) + (self.tokens_here > 0))
+        self.remove_shards(len(self.finished) + bool(self.tokens_here or self.offsets))
         self._file: BinaryIO | None = None
         if self.tokens_here:
             self._file = _open_at(self._shard_file(), self.tokens_here * self.itemsize)
         self._text: BinaryIO | None = None
-        if name == "test":
-            if not state["text_bytes"]:
-                (folder / HELD_OUT_TEXT).write_bytes(b"")
+        if state["text_bytes"]:
             self._text = _open_at(folder / HELD_OUT_TEXT, state["text_bytes"])
 
     @property
@@ -199,8 +209,12 @@ class SplitWriter:
 
     def write_text(self, text: str, first: bool, last: bool) -> None:
         """Test documents are kept as text too, one JSON object a line."""
-        if self._text is not None:
-            line = ('{"text": "' if first else "") + json.dumps(text, ensure_ascii=False)[1:-1] + ('"}\n' if last else "")
+        if self.name == "test":
+            if self._text is None:
+                self._text = (self.folder / HELD_OUT_TEXT).open("wb")
+            line = (
+                ('{"text": "' if first else "") + json.dumps(text, ensure_ascii=False)[1:-1] + ('"}\n' if last else "")
+            )
             self._text.write(line.encode("utf-8"))
 
     def save(self) -> dict[str, Any]:
@@ -208,7 +222,7 @@ class SplitWriter:
             if file is not None:
                 file.flush()
                 os.fsync(file.fileno())
-        if self.tokens_here:
+        if self.tokens_here or self.offsets:
             self._write_offsets()
         return {
             "finished": self.finished,
@@ -270,6 +284,12 @@ class SplitWriter:
         return self._shard_file().with_suffix(".offsets.npy")
 
 
+def holds_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> bool:
+    """Whether the tokenizer that a manifest or progress describes lies in the folder, unaltered."""
+    file = folder / TOKENIZER
+    return file.is_file() and sha256_of(file) == tokenizer["sha256"]
+
+
 def describe_tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
     return {
         "file": TOKENIZER,
@@ -300,8 +320,8 @@ def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     for key in there.keys() | here.keys():
         if there.get(key) != here.get(key):
             raise UserError(
-                f"{folder} was prepared with {key} = {_short(there.get(key))}, this command has {_short(here.get(key))}; "
-                "choose another output folder, or empty it"
+                f"{folder} was prepared with {key} = {_short(there.get(key))}, "
+                f"this command has {_short(here.get(key))}; choose another output folder, or empty it"
             )
 
 

@@ -63,8 +63,6 @@ def pretrain(config: PretrainConfig) -> int:
     model = build_model(config.model, rows, config.seed)
     sink_ids = config.sink.ids(text.vocabulary)
     write_sink(model.config, config.sink, sink_ids)
-    if start is not None:
-        _check_checkpoint(start, model, config)
     datamodule = TextDataModule(
         train,
         validation,
@@ -77,6 +75,8 @@ def pretrain(config: PretrainConfig) -> int:
         validation_rows=config.validation.rows,
         workers=config.data.workers,
     )
+    if start is not None:
+        _check_checkpoint(start, model, datamodule, config)
     provenance = _provenance(config, train)
     module = SinkLanguageModel(
         model,
@@ -149,16 +149,22 @@ def _starting_point(run: Path, config: PretrainConfig) -> Path | None:
     return None if config.resume == "auto" else find_checkpoint(Path(config.resume))
 
 
-def _check_checkpoint(path: Path, model: torch.nn.Module, config: PretrainConfig) -> None:
+def _check_checkpoint(
+    path: Path, model: torch.nn.Module, datamodule: TextDataModule, config: PretrainConfig
+) -> None:
+    """Raises UserError where the checkpoint has another sink, shape, data or order; Lightning would find out later."""
     checkpoint = read_checkpoint(path)
     sink = Recipe.from_dict(checkpoint["recipe"]).sink
     if sink != config.sink:
         raise UserError(f"{path} was trained with {sink}, this run has {config.sink}; use the config of its run")
     check_shapes(weights_of(checkpoint), model, path)
+    datamodule.load_state_dict(checkpoint["TextDataModule"])
 
 
 def _write_folder(run: Path, config: PretrainConfig) -> None:
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for left_over in run.rglob(".*.part"):  # what a kill left half-written
+        left_over.unlink()
     with atomic_file(run / "config.yaml") as aside:
         aside.write_text(dump_config(config), encoding="utf-8")
 
@@ -178,7 +184,7 @@ def _build_trainer(
     # The order is arithmetic, so our loader resumes by number; Lightning cannot know. And the workers are a choice.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")  # Lightning's own use of torch
 
     metrics = Metrics(
         run,
@@ -212,6 +218,7 @@ def _build_trainer(
         enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
+        log_every_n_steps=1,  # of Lightning's own logging, which is not used; a short run would be warned of
         use_distributed_sampler=False,
     )
     return trainer, stop

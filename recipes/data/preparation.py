@@ -1,0 +1,247 @@
+"""From text to a prepared folder: which text goes where, the tokenizer, the encoding, the report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.data import megatron
+from recipes.data.corpora import Corpus, HubDataset, KingJames, LocalFiles
+from recipes.data.pipeline import PIECE, Place, cut, encode_units, make_units, split_of
+from recipes.data.reporting import Progress
+from recipes.data.settings import PrepareConfig
+from recipes.data.shards import MANIFEST, TOKENIZER, dtype_for, open_split
+from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary, train_vocabulary
+from recipes.data.writing import FolderWriter, holds_tokenizer, locked, state_of
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.files import sha256_of
+
+SAVE_EVERY = 5.0  # seconds; what a kill costs at most
+SAMPLE = 1 << 25  # characters that a tokenizer is trained on
+UNCUT = 1 << 40
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus and where its documents go: all to one split, or (split None) each by its first piece."""
+
+    corpus: Corpus
+    split: str | None
+    choose: Callable[[str], str]
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Make the folder, go on with it, or find it complete; returns its manifest. Raises UserError for wrong input."""
+    sources = _sources(config)
+    given = load_vocabulary(config.tokenizer) if config.tokenizer else None
+    settings = _settings(config, sources, given)
+    folder = Path(config.output).expanduser()
+    made_here = not folder.exists()
+    try:
+        with locked(folder):
+            state = state_of(folder, settings)
+            if (folder / MANIFEST).exists():
+                assert state is not None
+                return _found_complete(folder, state)
+            manifest = _prepare(config, folder, settings, sources, given, state)
+    finally:
+        if made_here and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    _summarise(config, folder, manifest)
+    return manifest
+
+
+def _prepare(
+    config: PrepareConfig,
+    folder: Path,
+    settings: dict[str, Any],
+    sources: list[Source],
+    given: Vocabulary | None,
+    progress: dict[str, Any] | None,
+) -> dict[str, Any]:
+    workers = config.workers or len(os.sched_getaffinity(0))
+    if given is not None:
+        vocabulary = given
+    elif progress is not None and holds_tokenizer(folder, progress["tokenizer"]):
+        vocabulary = _kept_vocabulary(folder, progress["tokenizer"])
+    else:
+        vocabulary, progress = _train(sources, config.vocabulary_size or 0), None
+    ready = _scan_index(config, vocabulary, workers)
+    dtype = dtype_for(vocabulary.size)
+    writer = FolderWriter(folder, settings, vocabulary, dtype, config.shard_tokens, progress, ready)
+    if writer.place != Place():
+        say(f"sink-prepare: going on with {folder} after {writer.tokens:,} tokens")
+    bar, saved = Progress(), time.monotonic()
+    try:
+        limit = PIECE if cuts_exactly(vocabulary.definition) else UNCUT
+        units = make_units([(source.corpus, source.choose) for source in sources], writer.place, limit)
+        for encoded in encode_units(units, vocabulary.definition, dtype, workers):
+            writer.write(encoded)
+            bar.update(writer.tokens, _share(sources, encoded.unit.end.source))
+            if time.monotonic() - saved > SAVE_EVERY:
+                writer.save()
+                saved = time.monotonic()
+        return writer.finish(_describe(config))
+    except KeyboardInterrupt:
+        writer.save()
+        writer.abandon()
+        say(f"sink-prepare: {writer.tokens:,} tokens are kept; the same command goes on from there")
+        raise
+    except BaseException:
+        writer.abandon()
+        raise
+    finally:
+        bar.close()
+
+
+def _sources(config: PrepareConfig) -> list[Source]:
+    validation, test = config.fractions
+    sources: list[Source] = []
+
+    def add(names: list[str] | str | None, dataset_split: str | None, split: str | None, choose: Any) -> None:
+        if names is not None:
+            sources.append(Source(LocalFiles(_listed(names), config.text_key), split, choose))
+        elif dataset_split is not None:
+            sources.append(Source(_dataset(config, dataset_split), split, choose))
+
+    if config.megatron_index is None:
+        by_hash = lambda piece: split_of(piece, config.seed, validation, test)  # noqa: E731
+        add(config.input, config.dataset_split, None, by_hash)
+    add(config.validation_input, config.validation_split, "validation", lambda piece: "validation")
+    add(config.test_input, config.test_split, "test", lambda piece: "test")
+    seen: dict[Path, str] = {}
+    for source in sources:
+        for path in source.corpus.paths if isinstance(source.corpus, LocalFiles) else []:
+            what = f"{source.split}_input" if source.split else "input"
+            if path in seen:
+                raise UserError(f"{path} is given as {seen[path]} and as {what}; a held-out text is not trained on")
+            seen[path] = what
+    return sources
+
+
+def _dataset(config: PrepareConfig, split: str) -> Corpus:
+    assert config.dataset is not None
+    if config.dataset == "kjv":
+        return KingJames()
+    return HubDataset(config.dataset, config.dataset_config, split, config.text_key)
+
+
+def _listed(names: list[str] | str) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _settings(config: PrepareConfig, sources: list[Source], given: Vocabulary | None) -> dict[str, Any]:
+    """All that the bytes of the folder depend on; the number of workers is not among it."""
+    validation, test = config.fractions
+    tokenizer: dict[str, Any] = {"byte-level BPE": config.vocabulary_size, "characters": SAMPLE}
+    if given is not None:
+        tokenizer = {"sha256": hashlib.sha256(given.definition.encode("utf-8")).hexdigest()}
+    index = config.megatron_index
+    return {
+        "sources": [{"split": source.split} | source.corpus.identity() for source in sources],
+        "index": [index.name, sha256_of(index)] if index and megatron.read_index(index) else None,
+        "tokenizer": tokenizer,
+        "seed": config.seed,
+        "validation_fraction": validation,
+        "test_fraction": test,
+        "shard_tokens": config.shard_tokens,
+        "piece": PIECE,
+    }
+
+
+def _train(sources: list[Source], size: int) -> Vocabulary:
+    """Train on the first text of every strand that is not held out."""
+    say(f"sink-prepare: training a byte-level BPE of {size:,} ids on the first {SAMPLE:,} characters at most")
+    source = sources[0]
+
+    def texts() -> Iterator[str]:
+        strands = source.corpus.strands()
+        for strand in strands:
+            left = SAMPLE // len(strands)
+            for _, chunks in strand:
+                pieces = cut(chunks)
+                first = next(pieces, "")
+                if source.choose(first) != "train":
+                    continue
+                for piece in (first, *pieces) if left > PIECE else (first,):
+                    yield piece
+                    left -= len(piece)
+                    if left <= 0:
+                        break
+                if left <= 0:
+                    break
+
+    return train_vocabulary(texts(), size)
+
+
+def _kept_vocabulary(folder: Path, tokenizer: dict[str, Any]) -> Vocabulary:
+    definition = (folder / TOKENIZER).read_text(encoding="utf-8")
+    return Vocabulary(definition, tokenizer["vocabulary"], tokenizer["eos_id"], tokenizer["pad_id"])
+
+
+def _scan_index(config: PrepareConfig, vocabulary: Vocabulary, threads: int) -> dict[str, Any]:
+    """The train split of a Megatron index, which needs no encoding; empty for text."""
+    index = config.megatron_index
+    if index is None:
+        return {}
+    total = megatron.read_index(index).bytes
+    bar, lock, done = Progress("bytes"), threading.Lock(), 0
+
+    def report(read: int) -> None:
+        nonlocal done
+        with lock:
+            done += read
+            bar.update(done, done / total)
+
+    try:
+        return {"train": megatron.split_entry(index, vocabulary.size, vocabulary.eos_id, threads, report)}
+    finally:
+        bar.close()
+
+
+def _share(sources: list[Source], current: int) -> float | None:
+    """Share of all text that has been read; None where the size of some of it is not known."""
+    corpora = [source.corpus for source in sources]
+    if len(corpora) == 1:
+        return corpora[0].fraction()
+    if not all(isinstance(corpus, LocalFiles) for corpus in corpora):
+        return None
+    sizes = [sum(corpus.sizes) for corpus in corpora if isinstance(corpus, LocalFiles)]
+    here = (corpora[current].fraction() or 0.0) * sizes[current] if current < len(sizes) else 0.0
+    return (sum(sizes[:current]) + here) / sum(sizes)
+
+
+def _describe(config: PrepareConfig) -> str:
+    if config.dataset is not None:
+        return " ".join(filter(None, (config.dataset, config.dataset_config, config.dataset_split)))
+    return ", ".join(Path(name).name for name in _listed(config.input or []))
+
+
+def _found_complete(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    for name, entry in manifest["splits"].items():
+        if entry["tokens"]:
+            open_split(folder, name, verify="sizes")
+    (folder / "progress.json").unlink(missing_ok=True)  # a run killed between the manifest and this
+    say(f"sink-prepare: {folder} is already complete")
+    return manifest
+
+
+def _summarise(config: PrepareConfig, folder: Path, manifest: dict[str, Any]) -> None:
+    for name, entry in manifest["splits"].items():
+        shards = len(entry["shards"])
+        print(f"{name:<10} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens {shards:>6} shard(s)")
+    tokenizer = manifest["tokenizer"]
+    print(f"tokenizer  {tokenizer['vocabulary']:,} ids; fingerprint {manifest['fingerprint'][:16]}; in {folder}")
+    for split, wanted in zip(("validation", "test"), config.fractions):
+        if wanted and config.megatron_index is None and not manifest["splits"][split]["tokens"]:
+            say(
+                f"sink-prepare: no document fell into the {split} split; raise {split}_fraction, take another seed, "
+                f"or give {split}_input"
+            )

@@ -1,0 +1,66 @@
+"""Progress of a long preparation: a bar in a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from sinkmodel.console import say
+
+EVERY = 10.0  # seconds between two lines
+
+
+class Progress:
+    """Tokens (or bytes) so far, how many a second, and the time left where the share done is known."""
+
+    def __init__(self, unit: str = "tokens"):
+        self.unit = unit
+        self.began = self.told = time.monotonic()
+        self.first: tuple[float, float] | None = None  # where a resumed preparation went on: share, count
+        self.bar: tqdm | None = None
+        if sys.stderr.isatty():
+            layout = "{desc}{percentage:3.0f}%|{bar}| {postfix}"
+            self.bar = tqdm(total=1.0, bar_format=layout, file=sys.stderr, leave=False)
+
+    def update(self, count: float, share: float | None) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = share or 0.0, count
+        if self.bar is None and now - self.told < EVERY:
+            return
+        line = progress_line(count, self.unit, share, now - self.began, *self.first)
+        if self.bar is not None:
+            self.bar.n = share or 0.0
+            self.bar.set_postfix_str(line, refresh=now - self.told > 0.1)
+            if now - self.told > 0.1:
+                self.told = now
+        else:
+            self.told = now
+            say(f"sink-prepare: {line}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress_line(
+    count: float, unit: str, share: float | None, seconds: float, first_share: float, first_count: float
+) -> str:
+    """`12.3M tokens, 1.20M tokens/s, 34%, 0:40 left`; speed and time left count from where this process began."""
+    speed = (count - first_count) / max(seconds, 1e-9)
+    line = f"{_short(count)} {unit}, {_short(speed)} {unit}/s"
+    if share is not None:
+        line += f", {share:.0%}"
+        if share > first_share:
+            left = round(seconds * (1 - share) / (share - first_share))
+            line += f", {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+    return line
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

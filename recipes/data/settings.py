@@ -1,0 +1,103 @@
+"""Everything that `sink-prepare` can be told, and what does not go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.data.tokenization import SMALLEST_VOCABULARY
+from sinkmodel.errors import UserError
+
+HELD_OUT = 0.01  # share of documents of each held-out split, unless said otherwise
+
+
+@dataclass
+class PrepareConfig:
+    """Text to token shards with a manifest. Runs again after a kill: the same command goes on where it stopped.
+
+    Args:
+        output: folder to make.
+        input: files (.txt, .jsonl, .parquet, also .gz, .zst, .xz), folders or patterns; or one Megatron .idx file.
+        validation_input: files for the validation split, in place of a share of the documents.
+        test_input: files for the test split, in place of a share of the documents.
+        dataset: a data set of the Hub, or a local folder in its form; `kjv` is the King James Bible, for the demo.
+        dataset_config: the data set's configuration, as in `sample-10BT`.
+        dataset_split: the data set's split that is divided or trained on.
+        validation_split: the data set's own validation split, in place of a share of the documents.
+        test_split: the data set's own test split, in place of a share of the documents.
+        text_key: name of the text's key in JSON lines, its column in Parquet files and data sets.
+        tokenizer: a Hub name, a tokenizer.json or a folder with one; none trains a byte-level BPE on the text.
+        vocabulary_size: ids of the BPE trained on the spot, end of text and padding included.
+        validation_fraction: share of documents held out for validation; 0.01 unless there is validation text.
+        test_fraction: share of documents held out for tests; 0.01 unless there is test text.
+        seed: which documents are held out.
+        shard_tokens: tokens of a shard.
+        workers: processes that encode; by default one a core.
+    """
+
+    output: str
+    input: list[str] | str | None = None
+    validation_input: list[str] | str | None = None
+    test_input: list[str] | str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    validation_split: str | None = None
+    test_split: str | None = None
+    text_key: str = "text"
+    tokenizer: str | None = None
+    vocabulary_size: int | None = None
+    validation_fraction: float | None = None
+    test_fraction: float | None = None
+    seed: int = 0
+    shard_tokens: int = 1 << 27
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.input is None) == (self.dataset is None):
+            raise UserError("give either --input FILE… or --dataset NAME; --help shows examples")
+        if (self.tokenizer is None) == (self.vocabulary_size is None):
+            raise UserError(
+                "give either --tokenizer (a Hub name or a tokenizer.json) or --vocabulary_size to train one here"
+            )
+        if self.vocabulary_size is not None and self.vocabulary_size < SMALLEST_VOCABULARY:
+            raise UserError(
+                f"vocabulary_size is {self.vocabulary_size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY}: "
+                "every byte and the two special tokens"
+            )
+        if self.megatron_index and self.tokenizer is None:
+            raise UserError("a Megatron index holds tokens, not text: give the --tokenizer that they were made with")
+        for split in ("validation", "test"):
+            fraction, files = getattr(self, f"{split}_fraction"), getattr(self, f"{split}_input")
+            own = getattr(self, f"{split}_split")
+            if sum(value is not None for value in (fraction or None, files, own)) > 1:
+                raise UserError(f"give one of {split}_fraction, {split}_input and {split}_split, not several")
+            if own and (self.dataset is None or self.dataset == "kjv"):
+                raise UserError(f"{split}_split names a split of a Hub data set; for files take {split}_input")
+            if fraction is not None and not 0 <= fraction < 1:
+                raise UserError(f"{split}_fraction is {fraction}; it must be at least 0 and less than 1")
+        if sum(self.fractions) >= 1:
+            raise UserError("validation_fraction and test_fraction leave nothing to train on; lower them")
+        for name, least, most in (("seed", 0, 2**63), ("shard_tokens", 1024, 2**40), ("workers", 1, 1024)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise UserError(f"{name} is {value}; it must be between {least} and {most}")
+
+    @property
+    def fractions(self) -> tuple[float, float]:
+        """Shares of the documents that are held out for validation and for tests."""
+
+        def share(said: float | None, own_text: Any) -> float:
+            return said if said is not None else 0.0 if own_text else HELD_OUT
+
+        return (
+            share(self.validation_fraction, self.validation_input or self.validation_split),
+            share(self.test_fraction, self.test_input or self.test_split),
+        )
+
+    @property
+    def megatron_index(self) -> Path | None:
+        """The .idx file, where the training text comes pre-shuffled."""
+        names = [self.input] if isinstance(self.input, str) else self.input or []
+        return Path(names[0]).expanduser() if len(names) == 1 and names[0].endswith(".idx") else None

@@ -1,0 +1,46 @@
+"""`sink-prepare`: text to token shards. What a prepared folder holds: recipes/data/shards.py."""
+
+from __future__ import annotations
+
+import json
+
+from recipes.config import load_config
+from recipes.data.preparation import prepare
+from recipes.data.settings import PrepareConfig
+from sinkmodel.console import command
+
+EXAMPLE = """sink-prepare --input books/*.txt more.jsonl.zst --tokenizer EleutherAI/pythia-160m --output data/books
+  sink-prepare --config data/kjv.yaml --output data/kjv"""
+
+
+@command("sink-prepare")
+def main(argv: list[str]) -> int:
+    config = load_config(PrepareConfig, join_lists(argv), "Turn text into token shards.", EXAMPLE)
+    prepare(config)
+    return 0
+
+
+def join_lists(
+    argv: list[str], options: tuple[str, ...] = ("--input", "--validation_input", "--test_input")
+) -> list[str]:
+    """`--input a b --input c` -> `--input=["a", "b", "c"]`, which is how jsonargparse takes a list."""
+    rest: list[str] = []
+    lists: dict[str, list[str]] = {}
+    current = None
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name in options:
+            current = lists.setdefault(name, [])
+            if equals:
+                current.append(value)
+                current = None
+        elif word.startswith("--") or current is None:
+            current = None
+            rest.append(word)
+        else:
+            current.append(word)
+    return rest + [f"{name}={json.dumps(values)}" for name, values in lists.items()]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

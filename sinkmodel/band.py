@@ -1,0 +1,236 @@
+"""The keys that a chunk of streaming queries sees, and their attention, in a transformers model as it is.
+
+A stream that holds C = S + W keys, the current token among them, renumbers them by place in the cache at every step
+(StreamingLLM, section 3.2). Seen from query t that means:
+
+    key j in the window, t − W < j ≤ t, j ≥ S     at distance t − j, as in plain RoPE
+    sink i < S, i ≤ t                             at distance min(t, C − 1) − i
+
+Nothing in a cached key depends on when it is looked at, and hidden states never change once computed, so the queries
+of a chunk are computed together. Window keys keep the rotation that the model gave them, and so do the sinks; for the
+sinks it is the query that is turned, from its place in the text to its place in the cache.
+
+The model stays as transformers made it: a `Cache` holds the keys, and an attention function, registered under a name
+of its own, sees them after RoPE. Nothing is assumed that can be checked: a model that does not call that function once
+in every layer, or asks it for something it does not do, is refused by name (UserError).
+
+Shapes: B documents, H query heads in G groups of shared keys, N queries of a chunk, K window keys, S sinks, D, V.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from sinkmodel.errors import UserError
+from sinkmodel.rope import Rotary, apply, rotary_of
+
+ATTENTION = "sinkmodel_banded"
+REBASE_AFTER = 1024  # positions that fp32 RoPE is trusted with; a wider band takes what it needs
+
+
+class Band(Cache):
+    """The keys that a chunk of streaming queries sees: per layer S sinks, and the window keys of all its queries."""
+
+    def __init__(self, model: Any, rotary: Rotary, budget: int, sinks: int, chunk: int):
+        self.kind = model.config.model_type
+        self.depth = model.config.get_text_config().num_hidden_layers
+        super().__init__(layers=[BandLayer(sinks) for _ in range(self.depth)])
+        self.rotary, self.budget, self.sinks, self.window = rotary, budget, sinks, budget - sinks
+        # Positions are counted from `origin`, which moves on before they grow past what fp32 RoPE is good for; no
+        # sooner than that every key turned by the last move has left the window, so none is turned twice.
+        self.reach = max(REBASE_AFTER, self.window + chunk)
+        self.seen = self.origin = self.sink_origin = 0  # text indices
+        self.current = -1  # the layer whose keys came last, and whose attention is due
+        self.called: list[int] = []
+
+    def keep_rows(self, rows: int) -> None:
+        for layer in self.layers:
+            layer.keep_rows(rows)
+
+    def forward(self, model: Any, ids_BN: Tensor) -> Tensor:
+        """Logits [B, N, V] of the next N tokens of the stream."""
+        start, end = self.seen, self.seen + ids_BN.shape[1]
+        self._advance(start, end, ids_BN.device)
+        positions_N = torch.arange(start - self.origin, end - self.origin, device=ids_BN.device)
+        self.current, self.called = -1, []
+        token = _ACTIVE.set(self)
+        try:
+            logits_BNV = model(
+                input_ids=ids_BN, position_ids=positions_N.expand(ids_BN.shape), past_key_values=self, use_cache=True
+            ).logits
+        finally:
+            _ACTIVE.reset(token)
+        if self.called != list(range(self.depth)):
+            raise _not_ours(self.kind, f"{len(set(self.called))} of {self.depth} layers did")
+        self.seen = end
+        return logits_BNV
+
+    def _advance(self, start: int, end: int, device: torch.device) -> None:
+        """Set what all layers share for queries start … end − 1: which keys they see, and from where."""
+        if end - self.origin > self.reach and start >= self.sinks:
+            rotation = self.rotary.rotation(self.origin - start, device)
+            for layer in self.layers:
+                layer.turn(rotation)
+            self.origin = start
+        low = max(self.sinks, start - self.window + 1)  # the first window key that any of the queries sees
+        for layer in self.layers:
+            layer.drop_before(low)
+        query_N = torch.arange(start, end)
+        in_cache_N = query_N.clamp(max=self.budget - 1)
+        self.to_cache = self.rotary.rotation((in_cache_N - self.sink_origin) - (query_N - self.origin), device)
+        sink_S, window_K, t_N1 = torch.arange(min(self.sinks, end)), torch.arange(low, max(low, end)), query_N[:, None]
+        seen = torch.cat([sink_S <= t_N1, (window_K <= t_N1) & (window_K > t_N1 - self.window)], dim=1)
+        self.bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).to(device)  # [N, S + K]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.current = layer_idx
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def attend(self, q_BHND: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scale: float) -> Tensor:
+        """softmax over the sinks, seen from the query's place in the cache, and the band of the window; [B, H, N, D].
+
+        One fused attention with additive bias does both: in the columns of the sinks the key is zero and the bias is
+        the score. In fp32 for half precision too: a score rounded to bf16 would be off by 0.4 %.
+        """
+        self.called.append(self.current)
+        layer, dtype = self.layers[self.current], q_BHND.dtype
+        B, H, N, _ = q_BHND.shape
+        q_BHND, k_BGKD, v_BGKD, bias = q_BHND.float(), k_BGKD.float(), v_BGKD.float(), self.bias
+        if self.sinks:
+            k_BGSD, v_BGSD = layer.sink_keys.float(), layer.sink_values.float()
+            (G, S), K = k_BGSD.shape[1:3], k_BGKD.shape[2]
+            turned = apply(q_BHND, self.to_cache).reshape(B, G, H // G * N, -1)
+            score_BHNS = (turned @ k_BGSD.transpose(-1, -2)).view(B, H, N, S) * scale
+            bias = torch.cat([score_BHNS + bias[:, :S], bias[:, S:].expand(B, H, N, K)], dim=-1)
+            k_BGKD = torch.cat([torch.zeros_like(k_BGSD), k_BGKD], dim=2)
+            v_BGKD = torch.cat([v_BGSD, v_BGKD], dim=2)
+        shared = k_BGKD.shape[1] != H
+        out = F.scaled_dot_product_attention(q_BHND, k_BGKD, v_BGKD, attn_mask=bias, scale=scale, enable_gqa=shared)
+        return out.to(dtype)
+
+
+class BandLayer(CacheLayerMixin):
+    """One layer's keys as the model rotated them: `sink_keys` [B, G, S, D] for good, `keys` [B, G, K, D] in passing."""
+
+    is_sliding = False
+
+    def __init__(self, sinks: int):
+        super().__init__()
+        self.sinks = sinks
+        self.seen = 0
+        self.first = sinks  # text index of the oldest key in `keys`
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.sink_keys, self.sink_values = self.keys, self.values
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        sinks = min(max(0, self.sinks - self.seen), key_states.shape[2])  # how many of the new keys are sinks
+        if sinks:
+            self.sink_keys = torch.cat([self.sink_keys, key_states[:, :, :sinks]], dim=2)
+            self.sink_values = torch.cat([self.sink_values, value_states[:, :, :sinks]], dim=2)
+        self.keys = torch.cat([self.keys, key_states[:, :, sinks:]], dim=2)
+        self.values = torch.cat([self.values, value_states[:, :, sinks:]], dim=2)
+        self.seen += key_states.shape[2]
+        return self.keys, self.values
+
+    def drop_before(self, low: int) -> None:
+        if self.is_initialized and low > self.first:
+            self.keys, self.values = self.keys[:, :, low - self.first :], self.values[:, :, low - self.first :]
+            self.first = low
+
+    def turn(self, rotation: tuple[Tensor, Tensor]) -> None:
+        if self.is_initialized:
+            self.keys = apply(self.keys, rotation).to(self.keys.dtype)
+
+    def keep_rows(self, rows: int) -> None:
+        if self.is_initialized and rows < self.keys.shape[0]:
+            self.keys, self.values = self.keys[:rows], self.values[:rows]
+            self.sink_keys, self.sink_values = self.sink_keys[:rows], self.sink_values[:rows]
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 4
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        raise UserError("this model asks for an attention mask of its own; it cannot be scored as a stream")
+
+
+# ------------------------------------------------------------------------------------------ the attention function
+
+_ACTIVE: ContextVar[Band | None] = ContextVar("sinkmodel_band", default=None)
+
+# What transformers passes along and we need not look at; anything else that is set is a request we would not honour.
+HARMLESS = {
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    "position_ids", "cache_position", "position_embeddings", "is_causal", "past_key_values", "past_key_value",
+}  # fmt: skip
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer, with rotated queries and keys; returns [B, N, H, D]."""
+    band = _ACTIVE.get()
+    if band is None:
+        raise RuntimeError(f"the attention {ATTENTION!r} works inside of streaming_nll only")
+    asked = [name for name, x in kwargs.items() if name not in HARMLESS and x is not None and x is not False]
+    asked += ["attention_mask"] if attention_mask is not None else []
+    asked += ["dropout"] if dropout else []
+    if sliding_window is not None and sliding_window < band.budget:
+        raise UserError(
+            f"model type {band.kind!r} has a sliding window of {sliding_window} of its own, "
+            f"smaller than the budget of {band.budget}; choose a budget of at most {sliding_window}"
+        )
+    if asked:
+        raise UserError(f"model type {band.kind!r} asks its attention for {', '.join(asked)}, which streaming has not")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return band.attend(query, key, value, scale).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attention)  # with no mask function: transformers then makes no mask
+
+
+@contextlib.contextmanager
+def banded(model: Any) -> Iterator[Rotary]:
+    """Within the block the model uses our attention; it is as it was afterwards, whatever happens."""
+    before = model.config._attn_implementation
+    rotary = rotary_of(model)
+    model.set_attn_implementation(ATTENTION)
+    try:
+        if model.config._attn_implementation != ATTENTION:
+            raise _not_ours(model.config.model_type, "it does not know it")
+        yield rotary
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _not_ours(kind: str, what: str) -> UserError:
+    return UserError(
+        f"model type {kind!r} does not send its attention through transformers' AttentionInterface "
+        f"once in every layer ({what}), so it cannot be scored as a stream"
+    )

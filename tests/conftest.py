@@ -1,0 +1,13 @@
+"""One thread, no network, no stray accelerator: tests give the same bits on every machine."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,78 @@
+"""Starting and comparing small training runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from recipes.pretrain import main
+from recipes.training.logs import read_metrics
+
+# 41,728 parameters; 2 micro-batches a step; 40 steps × 8 rows = 1.1 epochs of the 18,000 tokens that tests.tiny prepares
+SETTINGS = {
+    "data.sequence": 64,
+    "data.workers": 0,
+    "model.layers": 2,
+    "model.hidden": 32,
+    "model.heads": 4,
+    "model.kv_heads": 4,
+    "model.ffn": 64,
+    "model.positions": 64,
+    "optimizer.lr": 3e-3,
+    "schedule.steps": 40,
+    "schedule.warmup": 0.1,
+    "schedule.min_lr": 3e-4,
+    "training.batch_tokens": 512,
+    "training.micro_rows": 4,
+    "validation.every": 10,
+    "validation.rows": 8,
+    "checkpoints.every": 7,
+    "logging.every": 5,
+    "sink.kind": "token",
+}
+CLOCK = ("tokens_per_second", "mfu")  # what no two runs have in common
+
+
+def arguments(data: Path, output: Path, **changes: object) -> list[str]:
+    """`sink-pretrain`'s options; `sink__kind="none"` changes `sink.kind`."""
+    settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    return [*words, f"--data.path={data}", f"--output={output}"]
+
+
+def train(data: Path, output: Path, **changes: object) -> Path:
+    assert main(arguments(data, output, **changes)) == 0
+    return output
+
+
+def start_process(data: Path, output: Path, **changes: object) -> subprocess.Popen:
+    """The same in a process of its own, which can be killed."""
+    command = [sys.executable, "-m", "recipes.pretrain", *arguments(data, output, **changes)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def numbers(run: Path) -> list[dict[str, str]]:
+    """Every logged number of a run, as text, to the last digit; without those of the clock."""
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in read_metrics(run / "metrics.csv")]
+
+
+def final_state(run: Path, step: int = 40) -> dict[str, torch.Tensor]:
+    """Weights, and the optimiser's moments, of a checkpoint."""
+    content = torch.load(run / "checkpoints" / f"step{step}.ckpt", weights_only=True)
+    tensors = dict(content["state_dict"])
+    for index, moments in content["optimizer_states"][0]["state"].items():
+        tensors |= {f"{index}.{name}": value for name, value in moments.items()}
+    return tensors
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: every logged number, weight and moment."""
+    assert numbers(a) == numbers(b)
+    state_a, state_b = final_state(a), final_state(b)
+    assert state_a.keys() == state_b.keys()
+    assert len(state_a) > 50
+    for name, tensor in state_a.items():
+        assert torch.equal(tensor, state_b[name]), name

@@ -1,0 +1,371 @@
+"""Guards: `sink-prepare` writes every token of every document, once, the same whatever disturbs it."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from recipes import prepare
+from recipes.config import shipped_configs
+from recipes.data import preparation, writing
+from recipes.data.pipeline import split_of
+from recipes.data.settings import PrepareConfig
+from recipes.data.shards import open_split
+from recipes.data.tokenization import text_encoder
+from recipes.prepare import join_lists
+from sinkmodel.text import read_documents
+from tests.recipes.corpus import make_text, make_texts, tree, write_lines, write_tokenizer
+
+# The command with small units, a note after each, and 5 ms a unit, so that a kill falls in the middle.
+SLOWED = """
+import functools, sys, time
+from recipes import prepare
+from recipes.data import preparation, writing
+preparation.SAVE_EVERY = 0.0
+preparation.make_units = functools.partial(preparation.make_units, size=4000)
+write = writing.FolderWriter.write
+def slow(self, encoded):
+    time.sleep(0.005)
+    write(self, encoded)
+writing.FolderWriter.write = slow
+if __name__ == "__main__":
+    sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """300 documents in two files, one of them long and one given twice, and a tokenizer."""
+    texts = [*make_texts(150, 2000), make_text(150_000, seed=5), *make_texts(149, 2000, seed=2)]
+    write_lines(tmp_path / "a.jsonl", [*texts[:200], texts[0]])
+    write_lines(tmp_path / "b.jsonl", texts[200:])
+    write_tokenizer(tmp_path / "tokenizer.json")
+    return [*texts[:200], texts[0], *texts[200:]]
+
+
+def arguments(tmp_path, output="out", *more):
+    argv = ["--input", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--output", str(tmp_path / output)]
+    argv += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1", "--shard_tokens", "20000"]
+    return [*argv, "--validation_fraction", "0.1", "--test_fraction", "0.1", *more]
+
+
+def test_every_document_is_in_its_split_once_in_order_and_ended(tmp_path, corpus):
+    assert prepare.main(arguments(tmp_path)) == 0
+    encoder = text_encoder((tmp_path / "tokenizer.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for name in ("train", "validation", "test"):
+        texts = [text for text in corpus if split_of(text[: 1 << 15], 0, 0.1, 0.1) == name]
+        ids = [encoder.encode(text, add_special_tokens=False).ids for text in texts]
+        stream = [token for document in ids for token in (*document, 0)]
+        split = open_split(tmp_path / "out", name)
+        assert (split.documents, split.tokens) == (len(texts), len(stream))
+        assert split.read(0, split.tokens).tolist() == stream
+        assert split.row_tokens is None
+        starts, before = [], 0
+        for shard in manifest["splits"][name]["shards"]:
+            offsets = np.load(tmp_path / "out" / shard["file"].replace(".bin", ".offsets.npy"))
+            assert len(offsets) == shard["documents"]
+            starts += [before + int(offset) for offset in offsets]
+            before += shard["tokens"]
+        assert starts == [0, *np.cumsum([len(document) + 1 for document in ids])[:-1].tolist()]
+        if name == "test":
+            assert list(read_documents(tmp_path / "out" / "test.jsonl")) == texts
+        if name == "train":
+            assert len(manifest["splits"][name]["shards"]) > 3
+            assert {shard["tokens"] for shard in manifest["splits"][name]["shards"][:-1]} == {20000}
+    assert not (tmp_path / "out" / "progress.json").exists()
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers_or_the_size_of_units(tmp_path, corpus, monkeypatch):
+    assert prepare.main(arguments(tmp_path, "one")) == 0
+    assert prepare.main(arguments(tmp_path, "two", "--workers", "2")) == 0
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    small = preparation.make_units
+    monkeypatch.setattr(preparation, "make_units", lambda *a: small(*a, size=3000))
+    assert prepare.main(arguments(tmp_path, "small")) == 0
+    assert tree(tmp_path / "one") == tree(tmp_path / "small")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, corpus, trained):
+    script = tmp_path / "slowed.py"
+    script.write_text(SLOWED)
+    argv = arguments(tmp_path, "killed")
+    if trained:
+        at = argv.index("--tokenizer")
+        argv[at : at + 2] = ["--vocabulary_size", "400"]
+    whole = [word if word != str(tmp_path / "killed") else str(tmp_path / "whole") for word in argv]
+    assert prepare.main(whole) == 0
+    draw = np.random.default_rng(trained)
+    places = []
+    for _ in range(60):
+        process = subprocess.Popen([sys.executable, str(script), *argv], stderr=subprocess.PIPE, text=True)
+        begun = recorded(tmp_path / "killed")
+        while process.poll() is None and recorded(tmp_path / "killed") in (begun, None):
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.15))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            places.append(recorded(tmp_path / "killed"))
+            assert not (tmp_path / "killed" / "manifest.json").exists() or places[-1] is None
+        else:
+            assert process.returncode == 0, process.stderr.read()
+            break
+    assert process.returncode == 0
+    assert len({json.dumps(place) for place in places}) >= 3  # killed at three places in the middle, at least
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
+def recorded(folder):
+    try:
+        return json.loads((folder / "progress.json").read_text())["place"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def test_workers_end_with_a_killed_parent(tmp_path, corpus):
+    script = tmp_path / "slowed.py"
+    script.write_text(SLOWED)
+    process = subprocess.Popen([sys.executable, str(script), *arguments(tmp_path)], stderr=subprocess.PIPE)
+    while recorded(tmp_path / "out") in (None, [0, None, 0]):
+        time.sleep(0.01)
+    children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    assert children
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(alive(pid) for pid in children)
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_run_again_on_a_complete_folder_it_says_so_and_touches_nothing(tmp_path, corpus, capsys):
+    assert prepare.main(arguments(tmp_path)) == 0
+    before = tree(tmp_path / "out")
+    assert prepare.main(arguments(tmp_path, "out", "--workers", "2")) == 0
+    assert "already complete" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == before
+    (tmp_path / "out" / "train-00000.bin").write_bytes(b"")
+    assert prepare.main(arguments(tmp_path)) == 2
+    assert "train-00000.bin is cut short" in capsys.readouterr().err
+
+
+def test_other_settings_or_input_on_the_same_folder_are_refused(tmp_path, corpus, capsys):
+    assert prepare.main(arguments(tmp_path)) == 0
+    before = tree(tmp_path / "out")
+    assert prepare.main(arguments(tmp_path, "out", "--seed", "1")) == 2
+    assert "was prepared with seed = 0, this command has 1" in capsys.readouterr().err
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert prepare.main(arguments(tmp_path)) == 2
+    assert "was prepared with sources" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path, corpus, capsys):
+    for name, content in (("thesis.doc", "years"), ("manifest.json", "{}"), ("progress.json", "[]")):
+        (tmp_path / f"for {name}").mkdir()
+        (tmp_path / f"for {name}" / name).write_text(content)
+        assert prepare.main(arguments(tmp_path, f"for {name}")) == 2
+        assert "already holds something else" in capsys.readouterr().err
+        assert tree(tmp_path / f"for {name}") == {name: content.encode()}
+    assert prepare.main(arguments(tmp_path, "a.jsonl")) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_two_at_once_on_one_folder_are_refused(tmp_path, corpus, capsys):
+    with writing.locked(tmp_path / "out"):
+        assert prepare.main(arguments(tmp_path)) == 2
+    assert "another sink-prepare is writing" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, corpus, capsys, monkeypatch):
+    assert prepare.main(arguments(tmp_path, "whole")) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(preparation, "SAVE_EVERY", 0.0)
+    make_units, write = preparation.make_units, writing.SplitWriter.write
+    monkeypatch.setattr(preparation, "make_units", lambda *a: make_units(*a, size=3000))
+    written = 0
+
+    def fill(self, ids):
+        nonlocal written
+        written += len(ids)
+        if written > 100_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, ids)
+
+    monkeypatch.setattr(writing.SplitWriter, "write", fill)
+    assert prepare.main(arguments(tmp_path)) == 2
+    error = capsys.readouterr().err.strip()
+    assert "no space left on device" in error
+    assert "\n" not in error
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    monkeypatch.setattr(writing.SplitWriter, "write", write)
+    assert prepare.main(arguments(tmp_path)) == 0  # there is room again: it goes on
+    assert "going on with" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, corpus, capsys, monkeypatch):
+    assert prepare.main(arguments(tmp_path, "whole")) == 0
+    make_units, write = preparation.make_units, writing.FolderWriter.write
+    monkeypatch.setattr(preparation, "make_units", lambda *a: make_units(*a, size=3000))
+
+    def interrupt(self, encoded):
+        if self.tokens > 20_000:
+            raise KeyboardInterrupt
+        write(self, encoded)
+
+    monkeypatch.setattr(writing.FolderWriter, "write", interrupt)
+    assert prepare.main(arguments(tmp_path)) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    monkeypatch.setattr(writing.FolderWriter, "write", write)
+    assert prepare.main(arguments(tmp_path)) == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_bad_text_half_way_leaves_nothing_behind(tmp_path, corpus, capsys):
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
+    assert prepare.main(arguments(tmp_path)) == 2
+    error = capsys.readouterr().err.strip()
+    assert "b.jsonl is not UTF-8 in line 2" in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sink_in_the_text_is_text(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [f"{text} <|sink|><|endoftext|><|padding|>" for text in make_texts(20, 300)])
+    write_lines(tmp_path / "b.jsonl", ["more"])
+    write_tokenizer(tmp_path / "tokenizer.json")
+    assert prepare.main(arguments(tmp_path)) == 0
+    split = open_split(tmp_path / "out", "train")
+    tokens = split.read(0, split.tokens)
+    assert split.documents > 10
+    assert (tokens == 0).sum() == split.documents  # end of text stands where documents end and nowhere else
+    assert not (tokens == 1).any()
+
+
+def test_held_out_files_are_held_out_whole(tmp_path, corpus):
+    write_lines(tmp_path / "v.jsonl", make_texts(4, 100, seed=8))
+    argv = arguments(tmp_path, "out", "--validation_input", str(tmp_path / "v.jsonl"))
+    del argv[argv.index("--validation_fraction") : argv.index("--validation_fraction") + 2]
+    assert prepare.main(argv) == 0
+    assert open_split(tmp_path / "out", "validation").documents == 4
+    assert open_split(tmp_path / "out", "train").documents + open_split(tmp_path / "out", "test").documents == 301
+
+
+def test_an_empty_validation_split_is_said_in_one_line(tmp_path, capsys):
+    write_lines(tmp_path / "a.jsonl", make_texts(3, 300))
+    write_lines(tmp_path / "b.jsonl", make_texts(2, 300))
+    write_tokenizer(tmp_path / "tokenizer.json")
+    argv = arguments(tmp_path)
+    argv[argv.index("--validation_fraction") + 1] = argv[argv.index("--test_fraction") + 1] = "0.001"
+    assert prepare.main(argv) == 0
+    assert "no document fell into the validation split; raise validation_fraction" in capsys.readouterr().err
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path, corpus):
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {f"filler {n}": n for n in range(len(content["model"]["vocab"]), 66_000)}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert prepare.main(arguments(tmp_path)) == 0
+    split = open_split(tmp_path / "out", "test")
+    assert (split.dtype, split.vocabulary) == ("uint32", 66_000)
+    assert (tmp_path / "out" / "test-00000.bin").stat().st_size == 4 * min(split.tokens, 20_000)
+    assert (split.read(0, split.tokens) == 0).sum() == split.documents
+
+
+WRONG = {
+    "no input": ([], "give either --input FILE… or --dataset NAME"),
+    "no tokenizer": (["--input", "a.txt"], "give either --tokenizer"),
+    "both": (["--input", "a.txt", "--dataset", "kjv", "--vocabulary_size", "400"], "give either --input"),
+    "tiny vocabulary": (["--input", "a.txt", "--vocabulary_size", "100"], "at least 258"),
+    "fraction": (["--input", "a.txt", "--vocabulary_size", "400", "--test_fraction", "1.5"], "test_fraction is 1.5"),
+    "nothing left": (
+        ["--input", "a.txt", "--vocabulary_size", "400", "--test_fraction", "0.5", "--validation_fraction", "0.5"],
+        "leave nothing to train on",
+    ),
+    "two validations": (
+        ["--input", "a.txt", "--vocabulary_size", "400", "--validation_fraction", "0.1", "--validation_input", "v.txt"],
+        "give one of validation_fraction, validation_input",
+    ),
+    "workers": (["--input", "a.txt", "--vocabulary_size", "400", "--workers", "0"], "workers is 0"),
+    "wrong type": (["--input", "a.txt", "--vocabulary_size", "many"], "vocabulary_size"),
+    "unknown": (["--imput", "a.txt"], "did you mean 'input'?"),
+    "missing file": (["--input", "nowhere.txt", "--vocabulary_size", "400"], "nowhere.txt does not exist"),
+    "same text": (["--input", "a.txt", "--test_input", "a.txt", "--vocabulary_size", "400"], "is given as input and"),
+    "index": (["--input", "a.idx", "--vocabulary_size", "400"], "give the --tokenizer that they were made with"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_one_line_and_make_no_folder(tmp_path, case, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(make_text(1000))
+    argv, message = WRONG[case]
+    assert prepare.main([*argv, "--output", "out"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_lists_are_given_as_people_type_them():
+    argv = ["--input", "a.txt", "b c.txt", "--seed", "3", "--input=d,e.txt", "--config", "x.yaml"]
+    assert join_lists(argv) == ["--seed", "3", "--config", "x.yaml", '--input=["a.txt", "b c.txt", "d,e.txt"]']
+
+
+@pytest.mark.parametrize("path", sorted((shipped_configs() / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_data_config_is_complete(path):
+    config = PrepareConfig(output="out", **yaml.safe_load(path.read_text()))
+    assert config.dataset
+
+
+MEASURE = """
+import functools, resource, sys
+from recipes import prepare
+from recipes.data import preparation
+preparation.PIECE = 4000
+preparation.make_units = functools.partial(preparation.make_units, size=20000)
+if __name__ == "__main__":
+    code = prepare.main(sys.argv[1:])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("kind", ["one text file", "many lines"])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE)
+    write_tokenizer(tmp_path / "tokenizer.json")
+    part = make_text(1_000_000)
+    peaks = []
+    for size in (3, 24):
+        if kind == "one text file":
+            source = tmp_path / f"{size}.txt"
+            source.write_text(part * size, encoding="utf-8")
+        else:
+            source = write_lines(tmp_path / f"{size}.jsonl", [part[i : i + 5000] for i in range(0, 10**6, 5000)] * size)
+        argv = ["--input", str(source), "--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1"]
+        argv += ["--output", str(tmp_path / f"out{size}"), "--validation_fraction", "0", "--test_fraction", "0"]
+        run = subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, check=True)
+        peaks.append([int(kilobytes) / 1024 for kilobytes in run.stdout.splitlines()[-1].split()])
+    (parent, worker), (parent_8, worker_8) = peaks
+    assert parent_8 < parent + 8, peaks  # 21 MB more text
+    assert worker_8 < worker + 8, peaks

@@ -1,0 +1,143 @@
+"""Guards: a prepared folder reads back as the tokens that went in, and damage is found before training."""
+
+import hashlib
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from recipes.data.shards import fingerprint_of, open_split
+from sinkmodel.errors import UserError
+
+SHARD = 1000
+TOKENS = 2500
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three train shards of 1,000, 1,000 and 500 tokens, ids 0 … 2,499; no test split."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    shards = []
+    for number in range(3):
+        ids = np.arange(number * SHARD, min(TOKENS, (number + 1) * SHARD), dtype="<u2")
+        file = tmp_path / f"train-{number:05d}.bin"
+        file.write_bytes(ids.tobytes())
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        shards.append({"file": file.name, "tokens": len(ids), "documents": 4, "sha256": digest})
+    empty = {"tokens": 0, "documents": 0, "row_tokens": None, "dtype": "uint16", "shards": []}
+    splits = {
+        "train": empty | {"tokens": TOKENS, "documents": 12, "shards": shards},
+        "validation": empty | {"tokens": 500, "documents": 4, "shards": shards[2:]},
+        "test": empty,
+    }
+    tokenizer = {
+        "file": "tokenizer.json",
+        "sha256": hashlib.sha256(b"{}").hexdigest(),
+        "vocabulary": 2500,
+        "eos_id": 0,
+        "pad_id": 1,
+    }
+    manifest = {
+        "format": "sinkmodel-tokens",
+        "version": 1,
+        "tokenizer": tokenizer,
+        "splits": splits,
+        "fingerprint": fingerprint_of(tokenizer["sha256"], splits),
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+def test_reading_crosses_shards_at_every_place(folder):
+    split = open_split(folder, "train")
+    assert (split.tokens, split.documents, split.row_tokens) == (TOKENS, 12, None)
+    assert (split.vocabulary, split.eos_id, split.pad_id) == (2500, 0, 1)
+    assert split.read(0, TOKENS).tolist() == list(range(TOKENS))
+    for start in (0, 1, 998, 999, 1000, 1001, 1999, 2000, 2499, 2500):
+        for length in (0, 1, 2, 1000, 1500):
+            if start + length <= TOKENS:
+                tokens = split.read(start, length)
+                assert tokens.dtype == np.int64
+                assert tokens.tolist() == list(range(start, start + length))
+    with pytest.raises(IndexError):
+        split.read(2000, 501)
+    with pytest.raises(IndexError):
+        split.read(-1, 2)
+
+
+def test_a_split_travels_to_a_worker_without_its_data(folder):
+    split = open_split(folder, "train")
+    split.read(0, TOKENS)
+    packed = pickle.dumps(split)
+    assert len(packed) < 2000  # not the 5,000 bytes of the shards
+    assert pickle.loads(packed).read(990, 20).tolist() == list(range(990, 1010))
+
+
+def alter(file):
+    content = bytearray(file.read_bytes())
+    content[10] ^= 1
+    file.write_bytes(bytes(content))
+
+
+DAMAGE = {
+    "altered": (lambda f: alter(f / "train-00001.bin"), r"train-00001.bin has been altered"),
+    "cut short": (lambda f: (f / "train-00002.bin").write_bytes(b"x" * 998), r"train-00002.bin is cut short: 998 bytes"),
+    "too long": (lambda f: (f / "train-00000.bin").write_bytes(b"x" * 2002), r"train-00000.bin is too long"),
+    "missing": (lambda f: (f / "train-00001.bin").unlink(), r"train-00001.bin is missing"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), r"has no manifest.json; prepare the folder"),
+    "broken manifest": (lambda f: (f / "manifest.json").write_text("{"), r"manifest.json is not valid JSON"),
+    "other manifest": (lambda f: (f / "manifest.json").write_text("{}"), r"does not describe token shards"),
+    "other tokenizer": (lambda f: (f / "tokenizer.json").write_text("{ }"), r"tokenizer.json is missing or not the one"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer.json is missing or not the one"),
+    "no folder": (lambda f: shutil.rmtree(f), r"is no folder"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_with_the_file_and_the_remedy(folder, damage):
+    open_split(folder, "train")
+    do, message = DAMAGE[damage]
+    do(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        open_split(folder, "train")
+    assert ";" in str(caught.value)  # what to do stands behind it
+
+
+def test_a_manifest_altered_to_fit_altered_shards_is_found(folder):
+    alter(folder / "train-00001.bin")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    digest = hashlib.sha256((folder / "train-00001.bin").read_bytes()).hexdigest()
+    manifest["splits"]["train"]["shards"][1]["sha256"] = digest
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="manifest.json has been altered"):
+        open_split(folder, "train")
+
+
+def test_sizes_alone_find_a_short_shard_but_not_an_altered_one(folder):
+    alter(folder / "train-00001.bin")
+    assert open_split(folder, "train", verify="sizes").tokens == TOKENS
+    (folder / "train-00001.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="cut short"):
+        open_split(folder, "train", verify="sizes")
+
+
+def test_a_split_that_is_not_there_names_those_that_are(folder):
+    with pytest.raises(UserError, match="has no test split; it has train, validation"):
+        open_split(folder, "test")
+
+
+def test_the_fingerprint_changes_with_every_part():
+    shard = {"file": "a", "tokens": 5, "documents": 1, "sha256": "1"}
+    entry = {"dtype": "uint16", "row_tokens": None, "shards": [shard]}
+    prints = {
+        fingerprint_of("t", {"train": entry}),
+        fingerprint_of("u", {"train": entry}),
+        fingerprint_of("t", {"validation": entry}),
+        fingerprint_of("t", {"train": entry | {"dtype": "uint32"}}),
+        fingerprint_of("t", {"train": entry | {"row_tokens": 5}}),
+        fingerprint_of("t", {"train": entry | {"shards": [shard | {"sha256": "2"}]}}),
+        fingerprint_of("t", {"train": entry | {"shards": [shard, shard]}}),
+    }
+    assert len(prints) == 7
