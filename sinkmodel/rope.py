@@ -93,5 +93,12 @@ def _keys_at(model: Any, offset: int) -> list[Tensor]:
     rows = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(1, PROBE_TOKENS + 1, device=model.device) * 7 % rows).unsqueeze(0)
     positions = torch.arange(offset, offset + PROBE_TOKENS, device=model.device).unsqueeze(0)
-    model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return [layer.keys for layer in cache.layers]
+    kind = model.config.model_type
+    try:
+        model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        keys = [layer.keys for layer in cache.layers]
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:  # state-space layers and the like
+        raise UserError(f"model type {kind!r} does not run with a plain cache of keys and values: {error}") from None
+    if not keys or any(key is None for key in keys):
+        raise UserError(f"model type {kind!r} does not keep keys in transformers' cache, so it cannot be streamed")
+    return keys

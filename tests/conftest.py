@@ -11,3 +11,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

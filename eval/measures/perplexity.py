@@ -272,8 +272,7 @@ def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dic
             f"{row['peak_bytes'] / 2**20:,.0f}",
         )
     console = Console()
-    if not console.is_terminal:
-        console.width = 140  # a file is as wide as it takes
+    console.width = max(console.width, 140)  # rather lines that wrap than columns that are cut off
     console.print(table)
 
 

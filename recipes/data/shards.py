@@ -138,7 +138,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder / MANIFEST} does not describe token shards; give a folder made by sink-prepare")
     if manifest.get("version") != VERSION:
-        raise UserError(f"{folder / MANIFEST} has version {manifest.get('version')}, this program reads {VERSION}; {AGAIN}")
+        raise UserError(
+            f"{folder / MANIFEST} has version {manifest.get('version')}, this program reads {VERSION}; {AGAIN}"
+        )
     if not {"splits", "tokenizer", "fingerprint"} <= manifest.keys():
         raise UserError(f"{folder / MANIFEST} has been altered: a part of it is missing; {AGAIN}")
     return manifest

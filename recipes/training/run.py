@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import uuid
 import warnings
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,11 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from recipes.config import dump_config, flatten
+from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
 from recipes.data.shards import TokenSplit, open_split, read_manifest
 from recipes.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
 from recipes.training.interrupt import StopOnSignal
 from recipes.training.logs import MetricsFile
 from recipes.training.metrics import Metrics
@@ -28,17 +26,13 @@ from recipes.training.progress import Progress
 from recipes.training.settings import PretrainConfig
 from recipes.training.throughput import flops_per_token, peak_flops
 from recipes.training.validation import Validation
-from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, find_checkpoint, read_checkpoint, weights_of
+from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import atomic_file, write_json
+from sinkmodel.files import write_json
 from sinkmodel.models import build_model, count_parameters
 from sinkmodel.sinks import padded_vocabulary, write_sink
 from sinkmodel.tokenizer import TextTokenizer
-
-# Keys that a resumed run may change: they say where and how it runs, not what is computed.
-FREE_TO_CHANGE = ("output", "resume", "data.path", "data.workers", "data.verify", "training.device", "training.threads")
-FREE_GROUPS = ("checkpoints.", "logging.")
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -47,12 +41,13 @@ def pretrain(config: PretrainConfig) -> int:
     Raises UserError for a config, data or run folder that do not fit each other, before anything is written.
     """
     run = Path(config.output)
+    device = _device(config.training.device)
     train, validation = _open_data(config)
     text = TextTokenizer.from_file(train.tokenizer_file, train.eos_id, train.pad_id)
     rows = _vocabulary_rows(config, text.vocabulary)
     plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, ranks=1)
-    _check_folder(run, config)
-    start = _starting_point(run, config)
+    check_folder(run, config)
+    start = starting_point(run, config)
     steps = config.schedule.steps
     if start is not None and start.name == f"step{steps}.ckpt" and start.parent.parent == run:
         say(f"{run} is complete: {steps} of {steps} steps; export it with: sink-export --checkpoint {run} --output DIR")
@@ -76,8 +71,8 @@ def pretrain(config: PretrainConfig) -> int:
         workers=config.data.workers,
     )
     if start is not None:
-        _check_checkpoint(start, model, datamodule, config)
-    provenance = _provenance(config, train)
+        check_checkpoint(start, model, datamodule, config.sink)
+    provenance = provenance_of(config, train)
     module = SinkLanguageModel(
         model,
         config.sink.tokens,
@@ -89,8 +84,8 @@ def pretrain(config: PretrainConfig) -> int:
         head_chunk=config.training.head_chunk,
         compile_model=config.training.compile,
     )
-    _write_folder(run, config)
-    trainer, stop = _build_trainer(run, config, plan, module, start)
+    write_folder(run, config)
+    trainer, stop = _build_trainer(run, config, device, plan, module, start)
     _introduce(run, config, model, train, plan, start)
     trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
     if stop.received is not None and trainer.global_step < steps:
@@ -110,6 +105,14 @@ def _open_data(config: PretrainConfig) -> tuple[TokenSplit, TokenSplit | None]:
     return train, None
 
 
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.device is cuda, but torch sees no GPU; choose auto or cpu")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
 def _vocabulary_rows(config: PretrainConfig, vocabulary: int) -> int:
     rows = config.model.vocabulary or padded_vocabulary(vocabulary)
     if vocabulary + config.sink.tokens > rows:
@@ -121,62 +124,9 @@ def _vocabulary_rows(config: PretrainConfig, vocabulary: int) -> int:
     return rows
 
 
-def _check_folder(run: Path, config: PretrainConfig) -> None:
-    """Raises UserError where the folder holds another run, or something else."""
-    if not run.exists():
-        return
-    saved = run / "config.yaml"
-    if not run.is_dir() or (not saved.exists() and any(run.iterdir())):
-        raise UserError(f"{run} already holds something else; choose another --output or remove it")
-    if not saved.exists():
-        return
-    before, now = flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
-    for key in sorted(before.keys() | now.keys()):
-        if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS):
-            continue
-        if before.get(key) != now.get(key):
-            raise UserError(
-                f"{run} holds a run with {key} = {before.get(key)}, this one has {now.get(key)}; "
-                f"resume with --{key} {before.get(key)}, or choose another --output"
-            )
-
-
-def _starting_point(run: Path, config: PretrainConfig) -> Path | None:
-    """The run's own newest checkpoint; else the one that `resume` names; else None."""
-    own = checkpoint_steps(run)
-    if own:
-        return own[max(own)]
-    return None if config.resume == "auto" else find_checkpoint(Path(config.resume))
-
-
-def _check_checkpoint(
-    path: Path, model: torch.nn.Module, datamodule: TextDataModule, config: PretrainConfig
-) -> None:
-    """Raises UserError where the checkpoint has another sink, shape, data or order; Lightning would find out later."""
-    checkpoint = read_checkpoint(path)
-    sink = Recipe.from_dict(checkpoint["recipe"]).sink
-    if sink != config.sink:
-        raise UserError(f"{path} was trained with {sink}, this run has {config.sink}; use the config of its run")
-    check_shapes(weights_of(checkpoint), model, path)
-    datamodule.load_state_dict(checkpoint["TextDataModule"])
-
-
-def _write_folder(run: Path, config: PretrainConfig) -> None:
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for left_over in run.rglob(".*.part"):  # what a kill left half-written
-        left_over.unlink()
-    with atomic_file(run / "config.yaml") as aside:
-        aside.write_text(dump_config(config), encoding="utf-8")
-
-
 def _build_trainer(
-    run: Path, config: PretrainConfig, plan: BatchPlan, module: SinkLanguageModel, start: Path | None
+    run: Path, config: PretrainConfig, device: str, plan: BatchPlan, module: SinkLanguageModel, start: Path | None
 ) -> tuple[Trainer, StopOnSignal]:
-    device = config.training.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device is cuda, but torch sees no GPU; choose auto or cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = config.training.precision
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
@@ -247,29 +197,6 @@ def _build_loggers(run: Path, config: PretrainConfig, step: int) -> list[Logger]
             )
         )
     return loggers
-
-
-def _provenance(config: PretrainConfig, train: TokenSplit) -> dict[str, Any]:
-    return {
-        "config": asdict(config),
-        "data": {"fingerprint": train.fingerprint, "train_tokens": train.tokens},
-        "git_commit": _git_commit(),
-        "versions": {name: version(name) for name in ("sinkmodel", "torch", "transformers", "lightning")},
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that runs, `+` behind it where files differ; None outside of one."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed.strip() else "")
 
 
 def _introduce(

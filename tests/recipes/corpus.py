@@ -8,11 +8,12 @@ from pathlib import Path
 
 from recipes.data.tokenization import train_vocabulary
 
-WORDS = (
+SENTENCES = (
     "the king said unto them that day and it came to pass when all people heard his voice they went out into "
     "a great city where water stood by seven gates because John's house was built there, not far from Érd. 1,024 men "
-    "(some old; some young) waited\n for what?\n\n \"Who knows!\"  he'd say… 天地 and naïve"
-).split(" ")
+    '(some old; some young) waited\n for what?\n\n "Who knows!"  he\'d say… 天地 and naïve'
+)
+WORDS = [*SENTENCES.split(" "), "    indented", "  "]  # runs of blanks, which a cut must not divide
 
 
 def make_text(characters: int, seed: int = 0) -> str:

@@ -23,7 +23,9 @@ def write_pair(folder, parts=1, code=8, dtype="<u2", ids=None, lengths=None):
     lengths = np.full(ROWS, ROW) if lengths is None else np.asarray(lengths)
     places = np.concatenate([[0], np.cumsum(lengths)[:-1]]) * itemsize
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, ROWS, ROWS + 1)
-    tail = lengths.astype("<i4").tobytes() + places.astype("<i8").tobytes() + np.arange(ROWS + 1).astype("<i8").tobytes()
+    tail = (
+        lengths.astype("<i4").tobytes() + places.astype("<i8").tobytes() + np.arange(ROWS + 1).astype("<i8").tobytes()
+    )
     (folder / "document.idx").write_bytes(header + tail)
     if parts == 1:
         (folder / "document.bin").write_bytes(content)

@@ -62,7 +62,9 @@ def test_a_tokenizer_that_adds_a_space_is_never_cut():
     prepending.normalizer = normalizers.Prepend("_")  # as Llama 2's
     assert not cuts_exactly(prepending.to_str())
     across = Tokenizer(models.BPE())  # no pre-tokenizer: its merges run across spaces
-    across.train_from_iterator(["one of the best of the "] * 50, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    across.train_from_iterator(
+        ["one of the best of the "] * 50, trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    )
     assert not cuts_exactly(across.to_str())
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_or_the_size_of_units(t
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, corpus, trained):
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, corpus, trained, capsys):
     script = tmp_path / "slowed.py"
     script.write_text(SLOWED)
     argv = arguments(tmp_path, "killed")
@@ -105,21 +106,19 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, corpus, tr
     assert prepare.main(whole) == 0
     draw = np.random.default_rng(trained)
     places = []
-    for _ in range(60):
+    for _ in range(4):
         process = subprocess.Popen([sys.executable, str(script), *argv], stderr=subprocess.PIPE, text=True)
         begun = recorded(tmp_path / "killed")
         while process.poll() is None and recorded(tmp_path / "killed") in (begun, None):
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.15))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            places.append(recorded(tmp_path / "killed"))
-            assert not (tmp_path / "killed" / "manifest.json").exists() or places[-1] is None
-        else:
-            assert process.returncode == 0, process.stderr.read()
-            break
-    assert process.returncode == 0
+        time.sleep(draw.uniform(0, 0.3))
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        places.append(recorded(tmp_path / "killed"))
+        assert not (tmp_path / "killed" / "manifest.json").exists()
+    assert prepare.main(argv) == 0
+    assert "going on with" in capsys.readouterr().err
     assert len({json.dumps(place) for place in places}) >= 3  # killed at three places in the middle, at least
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
@@ -137,7 +136,7 @@ def test_workers_end_with_a_killed_parent(tmp_path, corpus):
     process = subprocess.Popen([sys.executable, str(script), *arguments(tmp_path)], stderr=subprocess.PIPE)
     while recorded(tmp_path / "out") in (None, [0, None, 0]):
         time.sleep(0.01)
-    children = [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert children
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -149,7 +148,7 @@ def test_workers_end_with_a_killed_parent(tmp_path, corpus):
 
 def alive(pid):
     try:
-        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
@@ -199,7 +198,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, corpus, caps
     capsys.readouterr()
     monkeypatch.setattr(preparation, "SAVE_EVERY", 0.0)
     make_units, write = preparation.make_units, writing.SplitWriter.write
-    monkeypatch.setattr(preparation, "make_units", lambda *a: make_units(*a, size=3000))
+    monkeypatch.setattr(preparation, "make_units", lambda *a: make_units(*a, size=30_000))
     written = 0
 
     def fill(self, ids):
@@ -306,7 +305,7 @@ WRONG = {
     ),
     "workers": (["--input", "a.txt", "--vocabulary_size", "400", "--workers", "0"], "workers is 0"),
     "wrong type": (["--input", "a.txt", "--vocabulary_size", "many"], "vocabulary_size"),
-    "unknown": (["--imput", "a.txt"], "did you mean 'input'?"),
+    "unknown": (["--imput", "a.txt"], "did you mean '--input'?"),
     "missing file": (["--input", "nowhere.txt", "--vocabulary_size", "400"], "nowhere.txt does not exist"),
     "same text": (["--input", "a.txt", "--test_input", "a.txt", "--vocabulary_size", "400"], "is given as input and"),
     "index": (["--input", "a.idx", "--vocabulary_size", "400"], "give the --tokenizer that they were made with"),
@@ -344,7 +343,9 @@ preparation.PIECE = 4000
 preparation.make_units = functools.partial(preparation.make_units, size=20000)
 if __name__ == "__main__":
     code = prepare.main(sys.argv[1:])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    # not ru_maxrss of the process itself, which counts what it was forked from
+    own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+    print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
     sys.exit(code)
 """
 
@@ -356,7 +357,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
     write_tokenizer(tmp_path / "tokenizer.json")
     part = make_text(1_000_000)
     peaks = []
-    for size in (3, 24):
+    for size in (3, 15):
         if kind == "one text file":
             source = tmp_path / f"{size}.txt"
             source.write_text(part * size, encoding="utf-8")
@@ -366,6 +367,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
         argv += ["--output", str(tmp_path / f"out{size}"), "--validation_fraction", "0", "--test_fraction", "0"]
         run = subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, check=True)
         peaks.append([int(kilobytes) / 1024 for kilobytes in run.stdout.splitlines()[-1].split()])
-    (parent, worker), (parent_8, worker_8) = peaks
-    assert parent_8 < parent + 8, peaks  # 21 MB more text
-    assert worker_8 < worker + 8, peaks
+    (parent, worker), (parent_5, worker_5) = peaks
+    assert 20 < parent_5 < parent + 6, peaks  # 12 MB more text
+    assert 20 < worker_5 < worker + 6, peaks

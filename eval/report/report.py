@@ -1,0 +1,87 @@
+"""`sink-eval report`: the loss curves of runs and their perplexity by position, as one picture with its numbers."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.files import atomic_folder, read_json
+
+DESCRIPTION = "Draw the loss curves of training runs and the perplexity by position that `sink-eval ppl` measured."
+EXAMPLE = "sink-eval report --runs runs/vanilla runs/sink --ppl vanilla.json sink.json --output runs/report"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="RUN", help="folders of sink-pretrain")
+    parser.add_argument(
+        "--ppl", nargs="+", type=Path, default=[], metavar="FILE", help="what sink-eval ppl --json wrote"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write `report.png`, `loss.csv` and `positions.csv`. Raises UserError for a file that is not what it should be."""
+    if not options.runs and not options.ppl:
+        raise UserError("nothing to draw; give --runs, --ppl or both")
+    curves = {run.name: read_losses(run) for run in options.runs}
+    measured = [read_ppl(file) for file in options.ppl]
+    from eval.report.plots import draw
+
+    with atomic_folder(options.output) as folder:
+        if curves:
+            write_csv(
+                folder / "loss.csv",
+                ["run", "step", "tokens", "twin_loss", "val_loss"],
+                [[name, *point] for name, points in curves.items() for point in points],
+            )
+        if measured:
+            write_csv(
+                folder / "positions.csv",
+                ["model", "policy", "sinks", "window", "first", "last", "nll"],
+                [
+                    [content["model"], row["policy"], row["sinks"], row["window"], *bin_]
+                    for content in measured
+                    for row in content["rows"]
+                    for bin_ in row["by_position"]
+                ],
+            )
+        draw(folder / "report.png", curves, measured)
+    say(f"wrote {options.output / 'report.png'}")
+
+
+Point = tuple[int, int, float | None, float | None]  # step, tokens, twin_loss, val_loss
+
+
+def read_losses(run: Path) -> list[Point]:
+    """The losses that twins share, of a run's metrics.csv: training, and validation where it was measured."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        raise UserError(f"{run} has no metrics.csv; give the folder of a run of sink-pretrain")
+    points: list[Point] = []
+    with path.open(encoding="utf-8", newline="") as file:
+        tokens_per_step = 0.0
+        for row in csv.DictReader(file):
+            step = int(row["step"])
+            if row["tokens"]:
+                tokens_per_step = int(row["tokens"]) / step
+            loss, val_loss = (float(row[key]) if row[key] else None for key in ("twin_loss", "val_loss"))
+            points.append((step, round(step * tokens_per_step), loss, val_loss))
+    return points
+
+
+def read_ppl(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("command") != "ppl":
+        raise UserError(f"{path} is not a result of sink-eval ppl --json")
+    return content
+
+
+def write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,94 @@
+"""The run folder: config.yaml, metrics.csv, checkpoints/; what may go on in it, and where a run goes on."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from recipes.config import dump_config, flatten
+from recipes.data.datamodule import TextDataModule
+from recipes.data.shards import TokenSplit
+from recipes.training.settings import PretrainConfig
+from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, find_checkpoint, read_checkpoint, weights_of
+from sinkmodel.errors import UserError
+from sinkmodel.files import atomic_file
+from sinkmodel.sinks import SinkConfig
+
+# Keys that a resumed run may change: they say where and how it runs, not what is computed.
+FREE_TO_CHANGE = ("output", "resume", "data.path", "data.workers", "data.verify", "training.device", "training.threads")
+FREE_GROUPS = ("checkpoints.", "logging.")
+
+
+def check_folder(run: Path, config: PretrainConfig) -> None:
+    """Raises UserError where the folder holds another run, or something else."""
+    if not run.exists():
+        return
+    saved = run / "config.yaml"
+    if not run.is_dir() or (not saved.exists() and any(run.iterdir())):
+        raise UserError(f"{run} already holds something else; choose another --output or remove it")
+    if not saved.exists():
+        return
+    before, now = flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
+    for key in sorted(before.keys() | now.keys()):
+        if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS):
+            continue
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{run} holds a run with {key} = {before.get(key)}, this one has {now.get(key)}; "
+                f"resume with --{key} {before.get(key)}, or choose another --output"
+            )
+
+
+def starting_point(run: Path, config: PretrainConfig) -> Path | None:
+    """The run's own newest checkpoint; else the one that `resume` names; else None."""
+    own = checkpoint_steps(run)
+    if own:
+        return own[max(own)]
+    return None if config.resume == "auto" else find_checkpoint(Path(config.resume))
+
+
+def check_checkpoint(path: Path, model: torch.nn.Module, datamodule: TextDataModule, wanted: SinkConfig) -> None:
+    """Raises UserError where the checkpoint has another sink, shape, data or order; Lightning would find out later."""
+    checkpoint = read_checkpoint(path)
+    sink = Recipe.from_dict(checkpoint["recipe"]).sink
+    if sink != wanted:
+        raise UserError(f"{path} was trained with {sink}, this run has {wanted}; use the config of its run")
+    check_shapes(weights_of(checkpoint), model, path)
+    datamodule.load_state_dict(checkpoint["TextDataModule"])
+
+
+def write_folder(run: Path, config: PretrainConfig) -> None:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for left_over in run.rglob(".*.part"):  # what a kill left half-written
+        left_over.unlink()
+    with atomic_file(run / "config.yaml") as aside:
+        aside.write_text(dump_config(config), encoding="utf-8")
+
+
+def provenance_of(config: PretrainConfig, train: TokenSplit) -> dict[str, Any]:
+    return {
+        "config": asdict(config),
+        "data": {"fingerprint": train.fingerprint, "train_tokens": train.tokens},
+        "git_commit": _git_commit(),
+        "versions": {name: version(name) for name in ("sinkmodel", "torch", "transformers", "lightning")},
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that runs, `+` behind it where files differ; None outside of one."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed.strip() else "")
