@@ -85,7 +85,7 @@ $(DEMO)/models/%/config.json: $(DEMO)/%/done
 
 $(DEMO)/ppl/%.json: $(DEMO)/models/%/config.json
 	@mkdir -p $(DEMO)/ppl
-	$(BIN)/sink-eval ppl --model $(DEMO)/models/$* $(STREAM) --budget 128 --tokens 4096 --beyond-context --json $@
+	$(BIN)/sink-eval ppl --model $(DEMO)/models/$* $(STREAM) --budget 128 --tokens 4096 --json $@
 
 # A real model, 135M parameters, from a wheel: it has grown a sink of its own on its first token.
 $(DEMO)/ppl/smollm2.json: $(DEMO)/data/manifest.json

@@ -57,7 +57,7 @@ def command(name: str) -> Callable:
                 )
                 return 2
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
                     raise
                 where = f" at {error.filename}" if error.filename else ""
                 print(

@@ -13,17 +13,15 @@ from sinkmodel.errors import UserError
 class OneLineParser(argparse.ArgumentParser):
     """Raises UserError where argparse would print its usage and exit; options are never abbreviated."""
 
-    def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=formatter_class, **kwargs)
+    def __init__(self, prog: str, description: str, epilog: str):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=layout)
 
     def parse_known_args(self, args=None, namespace=None):
         """A mistyped option is named before anything that is missing because of it."""
         words = list(sys.argv[1:] if args is None else args)
-        commands = {name for action in self._actions if isinstance(action.choices, dict) for name in action.choices}
         known = [option for action in self._actions for option in action.option_strings]
         for word in words:
-            if word in commands:  # what follows is for that command's own parser
-                break
             option = word.partition("=")[0]
             if option.startswith("--") and option != "--" and option not in known:
                 close = difflib.get_close_matches(option, known, n=1)

@@ -76,7 +76,7 @@ def prepared(folder: Path, train_words: int = 4000, validation_words: int = 800)
     (folder / "tokenizer.json").write_text(text.definition, encoding="utf-8")
     splits = {}
     for name, count in (("train", train_words), ("validation", validation_words), ("test", 0)):
-        ids = np.array(backend.encode(words(count, seed=len(name))).ids + [0] if count else [], dtype="<u2")
+        ids = np.array([*backend.encode(words(count, seed=len(name))).ids, 0] if count else [], dtype="<u2")
         shards = []
         if count:
             (folder / f"{name}-00000.bin").write_bytes(ids.tobytes())

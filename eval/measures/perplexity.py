@@ -65,9 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument(
-        "--beyond-context", action="store_true", help="let dense go past the positions that the model was made for"
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
 
 
@@ -87,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     finally:
         patience.cancel()
     texts, documents = read_texts(loaded, options.text, options.budget, options.tokens, options.documents)
-    _check_positions(loaded, documents, policies, options.beyond_context)
+    _check_positions(loaded, documents, options.budget, policies)
     rows = [
         measure(loaded, documents, policy, options.budget, options.chunk, f"{i}/{len(policies)} {policy.label}")
         for i, policy in enumerate(policies, 1)
@@ -178,23 +175,22 @@ def _check_files(options: argparse.Namespace) -> None:
             raise UserError(f"--json {options.json}: the folder {folder} cannot be written; choose another")
 
 
-def _check_positions(
-    loaded: LoadedModel, documents: list[list[int]], policies: list[Policy], beyond_context: bool
-) -> None:
+def _check_positions(loaded: LoadedModel, documents: list[list[int]], budget: int, policies: list[Policy]) -> None:
+    """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one."""
     positions = loaded.positions
-    if positions is None or beyond_context:
+    if positions is None:
         return
     longest = max(len(ids) for ids in documents) - 1  # the last token is predicted, never fed
-    for policy in policies:
-        needed = longest if policy.budget is None else min(longest, policy.budget)
-        if needed > positions:
-            remedy = (
-                f"--tokens {positions - len(loaded.sink_ids)}" if policy.budget is None else f"--budget {positions}"
-            )
-            raise UserError(
-                f"{policy.label} takes {needed} positions and {loaded.name} was made for {positions}; "
-                f"use {remedy}, or --beyond-context to see what happens there"
-            )
+    if any(policy.budget for policy in policies) and min(longest, budget) > positions:
+        raise UserError(
+            f"--budget {budget} takes {min(longest, budget)} positions and {loaded.name} was made for {positions}; "
+            f"use --budget {positions} or less"
+        )
+    if longest > positions and Policy("dense") in policies:
+        say(
+            f"dense goes on to place {longest - 1}, and {loaded.name} was made for {positions} positions: "
+            f"its row shows what happens beyond them (--tokens {positions - len(loaded.sink_ids) + 1} stays within)"
+        )
 
 
 # --------------------------------------------------------------------------------------------------- what is measured
@@ -205,6 +201,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table; its keys are those of the JSON in design.md, "Commands"."""
     sinks = len(loaded.sink_ids)
+    longest = max(len(ids) for ids in documents) - 1
     memory = PeakMemory(loaded.model.device)
     progress = Progress(label, sum(len(ids) - 1 for ids in documents))
     started = time.perf_counter()
@@ -221,7 +218,7 @@ def measure(
         "sinks": policy.sinks,
         "window": policy.window,
         "budget": policy.budget,
-        "keys_seen": policy.keys_seen,
+        "keys_seen": min(longest, policy.budget or longest),
         "documents": len(documents),
         "tokens": sum(map(len, scored)),
         "tokens_after_overflow": sum(map(len, after)),

@@ -5,7 +5,7 @@
     sink    S+W    the first S keys, kept for good, and the W = C − S latest, placed right behind them
 
 All three are settings of the two scorers of `sinkmodel.scoring`. A policy that looks at attention before it evicts
-(issue 3 and later) gets a file of its own here, with the same three things: a row, a `keys_seen`, a `score`.
+(issue 3 and later) gets a file of its own here, with the same two things: a label, and a `score`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,6 @@ class Policy:
     @property
     def window(self) -> int | None:
         return None if self.budget is None else self.budget - self.sinks
-
-    @property
-    def keys_seen(self) -> int | str:
-        """How many keys a query sees once the cache is full."""
-        return "all" if self.budget is None else self.budget
 
     @property
     def label(self) -> str:

@@ -46,7 +46,9 @@ class CheckpointSettings:
 
     def stays(self, step: int) -> bool:
         """Whether the checkpoint of this step is kept for good."""
-        return (self.early and step in PYTHIA_EARLY) or (self.keep_every > 0 and step and step % self.keep_every == 0)
+        return (self.early and step in PYTHIA_EARLY) or (
+            self.keep_every > 0 and step > 0 and step % self.keep_every == 0
+        )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -38,8 +38,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scored_N = targets_N != IGNORE
         count = scored_N.sum().clamp(min=1)  # stays on the device: no sync
         nll_N = torch.empty(targets_N.shape, dtype=torch.float32, device=hidden_ND.device)
-        grad_hidden_ND = torch.empty_like(hidden_ND) if wants_gradient else None
-        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_gradient else None
+        grad_hidden_ND = torch.empty_like(hidden_ND if wants_gradient else hidden_ND[:0])
+        grad_head_VD = torch.zeros_like(head_VD if wants_gradient else head_VD[:0], dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             weight_VD = head_VD.to(dtype)
             for start in range(0, len(targets_N), chunk):

@@ -35,11 +35,9 @@ class Metrics(Callback):
     def __init__(self, run: Path, every: int, tokens_per_step: int, flops_per_token: float, peak_flops: float):
         self.run, self.every, self.tokens_per_step = run, every, tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.loss_sum: torch.Tensor | None = None
-        self.twin_sum: torch.Tensor | None = None
+        self.loss_sum, self.twin_sum = torch.zeros(()), torch.zeros(())
         self.micro_batches = 0
-        self.clock: float | None = None
-        self.clock_step = 0
+        self.clock, self.clock_step = 0.0, 0
         self.latest: dict[str, float] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -50,9 +48,7 @@ class Metrics(Callback):
         self.micro_batches = state_dict["micro_batches"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        device = pl_module.device
-        self.loss_sum = torch.zeros((), device=device) if self.loss_sum is None else self.loss_sum.to(device)
-        self.twin_sum = torch.zeros((), device=device) if self.twin_sum is None else self.twin_sum.to(device)
+        self.loss_sum, self.twin_sum = self.loss_sum.to(pl_module.device), self.twin_sum.to(pl_module.device)
         self.clock, self.clock_step = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
@@ -94,5 +90,4 @@ class Metrics(Callback):
 
     def exclude(self, seconds: float) -> None:
         """Leave time that was not spent on training out of the throughput."""
-        assert self.clock is not None
         self.clock += seconds

@@ -65,7 +65,7 @@ def test_rows_are_the_means_of_a_stream_fed_token_by_token(runs, book, tmp_path,
     ids = loaded.sink_ids + encode(loaded, book.read_text())[:TOKENS]
     assert len(loaded.sink_ids) == sink_tokens == sum(token >= tiny.tokenizer().vocabulary for token in ids)
     assert [(row["policy"], row["sinks"], row["window"], row["keys_seen"]) for row in result["rows"]] == [
-        ("dense", 0, None, "all"),
+        ("dense", 0, None, TOKENS + sink_tokens - 1),
         ("window", 0, BUDGET, BUDGET),
         ("sink", 1, BUDGET - 1, BUDGET),
         ("sink", 3, BUDGET - 3, BUDGET),
@@ -114,17 +114,27 @@ def test_documents_of_all_files_are_pooled(runs, book, tmp_path, capsys):
 
 def test_tokens_beyond_the_text_are_said_once_and_nothing_after_overflow_is_null(runs, tmp_path, capsys):
     text = tmp_path / "a.txt"
-    text.write_text(tiny.words(60))
+    text.write_text(tiny.words(30))
     run = runs["gpt_neox", 0]
     count = len(encode(load_model(str(run)), text.read_text()))
     code, _, err = ppl(capsys, "--model", run, "--text", text, "--budget", count, "--tokens", count + 5,
-                         "--sinks", 0, 1, "--json", tmp_path / "o.json", "--beyond-context")  # fmt: skip
+                         "--sinks", 0, 1, "--json", tmp_path / "o.json")  # fmt: skip
     assert code == 0
     assert err.count(f"fewer than --tokens {count + 5}") == 1
     for row in json.loads((tmp_path / "o.json").read_text())["rows"]:
         assert row["tokens"] == count - 1
         assert [row[key] for key in ("nll_after_overflow", "ppl_after_overflow", "stderr_after_overflow")] == [None] * 3
         assert row["stderr"] is None, "one block has no spread"
+
+
+def test_dense_beyond_the_positions_is_a_row_and_is_said(runs, book, tmp_path, capsys):
+    arguments = ["--model", runs["llama", 0], "--text", book, "--budget", BUDGET, "--policies", "dense"]
+    code, _, err = ppl(capsys, *arguments, "--tokens", 140, "--json", tmp_path / "o.json")
+    assert code == 0
+    assert "was made for 128 positions" in err
+    assert "--tokens 129 stays within" in err
+    assert json.loads((tmp_path / "o.json").read_text())["rows"][0]["tokens"] == 139
+    assert "positions" not in ppl(capsys, *arguments, "--tokens", 129)[2]
 
 
 # ------------------------------------------------------------------------------------------------- rows and numbers
@@ -188,11 +198,7 @@ def bad(tmp_path):
         (["--model", "BAD/folder"], "no config.json"),
         (["--json", "BAD/none/out.json"], "none does not exist"),
         (["--json", "BAD/folder"], "is a folder"),
-        (
-            ["--policies", "dense", "--tokens", 130],
-            "dense takes 129 positions and .* was made for 128; use --tokens 128",
-        ),
-        (["--budget", 129, "--sinks", 1, "--tokens", 140], "sink 1.128 takes 129 positions"),
+        (["--budget", 129, "--sinks", 1, "--tokens", 140], "--budget 129 takes 129 positions .* use --budget 128"),
         (["--policies", "snapkv"], "snapkv"),
         (["--dtype", "int3"], "int3"),
         (["--budgt", 4], "unknown option --budgt; did you mean --budget?"),

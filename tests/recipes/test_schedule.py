@@ -38,7 +38,7 @@ def test_cosine_against_gpt_neox_line_by_line():
         m -= warmup
         return max(start / 2.0 * (math.cos(math.pi * m / end) + 1), floor)
 
-    for n in range(0, 100):
+    for n in range(100):
         assert cosine(n, 1e-3, 1e-4, 10, 100) == pytest.approx(neox(n, 1e-3, 1e-4, 10, 100), rel=1e-12)
 
 

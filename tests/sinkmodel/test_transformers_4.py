@@ -1,6 +1,6 @@
 """Guards: an export loads in transformers 4.57 too, with nothing of ours installed, and computes the same.
 
-The interpreter of an environment with torch and transformers 4.57 alone comes in TRANSFORMERS_4, which `make test` sets.
+TRANSFORMERS_4 names the Python of an environment with torch and transformers 4.57 alone; `make test` makes and sets it.
 """
 
 from __future__ import annotations
