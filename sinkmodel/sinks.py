@@ -13,7 +13,7 @@ RESERVED_ROWS = 16  # vocabulary rows kept free of text in every model, so that 
 
 @dataclass(frozen=True)
 class SinkConfig:
-    """`none`: a vanilla model. `token`: `count` trainable tokens in front of every sample (StreamingLLM, section 3.3)."""
+    """`none`: a vanilla model. `token`: `count` trainable tokens in front of every sample (StreamingLLM, 3.3)."""
 
     kind: str = "none"
     count: int = 1

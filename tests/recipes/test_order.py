@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from recipes.data.order import permuted, row_at
@@ -26,7 +28,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 def test_order_is_not_nearly_sorted():
     order = [permuted(n, 4096, 3, 0) for n in range(4096)]
-    rises = sum(b > a for a, b in zip(order, order[1:]))
+    rises = sum(b > a for a, b in itertools.pairwise(order))
     assert 1900 < rises < 2200, "a random order rises in half of its places"
     assert sum(abs(a - n) for n, a in enumerate(order)) / 4096 == pytest.approx(4096 / 3, rel=0.1)
 
