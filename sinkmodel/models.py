@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from sinkmodel.errors import UserError
+from sinkmodel.shapes import ModelShape
 
 # Weights that write into the residual stream; their initial std falls with depth.
 RESIDUAL_OUTPUTS = (
@@ -18,47 +17,6 @@ RESIDUAL_OUTPUTS = (
     "self_attn.o_proj.weight",
     "mlp.down_proj.weight",
 )
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a decoder. The defaults are Pythia-160M's (EleutherAI/pythia, models/160M/pythia-160m.yml).
-
-    Args:
-        architecture: `gpt_neox` (parallel residual, LayerNorm, biases) or `llama` (RMSNorm, SwiGLU, no biases).
-        kv_heads: heads that hold keys and values; fewer than `heads` only for `llama`.
-        ffn: width of the feed-forward layer.
-        positions: longest sequence that the model is trained on, in tokens, sinks included.
-        rotary_pct: share of each head's dimensions that is rotated; below 1 only for `gpt_neox`.
-        vocabulary: rows of the embedding; null takes what the data's tokenizer needs, rounded up to 128.
-    """
-
-    architecture: str = "gpt_neox"
-    layers: int = 12
-    hidden: int = 768
-    heads: int = 12
-    kv_heads: int = 12
-    ffn: int = 3072
-    positions: int = 2048
-    rotary_pct: float = 0.25
-    rope_theta: float = 10000.0
-    tie_embeddings: bool = False
-    vocabulary: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ("gpt_neox", "llama"):
-            raise UserError(f"model.architecture is {self.architecture!r}; choose gpt_neox or llama")
-        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "positions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.hidden % self.heads:
-            raise UserError(f"model.hidden is {self.hidden}, which model.heads = {self.heads} does not divide")
-        if self.heads % self.kv_heads:
-            raise UserError(f"model.heads is {self.heads}, which model.kv_heads = {self.kv_heads} does not divide")
-        if self.architecture == "gpt_neox" and self.kv_heads != self.heads:
-            raise UserError("model.kv_heads must equal model.heads for gpt_neox, which has no grouped heads")
-        if self.architecture == "llama" and self.rotary_pct != 1:
-            raise UserError("model.rotary_pct must be 1 for llama, which rotates whole heads")
 
 
 def transformers_config(shape: ModelShape, vocabulary: int) -> PretrainedConfig:

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sinkmodel.checkpoint import PREFIX, Recipe
-from sinkmodel.models import ModelShape, build_model
+from sinkmodel.models import build_model
+from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import SinkConfig, padded_vocabulary, write_sink
 from sinkmodel.tokenizer import TextTokenizer
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from recipes.training.health import stop_if_not_finite
+from recipes.training.settings import CheckpointSettings
 from recipes.training.steps import at_step_boundary
 from sinkmodel.checkpoint import checkpoint_steps
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
-
-PYTHIA_EARLY = (0, *(2**i for i in range(10)))  # 0, 1, 2, 4 … 512
-
-
-@dataclass(frozen=True)
-class CheckpointSettings:
-    """
-    Args:
-        every: steps between checkpoints.
-        keep: how many of the latest to keep.
-        keep_every: checkpoints of a step that this divides stay for good; 0 keeps none.
-        early: also save and keep Pythia's early steps, 0, 1, 2, 4 … 512.
-    """
-
-    every: int = 1000
-    keep: int = 3
-    keep_every: int = 0
-    early: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"checkpoints.{name} is {getattr(self, name)}; it must be at least {least}")
-
-    def due(self, step: int) -> bool:
-        return (step > 0 and step % self.every == 0) or self.stays(step)
-
-    def stays(self, step: int) -> bool:
-        """Whether the checkpoint of this step is kept for good."""
-        return (self.early and step in PYTHIA_EARLY) or (
-            self.keep_every > 0 and step > 0 and step % self.keep_every == 0
-        )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

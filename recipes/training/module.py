@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from recipes.data.rows import twin_targets
 from recipes.training.loss import chunked_cross_entropy
-from recipes.training.optimizer import OptimizerSettings, build_optimizer
+from recipes.training.optimizer import build_optimizer
 from recipes.training.schedule import ScheduleSettings
+from recipes.training.settings import OptimizerSettings
 from sinkmodel.checkpoint import Recipe
 from sinkmodel.models import head_of
 

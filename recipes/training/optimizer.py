@@ -2,37 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import nn
 
-from sinkmodel.errors import UserError
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """Defaults: Pythia-160M's.
-
-    Args:
-        lr: peak learning rate.
-        betas: decay rates of the two moments.
-        weight_decay: decoupled, on every matrix, embeddings included; never on norms and biases.
-        clip: largest norm of the gradient over all parameters; 0 leaves it as it is.
-    """
-
-    lr: float = 6e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optimizer.betas is {self.betas}; it takes two numbers from 0 to below 1")
-        for name in ("lr", "eps", "weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+from recipes.training.settings import OptimizerSettings
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,15 +1,18 @@
-"""Everything that `sink-pretrain` can be told, as typed dataclasses; the defaults are Pythia-160M's recipe."""
+"""Everything that `sink-pretrain` can be told, as typed dataclasses; the defaults are Pythia-160M's recipe.
+
+No torch and no Lightning here: a config is checked before anything heavy is loaded.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from recipes.training.checkpoints import CheckpointSettings
-from recipes.training.optimizer import OptimizerSettings
 from recipes.training.schedule import ScheduleSettings
 from sinkmodel.errors import UserError
-from sinkmodel.models import ModelShape
+from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import SinkConfig
+
+PYTHIA_EARLY = (0, *(2**i for i in range(10)))  # 0, 1, 2, 4 … 512
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,31 @@ class DataSettings:
             raise UserError(f"data.verify is {self.verify!r}; choose full or sizes")
         if self.sequence < 2:
             raise UserError(f"data.sequence is {self.sequence}; it must be at least 2")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Defaults: Pythia-160M's.
+
+    Args:
+        lr: peak learning rate.
+        betas: decay rates of the two moments.
+        weight_decay: decoupled, on every matrix, embeddings included; never on norms and biases.
+        clip: largest norm of the gradient over all parameters; 0 leaves it as it is.
+    """
+
+    lr: float = 6e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas is {self.betas}; it takes two numbers from 0 to below 1")
+        for name in ("lr", "eps", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -81,6 +109,36 @@ class ValidationSettings:
     def __post_init__(self) -> None:
         if self.every < 1 or self.rows < 1:
             raise UserError("validation.every and validation.rows must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """
+    Args:
+        every: steps between checkpoints.
+        keep: how many of the latest to keep.
+        keep_every: checkpoints of a step that this divides stay for good; 0 keeps none.
+        early: also save and keep Pythia's early steps, 0, 1, 2, 4 … 512.
+    """
+
+    every: int = 1000
+    keep: int = 3
+    keep_every: int = 0
+    early: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"checkpoints.{name} is {getattr(self, name)}; it must be at least {least}")
+
+    def due(self, step: int) -> bool:
+        return (step > 0 and step % self.every == 0) or self.stays(step)
+
+    def stays(self, step: int) -> bool:
+        """Whether the checkpoint of this step is kept for good."""
+        return (self.early and step in PYTHIA_EARLY) or (
+            self.keep_every > 0 and step > 0 and step % self.keep_every == 0
+        )
 
 
 @dataclass(frozen=True)

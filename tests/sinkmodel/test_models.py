@@ -10,7 +10,8 @@ import yaml
 
 from recipes.config import find_config
 from sinkmodel.errors import UserError
-from sinkmodel.models import ModelShape, build_model, count_parameters
+from sinkmodel.models import build_model, count_parameters
+from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import padded_vocabulary
 
 

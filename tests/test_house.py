@@ -1,0 +1,83 @@
+"""Guards: imports run downward only, the library does not pull in the training stack, and the wheel is whole."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FORBIDDEN = {
+    "sinkmodel": {"recipes", "eval", "lightning", "deepspeed", "wandb", "datasets", "jsonargparse"},
+    "recipes": {"eval"},
+    "eval": {"recipes", "lightning", "deepspeed", "wandb"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every import in a file, those inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_imports_run_downward_only(room):
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert len(files) >= 8
+    for path in files:
+        assert not imported(path) & FORBIDDEN[room], path
+
+
+def test_every_module_says_first_what_it_is_for():
+    for room in FORBIDDEN:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            assert not text.strip() or ast.get_docstring(ast.parse(text)), path
+
+
+@pytest.mark.parametrize(
+    "command", ["sink-prepare", "sink-pretrain", "sink-export", "sink-eval ppl", "sink-eval report"]
+)
+def test_help_shows_an_example(command):
+    script, *rest = command.split()
+    done = subprocess.run([Path(sys.executable).with_name(script), *rest, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{command} --" in done.stdout.split("xample:", 1)[1]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_rooms_and_the_configs_and_works_away_from_the_checkout(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"sinkmodel/export.py", "recipes/pretrain.py", "eval/cli.py", "recipes/configs/models/tiny.yaml"} <= names
+    assert (
+        not {name.split("/")[0] for name in names}
+        - {"sinkmodel", "recipes", "eval"}
+        - {f"{wheel.name.split('-')[0]}-{wheel.name.split('-')[1]}.dist-info"}
+    )
+    away = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(away)
+    program = (
+        "import recipes, sys; assert recipes.__file__.startswith(sys.argv[1]), recipes.__file__;"
+        "from recipes.config import find_config; print(find_config('pythia-160m'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(away)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(away), "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(away / "recipes" / "configs" / "models" / "pythia-160m.yaml")
