@@ -13,29 +13,35 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLUMNS = 2
 
 
 def draw(path: Path, curves: dict[str, list], measured: list[dict[str, Any]]) -> None:
-    """One row of panels: the loss curves first, then perplexity by position for each model."""
+    """One panel with the loss curves, then one a model with its perplexity by position, two in a row."""
     panels = bool(curves) + len(measured)
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.2), squeeze=False, layout="constrained")
-    rest = list(axes[0])
+    columns = min(COLUMNS, panels)
+    lines = -(-panels // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4 * lines), squeeze=False, layout="constrained")
+    rest = list(axes.flat)
     if curves:
         draw_losses(rest.pop(0), curves)
-    for axis, content in zip(rest, measured):
-        draw_positions(axis, content)
+    for content in measured:
+        draw_positions(rest.pop(0), content)
+    for axis in rest:
+        axis.set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def draw_losses(axis: Axes, curves: dict[str, list]) -> None:
     """Training loss as a line, validation loss as points, over tokens; on the targets that twins share."""
-    for colour, (name, points) in zip(COLOURS, curves.items()):
+    for colour, width, (name, points) in zip(COLOURS, _widths(len(curves)), curves.items()):
         train = [(tokens, loss) for _, tokens, loss, _ in points if loss is not None]
         validation = [(tokens, loss) for _, tokens, _, loss in points if loss is not None]
-        axis.plot(*zip(*train), color=colour, linewidth=1.2, label=f"{name}, training")
+        axis.plot(*zip(*train), color=colour, linewidth=width, label=f"{name}, training")
         if validation:
-            axis.plot(*zip(*validation), "o", color=colour, markersize=4, label=f"{name}, validation")
+            size = 2 + 2 * width
+            axis.plot(*zip(*validation), "o", color=colour, markersize=size, label=f"{name}, validation")
     axis.set(title="Loss of the twins", xlabel="tokens", ylabel="nats per token")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
     _finish(axis)
@@ -43,20 +49,37 @@ def draw_losses(axis: Axes, curves: dict[str, list]) -> None:
 
 def draw_positions(axis: Axes, content: dict[str, Any]) -> None:
     """Perplexity by place in the stream, one line a policy, with the first overflow marked."""
-    for colour, row in zip(COLOURS, content["rows"]):
+    rows = content["rows"]
+    for colour, width, row in zip(COLOURS, _widths(len(rows)), rows):
         places = [(first + last) / 2 for first, last, _ in row["by_position"]]
         perplexities = [math.exp(min(nll, 700)) for _, _, nll in row["by_position"]]
         name = "dense" if row["policy"] == "dense" else f"{row['sinks']}+{row['window']}"
-        axis.plot(places, perplexities, color=colour, linewidth=1.2, label=name)
+        axis.plot(places, perplexities, color=colour, linewidth=width, label=name)
     axis.axvline(content["budget"], color="grey", linestyle=":", linewidth=1)
-    axis.annotate("overflow", (content["budget"], 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
-                  textcoords="offset points", fontsize=8, color="grey")  # fmt: skip
-    axis.set(title=f"{Path(content['model']).name}, C = {content['budget']}", xlabel="place in the stream")
+    axis.annotate(
+        "first eviction",
+        (content["budget"], 0),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, 4),
+        textcoords="offset points",
+        fontsize=8,
+        color="grey",
+    )
+    axis.set(title=f"{Path(content['model']).name}, budget {content['budget']}", xlabel="place in the stream")
     axis.set(ylabel="perplexity", yscale="log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(lambda value, _: f"{value:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
     _finish(axis)
+
+
+def _widths(count: int) -> list[float]:
+    """The first line broad, the last one thin: lines that lie on each other all show."""
+    return [1.0 + 2.5 * (count - 1 - i) / max(1, count - 1) for i in range(count)]
 
 
 def _finish(axis: Axes) -> None:
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.margins(y=0.15)
+    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper right")
