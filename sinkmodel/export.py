@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint
 from sinkmodel.console import command, say
@@ -34,6 +35,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
     with atomic_folder(output) as folder:
         model.generation_config = generation_config(model, recipe.tokenizer, recipe.sink)
         _name_special_ids(model, recipe)
+        transformers_logging.disable_progress_bar()
         model.save_pretrained(folder)
         _write_for_transformers_4(folder / "config.json")
         save_tokenizer(folder, recipe.tokenizer, recipe.sink, model.config.max_position_embeddings)

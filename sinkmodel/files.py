@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sinkmodel.errors import UserError
+
+# What safetensors says, and torch.save in two ways, where a write comes back short.
+FULL_IN_OTHER_WORDS = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
 
 
 @contextlib.contextmanager
@@ -24,6 +28,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         sync(aside)
         os.replace(aside, path)
         sync(path.parent)
+    except Exception as error:
+        _raise_if_disk_is_full(error, path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -46,8 +53,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             path.rmdir()
         os.replace(aside, path)
         sync(path.parent)
+    except Exception as error:
+        _raise_if_disk_is_full(error, path)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+class DiskFull(UserError):
+    """There was no room for a file; what stood there before still does."""
+
+
+def _raise_if_disk_is_full(error: Exception, path: Path) -> None:
+    """Raises DiskFull where `error` says that the disk is; torch and safetensors say it in words of their own."""
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    else:
+        full = any(words in str(error) for words in FULL_IN_OTHER_WORDS)
+    if full:
+        raise DiskFull(
+            f"the disk is full: {path} could not be written; make room or choose another folder, then run again"
+        ) from None
 
 
 def refuse_if_occupied(path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from recipes.training.health import stop_if_not_finite
 from recipes.training.settings import CheckpointSettings
 from recipes.training.steps import at_step_boundary
 from sinkmodel.checkpoint import checkpoint_steps
-from sinkmodel.errors import UserError
-from sinkmodel.files import atomic_file
+from sinkmodel.files import DiskFull, atomic_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -27,24 +24,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_file(path) as aside:
                 torch.save(checkpoint, aside)
-        except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
-            if not _disk_is_full(error, path):
-                raise
+        except DiskFull:
             kept = list(checkpoint_steps(path.parent.parent).values())
             before = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-            raise UserError(
+            raise DiskFull(
                 f"the disk is full: {path.name} could not be written to {path.parent}; {before}; "
                 "make room and run the same command again"
             ) from None
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _disk_is_full(error: Exception, path: Path) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return shutil.disk_usage(path.parent).free < 64 << 20 or "failed writing file" in str(error)
 
 
 class Checkpoints(Callback):

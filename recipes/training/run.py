@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Trainer
@@ -209,5 +210,18 @@ def _introduce(
         f"{config.schedule.steps:,} steps × {config.training.batch_tokens:,} tokens ({plan.accumulation} micro-batches "
         f"of {plan.micro_rows} × {config.data.sequence}) = {tokens:,} tokens, {tokens / train.tokens:.2f} × the data"
     )
+    entropy, counted = unigram_entropy(train)
+    say(
+        f"a loss below {entropy:.2f} has learned from context: that is the entropy of single tokens, of the first "
+        f"{counted:,} in the data"
+    )
     if start is not None:
         say(f"going on from {start}")
+
+
+def unigram_entropy(split: TokenSplit, most: int = 1_000_000) -> tuple[float, int]:
+    """Entropy in nats of the frequencies of single tokens, over at most `most` tokens from the start; and how many."""
+    tokens = min(split.tokens, most)
+    counts = np.bincount(split.read(0, tokens))
+    shares = counts[counts > 0] / tokens
+    return float(-(shares * np.log(shares)).sum()), tokens
