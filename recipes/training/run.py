@@ -27,6 +27,7 @@ from recipes.training.progress import Progress
 from recipes.training.settings import PretrainConfig
 from recipes.training.throughput import flops_per_token, peak_flops
 from recipes.training.validation import Validation
+from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -59,6 +60,7 @@ def pretrain(config: PretrainConfig) -> int:
     model = build_model(config.model, rows, config.seed)
     sink_ids = config.sink.ids(text.vocabulary)
     write_sink(model.config, config.sink, sink_ids)
+    model.set_attn_implementation(CAUSAL)
     datamodule = TextDataModule(
         train,
         validation,

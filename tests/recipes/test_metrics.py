@@ -1,0 +1,90 @@
+"""Guards: nothing waits for the device between two logged lines; the metrics file goes on where a run does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recipes.training.logs import COLUMNS, MetricsFile, read_metrics
+from recipes.training.metrics import ppl
+from recipes.training.module import sink_share
+from recipes.training.throughput import flops_per_token
+from sinkmodel.models import build_model
+from sinkmodel.shapes import ModelShape
+from tests import tiny
+from tests.recipes.runs import train
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python asks for the value of a tensor: `item`, `tolist`, `if tensor`. Each waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_steps_between_two_lines_ask_nothing_of_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.training.run.peak_flops", lambda device: 1e12)  # reads the clock, and so a number
+    data = tiny.prepared(tmp_path / "data")
+    never = {"logging__every": 1000, "validation__every": 1000, "checkpoints__every": 1000}
+
+    def reads(steps: int, **changes) -> int:
+        with Reads() as mode:
+            train(data, tmp_path / f"{steps}{len(changes)}", schedule__steps=steps, **changes)
+        return mode.count
+
+    assert reads(4, **never) == reads(12, **never), "eight more steps, not one more read"
+    assert reads(12, **(never | {"logging__every": 3})) > reads(12, **never), "the counter counts"
+
+
+def test_share_of_an_even_spread_and_of_a_model_that_looks_at_the_first_token_only():
+    model = build_model(ModelShape(layers=2, hidden=32, heads=4, kv_heads=4, ffn=64, positions=64), 384, seed=1)
+    row = torch.randint(0, 300, (64,))
+    for layer in model.gpt_neox.layers:  # queries of nothing: every key scores alike
+        layer.attention.query_key_value.weight.data.zero_()
+    even = sum(1 / (i + 1) for i in range(1, 64)) / 63
+    assert sink_share(model, row, sinks=0).item() == pytest.approx(even, rel=1e-5)
+    assert sink_share(model, row, sinks=1).item() == pytest.approx(even, rel=1e-5)
+    assert sink_share(model, row, sinks=2).item() == pytest.approx(sum(2 / (i + 1) for i in range(2, 64)) / 62)
+    assert model.config._attn_implementation == "sdpa", "training goes on with its fast kernel"
+
+
+def test_flops_of_pythia_160m():
+    """0.968 GFLOP a token at T = 2,048: 6 · (85,056,000 + 768 · 50,304) + 12 · 12 · 768 · 2,048."""
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        from sinkmodel.models import transformers_config
+
+        model = AutoModelForCausalLM.from_config(transformers_config(ModelShape(), 50_304))
+    assert flops_per_token(model, 2048) == 6 * (85_056_000 + 768 * 50_304) + 12 * 12 * 768 * 2048
+    assert round(flops_per_token(model, 2048) / 1e9, 3) == 0.969
+
+
+def test_metrics_file_drops_what_a_resume_will_write_again(tmp_path):
+    log = MetricsFile(tmp_path / "metrics.csv")
+    log.rewind(0)
+    for step in (5, 10):
+        log.log_metrics({"loss": 1 / 3, "tokens": step}, step)
+        log.log_metrics({"val_loss": step / 7, "val_ppl": 2.0}, step)
+    with log.path.open("a") as file:
+        file.write("15,1500,0.2")  # a kill in the middle of a line
+    log.rewind(5)
+    assert [(row["step"], row["loss"], row["val_loss"]) for row in read_metrics(log.path)] == [
+        ("5", repr(1 / 3), ""),
+        ("5", "", repr(5 / 7)),
+    ]
+    log.log_metrics({"loss": 0.25}, 10)
+    assert len(read_metrics(log.path)) == 3
+    assert log.path.read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+def test_perplexity_of_a_hopeless_loss_is_infinite_and_no_error():
+    assert ppl(1.0) == pytest.approx(math.e)
+    assert ppl(1000.0) == math.inf
