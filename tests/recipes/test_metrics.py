@@ -36,11 +36,12 @@ def test_steps_between_two_lines_ask_nothing_of_the_device(tmp_path, monkeypatch
 
     def reads(steps: int, **changes) -> int:
         with Reads() as mode:
-            train(data, tmp_path / f"{steps}{len(changes)}", schedule__steps=steps, **changes)
+            train(data, tmp_path / f"run{len(list(tmp_path.iterdir()))}", schedule__steps=steps, **changes)
         return mode.count
 
-    assert reads(4, **never) == reads(12, **never), "eight more steps, not one more read"
-    assert reads(12, **(never | {"logging__every": 3})) > reads(12, **never), "the counter counts"
+    few = reads(4, **never)
+    assert few == reads(12, **never), "eight more steps, not one more read"
+    assert reads(12, **(never | {"logging__every": 3})) > few > 0, "the counter counts"
 
 
 def test_share_of_an_even_spread_and_of_a_model_that_looks_at_the_first_token_only():
