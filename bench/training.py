@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 from recipes.config import load_config
 from recipes.pretrain import main as sink_pretrain
-from recipes.training.logs import read_metrics
 from recipes.training.optimizer import build_optimizer
 from recipes.training.settings import PretrainConfig
+from sinkmodel.checkpoint import read_metrics
 from sinkmodel.models import build_model
 from tests import tiny
 
@@ -54,7 +54,7 @@ def pretrain(argv: list[str], output: Path) -> float:
     """Median tokens/s of the lines that sink-pretrain logged, the first one, which warms up, left out."""
     with contextlib.redirect_stderr(io.StringIO()):
         assert sink_pretrain([*argv, "--output", str(output)]) == 0
-    speeds = [float(row["tokens_per_second"]) for row in read_metrics(output / "metrics.csv") if row["loss"]]
+    speeds = [float(row["tokens_per_second"]) for row in read_metrics(output) if row["loss"]]
     return statistics.median(speeds[1:])
 
 

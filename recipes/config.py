@@ -59,7 +59,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -90,15 +90,21 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
 
 
 def _resolve_config_files(argv: list[str]) -> list[str]:
-    """Replace the names behind `--config` by paths, and check the keys of each file."""
-    resolved: list[str] = []
-    for word in argv:
+    """Files first, then options, so that what is typed wins wherever it stands; names of shipped configs as paths."""
+    files: list[Path] = []
+    options: list[str] = []
+    words = iter(argv)
+    for word in words:
         if word.startswith("--config="):
-            word = f"--config={find_config(word.removeprefix('--config='))}"
-        elif resolved and resolved[-1] == "--config":
-            word = str(find_config(word))
-        resolved.append(word)
-    return resolved
+            files.append(find_config(word.removeprefix("--config=")))
+        elif word == "--config":
+            name = next(words, None)
+            if name is None:
+                raise UserError("--config wants a file, or the name of a shipped config")
+            files.append(find_config(name))
+        else:
+            options.append(word)
+    return [f"--config={path}" for path in files if _read_yaml(path)] + options
 
 
 def _refuse_unknown_options(cls: type, argv: list[str]) -> None:
@@ -106,9 +112,7 @@ def _refuse_unknown_options(cls: type, argv: list[str]) -> None:
     for path in reversed(_config_files(argv)):
         _refuse_unknown_keys(path, known)
     for word in argv:
-        if word.startswith("--config="):
-            continue
-        if word.startswith("--") and word not in ("--config", "--help", "--print_config"):
+        if word.startswith("--") and not word.startswith("--config=") and word not in ("--help", "--print_config"):
             option = word[2:].partition("=")[0].rstrip("+").removesuffix(".help")
             if option not in known and option not in {key.rpartition(".")[0] for key in known}:
                 remedy = _nearest(option, known, "--") or "; --help lists the keys"
@@ -130,7 +134,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, (dict, type(None))):
         raise UserError(f"{path} must hold keys and values, as in 'optimizer: {{lr: 6e-4}}'")
-    return content or {}
+    return {str(key): value for key, value in (content or {}).items()}
 
 
 def _keys(cls: Any, prefix: str = "") -> list[str]:
@@ -156,21 +160,19 @@ def _nearest(word: str, candidates: typing.Iterable[str], prefix: str = "") -> s
 def _explain(error: Exception, argv: list[str]) -> str:
     """jsonargparse explains on many lines; the reader needs the key, what it takes, what it got and where."""
     text = " ".join(str(error).split())
+    if stray := re.match(r"unrecognized arguments: (\S+)", text):
+        return f"{stray[1]} belongs to no option; name a config as --config {stray[1]}; --help lists the keys"
     match = re.search(r'key "([^"]+)":.*?Expected an? .+?(?:Got|Given) value: (.*)$', text)
     if not match:
         return text
     key, value = match.groups()
     kinds = dict.fromkeys(TYPE_NAMES.get(name, name) for name in re.findall(r"Expected an? <class '([^']+)'>", text))
     kind = " or ".join(kinds) or "another kind of value"
-    where = next((f"{path}: " for path in _config_files(argv) if key in flatten(_read_yaml(path))), "")
+    typed = any(word.partition("=")[0] == f"--{key}" for word in argv)
+    where = next((f"{path}: " for path in _config_files(argv) if not typed and key in flatten(_read_yaml(path))), "")
     return f"{where}{key} takes {kind}, not {value.strip()!r}"
 
 
 def _config_files(argv: list[str]) -> list[Path]:
     """The files behind `--config`, the last first: it has the last word."""
-    files = [
-        Path(word.removeprefix("--config="))
-        for before, word in zip(["", *argv], argv)
-        if before == "--config" or word.startswith("--config=")
-    ]
-    return files[::-1]
+    return [Path(word.removeprefix("--config=")) for word in argv if word.startswith("--config=")][::-1]

@@ -7,6 +7,8 @@ It is read with `weights_only=True`: a file from a stranger is data.
 
 from __future__ import annotations
 
+import csv
+import io
 import pickle
 import re
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ from sinkmodel.sinks import SinkConfig, write_sink
 from sinkmodel.tokenizer import TextTokenizer, load_tokenizer
 
 FORMAT = 1
+# What torch.load, and reading a record of another form, raise on files that are cut short, altered or something else.
+NOT_A_CHECKPOINT = (
+    OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError
+)  # fmt: skip
 PREFIX = "model."  # of the transformers model inside the LightningModule's state
 
 
@@ -49,6 +55,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Recipe:
+        if record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']}, this program reads {FORMAT}")
         return cls(
             model_config=record["model_config"],
             sink=SinkConfig(**record["sink"]),
@@ -69,9 +77,21 @@ def checkpoint_steps(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def read_metrics(run: Path) -> list[dict[str, str]]:
+    """The lines of a run's metrics.csv, as text; none where there is no file. A line that a kill cut is left out."""
+    path = run / "metrics.csv"
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    return [row for row in csv.DictReader(io.StringIO(complete)) if None not in row.values()]
+
+
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
     """A checkpoint file as it is; of a run folder the newest one, or that of `step`."""
     if path.is_file():
+        if step is not None:
+            raise UserError(f"{path} is one checkpoint; give its run folder to choose step {step}")
         return path
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run folder or a checkpoint file")
@@ -93,12 +113,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint["state_dict"].items()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except NOT_A_CHECKPOINT as error:
         raise UserError(
-            f"{path} is not a complete checkpoint of sink-pretrain ({reason[:120]}); take another of the run"
+            f"{path} is not a complete checkpoint of sink-pretrain ({_first_line(error)}); take another of the run"
         ) from None
     return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]
 
 
 def load_model_of(checkpoint: dict[str, Any], path: Path) -> PreTrainedModel:
@@ -108,8 +131,16 @@ def load_model_of(checkpoint: dict[str, Any], path: Path) -> PreTrainedModel:
     """
     recipe = Recipe.from_dict(checkpoint["recipe"])
     fields = dict(recipe.model_config)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except NOT_A_CHECKPOINT as error:
+        raise UserError(f"{path} has a model config that transformers cannot build ({_first_line(error)})") from None
+    needed = recipe.tokenizer.vocabulary + recipe.sink.tokens
+    if needed > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {path} does not fit its model: {needed} ids with sinks, {model.config.vocab_size} rows"
+        )
     state = weights_of(checkpoint)
     check_shapes(state, model, path)
     model.load_state_dict(state, assign=True)
@@ -137,9 +168,9 @@ def check_shapes(state: dict[str, torch.Tensor], model: torch.nn.Module, path: P
             )
 
 
-def load_checkpoint(path: Path, step: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[int]]:
+def load_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[int]]:
     """Model (eval mode, fp32, CPU), tokenizer (puts the sink in front) and sink ids of a run or checkpoint."""
-    file = find_checkpoint(Path(path), step)
+    file = find_checkpoint(path)
     checkpoint = read_checkpoint(file)
     recipe = Recipe.from_dict(checkpoint["recipe"])
     model = load_model_of(checkpoint, file)

@@ -56,13 +56,14 @@ def command(name: str) -> Callable:
                     file=sys.stderr,
                 )
                 return 2
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            except OSError as error:  # a full disk, a folder that is a file, no permission …
+                if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise
-                where = f" at {error.filename}" if error.filename else ""
+                where = f"{error.filename}: " if error.filename else ""
+                what = os.strerror(error.errno).lower() if error.errno else str(error)
                 print(
-                    f"{name}: {os.strerror(error.errno).lower()}{where}; "
-                    "nothing that was complete is lost: make room or choose another folder, then run again",
+                    f"{name}: {where}{what}; nothing that was complete is lost: make room or choose another place, "
+                    "then run again",
                     file=sys.stderr,
                 )
                 return 2

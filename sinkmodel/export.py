@@ -89,3 +89,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     folder = export(options.checkpoint, options.output, options.dtype, options.step)
     say(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

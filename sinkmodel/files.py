@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +17,9 @@ from sinkmodel.errors import UserError
 
 # What safetensors says, and torch.save in two ways, where a write comes back short.
 FULL_IN_OTHER_WORDS = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
+
+
+LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -74,6 +78,27 @@ def _raise_if_disk_is_full(error: Exception, path: Path) -> None:
         raise DiskFull(
             f"the disk is full: {path} could not be written; make room or choose another folder, then run again"
         ) from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep it for this process. Raises UserError where another process has it.
+
+    A record lock on `.lock`: it goes with the process that took it, however that ends, and no child inherits it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is writing to {folder}; wait for it or take another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def refuse_if_occupied(path: Path) -> None:

@@ -38,6 +38,10 @@ class ModelShape:
         for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "positions"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 < self.rotary_pct <= 1:
+            raise UserError(f"model.rotary_pct is {self.rotary_pct}; it is a share, above 0 and at most 1")
+        if self.vocabulary is not None and self.vocabulary < 1:
+            raise UserError(f"model.vocabulary is {self.vocabulary}; it must be at least 1, or null")
         if self.hidden % self.heads:
             raise UserError(f"model.hidden is {self.hidden}, which model.heads = {self.heads} does not divide")
         if self.heads % self.kv_heads:

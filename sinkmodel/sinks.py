@@ -39,9 +39,9 @@ class SinkConfig:
         return list(range(text_vocabulary, text_vocabulary + self.tokens))
 
 
-def padded_vocabulary(text_vocabulary: int, multiple: int = 128) -> int:
-    """Rows of the embedding: the text vocabulary and the reserved rows, rounded up (GPT-NeoX: 50277 -> 50304)."""
-    return -(-(text_vocabulary + RESERVED_ROWS) // multiple) * multiple
+def padded_vocabulary(text_vocabulary: int) -> int:
+    """Rows of the embedding: text vocabulary and reserved rows, rounded up to 128 (GPT-NeoX: 50277 -> 50304)."""
+    return -(-(text_vocabulary + RESERVED_ROWS) // 128) * 128
 
 
 def write_sink(config: Any, sink: SinkConfig, token_ids: list[int]) -> None:

@@ -17,7 +17,7 @@ from sinkmodel.sinks import SinkConfig
 # A plain template: base models know no chat, but the sink must stand in front of one too, and nowhere else.
 CHAT_TEMPLATE = (
     "{{ SINKS }}{% for message in messages %}"
-    "{{ message['role'] | capitalize }}: {{ CLEANED }}\n{% endfor %}"
+    "{{ message['role'] | capitalize CLEANED }}: {{ message['content'] CLEANED }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
@@ -75,9 +75,9 @@ def sink_tokenizer(text: TextTokenizer, sink: SinkConfig) -> Tokenizer:
 
 def chat_template(sink: SinkConfig) -> str:
     """One turn a line, the sinks in front; a message cannot bring a sink of its own."""
-    cleaned = "message['content']" + "".join(f" | replace('{name}', '')" for name in sink.names)
-    front = "".join(sink.names)
-    return CHAT_TEMPLATE.replace("{{ SINKS }}", front).replace("CLEANED", cleaned)
+    # A blank put in, not a name taken out: what is left around a name that is taken out may form it again.
+    cleaned = "| replace('<|sink', '<| sink')" if sink.tokens else ""
+    return CHAT_TEMPLATE.replace("{{ SINKS }}", "".join(sink.names)).replace("CLEANED", cleaned)
 
 
 def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int) -> dict[str, Any]:

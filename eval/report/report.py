@@ -7,11 +7,14 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from sinkmodel.checkpoint import read_metrics
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_folder, read_json
 
 DESCRIPTION = "Draw the loss curves of training runs and the perplexity by position that `sink-eval ppl` measured."
+Point = tuple[int, int, "float | None", "float | None"]  # step, tokens, twin_loss, val_loss
+ROW = {"policy", "sinks", "window", "by_position"}  # keys of a row of sink-eval ppl --json that are drawn
 EXAMPLE = "sink-eval report --runs runs/vanilla runs/sink --ppl vanilla.json sink.json --output runs/report"
 
 
@@ -27,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     """Write `report.png`, `loss.csv` and `positions.csv`. Raises UserError for a file that is not what it should be."""
     if not options.runs and not options.ppl:
         raise UserError("nothing to draw; give --runs, --ppl or both")
-    curves = {run.name: read_losses(run) for run in options.runs}
+    curves = dict(zip(labels(options.runs), map(read_losses, options.runs)))
     measured = [read_ppl(file) for file in options.ppl]
     from eval.report.plots import draw
 
@@ -53,29 +56,28 @@ def run(options: argparse.Namespace) -> None:
     say(f"wrote {options.output / 'report.png'}")
 
 
-Point = tuple[int, int, float | None, float | None]  # step, tokens, twin_loss, val_loss
+def labels(runs: list[Path]) -> list[str]:
+    """The names of the run folders; their paths where two have one name."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def read_losses(run: Path) -> list[Point]:
     """The losses that twins share, of a run's metrics.csv: training, and validation where it was measured."""
-    path = run / "metrics.csv"
-    if not path.is_file():
-        raise UserError(f"{run} has no metrics.csv; give the folder of a run of sink-pretrain")
-    points: list[Point] = []
-    with path.open(encoding="utf-8", newline="") as file:
-        tokens_per_step = 0.0
-        for row in csv.DictReader(file):
-            step = int(row["step"])
-            if row["tokens"]:
-                tokens_per_step = int(row["tokens"]) / step
-            loss, val_loss = (float(row[key]) if row[key] else None for key in ("twin_loss", "val_loss"))
-            points.append((step, round(step * tokens_per_step), loss, val_loss))
-    return points
+    rows = read_metrics(run)
+    if not rows:
+        raise UserError(f"{run} has no metrics.csv with a line in it; give the folder of a run of sink-pretrain")
+    return [(int(row["step"]), int(row["tokens"]), _loss(row["twin_loss"]), _loss(row["val_loss"])) for row in rows]
+
+
+def _loss(text: str) -> float | None:
+    return float(text) if text else None
 
 
 def read_ppl(path: Path) -> dict[str, Any]:
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("command") != "ppl":
+    rows = content.get("rows") if isinstance(content, dict) and content.get("command") == "ppl" else None
+    if not rows or not {"model", "budget"} <= content.keys() or not all(row.keys() >= ROW for row in rows):
         raise UserError(f"{path} is not a result of sink-eval ppl --json")
     return content
 

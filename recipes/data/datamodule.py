@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,12 @@ class MicroBatches(Sampler[list[int]]):
         for micro_batch in range(self.consumed // (self.plan.micro_rows * self.plan.ranks), len(self)):
             first = self.plan.first_sample(micro_batch, self.rank)
             yield list(range(first, first + self.plan.micro_rows))
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For processes that read ahead: a terminal's Ctrl-C reaches them too, and the last step still needs them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TextDataModule(LightningDataModule):
@@ -150,6 +157,6 @@ class TextDataModule(LightningDataModule):
             samples,
             batch_sampler=batches,
             num_workers=self.workers,
-            persistent_workers=False,
+            worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from recipes.training.health import stop_if_not_finite
+from recipes.training.health import stop_if_not_finite, stop_if_weights_are_not_finite
 from recipes.training.settings import CheckpointSettings
 from recipes.training.steps import at_step_boundary
 from sinkmodel.checkpoint import checkpoint_steps
@@ -54,6 +54,7 @@ class Checkpoints(Callback):
 
     def save(self, trainer: Trainer) -> None:
         stop_if_not_finite(trainer.lightning_module, self.run)
+        stop_if_weights_are_not_finite(trainer.lightning_module, self.run)
         trainer.save_checkpoint(self.run / "checkpoints" / f"step{trainer.global_step}.ckpt")
         if trainer.is_global_zero:
             passing = [path for step, path in checkpoint_steps(self.run).items() if not self.settings.stays(step)]

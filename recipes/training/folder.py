@@ -15,13 +15,14 @@ from recipes.config import dump_config, flatten
 from recipes.data.datamodule import TextDataModule
 from recipes.data.shards import TokenSplit
 from recipes.training.settings import PretrainConfig
-from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, find_checkpoint, read_checkpoint, weights_of
+from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, read_checkpoint, weights_of
+from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import atomic_file
+from sinkmodel.files import LOCK, atomic_file
 from sinkmodel.sinks import SinkConfig
 
 # Keys that a resumed run may change: they say where and how it runs, not what is computed.
-FREE_TO_CHANGE = ("output", "resume", "data.path", "data.workers", "data.verify", "training.device", "training.threads")
+FREE_TO_CHANGE = ("output", "data.path", "data.workers", "data.verify", "training.device", "training.threads")
 FREE_GROUPS = ("checkpoints.", "logging.")
 
 
@@ -30,7 +31,7 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
     if not run.exists():
         return
     saved = run / "config.yaml"
-    if not run.is_dir() or (not saved.exists() and any(run.iterdir())):
+    if not run.is_dir() or (not saved.exists() and any(path.name != LOCK for path in run.iterdir())):
         raise UserError(f"{run} already holds something else; choose another --output or remove it")
     if not saved.exists():
         return
@@ -45,12 +46,21 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
             )
 
 
-def starting_point(run: Path, config: PretrainConfig) -> Path | None:
-    """The run's own newest checkpoint; else the one that `resume` names; else None."""
-    own = checkpoint_steps(run)
-    if own:
-        return own[max(own)]
-    return None if config.resume == "auto" else find_checkpoint(Path(config.resume))
+def starting_point(run: Path) -> Path | None:
+    """The newest checkpoint of the run that can be read, None before the first; one that cannot be is said.
+
+    Raises UserError where there are some, and none can be read: starting anew would write over them.
+    """
+    paths = list(checkpoint_steps(run).values())
+    for path in reversed(paths):
+        try:
+            read_checkpoint(path)
+            return path
+        except UserError as error:
+            say(f"{error}; going back to the one before")
+    if paths:
+        raise UserError(f"{run} has checkpoints, but none that can be read; restore one or choose another --output")
+    return None
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module, datamodule: TextDataModule, wanted: SinkConfig) -> None:

@@ -13,6 +13,10 @@ from sinkmodel.console import say
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StoppedAtOnce(BaseException):
+    """A second signal. Not a KeyboardInterrupt, which Lightning would turn into exit code 1, "the answer is no"."""
+
+
 class StopOnSignal(Callback):
     """Sets `trainer.should_stop` at a step boundary, before `Checkpoints` looks at it. A second Ctrl-C ends at once."""
 
@@ -25,7 +29,7 @@ class StopOnSignal(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            raise KeyboardInterrupt
+            raise StoppedAtOnce
         self.received = number
         say(f"{signal.Signals(number).name}: saving at the end of this step; once more stops without saving")
 

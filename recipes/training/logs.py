@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sinkmodel.checkpoint import read_metrics
 from sinkmodel.files import atomic_file
 
 COLUMNS = (
@@ -50,7 +51,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Keep the lines up to `step`; a line cut short by a kill goes as well."""
-        lines = [row for row in read_metrics(self.path) if int(row["step"]) <= step]
+        lines = [row for row in read_metrics(self.path.parent) if int(row["step"]) <= step]
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -65,12 +66,3 @@ class MetricsFile(Logger):
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The config stands in config.yaml already."""
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The complete lines of a metrics file; empty where there is none."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    return [row for row in csv.DictReader(io.StringIO(complete)) if row["step"] and row["val_ppl"] is not None]

@@ -26,15 +26,16 @@ def chunked_cross_entropy(
     Returns:
         The mean in nats, a scalar with gradients, and nll [N] in fp32 without (0 at IGNORE).
     """
-    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, chunk)
+    # Inside apply() gradients always look wanted: whether they are is known out here only.
+    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, chunk, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, targets_N, chunk):
+    def forward(ctx, hidden_ND, head_VD, targets_N, chunk, grad_enabled):
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-        wants_gradient = any(ctx.needs_input_grad)
+        wants_gradient = grad_enabled and any(ctx.needs_input_grad)
         scored_N = targets_N != IGNORE
         count = scored_N.sum().clamp(min=1)  # stays on the device: no sync
         nll_N = torch.empty(targets_N.shape, dtype=torch.float32, device=hidden_ND.device)
@@ -64,4 +65,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_mean, _):
         grad_hidden_ND, grad_head_VD = ctx.saved_tensors
-        return grad_hidden_ND * grad_mean, (grad_head_VD * grad_mean).to(ctx.head_dtype), None, None
+        return grad_hidden_ND * grad_mean, (grad_head_VD * grad_mean).to(ctx.head_dtype), None, None, None

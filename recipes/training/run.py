@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
 from recipes.data.shards import TokenSplit, open_split, read_manifest
 from recipes.training.checkpoints import AtomicCheckpointIO, Checkpoints
 from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
-from recipes.training.interrupt import StopOnSignal
+from recipes.training.interrupt import StopOnSignal, StoppedAtOnce
 from recipes.training.logs import MetricsFile
 from recipes.training.metrics import Metrics
 from recipes.training.module import SinkLanguageModel
@@ -31,7 +32,7 @@ from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import write_json
+from sinkmodel.files import locked, write_json
 from sinkmodel.models import build_model, count_parameters
 from sinkmodel.sinks import padded_vocabulary, write_sink
 from sinkmodel.tokenizer import TextTokenizer
@@ -42,25 +43,16 @@ def pretrain(config: PretrainConfig) -> int:
 
     Raises UserError for a config, data or run folder that do not fit each other, before anything is written.
     """
-    run = Path(config.output)
-    device = _device(config.training.device)
+    run, steps = Path(config.output), config.schedule.steps
+    config = _resolve(config)
     train, validation = _open_data(config)
     text = TextTokenizer.from_file(train.tokenizer_file, train.eos_id, train.pad_id)
     rows = _vocabulary_rows(config, text.vocabulary)
     plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, ranks=1)
     check_folder(run, config)
-    start = starting_point(run, config)
-    steps = config.schedule.steps
-    if start is not None and start.name == f"step{steps}.ckpt" and start.parent.parent == run:
-        say(f"{run} is complete: {steps} of {steps} steps; export it with: sink-export --checkpoint {run} --output DIR")
-        return 0
-
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    model = build_model(config.model, rows, config.seed)
     sink_ids = config.sink.ids(text.vocabulary)
-    write_sink(model.config, config.sink, sink_ids)
-    model.set_attn_implementation(CAUSAL)
     datamodule = TextDataModule(
         train,
         validation,
@@ -73,30 +65,59 @@ def pretrain(config: PretrainConfig) -> int:
         validation_rows=config.validation.rows,
         workers=config.data.workers,
     )
-    if start is not None:
-        check_checkpoint(start, model, datamodule, config.sink)
-    provenance = provenance_of(config, train)
-    module = SinkLanguageModel(
-        model,
-        config.sink.tokens,
-        config.optimizer,
-        config.schedule,
-        recipe=lambda step: Recipe(
-            model.config.to_dict(), config.sink, text, step, step * config.training.batch_tokens, provenance
-        ),
-        head_chunk=config.training.head_chunk,
-        compile_model=config.training.compile,
-    )
-    write_folder(run, config)
-    trainer, stop = _build_trainer(run, config, device, plan, module, start)
-    _introduce(run, config, model, train, plan, start)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    with locked(run):
+        start = starting_point(run)
+        if start == run / "checkpoints" / f"step{steps}.ckpt":
+            say(f"{run} is complete: {steps} of {steps} steps; {_export(run)}")
+            return 0
+        model = build_model(config.model, rows, config.seed)
+        write_sink(model.config, config.sink, sink_ids)
+        model.set_attn_implementation(CAUSAL)
+        if start is not None:
+            check_checkpoint(start, model, datamodule, config.sink)
+        provenance = provenance_of(config, train)
+        module = SinkLanguageModel(
+            model,
+            config.sink.tokens,
+            config.optimizer,
+            config.schedule,
+            recipe=lambda step: Recipe(
+                model.config.to_dict(), config.sink, text, step, step * config.training.batch_tokens, provenance
+            ),
+            head_chunk=config.training.head_chunk,
+            compile_model=config.training.compile,
+        )
+        write_folder(run, config)
+        trainer, stop = _build_trainer(run, config, plan, module, start)
+        _introduce(run, config, model, train, plan, start)
+        try:
+            trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+        except StoppedAtOnce:
+            raise KeyboardInterrupt from None
     if stop.received is not None and trainer.global_step < steps:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; go on with the same command, or with:")
         say(f"  sink-pretrain --config {run / 'config.yaml'}")
         return 128 + stop.received
-    say(f"trained {steps} steps; export with: sink-export --checkpoint {run} --output DIR")
+    say(f"trained {steps} steps; {_export(run)}")
     return 0
+
+
+def _export(run: Path) -> str:
+    return f"export with: sink-export --checkpoint {run} --output DIR"
+
+
+def _resolve(config: PretrainConfig) -> PretrainConfig:
+    """The config with device and precision decided; what the run folder keeps, so that a resume computes the same."""
+    device, precision = config.training.device, config.training.precision
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("training.device is cuda, but torch sees no GPU; choose auto or cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    if config.logging.wandb:
+        import wandb  # noqa: F401  a missing package is said before anything is written
+    return replace(config, training=replace(config.training, device=device, precision=precision))
 
 
 def _open_data(config: PretrainConfig) -> tuple[TokenSplit, TokenSplit | None]:
@@ -108,16 +129,8 @@ def _open_data(config: PretrainConfig) -> tuple[TokenSplit, TokenSplit | None]:
     return train, None
 
 
-def _device(wanted: str) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("training.device is cuda, but torch sees no GPU; choose auto or cpu")
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
-
-
 def _vocabulary_rows(config: PretrainConfig, vocabulary: int) -> int:
-    rows = config.model.vocabulary or padded_vocabulary(vocabulary)
+    rows = padded_vocabulary(vocabulary) if config.model.vocabulary is None else config.model.vocabulary
     if vocabulary + config.sink.tokens > rows:
         raise UserError(
             f"the tokenizer of {config.data.path} does not fit the model: it has {vocabulary} ids and "
@@ -128,11 +141,9 @@ def _vocabulary_rows(config: PretrainConfig, vocabulary: int) -> int:
 
 
 def _build_trainer(
-    run: Path, config: PretrainConfig, device: str, plan: BatchPlan, module: SinkLanguageModel, start: Path | None
+    run: Path, config: PretrainConfig, plan: BatchPlan, module: SinkLanguageModel, start: Path | None
 ) -> tuple[Trainer, StopOnSignal]:
-    precision = config.training.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
+    on_gpu, half = config.training.device == "cuda", config.training.precision == "bf16"
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # The order is arithmetic, so our loader resumes by number; Lightning cannot know. And the workers are a choice.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
@@ -144,14 +155,14 @@ def _build_trainer(
         config.logging.every,
         config.training.batch_tokens,
         flops_per_token(module.model, config.data.sequence),
-        peak_flops(torch.device(device)),
+        peak_flops(torch.device(config.training.device), torch.bfloat16 if half else torch.float32),
     )
     stop = StopOnSignal()
     steps = config.schedule.steps
     trainer = Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
+        accelerator="gpu" if on_gpu else "cpu",
         devices=1,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        precision="bf16-mixed" if half else "32-true",
         max_steps=steps,
         max_epochs=1,  # one endless epoch: the data's own epochs are counted by recipes.data.order
         accumulate_grad_batches=plan.accumulation,

@@ -37,6 +37,8 @@ class DataSettings:
             raise UserError(f"data.verify is {self.verify!r}; choose full or sizes")
         if self.sequence < 2:
             raise UserError(f"data.sequence is {self.sequence}; it must be at least 2")
+        if self.workers < 0:
+            raise UserError(f"data.workers is {self.workers}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas is {self.betas}; it takes two numbers from 0 to below 1")
-        for name in ("lr", "eps", "weight_decay", "clip"):
+        if not self.lr > 0:
+            raise UserError(f"optimizer.lr is {self.lr}; it must be above 0")
+        for name in ("eps", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
 
@@ -93,6 +97,8 @@ class TrainingSettings:
         for name in ("batch_tokens", "micro_rows", "head_chunk"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"training.threads is {self.threads}; it must be at least 1, or null")
 
 
 @dataclass(frozen=True)
@@ -165,12 +171,10 @@ class PretrainConfig:
     """
     Args:
         output: the run folder; a run that stopped there goes on.
-        resume: `auto` goes on from the newest checkpoint in `output`; or the path of a checkpoint to start from.
         seed: of the initial weights and of the order of the data.
     """
 
     output: str = ""
-    resume: str = "auto"
     seed: int = 1234
     model: ModelShape = field(default_factory=ModelShape)
     sink: SinkConfig = field(default_factory=SinkConfig)
@@ -185,8 +189,15 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise UserError("output is missing; say where the run goes, as in --output runs/sink")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if not self.data.path:
             raise UserError("data.path is missing; give the folder that sink-prepare wrote, as in --data.path data/kjv")
+        if not 0 <= self.schedule.min_lr <= self.optimizer.lr:
+            raise UserError(
+                f"schedule.min_lr is {self.schedule.min_lr:g}, not between 0 and optimizer.lr = {self.optimizer.lr:g}; "
+                f"{self.optimizer.lr / 10:g} would do"
+            )
         if self.data.sequence > self.model.positions:
             raise UserError(
                 f"data.sequence is {self.data.sequence}, longer than model.positions = {self.model.positions}; "

@@ -9,8 +9,15 @@ from transformers import PreTrainedModel
 
 from sinkmodel.models import count_parameters, head_of
 
-# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "RTX 4090": 165e12}
+# Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets; the first name that fits counts.
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 def flops_per_token(model: PreTrainedModel, sequence: int) -> float:
@@ -24,15 +31,15 @@ def flops_per_token(model: PreTrainedModel, sequence: int) -> float:
     return 6 * (body + head_of(model).weight.numel()) + 12 * config.num_hidden_layers * config.hidden_size * sequence
 
 
-def peak_flops(device: torch.device) -> float:
-    """Peak FLOP/s: from the data sheet of a known GPU, else measured with fp32 matrix products on this machine."""
-    if device.type == "cuda":
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s: in bf16 from the data sheet of a known GPU, else measured with matrix products of that dtype."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAKS.items():
             if known in name:
                 return peak
-    size, best = 1024, 0.0
-    a = torch.randn(size, size, device=device)
+    size, best = (8192 if device.type == "cuda" else 1024), 0.0
+    a = torch.randn(size, size, device=device, dtype=dtype)
     until = time.perf_counter() + 0.5  # long enough to meet a quiet moment of a shared machine
     while (start := time.perf_counter()) < until:
         (a @ a).sum().item()

@@ -38,6 +38,7 @@ class Validation(Callback):
                 total += pl_module.losses(batch)[1] * len(batch[0])
                 rows += len(batch[0])
         loss = (total / rows).item()
+        tokens = trainer.global_step * self.metrics.tokens_per_step
         for logger in trainer.loggers:
-            logger.log_metrics({"val_loss": loss, "val_ppl": ppl(loss)}, trainer.global_step)
+            logger.log_metrics({"tokens": tokens, "val_loss": loss, "val_ppl": ppl(loss)}, trainer.global_step)
         self.metrics.exclude(time.perf_counter() - start)

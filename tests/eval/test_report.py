@@ -8,6 +8,7 @@ import json
 import pytest
 
 from eval.cli import main
+from eval.report.report import labels
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def measured(tmp_path):
     run.mkdir()
     (run / "metrics.csv").write_text(
         "step,tokens,loss,ppl,twin_loss,lr,grad_norm,sink_share,tokens_per_second,mfu,val_loss,val_ppl\n"
-        "5,500,6.0,403,5.9,1e-3,1,0.1,100,0.1,,\n10,1000,5.0,148,4.9,1e-3,1,0.1,100,0.1,,\n10,,,,,,,,,,5.5,244\n"
+        "5,500,6.0,403,5.9,1e-3,1,0.1,100,0.1,,\n10,1000,5.0,148,4.9,1e-3,1,0.1,100,0.1,,\n10,1000,,,,,,,,,5.5,244\n5,5"
     )
     rows = [{"policy": "sink", "sinks": 1, "window": 7, "by_position": [[1, 8, 3.0], [9, 16, 3.5]]}]
     rows.append({"policy": "dense", "sinks": 0, "window": None, "by_position": [[1, 8, 2.9], [9, 16, 3.1]]})
@@ -45,18 +46,25 @@ def test_picture_and_numbers_are_made(measured):
     ]
 
 
+def test_runs_of_one_name_keep_their_curves(tmp_path):
+    assert labels([tmp_path / "a" / "sink", tmp_path / "b" / "none"]) == ["sink", "none"]
+    assert len(set(labels([tmp_path / "a" / "sink", tmp_path / "b" / "sink"]))) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--runs", "{}/none"], "has no metrics.csv"),
         (["--ppl", "{}/sink/metrics.csv"], "is not valid JSON"),
         (["--ppl", "{}/other.json"], "is not a result of sink-eval ppl"),
+        (["--ppl", "{}/empty.json"], "is not a result of sink-eval ppl"),
         ([], "nothing to draw"),
         (["--run", "x"], "did you mean --runs?"),
     ],
 )
 def test_bad_input_is_one_line(measured, capsys, options, message):
     (measured / "other.json").write_text("[]")
+    (measured / "empty.json").write_text('{"command": "ppl"}')
     argv = [option.format(measured) for option in options]
     assert main(["report", *argv, "--output", str(measured / "report")]) == 2
     error = capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from recipes.pretrain import main
-from recipes.training.logs import read_metrics
+from sinkmodel.checkpoint import read_metrics
 
 # 41,728 parameters; 2 micro-batches a step; 40 steps of 8 rows are 1.1 epochs of what tests.tiny prepares
 SETTINGS = {
@@ -51,12 +51,14 @@ def train(data: Path, output: Path, **changes: object) -> Path:
 def start_process(data: Path, output: Path, **changes: object) -> subprocess.Popen:
     """The same in a process of its own, which can be killed."""
     command = [sys.executable, "-m", "recipes.pretrain", *arguments(data, output, **changes)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def numbers(run: Path) -> list[dict[str, str]]:
     """Every logged number of a run, as text, to the last digit; without those of the clock."""
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in read_metrics(run / "metrics.csv")]
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in read_metrics(run)]
 
 
 def final_state(run: Path, step: int = 40) -> dict[str, torch.Tensor]:

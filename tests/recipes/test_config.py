@@ -24,6 +24,20 @@ def test_later_files_and_options_win(tmp_path):
     assert config.optimizer.betas == [0.9, 0.95]
 
 
+def test_what_is_typed_wins_wherever_it_stands_and_an_empty_file_says_nothing(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    config = load("--seed", "5", "--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "empty.yaml"))
+    assert config.seed == 5
+
+
+def test_the_place_of_a_wrong_value_is_where_it_stands(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError) as error:
+        load("--config", str(tmp_path / "a.yaml"), "--seed=x")
+    assert str(error.value) == "seed takes a whole number, not 'x'"
+
+
 def test_what_is_written_reads_back_the_same(tmp_path):
     config = load("--config", "tiny", "--config", "sink-token")
     path = tmp_path / "config.yaml"
@@ -53,6 +67,7 @@ CASES = {
     "training: {compile: perhaps}": "training.compile takes true or false, not 'perhaps'",
     "optimizer: [": "is not valid YAML",
     "- a": "must hold keys and values",
+    "1: 2": "unknown key '1'",
 }
 
 
@@ -74,6 +89,9 @@ def test_wrong_options_are_named():
         (["--config", "tinny"], "no shipped config of that name; did you mean 'tiny'?"),
         (["--sink.kind", "tokne"], "sink.kind is 'tokne'; choose one of none, token"),
         (["--data.sequence", "4096"], "longer than model.positions = 2048"),
+        (["--seed", "99999999999999999999999"], "below 2^63"),
+        (["tiny"], "name a config as --config tiny"),
+        (["--config"], "no such file"),
     ]:
         with pytest.raises(UserError) as error:
             load(*argv)

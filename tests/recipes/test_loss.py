@@ -65,6 +65,18 @@ def test_bf16_autocast_stays_close_and_keeps_fp32_gradients():
 
 def test_gradients_are_not_computed_where_nobody_asks():
     hidden, head, targets = problem()
-    with torch.no_grad():
-        loss, _ = chunked_cross_entropy(hidden, head, targets, 16)
-    assert not loss.requires_grad
+
+    class Scatters(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            Scatters.count += "scatter_add" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    with Scatters():
+        with torch.no_grad():
+            loss, _ = chunked_cross_entropy(hidden, head, targets, 16)
+        assert not loss.requires_grad
+        assert Scatters.count == 0
+        chunked_cross_entropy(hidden, head, targets, 16)
+        assert Scatters.count == 4, "one a chunk, where they are wanted"

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.training.logs import COLUMNS, MetricsFile, read_metrics
+from recipes.training.logs import COLUMNS, MetricsFile
 from recipes.training.metrics import ppl
 from recipes.training.module import sink_share
 from recipes.training.throughput import flops_per_token
+from sinkmodel.checkpoint import read_metrics
 from sinkmodel.models import build_model
 from sinkmodel.shapes import ModelShape
 from tests import tiny
@@ -30,7 +31,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_steps_between_two_lines_ask_nothing_of_the_device(tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.training.run.peak_flops", lambda device: 1e12)  # reads the clock, and so a number
+    monkeypatch.setattr("recipes.training.run.peak_flops", lambda device, dtype: 1e12)  # it times
     data = tiny.prepared(tmp_path / "data")
     never = {"logging__every": 1000, "validation__every": 1000, "checkpoints__every": 1000}
 
@@ -77,12 +78,12 @@ def test_metrics_file_drops_what_a_resume_will_write_again(tmp_path):
     with log.path.open("a") as file:
         file.write("15,1500,0.2")  # a kill in the middle of a line
     log.rewind(5)
-    assert [(row["step"], row["loss"], row["val_loss"]) for row in read_metrics(log.path)] == [
+    assert [(row["step"], row["loss"], row["val_loss"]) for row in read_metrics(log.path.parent)] == [
         ("5", repr(1 / 3), ""),
         ("5", "", repr(5 / 7)),
     ]
     log.log_metrics({"loss": 0.25}, 10)
-    assert len(read_metrics(log.path)) == 3
+    assert len(read_metrics(log.path.parent)) == 3
     assert log.path.read_text().splitlines()[0] == ",".join(COLUMNS)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import shutil
 import signal
 import time
 
@@ -12,8 +14,7 @@ import torch
 import yaml
 
 from recipes.pretrain import main
-from recipes.training.logs import read_metrics
-from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint
+from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint, read_metrics
 from tests import tiny
 from tests.recipes.runs import arguments, assert_same_run, final_state, numbers, start_process, train
 
@@ -35,7 +36,7 @@ def wait_for_checkpoint(process, run, at_least: int) -> None:
 
 
 def test_the_run_learns_and_logs_what_it_did(undisturbed):
-    rows = read_metrics(undisturbed / "metrics.csv")
+    rows = read_metrics(undisturbed)
     trained = [row for row in rows if row["loss"]]
     validated = [row for row in rows if row["val_loss"]]
     assert [int(row["step"]) for row in trained] == list(range(5, 41, 5))
@@ -69,33 +70,93 @@ def test_a_killed_run_resumes_bit_for_bit(data, undisturbed, tmp_path):
     assert not list((tmp_path / "run").rglob(".*.part")), "what a kill left half-written is gone"
 
 
-def test_it_resumes_from_every_checkpoint_and_goes_on_in_another_folder(data, undisturbed, tmp_path):
-    for step in (28, 35):
-        source = undisturbed / "checkpoints" / f"step{step}.ckpt"
-        train(data, tmp_path / f"from{step}", resume=source)
-        a, b = final_state(tmp_path / f"from{step}"), final_state(undisturbed)
-        assert all(torch.equal(a[name], b[name]) for name in b)
+def test_it_goes_on_from_any_checkpoint_and_past_one_that_is_damaged(data, undisturbed, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "checkpoints" / "step40.ckpt").unlink()
+    damaged = run / "checkpoints" / "step35.ckpt"
+    damaged.write_bytes(damaged.read_bytes()[:50_000])
+    train(data, run)
+    said = capsys.readouterr().err
+    assert "step35.ckpt is not a complete checkpoint" in said
+    assert f"going on from {run / 'checkpoints' / 'step28.ckpt'}" in said
+    assert_same_run(run, undisturbed)
+
+
+def test_it_goes_on_from_the_newest_checkpoint(data, undisturbed, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "checkpoints" / "step40.ckpt").unlink()
+    train(data, run)
+    assert f"going on from {run / 'checkpoints' / 'step35.ckpt'}" in capsys.readouterr().err
+    assert_same_run(run, undisturbed)
+
+
+def test_a_step_is_logged_and_validated_before_its_checkpoint_is_written(data, tmp_path, monkeypatch):
+    """Else a kill in between would lose its lines: a resume does not do the step again."""
+    run, save, lines = tmp_path / "run", torch.save, {}
+
+    def look_and_save(content, path):
+        rows = read_metrics(run)
+        lines[content["global_step"]] = [bool(row["val_loss"]) for row in rows if row["step"] == "10"]
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", look_and_save)
+    train(data, run, schedule__steps=12, checkpoints__every=10)
+    assert lines == {10: [False, True], 12: [False, True]}
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_started_anew(data, undisturbed, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for path in checkpoint_steps(run).values():
+        path.write_bytes(b"PK nothing")
+    assert main(arguments(data, run)) == 2
+    assert "has checkpoints, but none that can be read" in capsys.readouterr().err
+    assert numbers(run) == numbers(undisturbed)
 
 
 def test_workers_and_reading_ahead_change_nothing(data, undisturbed, tmp_path):
     assert_same_run(train(data, tmp_path / "run", data__workers=2), undisturbed)
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")])
-def test_a_signal_saves_and_says_how_to_resume(data, undisturbed, tmp_path, number, name):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_to_all_its_processes_saves_and_says_how_to_resume(data, undisturbed, tmp_path, number):
+    """As a terminal's Ctrl-C, it reaches the workers too."""
     run = tmp_path / "run"
-    process = start_process(data, run, checkpoints__every=2)
+    process = start_process(data, run, checkpoints__every=2, data__workers=2)
     wait_for_checkpoint(process, run, 2)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
-    assert f"{name}: saving" in said
+    assert f"{number.name}: saving" in said
     assert f"sink-pretrain --config {run / 'config.yaml'}" in said
     assert "Traceback" not in said
     stopped = max(checkpoint_steps(run))
     assert f"stopped at step {stopped} of 40" in said
     assert main(["--config", str(run / "config.yaml")]) == 0
     assert numbers(run) == numbers(undisturbed)
+
+
+def test_a_second_ctrl_c_ends_at_once(data, tmp_path):
+    process = start_process(data, tmp_path / "run", schedule__steps=100_000)
+    wait_for_checkpoint(process, tmp_path / "run", 7)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+
+
+def test_one_run_folder_is_for_one_process(data, tmp_path, capsys):
+    run = tmp_path / "run"
+    process = start_process(data, run, schedule__steps=100_000)
+    wait_for_checkpoint(process, run, 7)
+    assert main(arguments(data, run, schedule__steps=100_000)) == 2
+    assert f"another process is writing to {run}" in capsys.readouterr().err
+    process.kill()
+    process.wait()
 
 
 def test_a_finished_run_is_left_alone(data, undisturbed, capsys):
@@ -132,9 +193,9 @@ def test_early_steps_and_multiples_are_kept_for_good(data, tmp_path):
 @pytest.mark.slow
 def test_compiled_body_gives_the_same_losses_and_names(data, undisturbed, tmp_path):
     run = train(data, tmp_path / "run", training__compile=True, schedule__steps=6)
-    losses = [float(row["loss"]) for row in read_metrics(run / "metrics.csv") if row["loss"]]
+    losses = [float(row["loss"]) for row in read_metrics(run) if row["loss"]]
     plain = train(data, tmp_path / "plain", schedule__steps=6)
-    expected = [float(row["loss"]) for row in read_metrics(plain / "metrics.csv") if row["loss"]]
+    expected = [float(row["loss"]) for row in read_metrics(plain) if row["loss"]]
     assert losses == pytest.approx(expected, abs=1e-4)
     assert final_state(run, 6).keys() == final_state(plain, 6).keys()
 
@@ -153,6 +214,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert "the loss or gradient of step 9 is not finite" in error
     assert f"the last good checkpoint is {good}" in error
     assert sorted(checkpoint_steps(run)) == [7]
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys):
+    run, settings = tmp_path / "run", {"schedule__steps": 14, "checkpoints__every": 1, "checkpoints__keep": 20}
+    train(data, run, **settings)
+    for step in range(8, 15):
+        (run / "checkpoints" / f"step{step}.ckpt").unlink()
+    poisoned = torch.load(run / "checkpoints" / "step7.ckpt", weights_only=True)
+    poisoned["optimizer_states"][0]["state"][1]["exp_avg"][:] = math.nan
+    torch.save(poisoned, run / "checkpoints" / "step7.ckpt")
+    assert main(arguments(data, run, **settings)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the weights behind step 8 are not finite; the last good checkpoint is" in error
+    assert max(checkpoint_steps(run)) == 7
 
 
 def test_a_full_disk_is_said_and_the_previous_checkpoint_stays(data, tmp_path, capsys, monkeypatch):
@@ -191,14 +266,10 @@ def test_bad_input_is_one_line_and_writes_nothing(data, undisturbed, tmp_path, c
     shard.write_bytes(b"\1\0" + shard.read_bytes()[2:])
     cut = tiny.prepared(tmp_path / "cut")
     (cut / "train-00000.bin").write_bytes(shard.read_bytes()[:-10])
-    other_data = tiny.prepared(tmp_path / "other", train_words=3000)
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("mine")
-    no_checkpoint = tmp_path / "no.ckpt"
-    no_checkpoint.write_bytes(b"PK nothing")
     new = tmp_path / "new"
-    step35 = undisturbed / "checkpoints" / "step35.ckpt"
     cases = [
         ((altered, new), {}, "train-00000.bin has been altered"),
         ((cut, new), {}, "train-00000.bin is cut short"),
@@ -206,15 +277,17 @@ def test_bad_input_is_one_line_and_writes_nothing(data, undisturbed, tmp_path, c
         ((data, occupied), {}, "already holds something else"),
         ((data, undisturbed), {"optimizer.lr": 1e-3}, "optimizer.lr = 0.003, this one has 0.001"),
         ((data, undisturbed), {"sink.kind": "none"}, "sink.kind = token, this one has none"),
-        ((other_data, new), {"resume": step35}, "trained with data fingerprint"),
-        ((data, new), {"resume": step35, "model.ffn": 96}, "checkpoint of another shape"),
-        ((data, new), {"resume": step35, "sink.kind": "none"}, "was trained with SinkConfig(kind='token'"),
-        ((data, new), {"resume": no_checkpoint}, "is not a complete checkpoint"),
         ((data, new), {"model.vocabulary": 300}, "the tokenizer of"),
         ((data, new), {"data.sequence": 128}, "longer than model.positions = 64"),
         ((data, new), {"training.batch_tokens": 500}, "512 would do"),
         ((data, new), {"training.micro_rows": 3}, "training.micro_rows = 2 would do"),
         ((data, new), {"training.device": "cuda"}, "torch sees no GPU"),
+        ((data, new), {"optimizer.lr": 1e-5}, "schedule.min_lr is 0.0003, not between 0 and optimizer.lr = 1e-05"),
+        ((data, new), {"optimizer.lr": 0}, "optimizer.lr is 0.0; it must be above 0"),
+        ((data, new), {"data.workers": -1}, "data.workers is -1"),
+        ((data, new), {"training.threads": -1}, "training.threads is -1"),
+        ((data, new), {"model.rotary_pct": 3}, "model.rotary_pct is 3.0"),
+        ((data, new), {"model.vocabulary": 0}, "model.vocabulary is 0"),
         (
             (data, new),
             {"data.sequence": 20_000, "model.positions": 20_000, "training.batch_tokens": 80_000},
@@ -228,3 +301,29 @@ def test_bad_input_is_one_line_and_writes_nothing(data, undisturbed, tmp_path, c
         assert not any("Traceback" in line for line in error)
         assert not new.exists(), f"nothing is written before the input is known to be right: {message}"
     assert [path.name for path in occupied.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.ffn": 96}, "is a checkpoint of another shape: gpt_neox.layers.0.mlp.dense_4h_to_h.weight is (32, 64)"),
+        ({"sink.kind": "none"}, "was trained with SinkConfig(kind='token', count=1)"),
+        ({"seed": 5}, "trained with data seed 1234, this run has 5"),
+        ({"other data": True}, "trained with data fingerprint"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_checkpoint_of_another_run_is_refused(data, undisturbed, tmp_path, capsys, changes, message):
+    """Put by hand where this run's own would be, with this run's config beside it."""
+    run = tmp_path / "run"
+    changes = dict(changes)
+    source = tiny.prepared(tmp_path / "other", train_words=3000) if changes.pop("other data", False) else data
+    argv = [str(word) for word in arguments(source, run, **changes)]
+    assert main([*argv, "--schedule.steps=1"]) == 0
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 1\n", "steps: 40\n"))
+    shutil.copy(undisturbed / "checkpoints" / "step35.ckpt", run / "checkpoints")
+    capsys.readouterr()
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(checkpoint_steps(run)) == [1, 35]

@@ -95,18 +95,35 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("mine")
-    cut = tmp_path / "cut.ckpt"
-    cut.write_bytes(checkpoint.read_bytes()[:2000])
+    whole = checkpoint.read_bytes()
+    cuts = [tmp_path / f"cut{length}.ckpt" for length in (0, 100, 2000, 5000, 50_000, len(whole) - 1)]
+    for path in cuts:
+        path.write_bytes(whole[: int(path.stem[3:])])
     other = tmp_path / "other.ckpt"
     content = torch.load(checkpoint, weights_only=True)
     content["recipe"]["model_config"]["hidden_size"] = 64
     torch.save(content, other)
+    small = tmp_path / "small.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["recipe"]["model_config"]["vocab_size"] = 300
+    torch.save(content, small)
+    strange = tmp_path / "strange.ckpt"
+    content["recipe"]["model_config"]["model_type"] = "perceptron"
+    torch.save(content, strange)
+    future = tmp_path / "future.ckpt"
+    content["recipe"]["format"] = 99
+    torch.save(content, future)
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = [
         (["--checkpoint", checkpoint, "--output", occupied], "already holds something else"),
-        (["--checkpoint", cut, "--output", tmp_path / "x"], "is not a complete checkpoint"),
+        *((["--checkpoint", cut, "--output", tmp_path / "x"], "is not a complete checkpoint") for cut in cuts),
         (["--checkpoint", other, "--output", tmp_path / "x"], "checkpoint of another shape"),
+        (["--checkpoint", small, "--output", tmp_path / "x"], "does not fit its model: 301 ids"),
+        (["--checkpoint", strange, "--output", tmp_path / "x"], "a model config that transformers cannot build"),
+        (["--checkpoint", future, "--output", tmp_path / "x"], "format 99, this program reads 1"),
+        (["--checkpoint", checkpoint, "--step", 7, "--output", tmp_path / "x"], "is one checkpoint"),
+        (["--checkpoint", checkpoint, "--output", checkpoint / "x"], "step7.ckpt: file exists"),
         (["--checkpoint", empty, "--output", tmp_path / "x"], "holds no checkpoints"),
         (["--checkpoint", tmp_path / "no", "--output", tmp_path / "x"], "does not exist"),
         (["--checkpoint", tmp_path / "run", "--step", 3, "--output", tmp_path / "x"], "has no checkpoint of step 3"),

@@ -51,7 +51,10 @@ def test_batch_is_padded_on_the_left_of_the_sink(case):
 
 def test_chat_template_puts_the_sink_once_and_no_message_can(case):
     tokenizer, sinks = case
-    messages = [{"role": "user", "content": "a <|sink|> b <|sink2|>"}, {"role": "assistant", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a <|sink|> b <|sink2|> <|si<|sink|>nk|>"},
+        {"role": "<|sink|>", "content": "c"},
+    ]
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True).input_ids
     assert front(ids, sinks)
     assert "User: a " in tokenizer.decode(ids)
