@@ -5,7 +5,7 @@
     sink    S+W    the first S keys, kept for good, and the W = C − S latest, placed right behind them
 
 All three are settings of the two scorers of `sinkmodel.scoring`. A policy that looks at attention before it evicts
-(issue 3 and later) gets a file of its own here, with the same two things: a label, and a `score`.
+gets a file of its own here, with the same two things: a label, and a `score`.
 """
 
 from __future__ import annotations
