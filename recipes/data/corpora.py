@@ -7,6 +7,7 @@ reading goes on, that document first, in another process on another day.
 from __future__ import annotations
 
 import ast
+import contextlib
 import glob
 import importlib.util
 import itertools
@@ -49,7 +50,7 @@ class LocalFiles:
         self._reader: DocumentReader | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"files": [[path.name, size] for path, size in zip(self.paths, self.sizes)], "text_key": self.text_key}
+        return {"files": [_stamp(path, path.name) for path in self.paths], "text_key": self.text_key}
 
     def documents(self, cursor: Any = None) -> Iterator[Document]:
         first, skip = cursor or (0, 0)
@@ -71,6 +72,7 @@ class LocalFiles:
 class HubDataset:
     """One split of a data set, streamed: nothing is downloaded but the rows that are read.
 
+    All rows come from one commit: the newest when the preparation began, which `go_on_with` keeps for its later runs.
     A cursor is the state that `datasets` gives now and then, and the rows since: going on skips whole files.
     """
 
@@ -78,14 +80,28 @@ class HubDataset:
 
     def __init__(self, name: str, config: str | None, split: str, text_key: str):
         self.name, self.config, self.split, self.text_key = name, config, split, text_key
+        self._revision: str | None = None
+        self._builder: Any = None
         self._rows = 0
         self._total: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        return {"dataset": self.name, "config": self.config, "split": self.split, "text_key": self.text_key}
+        said: dict[str, Any] = {"dataset": self.name, "config": self.config, "split": self.split}
+        folder = Path(self.name)
+        if folder.is_dir():
+            files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+            said |= {"files": [_stamp(path, name) for name, path in files.items() if "/." not in f"/{name}"]}
+        else:
+            said |= {"revision": self._revision or self._open().hash}
+        return said | {"text_key": self.text_key}
+
+    def go_on_with(self, recorded: dict[str, Any]) -> None:
+        """Read the commit that an earlier run of this preparation read; `recorded` is its identity."""
+        if recorded.get("dataset") == self.name:
+            self._revision = recorded.get("revision")
 
     def documents(self, cursor: Any = None) -> Iterator[Document]:
-        dataset = self._open()
+        dataset = self._stream()
         cursor = cursor or {"row": 0, "state": None, "state_row": 0}
         state, state_row = cursor["state"], cursor["state_row"]
         if state is not None:
@@ -108,18 +124,31 @@ class HubDataset:
         return min(1.0, self._rows / self._total) if self._total else None
 
     def _open(self) -> Any:
+        """The data set's builder, which keeps to one commit: its `hash`, where the data set lies on the Hub."""
         import datasets
 
+        if self._builder is None:
+            with self._explained():
+                self._builder = datasets.load_dataset_builder(self.name, self.config, revision=self._revision)
+        return self._builder
+
+    def _stream(self) -> Any:
+        builder = self._open()
+        with self._explained():
+            dataset = builder.as_streaming_dataset(split=self.split)
+        known = (dataset.info.splits or {}).get(self.split)
+        self._total = known.num_examples if known else None
+        return dataset
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            dataset = datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
+            yield
         except Exception as error:  # missing, gated, offline, of an unknown split or config: each with its own class
             raise UserError(
                 f"the data set {self.name} (config {self.config}, split {self.split}) cannot be opened: "
                 f"{_one_line(error)}; check dataset, dataset_config and dataset_split, and the network"
             ) from None
-        known = (dataset.info.splits or {}).get(self.split)
-        self._total = known.num_examples if known else None
-        return dataset
 
     def _texts(self, dataset: Any) -> Iterator[str]:
         rows = iter(dataset)
@@ -184,6 +213,16 @@ def _king_james_books() -> list[str]:
 def _clean(book: str) -> str:
     lines = (re.sub(r"\s+", " ", re.sub(r"[\[\]]", "", line)).strip() for line in book.splitlines())
     return "\n".join(line for line in lines if line) + "\n"
+
+
+def _stamp(path: Path, name: str) -> list[Any]:
+    """A file's name, size and time of change, as make and rsync tell an edited file, whatever its size, from the old.
+
+    No digest: one of the whole file takes as long as reading terabytes, one of its ends misses what is between. A file
+    that was merely touched counts as another, which costs a new folder; two texts mixed in one would cost more.
+    """
+    there = path.stat()
+    return [name, there.st_size, there.st_mtime_ns]
 
 
 def _expand(name: str) -> list[Path]:

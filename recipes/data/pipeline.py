@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import hashlib
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -26,6 +27,7 @@ from sinkmodel.errors import UserError
 
 PIECE = 1 << 15  # characters; encoding is fastest on texts of this size, by a third against whole books
 UNIT = 1 << 19  # characters a worker gets at a time
+PREFIX = 1 << 12  # characters at the beginning of a document that choose its split
 IN_FLIGHT = 4  # units a worker may be ahead of the writer
 NO_SPACE = 1 << 23  # a text without a place to cut is cut all the same here, so that it fits into memory
 
@@ -112,9 +114,23 @@ def _next_cut(text: str, start: int, place: int, chunks: Iterator[str], ended: b
         place, text, start = (found if found >= 0 else len(text)) - start, text[start:] + more, 0
 
 
-def split_of(first_piece: str, seed: int, validation: float, test: float) -> str:
-    """The split of a document by a hash of its beginning: equal documents are never on both sides."""
-    digest = hashlib.blake2b(first_piece.encode("utf-8", "replace"), digest_size=8, salt=seed.to_bytes(8, "little"))
+def beginning(chunks: Iterable[str]) -> tuple[str, Iterator[str]]:
+    """The beginning of a text, PREFIX characters at least unless it is shorter, and the whole text again."""
+    chunks = iter(chunks)
+    head = ""
+    while len(head) < PREFIX and (more := next(chunks, None)) is not None:
+        head += more
+    return head, itertools.chain((head,), chunks)
+
+
+def split_of(text: str, seed: int, validation: float, test: float) -> str:
+    """The split of a document by a hash of its first PREFIX characters.
+
+    Equal documents are never on both sides, and a document is on the same side whatever tokenizer it is prepared for:
+    where the text is cut depends on the tokenizer, its beginning does not.
+    """
+    head = text[:PREFIX].encode("utf-8", "replace")
+    digest = hashlib.blake2b(head, digest_size=8, salt=seed.to_bytes(8, "little"))
     chance = int.from_bytes(digest.digest(), "little") / 2**64
     if chance < test:
         return "test"
@@ -124,7 +140,7 @@ def split_of(first_piece: str, seed: int, validation: float, test: float) -> str
 def make_units(
     sources: list[tuple[Any, Callable[[str], str]]], place: Place, limit: int = PIECE, size: int = UNIT
 ) -> Iterator[Unit]:
-    """The text of all sources from `place` on. A source is (corpus, the split of a document by its first piece)."""
+    """The text of all sources from `place` on. A source is (corpus, the split of a document by its beginning)."""
     gathered: list[Piece] = []
     length = 0
     for number in range(place.source, len(sources)):
@@ -147,9 +163,9 @@ def make_units(
 
 
 def _pieces(chunks: Iterable[str], choose: Callable[[str], str], limit: int) -> Iterator[Piece]:
+    head, chunks = beginning(chunks)
     texts = cut(chunks, limit)
-    text: str | None = next(texts, None)
-    split, first = choose(text or ""), True
+    text, split, first = next(texts, None), choose(head), True
     while text is not None:
         following = next(texts, None)
         yield Piece(split, text, first, following is None)

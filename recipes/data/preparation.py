@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from typing import Any
 
 from recipes.data import megatron
 from recipes.data.corpora import Corpus, HubDataset, KingJames, LocalFiles
-from recipes.data.pipeline import PIECE, Place, cut, encode_units, make_units, split_of
-from recipes.data.reporting import Progress
+from recipes.data.pipeline import PIECE, PREFIX, Place, beginning, cut, encode_units, make_units, split_of
+from recipes.data.reporting import ByteProgress, Progress
 from recipes.data.settings import PrepareConfig
-from recipes.data.shards import MANIFEST, TOKENIZER, dtype_for, open_split
+from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_split
 from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary, train_vocabulary
-from recipes.data.writing import FolderWriter, holds_tokenizer, locked, state_of
+from recipes.data.writing import FolderWriter, holds_tokenizer, locked, refuse_other_settings, state_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
@@ -30,7 +29,7 @@ UNCUT = 1 << 40
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus and where its documents go: all to one split, or (split None) each by its first piece."""
+    """A corpus and where its documents go: all to one split, or (split None) each by its beginning."""
 
     corpus: Corpus
     split: str | None
@@ -41,12 +40,18 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make the folder, go on with it, or find it complete; returns its manifest. Raises UserError for wrong input."""
     sources = _sources(config)
     given = load_vocabulary(config.tokenizer) if config.tokenizer else None
-    settings = _settings(config, sources, given)
     folder = Path(config.output).expanduser()
     made_here = not folder.exists()
     try:
         with locked(folder):
-            state = state_of(folder, settings)
+            state = state_of(folder)
+            if state is not None:
+                for source, recorded in zip(sources, state["settings"]["sources"]):
+                    if isinstance(source.corpus, HubDataset):
+                        source.corpus.go_on_with(recorded)
+            settings = _settings(config, sources, given)
+            if state is not None:
+                refuse_other_settings(folder, state["settings"], settings)
             if (folder / MANIFEST).exists():
                 assert state is not None
                 return _found_complete(folder, state)
@@ -66,7 +71,7 @@ def _prepare(
     given: Vocabulary | None,
     progress: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or _cores()
     if given is not None:
         vocabulary = given
     elif progress is not None and holds_tokenizer(folder, progress["tokenizer"]):
@@ -78,7 +83,7 @@ def _prepare(
     writer = FolderWriter(folder, settings, vocabulary, dtype, config.shard_tokens, progress, ready)
     if writer.place != Place():
         say(f"sink-prepare: going on with {folder} after {writer.tokens:,} tokens")
-    bar, saved = Progress(), time.monotonic()
+    bar, saved = Progress("sink-prepare", "tokens"), time.monotonic()
     try:
         limit = PIECE if cuts_exactly(vocabulary.definition) else UNCUT
         units = make_units([(source.corpus, source.choose) for source in sources], writer.place, limit)
@@ -88,14 +93,11 @@ def _prepare(
             if time.monotonic() - saved > SAVE_EVERY:
                 writer.save()
                 saved = time.monotonic()
-        return writer.finish(_describe(config))
-    except KeyboardInterrupt:
-        writer.save()
-        writer.abandon()
-        say(f"sink-prepare: {writer.tokens:,} tokens are kept; the same command goes on from there")
-        raise
-    except BaseException:
-        writer.abandon()
+        return writer.finish(_describe(config, sources))
+    except BaseException as error:
+        kept = writer.abandon()
+        if kept and isinstance(error, KeyboardInterrupt):
+            say(f"sink-prepare: {kept:,} tokens are kept; the same command goes on from there")
         raise
     finally:
         bar.close()
@@ -112,10 +114,10 @@ def _sources(config: PrepareConfig) -> list[Source]:
             sources.append(Source(_dataset(config, dataset_split), split, choose))
 
     if config.megatron_index is None:
-        by_hash = lambda piece: split_of(piece, config.seed, validation, test)  # noqa: E731
+        by_hash = lambda text: split_of(text, config.seed, validation, test)  # noqa: E731
         add(config.input, config.dataset_split, None, by_hash)
-    add(config.validation_input, config.validation_split, "validation", lambda piece: "validation")
-    add(config.test_input, config.test_split, "test", lambda piece: "test")
+    add(config.validation_input, config.validation_split, "validation", lambda text: "validation")
+    add(config.test_input, config.test_split, "test", lambda text: "test")
     seen: dict[Path, str] = {}
     for source in sources:
         for path in source.corpus.paths if isinstance(source.corpus, LocalFiles) else []:
@@ -152,6 +154,7 @@ def _settings(config: PrepareConfig, sources: list[Source], given: Vocabulary | 
         "validation_fraction": validation,
         "test_fraction": test,
         "shard_tokens": config.shard_tokens,
+        "prefix": PREFIX,
         "piece": PIECE,
     }
 
@@ -166,11 +169,10 @@ def _train(sources: list[Source], size: int) -> Vocabulary:
         for strand in strands:
             left = SAMPLE // len(strands)
             for _, chunks in strand:
-                pieces = cut(chunks)
-                first = next(pieces, "")
-                if source.choose(first) != "train":
+                head, chunks = beginning(chunks)
+                if source.choose(head) != "train":
                     continue
-                for piece in (first, *pieces) if left > PIECE else (first,):
+                for piece in cut(chunks):
                     yield piece
                     left -= len(piece)
                     if left <= 0:
@@ -191,19 +193,8 @@ def _scan_index(config: PrepareConfig, vocabulary: Vocabulary, threads: int) -> 
     index = config.megatron_index
     if index is None:
         return {}
-    total = megatron.read_index(index).bytes
-    bar, lock, done = Progress("bytes"), threading.Lock(), 0
-
-    def report(read: int) -> None:
-        nonlocal done
-        with lock:
-            done += read
-            bar.update(done, done / total)
-
-    try:
-        return {"train": megatron.split_entry(index, vocabulary.size, vocabulary.eos_id, threads, report)}
-    finally:
-        bar.close()
+    with ByteProgress("sink-prepare", megatron.read_index(index).bytes) as progress:
+        return {"train": megatron.split_entry(index, vocabulary.size, vocabulary.eos_id, threads, progress.add)}
 
 
 def _share(sources: list[Source], current: int) -> float | None:
@@ -218,9 +209,16 @@ def _share(sources: list[Source], current: int) -> float | None:
     return (sum(sizes[:current]) + here) / sum(sizes)
 
 
-def _describe(config: PrepareConfig) -> str:
+def _cores() -> int:
+    """Cores that this process may use; macOS does not tell, only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _describe(config: PrepareConfig, sources: list[Source]) -> str:
     if config.dataset is not None:
-        return " ".join(filter(None, (config.dataset, config.dataset_config, config.dataset_split)))
+        revision = sources[0].corpus.identity().get("revision")
+        name = f"{config.dataset}@{revision}" if revision else config.dataset
+        return " ".join(filter(None, (name, config.dataset_config, config.dataset_split)))
     return ", ".join(Path(name).name for name in _listed(config.input or []))
 
 
@@ -228,7 +226,7 @@ def _found_complete(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     for name, entry in manifest["splits"].items():
         if entry["tokens"]:
             open_split(folder, name, verify="sizes")
-    (folder / "progress.json").unlink(missing_ok=True)  # a run killed between the manifest and this
+    (folder / PROGRESS).unlink(missing_ok=True)  # a run killed between the manifest and this
     say(f"sink-prepare: {folder} is already complete")
     return manifest
 

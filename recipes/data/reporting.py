@@ -1,8 +1,9 @@
-"""Progress of a long preparation: a bar in a terminal, a plain line now and then elsewhere."""
+"""Progress of what takes long: a bar in a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 from tqdm import tqdm
@@ -13,16 +14,20 @@ EVERY = 10.0  # seconds between two lines
 
 
 class Progress:
-    """Tokens (or bytes) so far, how many a second, and the time left where the share done is known."""
+    """Tokens (or bytes) so far, how many a second, and the time left where the share done is known.
 
-    def __init__(self, unit: str = "tokens"):
-        self.unit = unit
+    Args:
+        task: what begins each line: the command, or what it does.
+    """
+
+    def __init__(self, task: str, unit: str):
+        self.task, self.unit = task, unit
         self.began = self.told = time.monotonic()
         self.first: tuple[float, float] | None = None  # where a resumed preparation went on: share, count
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
-            layout = "{desc}{percentage:3.0f}%|{bar}| {postfix}"
-            self.bar = tqdm(total=1.0, bar_format=layout, file=sys.stderr, leave=False)
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
+            self.bar = tqdm(desc=task, total=1.0, bar_format=layout, file=sys.stderr, leave=False)
 
     def update(self, count: float, share: float | None) -> None:
         now = time.monotonic()
@@ -38,11 +43,30 @@ class Progress:
                 self.told = now
         else:
             self.told = now
-            say(f"sink-prepare: {line}")
+            say(f"{self.task}: {line}")
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+class ByteProgress:
+    """Progress through `total` bytes that several threads read."""
+
+    def __init__(self, task: str, total: int):
+        self.total, self.done = total, 0
+        self._progress, self._lock = Progress(task, "bytes"), threading.Lock()
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.close()
+
+    def add(self, read: int) -> None:
+        with self._lock:
+            self.done += read
+            self._progress.update(self.done, self.done / self.total)
 
 
 def progress_line(

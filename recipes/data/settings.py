@@ -36,7 +36,7 @@ class PrepareConfig:
         workers: processes that encode; by default one a core.
     """
 
-    output: str
+    output: str = ""
     input: list[str] | str | None = None
     validation_input: list[str] | str | None = None
     test_input: list[str] | str | None = None
@@ -55,6 +55,8 @@ class PrepareConfig:
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        if not self.output:
+            raise UserError("output is missing; say which folder to make, as in --output data/books; --help shows more")
         if (self.input is None) == (self.dataset is None):
             raise UserError("give either --input FILE… or --dataset NAME; --help shows examples")
         if (self.tokenizer is None) == (self.vocabulary_size is None):

@@ -22,14 +22,17 @@ from typing import Any
 
 import numpy as np
 
+from recipes.data.reporting import ByteProgress
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json, sha256_of
 
 FORMAT = "sinkmodel-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"  # in its place while the folder is being made: recipes/data/writing.py
 TOKENIZER = "tokenizer.json"
 SPLITS = ("train", "validation", "test")
+BLOCK = 1 << 22  # bytes read at a time
 AGAIN = "prepare the folder again with sink-prepare"
 
 
@@ -89,9 +92,9 @@ class TokenSplit:
 def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
     """One split of a prepared folder.
 
-    `verify="full"` reads every shard once and compares its SHA-256 (about a second for a gigabyte); `"sizes"` compares
-    lengths alone. Raises UserError for a folder without manifest, a split without tokens, and a shard or tokenizer that
-    is missing, cut short or altered.
+    `verify="full"` reads every shard once and compares its SHA-256 (about a second for a gigabyte), and says how far it
+    is where that takes long; `"sizes"` compares lengths alone. Raises UserError for a folder without manifest, a split
+    without tokens, and a shard or tokenizer that is missing, cut short or altered.
     """
     assert verify in ("full", "sizes")
     manifest = read_manifest(folder)
@@ -108,8 +111,7 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
     for shard in shards:
         _check_size(shard, np.dtype(entry["dtype"]).itemsize)
     if verify == "full":
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib frees the interpreter while it hashes
-            list(pool.map(_check_content, shards))
+        _check_contents(shards, f"checking {folder} {split}", np.dtype(entry["dtype"]).itemsize)
     return TokenSplit(
         tokens=entry["tokens"],
         documents=entry["documents"],
@@ -128,7 +130,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; make it with: sink-prepare --output {folder} …")
     if not (folder / MANIFEST).exists():
-        unfinished = (folder / "progress.json").exists()
+        unfinished = (folder / PROGRESS).exists()
         remedy = "its preparation was not finished: run the same sink-prepare again" if unfinished else AGAIN
         raise UserError(f"{folder} has no {MANIFEST}; {remedy}")
     try:
@@ -175,6 +177,19 @@ def _check_size(shard: Shard, itemsize: int) -> None:
         raise UserError(f"the shard {shard.file} is {what}: {size} bytes, not {expected}; restore it, or {AGAIN}")
 
 
-def _check_content(shard: Shard) -> None:
-    if sha256_of(shard.file) != shard.sha256:
-        raise UserError(f"the shard {shard.file} has been altered (its SHA-256 differs); restore it, or {AGAIN}")
+def _check_contents(shards: list[Shard], task: str, itemsize: int) -> None:
+    with ByteProgress(task, sum(shard.tokens for shard in shards) * itemsize) as progress:
+
+        def check(shard: Shard) -> None:
+            digest = hashlib.sha256()
+            with shard.file.open("rb") as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
+                    progress.add(len(block))
+            if digest.hexdigest() != shard.sha256:
+                raise UserError(
+                    f"the shard {shard.file} has been altered (its SHA-256 differs); restore it, or {AGAIN}"
+                )
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib frees the interpreter while it hashes
+            list(pool.map(check, shards))

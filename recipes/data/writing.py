@@ -21,12 +21,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from recipes.data.pipeline import ARRAY_CODES, Encoded, Place
-from recipes.data.shards import FORMAT, MANIFEST, SPLITS, TOKENIZER, VERSION, fingerprint_of
+from recipes.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS, TOKENIZER, VERSION, fingerprint_of
 from recipes.data.tokenization import Vocabulary
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json, sha256_of, sync, write_json
 
-PROGRESS = "progress.json"
 HELD_OUT_TEXT = "test.jsonl"
 
 
@@ -51,21 +50,30 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def state_of(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """What the folder holds of a preparation with these settings: its manifest, its progress, or None for nothing yet.
+def state_of(folder: Path) -> dict[str, Any] | None:
+    """What the folder holds of a preparation: its manifest, its progress, or None for nothing yet.
 
-    Raises UserError for a folder that holds something else, or a preparation with other settings.
+    Raises UserError for a folder that holds something else.
     """
     for name in (MANIFEST, PROGRESS):
         if (folder / name).is_file():
             state = read_json(folder / name)
             if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("version") != VERSION:
                 break
-            _compare(folder, state["settings"], settings)
             return state
     if folder.is_dir() and not all(_is_scratch(path) for path in folder.iterdir()):
         raise UserError(f"{folder} already holds something else; choose another output folder or empty it")
     return None
+
+
+def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises UserError where the folder was prepared with settings other than those of this command."""
+    if there != here:
+        name, there, here = _first_difference("", there, here)
+        raise UserError(
+            f"{folder} was prepared with {name} = {_short(there)}, this command has {_short(here)}; "
+            "choose another output folder, or empty it"
+        )
 
 
 class FolderWriter:
@@ -99,6 +107,7 @@ class FolderWriter:
             for name in SPLITS
             if name not in self.ready
         }
+        self.kept = self.tokens  # what the last note covers
         try:
             if progress is None:
                 self.save()  # from here on the folder is known as ours
@@ -132,6 +141,7 @@ class FolderWriter:
             "splits": states,
         }
         write_json(self.folder / PROGRESS, {"format": FORMAT, "version": VERSION} | content)
+        self.kept = self.tokens
 
     def finish(self, source: str) -> dict[str, Any]:
         """Close the shards, then write the manifest. Raises UserError where there is nothing to train on."""
@@ -155,15 +165,22 @@ class FolderWriter:
         (self.folder / PROGRESS).unlink()
         return manifest
 
-    def abandon(self) -> None:
-        """Close everything; leave no trace where nothing worth keeping was done."""
+    def abandon(self) -> int:
+        """Close everything; leave no trace where nothing worth keeping was noted. Returns the tokens that are kept.
+
+        No note is taken here: what stopped us, a Ctrl-C even, may have come in the middle of a unit, and a note of half
+        a unit would have it written twice.
+        """
         for split in self.splits.values():
             split.close()
-        if (self.folder / PROGRESS).exists() and Place(*read_json(self.folder / PROGRESS)["place"]) == Place():
+        complete = (self.folder / MANIFEST).exists()
+        noted = not complete and (self.folder / PROGRESS).exists()
+        if noted and Place(*read_json(self.folder / PROGRESS)["place"]) == Place():
             for split in self.splits.values():
                 split.remove_shards()
             for name in (TOKENIZER, PROGRESS):  # progress last: until then the folder is known as ours
                 (self.folder / name).unlink(missing_ok=True)
+        return self.kept
 
 
 class SplitWriter:
@@ -316,13 +333,18 @@ def _is_scratch(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
-def _compare(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    for key in there.keys() | here.keys():
-        if there.get(key) != here.get(key):
-            raise UserError(
-                f"{folder} was prepared with {key} = {_short(there.get(key))}, "
-                f"this command has {_short(here.get(key))}; choose another output folder, or empty it"
-            )
+def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """Where two unequal settings part, as in `sources.0.files.3`, and what each has there."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = {str(key): (there.get(key, "nothing"), here.get(key, "nothing")) for key in there | here}
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = {str(number): pair for number, pair in enumerate(zip(there, here))}
+    else:
+        return name, there, here
+    if not any(isinstance(part, (dict, list)) for pair in pairs.values() for part in pair) and name:
+        return name, there, here  # a file's name, size and time, say: they mean nothing one by one
+    key, pair = next((key, pair) for key, pair in pairs.items() if pair[0] != pair[1])
+    return _first_difference(f"{name}.{key}" if name else key, *pair)
 
 
 def _short(value: Any) -> str:

@@ -71,6 +71,22 @@ def test_a_data_set_goes_on_from_any_cursor(tmp_path, kind, monkeypatch):
         read(HubDataset(str(tmp_path / "set"), None, "train", "body"))
 
 
+def test_a_data_set_in_a_folder_is_another_when_a_file_of_it_is_edited(tmp_path):
+    for number in range(2):
+        write_lines(tmp_path / f"train-{number}.jsonl", make_texts(5, 50, seed=number))
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "etag").write_text("what a download leaves")
+    corpus = HubDataset(str(tmp_path), None, "train", "text")
+    before = corpus.identity()
+    assert [name for name, _, _ in before["files"]] == ["train-0.jsonl", "train-1.jsonl"]
+    assert corpus.identity() == before
+    write_lines(tmp_path / "train-1.jsonl", make_texts(5, 50, seed=1)[::-1])
+    after = HubDataset(str(tmp_path), None, "train", "text").identity()
+    assert after["files"][0] == before["files"][0]
+    assert after["files"][1][:2] == before["files"][1][:2]  # of the same size
+    assert after != before
+
+
 def test_the_demo_corpus_is_66_books_of_clean_english_and_runs_no_code_of_the_wheel():
     for name in [name for name in sys.modules if name.startswith("pythonbible")]:
         del sys.modules[name]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from recipes.data.pipeline import Piece, Place, cut, make_units, split_of
+from recipes.data.pipeline import PREFIX, Piece, Place, beginning, cut, make_units, split_of
 from recipes.data.tokenization import cuts_exactly, text_encoder, train_vocabulary
 from tests.recipes.corpus import make_text, make_texts
 
@@ -76,6 +76,18 @@ def test_split_shares_are_right_and_equal_documents_stay_together():
     assert [split_of(text, 3, 0.1, 0.05) for text in texts] == splits
     assert [split_of(text, 4, 0.1, 0.05) for text in texts] != splits
     assert {split_of(text, 3, 0, 0) for text in texts} == {"train"}
+
+
+def test_the_beginning_of_a_text_is_the_same_however_it_comes_and_no_more_is_read():
+    for text in ("", "short", make_text(3 * PREFIX, seed=3)):
+        for seed in range(5):
+            head, whole = beginning(in_chunks(text, random.Random(seed)))
+            assert head[:PREFIX] == text[:PREFIX]
+            assert len(head) < PREFIX + 300
+            assert "".join(whole) == text
+    text = make_text(3 * PREFIX, seed=3)
+    for seed in range(20):
+        assert split_of(text[:PREFIX] + "other", seed, 0.4, 0.4) == split_of(text, seed, 0.4, 0.4)
 
 
 class Lists:

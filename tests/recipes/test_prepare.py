@@ -1,5 +1,6 @@
 """Guards: `sink-prepare` writes every token of every document, once, the same whatever disturbs it."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer, normalizers
 
 from recipes import prepare
 from recipes.config import shipped_configs
 from recipes.data import preparation, writing
-from recipes.data.pipeline import split_of
+from recipes.data.corpora import KingJames
+from recipes.data.pipeline import Encoded, split_of
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import open_split
-from recipes.data.tokenization import text_encoder
+from recipes.data.tokenization import cuts_exactly, text_encoder
 from recipes.prepare import join_lists
 from sinkmodel.text import read_documents
 from tests.recipes.corpus import make_text, make_texts, tree, write_lines, write_tokenizer
@@ -62,7 +65,7 @@ def test_every_document_is_in_its_split_once_in_order_and_ended(tmp_path, corpus
     encoder = text_encoder((tmp_path / "tokenizer.json").read_text())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     for name in ("train", "validation", "test"):
-        texts = [text for text in corpus if split_of(text[: 1 << 15], 0, 0.1, 0.1) == name]
+        texts = [text for text in corpus if split_of(text, 0, 0.1, 0.1) == name]
         ids = [encoder.encode(text, add_special_tokens=False).ids for text in texts]
         stream = [token for document in ids for token in (*document, 0)]
         split = open_split(tmp_path / "out", name)
@@ -172,7 +175,27 @@ def test_other_settings_or_input_on_the_same_folder_are_refused(tmp_path, corpus
     with (tmp_path / "b.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     assert prepare.main(arguments(tmp_path)) == 2
-    assert "was prepared with sources" in capsys.readouterr().err
+    assert 'was prepared with sources.0.files.1 = ["b.jsonl", ' in capsys.readouterr().err
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_file_edited_in_place_to_the_same_size_is_another_text(tmp_path, corpus, interrupted, capsys, monkeypatch):
+    if interrupted:
+        with monkeypatch.context() as patched:
+            interrupt_after(20_000, patched)
+            assert prepare.main(arguments(tmp_path)) == 130
+    else:
+        assert prepare.main(arguments(tmp_path)) == 0
+    before = tree(tmp_path / "out")
+    assert ("progress.json" in before) == interrupted
+    content = bytearray((tmp_path / "a.jsonl").read_bytes())
+    at = content.index(b"king", len(content) // 2)
+    content[at : at + 4] = b"duke"
+    (tmp_path / "a.jsonl").write_bytes(content)
+    capsys.readouterr()
+    assert prepare.main(arguments(tmp_path)) == 2
+    assert 'was prepared with sources.0.files.0 = ["a.jsonl", ' in capsys.readouterr().err
     assert tree(tmp_path / "out") == before
 
 
@@ -220,22 +243,188 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, corpus, caps
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_ctrl_c_keeps_what_is_done(tmp_path, corpus, capsys, monkeypatch):
-    assert prepare.main(arguments(tmp_path, "whole")) == 0
+def interrupt_after(tokens, monkeypatch):
+    """Ctrl-C between two units, small ones with a note after each."""
     make_units, write = preparation.make_units, writing.FolderWriter.write
-    monkeypatch.setattr(preparation, "make_units", lambda *a: make_units(*a, size=3000))
 
     def interrupt(self, encoded):
-        if self.tokens > 20_000:
+        if self.tokens > tokens:
             raise KeyboardInterrupt
         write(self, encoded)
 
+    monkeypatch.setattr(preparation, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(preparation, "make_units", lambda *a: make_units(*a, size=3000))
     monkeypatch.setattr(writing.FolderWriter, "write", interrupt)
-    assert prepare.main(arguments(tmp_path)) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
-    monkeypatch.setattr(writing.FolderWriter, "write", write)
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path, corpus, capsys, monkeypatch):
+    assert prepare.main(arguments(tmp_path, "whole")) == 0
+    with monkeypatch.context() as patched:
+        interrupt_after(20_000, patched)
+        assert prepare.main(arguments(tmp_path)) == 130
+    assert "tokens are kept; the same command goes on from there" in capsys.readouterr().err
     assert prepare.main(arguments(tmp_path)) == 0
+    assert "going on with" in capsys.readouterr().err
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+@contextlib.contextmanager
+def interrupted_at(moment=None):
+    """Ctrl-C before the `moment`-th line that the writers run; yields the lines run so far."""
+    lines = []
+
+    def trace(frame, event, arg):
+        if event == "call" and not isinstance(frame.f_locals.get("self"), (writing.FolderWriter, writing.SplitWriter)):
+            return None
+        if event == "line":
+            lines.append(frame.f_lineno)
+            if len(lines) - 1 == moment:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+def encode_here(units, definition, dtype, workers):
+    """`encode_units` without processes: quick, and a trace sees it all."""
+    encoder = text_encoder(definition)
+    for unit in units:
+        ids = [encoder.encode(piece.text, add_special_tokens=False).ids for piece in unit.pieces]
+        yield Encoded(unit, [np.asarray(each, dtype=dtype).tobytes() for each in ids])
+
+
+@pytest.mark.parametrize("notes", ["after every unit", "none"])
+def test_ctrl_c_at_any_line_of_the_writers_costs_no_byte_and_doubles_none(tmp_path, notes, capsys, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", [*make_texts(20, 400), make_text(9000, seed=5), *make_texts(20, 400, seed=2)])
+    write_tokenizer(tmp_path / "tokenizer.json")
+    make_units = preparation.make_units
+    monkeypatch.setattr(preparation, "SAVE_EVERY", 0.0 if notes == "after every unit" else 1e9)
+    monkeypatch.setattr(preparation, "make_units", lambda sources, place, limit: make_units(sources, place, 1000, 3000))
+    monkeypatch.setattr(preparation, "encode_units", encode_here)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power is cut here
+
+    def run(output):
+        config = PrepareConfig(
+            output=str(tmp_path / output),
+            input=str(tmp_path / "a.jsonl"),
+            tokenizer=str(tmp_path / "tokenizer.json"),
+            validation_fraction=0.1,
+            test_fraction=0.1,
+            shard_tokens=1024,
+        )
+        preparation.prepare(config)
+
+    with interrupted_at() as lines:
+        run("whole")
+    whole = tree(tmp_path / "whole")
+    assert len([name for name in whole if name.endswith(".bin")]) > 6
+    moments = []  # of each line of code, the run in the middle
+    for number in sorted(set(lines)):
+        runs = [moment for moment, line in enumerate(lines) if line == number]
+        moments.append(runs[len(runs) // 2])
+    assert len(moments) > 60
+    capsys.readouterr()
+    kept = 0
+    for moment in moments:
+        with interrupted_at(moment), pytest.raises(KeyboardInterrupt):
+            run(f"at {moment}")
+        said = "are kept; the same command goes on" in capsys.readouterr().err
+        kept += said
+        run(f"at {moment}")
+        again = capsys.readouterr().err
+        assert not said or "going on with" in again or "already complete" in again
+        assert tree(tmp_path / f"at {moment}") == whole, moment
+    assert (kept > 40) == (notes == "after every unit")
+
+
+def test_the_split_does_not_depend_on_the_tokenizer(tmp_path):
+    """Else the test documents of one tokenizer are train documents of another."""
+    texts = [*make_texts(60, 35_000), *(f"{number} " + "xy" * 20_000 for number in range(20))]
+    write_lines(tmp_path / "a.jsonl", texts)
+    write_lines(tmp_path / "b.jsonl", make_texts(20, 100, seed=1))
+    plain = Tokenizer.from_file(str(write_tokenizer(tmp_path / "tokenizer.json")))
+    assert prepare.main(arguments(tmp_path, "one")) == 0
+    assert cuts_exactly(plain.to_str())
+    plain.normalizer = normalizers.Prepend("_")
+    plain.save(str(tmp_path / "tokenizer.json"))
+    assert not cuts_exactly(plain.to_str())
+    assert prepare.main(arguments(tmp_path, "other")) == 0
+    one, other = (list(read_documents(tmp_path / name / "test.jsonl")) for name in ("one", "other"))
+    assert one == other
+    assert len(one) > 4
+    assert max(map(len, one)) > 1 << 15
+    for split in ("train", "validation"):
+        assert open_split(tmp_path / "one", split).documents == open_split(tmp_path / "other", split).documents
+
+
+class Hub:
+    """Stands for `datasets.load_dataset_builder`: a Hub where one data set has a folder for each commit."""
+
+    def __init__(self, commits):
+        import datasets  # now that the test has said where its cache is
+
+        self.commits, self.newest, self.load = commits, next(iter(commits)), datasets.load_dataset_builder
+
+    def __call__(self, name, config=None, revision=None):
+        if self.newest is None:
+            raise ConnectionError("offline")
+        commit = revision or self.newest
+        builder = self.load(str(self.commits[commit]))
+        builder.hash = commit
+        return builder
+
+
+def test_a_hub_data_set_is_read_to_its_end_as_it_was_when_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    commits = {"a" * 40: tmp_path / "old", "b" * 40: tmp_path / "new"}
+    for seed, folder in enumerate(commits.values()):
+        folder.mkdir()
+        write_lines(folder / "train.jsonl", make_texts(100, 2000, seed))
+    hub = Hub(commits)
+    monkeypatch.setattr("datasets.load_dataset_builder", hub)
+    write_tokenizer(tmp_path / "tokenizer.json")
+
+    def argv(output):
+        return ["--dataset", "org/set", *arguments(tmp_path, output)[3:]]
+
+    assert prepare.main(argv("whole")) == 0
+    manifest = json.loads((tmp_path / "whole" / "manifest.json").read_text())
+    assert manifest["source"] == f"org/set@{'a' * 40} train"
+    assert manifest["settings"]["sources"][0]["revision"] == "a" * 40
+    with monkeypatch.context() as patched:
+        interrupt_after(20_000, patched)
+        assert prepare.main(argv("out")) == 130
+    hub.newest = "b" * 40
+    capsys.readouterr()
+    assert prepare.main(argv("out")) == 0
+    assert "going on with" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert prepare.main(argv("since")) == 0  # what is begun now has the newest
+    assert json.loads((tmp_path / "since" / "manifest.json").read_text())["source"] == f"org/set@{'b' * 40} train"
+    assert tree(tmp_path / "since")["train-00000.bin"] != tree(tmp_path / "out")["train-00000.bin"]
+    hub.newest = None
+    assert prepare.main(argv("out")) == 0  # complete: no network is needed to say so
+    assert prepare.main(argv("later")) == 2
+    assert "data set org/set (config None, split train) cannot be opened: offline" in capsys.readouterr().err
+    assert not (tmp_path / "later").exists()
+
+
+def test_where_the_system_does_not_tell_our_cores_all_are_taken(tmp_path, corpus, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    argv = arguments(tmp_path)
+    del argv[argv.index("--workers") : argv.index("--workers") + 2]
+    assert prepare.main(argv) == 0
+
+
+def test_without_arguments_it_says_what_to_give(capsys):
+    assert prepare.main([]) == 2
+    assert "output is missing; say which folder to make, as in --output data/books" in capsys.readouterr().err
 
 
 def test_bad_text_half_way_leaves_nothing_behind(tmp_path, corpus, capsys):
@@ -333,6 +522,16 @@ def test_lists_are_given_as_people_type_them():
 def test_every_shipped_data_config_is_complete(path):
     config = PrepareConfig(output="out", **yaml.safe_load(path.read_text()))
     assert config.dataset
+
+
+def test_the_demo_holds_out_books_that_are_long_enough_to_stream():
+    """Read: at least 5,000 tokens, of more than four characters each."""
+    config = PrepareConfig(output="out", **yaml.safe_load((shipped_configs() / "data" / "kjv.yaml").read_text()))
+    books = ["".join(chunks) for _, chunks in KingJames().documents()]
+    splits = [split_of(book, config.seed, *config.fractions) for book in books]
+    assert (splits.count("validation"), splits.count("test")) == (4, 4)
+    assert min(len(book) for book, split in zip(books, splits) if split == "validation") > 5_000
+    assert min(len(book) for book, split in zip(books, splits) if split == "test") > 25_000
 
 
 MEASURE = """

@@ -1,6 +1,8 @@
 """Guards: a prepared folder reads back as the tokens that went in, and damage is found before training."""
 
 import hashlib
+import io
+import itertools
 import json
 import pickle
 import shutil
@@ -8,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
+from recipes.data import reporting
 from recipes.data.shards import fingerprint_of, open_split
 from sinkmodel.errors import UserError
 
@@ -127,6 +130,22 @@ def test_sizes_alone_find_a_short_shard_but_not_an_altered_one(folder):
     (folder / "train-00001.bin").write_bytes(b"")
     with pytest.raises(UserError, match="cut short"):
         open_split(folder, "train", verify="sizes")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_check_that_takes_long_says_how_far_it_is(folder, terminal, monkeypatch):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", stderr)
+    open_split(folder, "train")
+    assert terminal or not stderr.getvalue()  # quick: no line
+    seconds = itertools.count(step=11.0)
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: next(seconds))
+    open_split(folder, "train")
+    assert f"checking {folder} train: " in stderr.getvalue()
+    assert "5k bytes, " in stderr.getvalue()
+    assert "100%" in stderr.getvalue()
+    assert ("|" in stderr.getvalue()) == terminal
 
 
 def test_a_split_that_is_not_there_names_those_that_are(folder):
