@@ -86,6 +86,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     A record lock on `.lock`: it goes with the process that took it, however that ends, and no child inherits it.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     with path.open("a") as file:

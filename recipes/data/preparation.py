@@ -17,10 +17,10 @@ from recipes.data.reporting import ByteProgress, Progress
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_split
 from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary, train_vocabulary
-from recipes.data.writing import FolderWriter, holds_tokenizer, locked, refuse_other_settings, state_of
+from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_settings, state_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import sha256_of
+from sinkmodel.files import locked, sha256_of
 
 SAVE_EVERY = 5.0  # seconds; what a kill costs at most
 SAMPLE = 1 << 25  # characters that a tokenizer is trained on

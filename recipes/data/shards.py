@@ -98,32 +98,38 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
     """
     assert verify in ("full", "sizes")
     manifest = read_manifest(folder)
-    present = [name for name, entry in manifest["splits"].items() if entry["tokens"]]
-    if split not in present:
-        raise UserError(f"{folder} has no {split} split; it has {', '.join(present)}; {AGAIN} to have one")
-    entry, tokenizer = manifest["splits"][split], manifest["tokenizer"]
-    shards = [Shard(folder / shard["file"], shard["tokens"], shard["sha256"]) for shard in entry["shards"]]
-    tokenizer_file = folder / tokenizer["file"]
-    if not tokenizer_file.is_file() or sha256_of(tokenizer_file) != tokenizer["sha256"]:
-        raise UserError(f"{tokenizer_file} is missing or not the one that the shards were made with; {AGAIN}")
-    if fingerprint_of(tokenizer["sha256"], manifest["splits"]) != manifest["fingerprint"]:
-        raise UserError(f"{folder / MANIFEST} has been altered: its fingerprint does not fit its shards; {AGAIN}")
+    altered = UserError(f"{folder / MANIFEST} has been altered: it does not fit its shards; {AGAIN}")
+    try:
+        present = [name for name, entry in manifest["splits"].items() if entry["tokens"]]
+        if split not in present:
+            raise UserError(f"{folder} has no {split} split; it has {', '.join(present)}; {AGAIN} to have one")
+        entry, tokenizer = manifest["splits"][split], manifest["tokenizer"]
+        shards = [Shard(folder / shard["file"], shard["tokens"], shard["sha256"]) for shard in entry["shards"]]
+        found = TokenSplit(
+            tokens=entry["tokens"],
+            documents=entry["documents"],
+            row_tokens=entry["row_tokens"],
+            fingerprint=manifest["fingerprint"],
+            tokenizer_file=folder / tokenizer["file"],
+            vocabulary=tokenizer["vocabulary"],
+            eos_id=tokenizer["eos_id"],
+            pad_id=tokenizer["pad_id"],
+            dtype=entry["dtype"],
+            shards=shards,
+        )
+        if fingerprint_of(tokenizer["sha256"], manifest["splits"]) != found.fingerprint:
+            raise altered
+        if sum(shard.tokens for shard in shards) != found.tokens:
+            raise altered
+    except (LookupError, TypeError, AttributeError):
+        raise altered from None
+    if not found.tokenizer_file.is_file() or sha256_of(found.tokenizer_file) != tokenizer["sha256"]:
+        raise UserError(f"{found.tokenizer_file} is missing or not the one that the shards were made with; {AGAIN}")
     for shard in shards:
-        _check_size(shard, np.dtype(entry["dtype"]).itemsize)
+        _check_size(shard, np.dtype(found.dtype).itemsize)
     if verify == "full":
-        _check_contents(shards, f"checking {folder} {split}", np.dtype(entry["dtype"]).itemsize)
-    return TokenSplit(
-        tokens=entry["tokens"],
-        documents=entry["documents"],
-        row_tokens=entry["row_tokens"],
-        fingerprint=manifest["fingerprint"],
-        tokenizer_file=tokenizer_file,
-        vocabulary=tokenizer["vocabulary"],
-        eos_id=tokenizer["eos_id"],
-        pad_id=tokenizer["pad_id"],
-        dtype=entry["dtype"],
-        shards=shards,
-    )
+        _check_contents(shards, f"checking {folder} {split}", np.dtype(found.dtype).itemsize)
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import array
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,30 +22,9 @@ from recipes.data.pipeline import ARRAY_CODES, Encoded, Place
 from recipes.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS, TOKENIZER, VERSION, fingerprint_of
 from recipes.data.tokenization import Vocabulary
 from sinkmodel.errors import UserError
-from sinkmodel.files import atomic_file, read_json, sha256_of, sync, write_json
+from sinkmodel.files import LOCK, atomic_file, read_json, sha256_of, sync, write_json
 
 HELD_OUT_TEXT = "test.jsonl"
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep it for this process. Raises UserError where another one has it."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another output folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another sink-prepare is writing to {folder}; wait for it or take another folder"
-            ) from None
-        except OSError:  # a network file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def state_of(folder: Path) -> dict[str, Any] | None:
@@ -61,7 +38,7 @@ def state_of(folder: Path) -> dict[str, Any] | None:
             if not isinstance(state, dict) or state.get("format") != FORMAT or state.get("version") != VERSION:
                 break
             return state
-    if folder.is_dir() and not all(_is_scratch(path) for path in folder.iterdir()):
+    if folder.is_dir() and not all(path.name == LOCK or _is_scratch(path) for path in folder.iterdir()):
         raise UserError(f"{folder} already holds something else; choose another output folder or empty it")
     return None
 

@@ -166,3 +166,22 @@ def test_the_fingerprint_changes_with_every_part():
         fingerprint_of("t", {"train": entry | {"shards": [shard, shard]}}),
     }
     assert len(prints) == 7
+
+
+ALTERED = {
+    "fewer tokens": lambda m: m["splits"]["train"].update(tokens=m["splits"]["train"]["tokens"] - 5),
+    "more tokens": lambda m: m["splits"]["train"].update(tokens=m["splits"]["train"]["tokens"] + 5),
+    "another list": lambda m: m.update(splits=[]),
+    "no eos": lambda m: m["tokenizer"].pop("eos_id"),
+    "another dtype": lambda m: m["splits"]["train"].update(dtype="uint32"),
+    "a shorter shard": lambda m: m["splits"]["train"]["shards"][0].update(tokens=7),
+}
+
+
+@pytest.mark.parametrize("change", ALTERED.values(), ids=ALTERED.keys())
+def test_a_manifest_altered_anywhere_that_matters_is_refused(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json has been altered"):
+        open_split(folder, "train")
