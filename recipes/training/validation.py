@@ -5,10 +5,12 @@ Lightning's own loop validates after the checkpoint hook: a kill in between woul
 
 from __future__ import annotations
 
+import sys
 import time
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
 
 from recipes.training.metrics import Metrics, ppl
 from recipes.training.steps import at_step_boundary
@@ -41,4 +43,6 @@ class Validation(Callback):
         tokens = trainer.global_step * self.metrics.tokens_per_step
         for logger in trainer.loggers:
             logger.log_metrics({"tokens": tokens, "val_loss": loss, "val_ppl": ppl(loss)}, trainer.global_step)
+        if trainer.is_global_zero:  # through tqdm, which puts its bar back behind the line
+            tqdm.write(f"step {trainer.global_step}: validation loss {loss:.4f}, ppl {ppl(loss):.2f}", file=sys.stderr)
         self.metrics.exclude(time.perf_counter() - start)
