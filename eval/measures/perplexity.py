@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     _check_files(options)
     from sinkmodel.loading import load_model
 
-    patience = threading.Timer(5.0, say, [f"loading {options.model} (a GGUF file takes half a minute)"])
+    patience = threading.Timer(5.0, say, [f"loading {options.model}"])
     patience.start()
     try:
         loaded = load_model(options.model, options.dtype, options.device)
