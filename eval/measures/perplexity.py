@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.measures.meters import PeakMemory, Progress
+from eval.measures.meters import PeakMemory
 from eval.measures.statistics import block_stderr, by_position, mean
 from eval.policies.policy import NAMES, Policy, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.progress import CountedProgress
 
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
@@ -203,11 +204,10 @@ def measure(
     sinks = len(loaded.sink_ids)
     longest = max(len(ids) for ids in documents) - 1
     memory = PeakMemory(loaded.model.device)
-    progress = Progress(label, sum(len(ids) - 1 for ids in documents))
     started = time.perf_counter()
-    losses = policy.score(loaded.model, documents, chunk, progress.add)
+    with CountedProgress(label, "tokens", sum(len(ids) - 1 for ids in documents)) as progress:
+        losses = policy.score(loaded.model, documents, chunk, progress.add)
     seconds = time.perf_counter() - started
-    progress.close()
     first = sinks  # place of the first query whose target counts: the first text token, which predicts the second
     scored = [nll[first:] for nll in losses]
     after = [nll[max(first, budget) :] for nll in losses]

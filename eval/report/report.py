@@ -7,7 +7,6 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from sinkmodel.checkpoint import read_metrics
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_folder, read_json
@@ -64,6 +63,8 @@ def labels(runs: list[Path]) -> list[str]:
 
 def read_losses(run: Path) -> list[Point]:
     """The losses that twins share, of a run's metrics.csv: training, and validation where it was measured."""
+    from sinkmodel.checkpoint import read_metrics
+
     rows = read_metrics(run)
     if not rows:
         raise UserError(f"{run} has no metrics.csv with a line in it; give the folder of a run of sink-pretrain")

@@ -13,7 +13,6 @@ from typing import Any
 from recipes.data import megatron
 from recipes.data.corpora import Corpus, HubDataset, KingJames, LocalFiles
 from recipes.data.pipeline import PIECE, PREFIX, Place, beginning, cut, encode_units, make_units, split_of
-from recipes.data.reporting import ByteProgress, Progress
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_split
 from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary, train_vocabulary
@@ -21,6 +20,7 @@ from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_set
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import locked, sha256_of
+from sinkmodel.progress import CountedProgress, Progress
 
 SAVE_EVERY = 5.0  # seconds; what a kill costs at most
 SAMPLE = 1 << 25  # characters that a tokenizer is trained on
@@ -114,8 +114,7 @@ def _sources(config: PrepareConfig) -> list[Source]:
             sources.append(Source(_dataset(config, dataset_split), split, choose))
 
     if config.megatron_index is None:
-        by_hash = lambda text: split_of(text, config.seed, validation, test)  # noqa: E731
-        add(config.input, config.dataset_split, None, by_hash)
+        add(config.input, config.dataset_split, None, lambda text: split_of(text, config.seed, validation, test))
     add(config.validation_input, config.validation_split, "validation", lambda text: "validation")
     add(config.test_input, config.test_split, "test", lambda text: "test")
     seen: dict[Path, str] = {}
@@ -193,7 +192,7 @@ def _scan_index(config: PrepareConfig, vocabulary: Vocabulary, threads: int) -> 
     index = config.megatron_index
     if index is None:
         return {}
-    with ByteProgress("sink-prepare", megatron.read_index(index).bytes) as progress:
+    with CountedProgress("sink-prepare", "bytes", megatron.read_index(index).bytes) as progress:
         return {"train": megatron.split_entry(index, vocabulary.size, vocabulary.eos_id, threads, progress.add)}
 
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from recipes.data.reporting import ByteProgress
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json, sha256_of
+from sinkmodel.progress import CountedProgress
 
 FORMAT = "sinkmodel-tokens"
 VERSION = 1
@@ -184,7 +184,7 @@ def _check_size(shard: Shard, itemsize: int) -> None:
 
 
 def _check_contents(shards: list[Shard], task: str, itemsize: int) -> None:
-    with ByteProgress(task, sum(shard.tokens for shard in shards) * itemsize) as progress:
+    with CountedProgress(task, "bytes", sum(shard.tokens for shard in shards) * itemsize) as progress:
 
         def check(shard: Shard) -> None:
             digest = hashlib.sha256()

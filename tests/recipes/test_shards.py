@@ -10,8 +10,8 @@ import shutil
 import numpy as np
 import pytest
 
-from recipes.data import reporting
 from recipes.data.shards import fingerprint_of, open_split
+from sinkmodel import progress
 from sinkmodel.errors import UserError
 
 SHARD = 1000
@@ -140,7 +140,7 @@ def test_a_check_that_takes_long_says_how_far_it_is(folder, terminal, monkeypatc
     open_split(folder, "train")
     assert terminal or not stderr.getvalue()  # quick: no line
     seconds = itertools.count(step=11.0)
-    monkeypatch.setattr(reporting.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     open_split(folder, "train")
     assert f"checking {folder} train: " in stderr.getvalue()
     assert "5k bytes, " in stderr.getvalue()

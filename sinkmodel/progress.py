@@ -50,22 +50,22 @@ class Progress:
             self.bar.close()
 
 
-class ByteProgress:
-    """Progress through `total` bytes that several threads read."""
+class CountedProgress:
+    """Progress through `total` of something, told in steps, by several threads if need be."""
 
-    def __init__(self, task: str, total: int):
+    def __init__(self, task: str, unit: str, total: int):
         self.total, self.done = total, 0
-        self._progress, self._lock = Progress(task, "bytes"), threading.Lock()
+        self._progress, self._lock = Progress(task, unit), threading.Lock()
 
-    def __enter__(self) -> ByteProgress:
+    def __enter__(self) -> CountedProgress:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._progress.close()
 
-    def add(self, read: int) -> None:
+    def add(self, step: int) -> None:
         with self._lock:
-            self.done += read
+            self.done += step
             self._progress.update(self.done, self.done / self.total)
 
 
