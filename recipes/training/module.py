@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class SinkLanguageModel(LightningModule):
         sinks: int,
         optimizer: OptimizerSettings,
         schedule: ScheduleSettings,
-        recipe: Any,
+        recipe: Callable[[int], Recipe],
         head_chunk: int = 1024,
         compile_model: bool = False,
     ):
@@ -86,8 +87,7 @@ class SinkLanguageModel(LightningModule):
         self.first_bad_step = torch.minimum(self.first_bad_step, torch.where(finite, never, step))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        recipe: Recipe = self.recipe(self.trainer.global_step)
-        checkpoint["recipe"] = recipe.to_dict()
+        checkpoint["recipe"] = self.recipe(self.trainer.global_step).to_dict()
 
 
 @torch.no_grad()
