@@ -170,8 +170,8 @@ def _build_trainer(
         callbacks=[
             stop,
             metrics,
-            Validation(config.validation.every, metrics),
             Progress(metrics, steps),
+            Validation(config.validation.every, metrics),
             Checkpoints(run, config.checkpoints, steps),
         ],
         logger=_build_loggers(run, config, 0 if start is None else _step_of(start)),
