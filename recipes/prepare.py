@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 
-from recipes.config import load_config
-from recipes.data.preparation import prepare
-from recipes.data.settings import PrepareConfig
 from sinkmodel.console import command
 
 EXAMPLE = """sink-prepare --input books/*.txt more.jsonl.zst --tokenizer EleutherAI/pythia-160m --output data/books
@@ -15,7 +12,12 @@ EXAMPLE = """sink-prepare --input books/*.txt more.jsonl.zst --tokenizer Eleuthe
 
 @command("sink-prepare")
 def main(argv: list[str]) -> int:
+    from recipes.config import load_config
+    from recipes.data.settings import PrepareConfig
+
     config = load_config(PrepareConfig, join_lists(argv), "Turn text into token shards.", EXAMPLE)
+    from recipes.data.preparation import prepare
+
     prepare(config)
     return 0
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from recipes.config import load_config
 from sinkmodel.console import command
 
 
 @command("sink-pretrain")
 def main(argv: list[str]) -> int:
+    from recipes.config import load_config
     from recipes.training.settings import PretrainConfig
 
     config = load_config(

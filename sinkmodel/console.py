@@ -16,6 +16,7 @@ from sinkmodel.errors import UserError
 EXTRAS = {
     "lightning": "train",
     "jsonargparse": "train",
+    "yaml": "train",
     "datasets": "train",
     "zstandard": "train",
     "pyarrow": "train",
@@ -47,11 +48,12 @@ def command(name: str) -> Callable:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 0
             except ModuleNotFoundError as error:
-                extra = EXTRAS.get((error.name or "").split(".")[0])
+                package = (error.name or "").split(".")[0]
+                extra = EXTRAS.get(package)
                 if extra is None:
                     raise
                 print(
-                    f"{name}: the package {error.name} is not installed; "
+                    f"{name}: the package {package} is not installed; "
                     f"install it with: pip install 'sinkmodel[{extra}]'",
                     file=sys.stderr,
                 )

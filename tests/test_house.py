@@ -54,6 +54,26 @@ def test_help_shows_an_example(command):
     assert f"{command} --" in done.stdout.split("xample:", 1)[1]
 
 
+@pytest.mark.parametrize(
+    ("module", "argv", "package", "extra"),
+    [
+        ("recipes.prepare", ["--help"], "jsonargparse", "train"),
+        ("recipes.pretrain", ["--help"], "yaml", "train"),
+        ("recipes.pretrain", ["--output=x", "--data.path=x"], "lightning", "train"),
+        ("eval.cli", ["report", "--ppl", "x.json", "--output", "y"], "matplotlib", "plots"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, module, argv, package, extra):
+    row = '{"policy": "sink", "sinks": 1, "window": 1, "by_position": []}'
+    (tmp_path / "x.json").write_text(f'{{"command": "ppl", "model": "m", "budget": 1, "rows": [{row}]}}')
+    program = f"import sys; sys.modules[{package!r}] = None; from {module} import main; sys.exit(main({argv!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"the package {package} is not installed" in done.stderr.splitlines()[-1]
+    assert f"sinkmodel[{extra}]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_rooms_and_the_configs_and_works_away_from_the_checkout(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
