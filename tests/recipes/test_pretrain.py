@@ -32,7 +32,7 @@ def undisturbed(data, tmp_path_factory):
 def wait_for_checkpoint(process, run, at_least: int) -> None:
     while process.poll() is None and max(checkpoint_steps(run), default=-1) < at_least:
         time.sleep(0.01)
-    assert process.poll() is None, f"ended before step {at_least}: {process.stderr.read()}"
+    assert process.poll() in (None, 0), f"ended before step {at_least}: {process.stderr.read()}"
 
 
 def test_the_run_learns_and_logs_what_it_did(undisturbed):
@@ -58,13 +58,14 @@ def test_the_run_learns_and_logs_what_it_did(undisturbed):
 
 def test_a_killed_run_resumes_bit_for_bit(data, undisturbed, tmp_path):
     """SIGKILL at three random moments, in the middle of the first epoch and across its end (step 35)."""
-    rng = random.Random(1)
+    rng, killed = random.Random(1), 0
     for at_least in (7, 14, 35):
         process = start_process(data, tmp_path / "run")
         wait_for_checkpoint(process, tmp_path / "run", at_least)
         time.sleep(rng.random() * 0.05)
         process.kill()
-        process.wait()
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 2, "a slow test may find the last run finished, not the others"
     train(data, tmp_path / "run")
     assert_same_run(tmp_path / "run", undisturbed)
     assert not list((tmp_path / "run").rglob(".*.part")), "what a kill left half-written is gone"
