@@ -13,12 +13,12 @@ from transformers.utils import logging as transformers_logging
 from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint
 from sinkmodel.console import command, say
 from sinkmodel.files import atomic_folder, refuse_if_occupied
+from sinkmodel.loading import DTYPES
 from sinkmodel.parser import OneLineParser
 from sinkmodel.sinks import SinkConfig
 from sinkmodel.tokenizer import TextTokenizer, save_tokenizer
 
 PROVENANCE = "training.json"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:

@@ -90,13 +90,16 @@ def locked(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} is a file; choose another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
+    taken = UserError(f"another process is writing to {folder}; wait for it or take another folder")
     with path.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"another process is writing to {folder}; wait for it or take another folder") from None
+            raise taken from None
         except OSError:  # a file system without locks
             pass
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise taken  # its last holder removed the file between our opening and our locking it
         try:
             yield
         finally:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import sink_ids_of
 
@@ -48,7 +49,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     path = Path(name)
     if path.is_dir() and (path / "checkpoints").is_dir():
-        model, tokenizer, sink_ids = _from_checkpoint(path)
+        model, tokenizer, sink_ids = load_checkpoint(path)
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
@@ -58,7 +59,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
     elif path.is_file() and path.suffix == ".gguf":
         model, tokenizer, sink_ids = _from_gguf(path)
     elif path.is_file():
-        model, tokenizer, sink_ids = _from_checkpoint(path)
+        model, tokenizer, sink_ids = load_checkpoint(path)
     elif package := _gguf_in_package(name):
         model, tokenizer, sink_ids = _from_gguf(package)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir():
@@ -98,12 +99,6 @@ def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int
         if characters >= len(text) or len(ids) >= wanted:
             return ids[:limit]
         characters *= 2
-
-
-def _from_checkpoint(path: Path) -> tuple[Any, Any, list[int]]:
-    from sinkmodel.checkpoint import load_checkpoint
-
-    return load_checkpoint(path)
 
 
 def _from_gguf(path: Path) -> tuple[Any, Any, list[int]]:

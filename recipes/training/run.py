@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import uuid
 import warnings
@@ -115,8 +116,8 @@ def _resolve(config: PretrainConfig) -> PretrainConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
-    if config.logging.wandb:
-        import wandb  # noqa: F401  a missing package is said before anything is written
+    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("logging.wandb is true, but wandb is not installed; pip install 'sinkmodel[wandb]'")
     return replace(config, training=replace(config.training, device=device, precision=precision))
 
 

@@ -70,10 +70,10 @@ def final_state(run: Path, step: int = 40) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def assert_same_run(a: Path, b: Path) -> None:
+def assert_same_run(a: Path, b: Path, step: int = 40) -> None:
     """Bit for bit: every logged number, weight and moment."""
     assert numbers(a) == numbers(b)
-    state_a, state_b = final_state(a), final_state(b)
+    state_a, state_b = final_state(a, step), final_state(b, step)
     assert state_a.keys() == state_b.keys()
     assert len(state_a) > 50
     for name, tensor in state_a.items():
