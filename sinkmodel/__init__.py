@@ -1,6 +1,20 @@
-"""Language models with a trainable attention sink: the sink, the model, the export."""
+"""Language models with a trainable attention sink: the sink, the model, the streaming cache, the export."""
+
+from typing import TYPE_CHECKING, Any
 
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import SinkConfig
 
-__all__ = ["SinkConfig", "UserError"]
+if TYPE_CHECKING:
+    from sinkmodel.cache import StreamingCache
+
+__all__ = ["SinkConfig", "StreamingCache", "UserError"]
+
+
+def __getattr__(name: str) -> Any:
+    """StreamingCache when it is asked for: it brings torch and transformers, which --help can do without."""
+    if name == "StreamingCache":
+        from sinkmodel.cache import StreamingCache
+
+        return StreamingCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from sinkmodel.errors import UserError
-from sinkmodel.rope import Rotary, apply, rotary_of
+from sinkmodel.rope import Rotary, Rotation, rotary_of
 
 ATTENTION = "sinkmodel_banded"
 REBASE_AFTER = 1024  # positions that fp32 RoPE is trusted with; a wider band takes what it needs
@@ -48,6 +48,8 @@ class Band(Cache):
         # Positions are counted from `origin`, which moves on before they grow past what fp32 RoPE is good for; no
         # sooner than that every key turned by the last move has left the window, so none is turned twice.
         self.reach = max(REBASE_AFTER, self.window + chunk)
+        if rotary.limit is not None:
+            self.reach = min(self.reach, rotary.limit)
         self.seen = self.origin = self.sink_origin = 0  # text indices
         self.current = -1  # the layer whose keys came last, and whose attention is due
         self.called: list[int] = []
@@ -78,8 +80,9 @@ class Band(Cache):
         """Set what all layers share for queries start … end − 1: which keys they see, and from where."""
         if end - self.origin > self.reach and start >= self.sinks:
             rotation = self.rotary.rotation(self.origin - start, device)
-            for layer in self.layers:
-                layer.turn(rotation)
+            for layer, turns in zip(self.layers, self.rotary.layers):
+                if turns:
+                    layer.turn(self.rotary, rotation)
             self.origin = start
         low = max(self.sinks, start - self.window + 1)  # the first window key that any of the queries sees
         for layer in self.layers:
@@ -108,7 +111,8 @@ class Band(Cache):
         if self.sinks:
             k_BGSD, v_BGSD = layer.sink_keys.float(), layer.sink_values.float()
             (G, S), K = k_BGSD.shape[1:3], k_BGKD.shape[2]
-            turned = apply(q_BHND, self.to_cache).reshape(B, G, H // G * N, -1)
+            turns = self.rotary.layers[self.current]
+            turned = (self.rotary.apply(q_BHND, self.to_cache) if turns else q_BHND).reshape(B, G, H // G * N, -1)
             score_BHNS = (turned @ k_BGSD.transpose(-1, -2)).view(B, H, N, S) * scale
             bias = torch.cat([score_BHNS + bias[:, :S], bias[:, S:].expand(B, H, N, K)], dim=-1)
             k_BGKD = torch.cat([torch.zeros_like(k_BGSD), k_BGKD], dim=2)
@@ -151,9 +155,9 @@ class BandLayer(CacheLayerMixin):
             self.keys, self.values = self.keys[:, :, low - self.first :], self.values[:, :, low - self.first :]
             self.first = low
 
-    def turn(self, rotation: tuple[Tensor, Tensor]) -> None:
+    def turn(self, rotary: Rotary, rotation: Rotation) -> None:
         if self.is_initialized:
-            self.keys = apply(self.keys, rotation).to(self.keys.dtype)
+            self.keys = rotary.apply(self.keys, rotation).to(self.keys.dtype)
 
     def keep_rows(self, rows: int) -> None:
         if self.is_initialized and rows < self.keys.shape[0]:

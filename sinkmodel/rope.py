@@ -3,17 +3,20 @@
     rotary = rotary_of(model)            # refuses, by name, what cannot be turned
     rotary.turn(key_BGND, 5 - 9)         # a key rotated at position 9 becomes the key rotated at position 5
 
-RoPE turns each pair of dimensions (i, i + R/2) of a head by the angle position × inv_freq[i]; angles add up, so a key
-at position p becomes the key at position p + d by a turn of d × inv_freq, with no trip to the raw key. The R rotary
-dimensions come first in a head, the other D − R pass (GPT-NeoX). A constant factor on cos and sin (YaRN) is in the
-vector already and stays. Angles are taken in fp64 and products in fp32, so a turn costs one rounding of the result.
+RoPE turns pairs of dimensions of a head by the angle position × inv_freq[i]; angles add up, so a key at position p
+becomes the key at position p + d by a turn of d × inv_freq, with no trip to the raw key. The pairs are (i, i + R/2)
+in the half-split layout (Llama, GPT-NeoX), (2i, 2i + 1) in the interleaved one (GPT-J, Cohere); the R rotary dimensions
+come first in a head, the other D − R pass. A constant factor on cos and sin (YaRN) is in the vector already and stays.
+Angles are taken in fp64 and products in fp32, so a turn costs one rounding of the result.
 
-What this cannot do is found out by trying, not by a list of names: the model is run twice on the same few tokens, at
-two offsets, and the keys of every layer at the first, turned, must be its keys at the second.
+Which layout a model has, and which of its layers have none (SmolLM3), is found out by trying, not by a list of names:
+the model is run twice on the same few tokens, at two offsets, and the keys at the first, turned, must be those at the
+second.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,82 +26,135 @@ from torch import Tensor
 from sinkmodel.errors import UserError
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # one set of frequencies for all lengths
+BOUNDED_TYPES = ("dynamic", "longrope")  # the same frequencies up to the original length, others beyond
 PROBE_TOKENS, PROBE_SHIFT = 8, 37
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin of a turn, [..., R/2] in fp32
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotary layout of a model: `inv_freq` [R/2] in fp64, half-split, over the first R dimensions of a head."""
+    """The rotary layout of a model: `inv_freq` [R/2] in fp64, over the first R dimensions of a head."""
 
     inv_freq: Tensor
+    interleaved: bool
+    layers: tuple[bool, ...]  # which layers have it
+    limit: int | None = None  # positions must stay below; beyond them the model rotates in another way, or not at all
 
     def turn(self, x_BHND: Tensor, delta: int | Tensor) -> Tensor:
         """Move N vectors by `delta` positions (an int, or a tensor [N]): same shape and dtype as `x_BHND`."""
-        return apply(x_BHND, self.rotation(delta, x_BHND.device)).to(x_BHND.dtype)
+        return self.apply(x_BHND, self.rotation(delta, x_BHND.device)).to(x_BHND.dtype)
 
-    def rotation(self, delta: int | Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """cos and sin of the turn, [N or 1, R/2] in fp32: computed once, applied in every layer."""
-        # On the CPU: fp64 is missing on some accelerators, and these are N numbers.
-        angle = torch.as_tensor(delta, dtype=torch.float64, device="cpu").reshape(-1, 1) * self.inv_freq
+    def rotation(self, delta: int | Tensor, device: torch.device | str = "cpu") -> Rotation:
+        """cos and sin of the turn, [*delta.shape, R/2] in fp32: computed once, applied in every layer."""
+        # On the CPU: fp64 is missing on some accelerators, and these are few numbers.
+        angle = torch.as_tensor(delta, dtype=torch.float64, device="cpu")[..., None] * self.inv_freq
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
+    def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The two halves [..., R/2] of the rotary dimensions, as views."""
+        half = len(self.inv_freq)
+        if self.interleaved:
+            return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        return x[..., :half], x[..., half : 2 * half]
 
-def apply(x_BHND: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """The turned vectors, in fp32."""
-    cos, sin = rotation
-    half = cos.shape[-1]
-    x_BHND = x_BHND.float()
-    a, b, rest = x_BHND[..., :half], x_BHND[..., half : 2 * half], x_BHND[..., 2 * half :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    def turned_pairs(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """The pairs after the turn, in fp32."""
+        (cos, sin), (a, b) = rotation, self.pairs(x.float())
+        return a * cos - b * sin, b * cos + a * sin
+
+    def apply(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """The turned vectors, in fp32."""
+        a, b = self.turned_pairs(x, rotation)
+        rest = x[..., 2 * len(self.inv_freq) :].float()
+        if self.interleaved:
+            return torch.cat([torch.stack([a, b], dim=-1).flatten(-2), rest], dim=-1)
+        return torch.cat([a, b, rest], dim=-1)
 
 
-def rotary_of(model: Any) -> Rotary:
-    """The rotary layout of a transformers causal language model; UserError where its keys cannot be turned."""
+def rotary_of(model: Any, run: Callable[..., Any] | None = None) -> Rotary:
+    """The rotary layout of a transformers causal language model; UserError where its keys cannot be turned.
+
+    `run` is the model's forward where that is not to be called through the model.
+    """
+    run = run or model
     kind = model.config.model_type
+    inv_freq, limit = _frequencies(model)
+    shift = max(1, min(PROBE_SHIFT, (limit or PROBE_SHIFT + PROBE_TOKENS) - PROBE_TOKENS))
+    near, far = ([layer.keys for layer in trial_keys(model, run, offset)] for offset in (0, shift))
+    tolerance = 1e-3 if near[0].dtype == torch.float32 else 0.1  # a wrong layout is off by a third and more
+    understood = 0  # layers, from the first on
+    for interleaved in (False, True):
+        rotary = Rotary(inv_freq, interleaved, (), limit)
+        layers: list[bool] = []
+        for key, moved in zip(near, far):
+            turned, unmoved = _difference(rotary.turn(key, shift), moved), _difference(key, moved)
+            if not min(turned, unmoved) < tolerance:
+                break
+            layers.append(turned < unmoved)
+        if len(layers) == len(near) and any(layers):
+            return Rotary(inv_freq, interleaved, tuple(layers), limit)
+        understood = max(understood, len(layers))
+    if understood == len(near):
+        raise UserError(f"model type {kind!r} does not turn its keys by position; streaming needs RoPE")
+    raise UserError(
+        f"model type {kind!r} rotates the keys of layer {understood} in a way that is not supported "
+        "(half-split and interleaved RoPE over the first dimensions of a head are)"
+    )
+
+
+def _difference(x: Tensor, y: Tensor) -> float:
+    return ((x.float() - y.float()).norm() / y.float().norm()).item()
+
+
+def _frequencies(model: Any) -> tuple[Tensor, int | None]:
+    """inv_freq [R/2] in fp64, and the number of positions that it holds for, where there is one."""
+    kind, config = model.config.model_type, model.config.get_text_config()
     modules = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
+    tables = [module for module in model.modules() if isinstance(getattr(module, "embed_positions", None), Tensor)]
+    if not modules and tables:  # GPT-J: sines and cosines, [positions, R]
+        positions, size = tables[0].embed_positions.shape
+        return 1.0 / (10000 ** (torch.arange(0, size, 2, dtype=torch.float64) / size)), positions
     if not modules:
         raise UserError(f"model type {kind!r} has no rotary positions that can be turned; streaming needs RoPE")
+    limit = None
     for module in modules:
         scaling = getattr(module, "rope_type", "default")
-        if scaling not in STATIC_TYPES:
+        if scaling in BOUNDED_TYPES:
+            scaled = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+            longrope = scaled.get("original_max_position_embeddings") if scaling == "longrope" else None
+            limit = longrope or config.max_position_embeddings
+        elif scaling not in STATIC_TYPES:
             raise UserError(
-                f"model type {kind!r} has rotary scaling {scaling!r}, whose frequencies change with the length of the "
-                f"text, so cached keys cannot be moved; supported are {', '.join(STATIC_TYPES)}"
+                f"model type {kind!r} has rotary scaling {scaling!r}, which is not supported; supported are "
+                f"{', '.join(STATIC_TYPES + BOUNDED_TYPES)}"
             )
         if not torch.equal(module.inv_freq, modules[0].inv_freq):
             raise UserError(f"model type {kind!r} has different rotary frequencies in different layers: not supported")
-    rotary = Rotary(modules[0].inv_freq.detach().double().cpu())
-    _prove(model, rotary)
-    return rotary
+    # What a long text has grown is put back by the next short one; the original is what short ones use.
+    inv_freq = modules[0].inv_freq if limit is None else getattr(modules[0], "original_inv_freq", modules[0].inv_freq)
+    return inv_freq.detach().double().cpu(), limit
 
 
 @torch.inference_mode()
-def _prove(model: Any, rotary: Rotary) -> None:
-    near, far = _keys_at(model, 0), _keys_at(model, PROBE_SHIFT)
-    tolerance = 1e-3 if near[0].dtype == torch.float32 else 0.1  # a wrong layout is off by a third and more
-    for layer, (key, moved) in enumerate(zip(near, far)):
-        error = (rotary.turn(key, PROBE_SHIFT).float() - moved.float()).norm() / moved.float().norm()
-        if not error < tolerance:
-            raise UserError(
-                f"model type {model.config.model_type!r} rotates the keys of layer {layer} in a way that is not "
-                f"supported (half-split RoPE is; relative error {error:.2g} on a trial turn)"
-            )
+def trial_keys(model: Any, run: Callable[..., Any], offset: int | None) -> list[Any]:
+    """A cache layer each: keys of the same few tokens at positions `offset` …, [1, G, PROBE_TOKENS, D], and values.
 
-
-def _keys_at(model: Any, offset: int) -> list[Tensor]:
-    """The keys of every layer for the same few tokens, standing at positions `offset` …, [1, G, PROBE_TOKENS, D]."""
+    `offset` None leaves the positions to the model.
+    """
     from transformers import DynamicCache
 
     cache = DynamicCache()
     rows = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(1, PROBE_TOKENS + 1, device=model.device) * 7 % rows).unsqueeze(0)
-    positions = torch.arange(offset, offset + PROBE_TOKENS, device=model.device).unsqueeze(0)
+    where = {}
+    if offset is not None:
+        where["position_ids"] = torch.arange(offset, offset + PROBE_TOKENS, device=model.device).unsqueeze(0)
     kind = model.config.model_type
     try:
-        model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        keys = [layer.keys for layer in cache.layers]
+        run(input_ids=ids, **where, past_key_values=cache, use_cache=True)
     except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:  # state-space layers and the like
         raise UserError(f"model type {kind!r} does not run with a plain cache of keys and values: {error}") from None
-    if not keys or any(key is None for key in keys):
+    if not cache.layers or any(getattr(layer, "keys", None) is None for layer in cache.layers):
         raise UserError(f"model type {kind!r} does not keep keys in transformers' cache, so it cannot be streamed")
-    return keys
+    return cache.layers

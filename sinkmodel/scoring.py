@@ -44,6 +44,13 @@ def streaming_nll(
             f"a budget of {budget} does not hold {sinks} sinks and the current token; make it at least {sinks + 1}"
         )
     with banded(model) as rotary:
+        if rotary.limit is not None:  # positions stay below it
+            if budget > rotary.limit:
+                raise UserError(
+                    f"model type {model.config.model_type!r} has positions of one kind only up to {rotary.limit}; "
+                    f"choose a budget of at most {rotary.limit}"
+                )
+            chunk = max(1, min(chunk, rotary.limit - (budget - sinks)))
         return _score(model, documents, chunk, lambda: Band(model, rotary, budget, sinks, chunk), on_chunk)
 
 

@@ -8,31 +8,56 @@ import torch
 import transformers
 
 VOCABULARY = 61
+POSITIONS = 64
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 48,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": POSITIONS,
     "initializer_range": 0.3,
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-FAMILIES = {
+
+
+def scaled(kind: str, **settings) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **settings}}
+
+
+FAMILIES = {  # what chunked scoring reads
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.25}),
     "gpt_neox-serial": ("GPTNeoX", {"rotary_pct": 0.5, "use_parallel_residual": False}),
     "llama": ("Llama", {"num_key_value_heads": 2}),
-    "llama-yarn": ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-yarn": ("Llama", scaled("yarn", factor=4.0)),
     "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 12}),
-    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 64}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": POSITIONS}),
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+STREAMED = {  # what the streaming cache runs
+    **FAMILIES,
+    "llama-linear": ("Llama", {"num_key_value_heads": 2, **scaled("linear", factor=4.0)}),
+    "llama-dynamic": ("Llama", {"num_key_value_heads": 2, **scaled("dynamic", factor=2.0)}),
+    "llama-llama3": ("Llama", {"num_key_value_heads": 2, **scaled("llama3", **LLAMA3)}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "gemma": ("Gemma", {"num_key_value_heads": 1, "head_dim": 12}),
+    "phi": ("Phi", {}),
+    "gptj": ("GPTJ", {"rotary_dim": 4}),
+    "falcon": ("Falcon", {"ffn_hidden_size": 48}),
+    "falcon-new": ("Falcon", {"ffn_hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "olmo": ("Olmo", {"num_key_value_heads": 2}),
+    "smollm3": ("SmolLM3", {"num_key_value_heads": 2, "num_hidden_layers": 4}),  # its fourth layer has no RoPE
+    "stablelm": ("StableLm", {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
+    "cohere": ("Cohere", {"num_key_value_heads": 2, "logit_scale": 1.0}),
+    "mpt": ("Mpt", {"max_seq_len": POSITIONS}),
 }
 
 
 def build(family: str, **changes):
-    """A new model, in eval mode; `family` is a key of FAMILIES or the name of a transformers family (`Gemma2`)."""
-    name, settings = FAMILIES.get(family, (family, {}))
+    """A new model, in eval mode; `family` is a key of a table above or the name of a transformers family (`Gemma2`)."""
+    name, settings = STREAMED.get(family, (family, {}))
     settings = {**SMALL, **settings, **changes}
     if transformers.__version__.startswith("4.") and "rope_parameters" in settings:
         settings["rope_scaling"] = settings.pop("rope_parameters")
@@ -44,6 +69,7 @@ def build(family: str, **changes):
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases and norms, which start idle
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.generation_config.eos_token_id = None  # a stream ends when its caller says so
     return model
 
 

@@ -7,7 +7,7 @@ import torch
 
 from sinkmodel.errors import UserError
 from sinkmodel.rope import rotary_of
-from tests.models import build, model_of
+from tests.models import build, model_of, tokens
 from tests.reference import rotated
 
 SCALINGS = {
@@ -60,9 +60,30 @@ def test_another_number_of_rotary_dimensions_is_noticed():
         rotary_of(model)
 
 
-def test_rope_whose_frequencies_depend_on_length_is_refused():
-    half = [1.0] * 4
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": half, "long_factor": half, "factor": 2.0}
-    model = build("llama", rope_parameters={**rope, "original_max_position_embeddings": 32})
-    with pytest.raises(UserError, match="'llama' has rotary scaling 'longrope'"):
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rope_whose_frequencies_depend_on_length_says_up_to_where(kind):
+    half = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **(half if kind == "longrope" else {})}
+    model = build("llama", rope_parameters=rope)
+    rotary = rotary_of(model)
+    assert rotary.limit == (32 if kind == "longrope" else 64)
+    with torch.no_grad():
+        model(torch.tensor([tokens(80)]))  # a long text leaves other frequencies behind
+    assert torch.equal(rotary_of(model).inv_freq, rotary.inv_freq)
+
+
+@pytest.mark.parametrize("layout", ["cohere", "gptj"])
+def test_interleaved_pairs_are_found(layout):
+    assert rotary_of(build(layout)).interleaved
+    assert not rotary_of(build("llama")).interleaved
+
+
+def test_layers_without_positions_are_found():
+    assert rotary_of(build("SmolLM3", num_key_value_heads=2, no_rope_layers=[1, 0])).layers == (True, False)
+
+
+def test_another_kind_of_scaling_is_refused():
+    model = build("llama")
+    model.model.rotary_emb.rope_type = "spiral"
+    with pytest.raises(UserError, match="'llama' has rotary scaling 'spiral'"):
         rotary_of(model)

@@ -13,6 +13,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.scoring import dense_nll, streaming_nll
 from tests.models import FAMILIES, build, model_of, tokens
 from tests.reference import streaming_nll as reference
+from tests.streams import stream_logits
 
 LENGTH, BUDGET = 60, 16
 
@@ -24,6 +25,17 @@ def test_equals_a_stream_fed_token_by_token(family, sinks):
     (nll,) = streaming_nll(model, [ids], BUDGET, sinks, chunk=7)
     assert nll.shape == (LENGTH - 1,)
     torch.testing.assert_close(nll, reference(model, ids, BUDGET, sinks), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("family", ["cohere", "smollm3", "llama-dynamic", "gemma", "phi", "olmo", "stablelm"])
+def test_equals_a_stream_in_every_rotary_layout(family, sinks):
+    """Guards interleaved pairs, layers without positions, and frequencies that hold up to a length only."""
+    model, ids = build(family), tokens(LENGTH)
+    log_p = stream_logits(model, ids, BUDGET, sinks).log_softmax(-1)
+    expected = -log_p[torch.arange(LENGTH - 1), torch.tensor(ids[1:])]
+    for chunk in (7, 256):
+        torch.testing.assert_close(*streaming_nll(model, [ids], BUDGET, sinks, chunk), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama"])
@@ -82,10 +94,10 @@ def test_moving_the_origin_changes_nothing(family, sinks, monkeypatch):
     turns, largest = {}, []
     original = band.BandLayer.turn
 
-    def counted(layer, rotation):
+    def counted(layer, rotary, rotation):
         for j in range(layer.first, layer.seen):
             turns[id(layer), j] = turns.get((id(layer), j), 0) + 1
-        original(layer, rotation)
+        original(layer, rotary, rotation)
 
     monkeypatch.setattr(band.BandLayer, "turn", counted)
     model, ids = build(family), tokens(150)
@@ -150,14 +162,15 @@ def test_a_budget_that_holds_no_window_is_refused(budget, sinks):
     [
         ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "'opt' has no rotary"),
         ("Falcon", {"alibi": False}, "'falcon' does not send its attention"),
-        ("Cohere", {"num_key_value_heads": 2}, "'cohere' rotates the keys"),  # interleaved pairs
-        ("SmolLM3", {"num_key_value_heads": 2, "no_rope_layers": [1, 0]}, "'smollm3' rotates the keys of layer 1"),
         ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64}, "'gemma2' asks .* softcap"),
         ("mistral", {"sliding_window": BUDGET - 1}, "'mistral' has a sliding window of 15"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "'llama' has rotary scaling 'dynamic'",
+            {
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                "max_position_embeddings": 15,
+            },
+            "'llama' has positions of one kind only up to 15",
         ),
     ],
 )

@@ -1,0 +1,334 @@
+"""`StreamingCache`: an endless stream through an unmodified transformers model, at constant cost.
+
+    cache = StreamingCache(model.config, budget=1024, sinks=1)
+    model(input_ids=ids, past_key_values=cache)                    # any number of tokens, again and again
+    model.generate(ids, past_key_values=cache, max_new_tokens=64)
+
+It keeps S sinks and the W = C − S latest keys in C slots a layer and KV head, allocated once (StreamingLLM, section
+3.2; design, decisions 6 to 8). Window keys stay where they are, as the model rotated them; only the S sink keys are
+turned, always from their originals, so that they stand right before the window. That is O(S) work a step and no drift.
+Now and then positions are counted anew, and window keys are turned once for that: a key is turned at most once in its
+life, and positions stay small however long the stream.
+
+`sinkmodel.pieces` has the arithmetic, `sinkmodel.feeding` what happens in a forward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from sinkmodel.errors import UserError
+from sinkmodel.families import Traits, check_config, signature
+from sinkmodel.feeding import attach, feed
+from sinkmodel.pieces import Piece, Ring
+from sinkmodel.rope import Rotary
+from sinkmodel.saved import FORMAT, NUMBERS, ROWS, check_state, read_state
+from sinkmodel.slots import StreamingLayer
+
+POSITIONS = ("cache", "text")
+CONVENTIONS = ("inclusive", "paper")
+
+
+class StreamingCache(Cache):
+    """Sinks and a ring of recent keys, for `past_key_values` of any transformers model with RoPE, and of MPT.
+
+    Args:
+        config: the model's config (`model.config`), or the model itself where its class is not one of transformers'.
+        budget: C, the slots of a KV head; the sinks and the current token count.
+        sinks: S, how many of the first tokens of each row are kept for good. 0 is the plain window.
+        positions: "cache": sinks stand right before the window (StreamingLLM). "text": every key at its true distance.
+        convention: "inclusive": a query sees C keys, its own counted. "paper": C + 1, as in the paper's code, which
+            evicts after the forward (design, decision 8).
+
+    Rows are streams of their own: with a 2-D `attention_mask` of left-padded (or otherwise padded) rows, pads take no
+    slot, and each row has its own sinks. A forward longer than the window is fed in pieces, with the same result as
+    token by token. `position_ids` are not needed; the cache numbers the tokens.
+
+    Raises:
+        UserError: here for settings that make no sense and for models that cannot be streamed, by name; in a forward,
+            before anything is written, for inputs that do not go on the stream.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        budget: int = 1024,
+        sinks: int = 1,
+        positions: str = "cache",
+        convention: str = "inclusive",
+    ):
+        for name, value, choices in (("positions", positions, POSITIONS), ("convention", convention, CONVENTIONS)):
+            if value not in choices:
+                raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        if sinks < 0 or budget <= sinks:
+            raise UserError(
+                f"a budget of {budget} does not hold {sinks} sinks and the current token; make it at least "
+                f"{max(0, sinks) + 1} and the sinks 0 or more"
+            )
+        model_or_config, config = config, getattr(config, "config", config)
+        self.config = config.get_text_config()
+        self.budget, self.sinks, self.positions, self.convention = budget, sinks, positions, convention
+        self.slots = budget + (convention == "paper")
+        check_config(self.config, self.slots, positions == "text")
+        if sinks == 0:
+            warnings.warn("sinks=0 is the plain window: most models lose their way at the first eviction", stacklevel=2)
+        self.ring = Ring(self.slots, sinks, text=positions == "text", ordered=self.config.model_type == "mpt")
+        super().__init__(layers=[StreamingLayer() for _ in range(self.config.num_hidden_layers)])
+        self._forget()
+        attach(model_or_config)
+
+    @property
+    def window(self) -> int:
+        """W = C − S."""
+        return self.budget - self.sinks
+
+    def _forget(self) -> None:
+        self.seen: list[int] = []  # tokens of each row so far, pads not counted
+        self.origin: list[int] = []  # the token of each row from which the model's positions count
+        self.columns = 0  # tokens of each row so far, pads counted
+        self.padded_until = 0  # the column behind the last pad
+        self.turned: list[int] = []  # by how much the sinks in the slots are turned, row by row
+        self.torn = False  # a forward was broken off after it had overwritten keys that were still wanted
+        self.model: Any = None  # a weak reference to the model whose stream this is
+        self.traits: Traits | None = None
+        self.piece: Piece | None = None  # what the forward that is under way does
+        self.sink_keys: Tensor | None = None  # [L, B, G, S, D], as the model rotated them
+
+    def feed(self, forward: Any, model: Any, args: tuple, kwargs: dict[str, Any], compiling: bool) -> Any:
+        """A forward of `model` with this cache; called by the model's own forward (`sinkmodel.feeding`)."""
+        return feed(self, forward, model, args, kwargs, compiling)
+
+    # ------------------------------------------------------------------------------------- what transformers calls
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Write the keys [B, G, N, D] and values of a piece, and return what its queries see."""
+        piece = self.piece
+        if piece is None:
+            raise UserError(
+                "the StreamingCache was not told of this forward: call the causal language model that its config "
+                "belongs to, and make the cache before the model's forward is compiled or wrapped"
+            )
+        layer = self.layers[layer_idx]
+        if piece.delta_B is not None:
+            layer.write(piece, key_states, value_states)
+            return layer.read(piece)
+        turned = self._turned_sinks(layer_idx, piece)
+        keys = torch.cat([turned, layer.keys[:, :, self.sinks :], key_states], dim=2)
+        turns = turned.shape[2] // self.sinks if self.sinks else 0
+        sink_values = layer.values[:, :, : self.sinks].repeat(1, 1, turns, 1)
+        values = torch.cat([sink_values, layer.values[:, :, self.sinks :], value_states], dim=2)
+        layer.write(piece, key_states, value_states)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of each row so far, pads counted: by this `generate` slices its prompt."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """−1: a stream has no end."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in transformers 4
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys that come back from `update`, and the offset at which a causal mask lets all of them be seen."""
+        held = self.piece.held if self.piece is not None else self.columns + query_length
+        return held, self.columns + query_length - held
+
+    @property
+    def is_compileable(self) -> bool:
+        """False for `generate`, which would make masks of its own; `torch.compile` of the model works all the same."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.traits is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        return max(self.seen, default=0) <= self.slots
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.seen) or -1
+
+    def reset(self) -> None:
+        """Begin a new stream, of any number of rows, in the same memory if it fits."""
+        self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the latest −`tokens_to_remove` tokens of each row, as if they had never been fed.
+
+        Raises UserError where that is not possible: once something was evicted it does not come back.
+        """
+        count = -tokens_to_remove
+        if count < 0 or count > self.columns:
+            raise UserError(f"crop takes minus the tokens to remove, down to {-self.columns}; got {tokens_to_remove}")
+        if count == 0:
+            return
+        if not self.is_croppable:
+            raise UserError(
+                f"the latest {count} tokens cannot be taken back: {max(self.seen) - self.slots} older ones were "
+                f"evicted for them; keep a state_dict() from before, or a budget above {max(self.seen)}"
+            )
+        if self.columns - count < self.padded_until:
+            raise UserError("crop cannot reach back behind a pad; reset() and feed again")
+        self.columns -= count
+        self.seen = [seen - count for seen in self.seen]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row r becomes what row beam_idx[r] was: beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if not self.seen:
+            return
+        rows = torch.arange(len(self.seen))[indices.cpu()].tolist()
+        for layer in self.layers:
+            layer.hold(layer.keys[rows], layer.values[rows])
+        assert self.sink_keys is not None
+        self.sink_keys = self.sink_keys[:, rows]
+        for name in ("seen", "origin", "turned"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
+
+    # ----------------------------------------------------------------------------------------------- keys in motion
+
+    def adopt(self, traits: Traits, rows: int) -> None:
+        """Take a model: slots for new streams, or those of a restored one, which must be of its kind."""
+        if self.seen:
+            keys = self.layers[0].keys
+            if (keys.shape[1], keys.shape[3], keys.dtype) != (traits.groups, traits.key_size, traits.dtype):
+                raise UserError(
+                    f"the stream was saved with keys of {keys.dtype} [{keys.shape[1]} heads, {keys.shape[3]}], and the "
+                    f"model has {traits.dtype} [{traits.groups} heads, {traits.key_size}]; load it in that dtype"
+                )
+            for layer in self.layers:
+                layer.hold(layer.keys.to(traits.device), layer.values.to(traits.device))
+            assert self.sink_keys is not None
+            self.sink_keys = self.sink_keys.to(traits.device)
+        else:
+            self.seen, self.origin, self.turned = [0] * rows, [0] * rows, [0] * rows
+            G, D, V = traits.groups, traits.key_size, traits.value_size
+            like: dict[str, Any] = {"dtype": traits.dtype, "device": traits.device}
+            with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
+                self.sink_keys = torch.zeros(len(self.layers), rows, G, self.sinks, D, **like)
+            for layer in self.layers:
+                layer.allocate((rows, G, self.slots, D), (rows, G, self.slots, V), like)
+        self.traits = traits
+
+    @property
+    def rotary(self) -> Rotary | None:
+        return self.traits.rotary if self.traits is not None else None
+
+    def remember_sinks(self) -> None:
+        """Keep the originals of sinks that have just come, before any of them is turned."""
+        assert self.sink_keys is not None
+        for row, (turned, seen) in enumerate(zip(self.turned, self.seen)):
+            if turned == 0 and self.origin[row] == 0:
+                for layer, original in zip(self.layers, self.sink_keys):
+                    original[row, :, : min(seen, self.sinks)] = layer.keys[row, :, : min(seen, self.sinks)]
+
+    def turn_sinks(self, delta_B: list[int]) -> None:
+        """Turn the sinks in the slots by `delta_B` from their originals: one small product for all layers."""
+        if delta_B == self.turned or self.rotary is None or not self.sinks:
+            return
+        assert self.sink_keys is not None
+        assert self.traits is not None
+        delta = torch.tensor(delta_B[:1] if len(set(delta_B)) == 1 else delta_B)[:, None, None]
+        rotation = self.rotary.rotation(delta, self.traits.device)
+        turned = self.rotary.turned_pairs(self.sink_keys, rotation)
+        for index, layer in enumerate(self.layers):
+            if self.rotary.layers[index]:
+                for place, value in zip(self.rotary.pairs(layer.keys[:, :, : self.sinks]), turned):
+                    place.copy_(value[index])
+        self.turned = delta_B
+
+    def move_origin(self, origin: list[int]) -> None:
+        """Count the model's positions from other tokens: the keys of the window are turned by the difference."""
+        if self.rotary is not None and self.traits is not None:
+            delta = torch.tensor([old - new for old, new in zip(self.origin, origin)])[:, None, None]
+            rotation = self.rotary.rotation(delta, self.traits.device)
+            for index, layer in enumerate(self.layers):
+                if self.rotary.layers[index]:
+                    window = layer.keys[:, :, self.sinks :]
+                    for place, value in zip(self.rotary.pairs(window), self.rotary.turned_pairs(window, rotation)):
+                        place.copy_(value)
+        self.origin = origin
+
+    def _turned_sinks(self, layer_idx: int, piece: Piece) -> Tensor:
+        """The sink keys of a layer, once for every turn of a joined piece, [B, G, turns × S, D]."""
+        assert self.sink_keys is not None
+        assert piece.delta_BN is not None
+        keys_BGSD = self.sink_keys[layer_idx]
+        B, G, S, D = keys_BGSD.shape
+        turns = piece.delta_BN.shape[1]
+        keys = keys_BGSD[:, :, None].expand(B, G, turns, S, D)
+        if S and self.rotary is not None and self.rotary.layers[layer_idx]:
+            rotation = self.rotary.rotation(piece.delta_BN[:, None, :, None], keys.device)
+            keys = self.rotary.apply(keys, rotation).to(keys.dtype)
+        return keys.reshape(B, G, turns * S, D)
+
+    # ----------------------------------------------------------------------------------------------- saving a stream
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a stream to go on."""
+        return {
+            "model": signature(self.config),
+            "budget": self.budget,
+            "sinks": self.sinks,
+            "positions": self.positions,
+            "convention": self.convention,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream as it stands, as tensors and plain numbers: `torch.load(..., weights_only=True)` reads it."""
+        state: dict[str, Any] = {"format": FORMAT, "settings": self.settings()}
+        state |= {name: getattr(self, name) for name in NUMBERS} | {name: list(getattr(self, name)) for name in ROWS}
+        if self.seen:
+            assert self.sink_keys is not None
+            state["keys"] = torch.stack([layer.keys for layer in self.layers])
+            state["values"] = torch.stack([layer.values for layer in self.layers])
+            state["sink_keys"] = self.sink_keys.clone()
+        return state
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on with a stream that `state_dict` gave; UserError, and nothing changed, where it does not fit."""
+        check_state(state, self.settings(), len(self.layers), self.slots)
+        self._forget()
+        for name in NUMBERS:
+            setattr(self, name, state[name])
+        for name in ROWS:
+            setattr(self, name, list(state[name]))
+        if self.seen:
+            self.sink_keys = state["sink_keys"].clone()
+            for layer, keys, values in zip(self.layers, state["keys"], state["values"]):
+                layer.hold(keys.clone(), values.clone())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy.deepcopy: the stream without the model."""
+        return {**self.__dict__, "model": None, "traits": None, "piece": None}
+
+    def save(self, path: str | Path) -> None:
+        """Write the stream to a file, which is there whole or not at all."""
+        from sinkmodel.files import atomic_file
+
+        with atomic_file(Path(path)) as file:
+            torch.save(self.state_dict(), file)
+
+    @classmethod
+    def load(cls, path: str | Path, config: Any) -> StreamingCache:
+        """The stream that `save` wrote, for the same model; UserError where the file is none, or another model's."""
+        state = read_state(Path(path))
+        settings = {key: value for key, value in state["settings"].items() if key != "model"}
+        cache = cls(config, **settings)
+        cache.load_state_dict(state)
+        return cache

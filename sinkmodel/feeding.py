@@ -1,0 +1,224 @@
+"""A forward of an unmodified model with a `StreamingCache`: checked, cut into pieces, each with its positions and mask.
+
+A cache sees keys only; positions, padding and the mask are settled in the model's forward, before it. So making a
+cache wraps `forward` of the class that its config belongs to. The wrapper looks whether `past_key_values` wants to be
+fed, and is inert for everything else. The model, its config and its attention implementation stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+
+from sinkmodel.errors import UserError
+from sinkmodel.families import ATTENTION, signature, traits_of
+from sinkmodel.pieces import Piece, plan
+
+if TYPE_CHECKING:
+    from sinkmodel.cache import StreamingCache
+
+LONGEST_JOINED = 512  # queries of one joined piece; shorter where each brings many sinks along
+
+
+def attach(model_or_config: Any) -> None:
+    """Let the forward of a model's class hand over to `StreamingCache.feed`; once a class."""
+    if isinstance(model_or_config, PreTrainedModel):
+        model_class = type(model_or_config)
+    else:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_or_config), None)
+    if model_class is None:
+        raise UserError(
+            f"transformers has no causal language model for a {type(model_or_config).__name__}; "
+            "give the config of one, or the model itself where its class is your own"
+        )
+    if getattr(model_class.forward, "feeds_streams", False):
+        return
+    original = model_class.forward
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        if cache is None and args:
+            cache = next((x for x in args if hasattr(x, "feed")), None)
+        if cache is None or not hasattr(cache, "feed"):
+            return original(self, *args, **kwargs)
+        return cache.feed(original, self, args, kwargs, torch.compiler.is_compiling())
+
+    forward.feeds_streams = True  # type: ignore[attr-defined]
+    model_class.forward = forward
+
+
+@torch.compiler.disable(recursive=False)  # the arithmetic of a piece stays outside of a compiled forward
+def feed(
+    cache: StreamingCache, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any], compiling: bool
+) -> Any:
+    """What `model(...)` gives with this cache: the same as token by token."""
+    inputs = _bound(forward, model, args, kwargs)
+    name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
+    tokens, valid_BT = inputs.pop(name, None), _valid(inputs)
+    _check(cache, model, tokens, valid_BT, inputs)
+    traits = traits_of(model, functools.partial(forward, model), cache.slots)
+    _check_ids(traits.vocabulary, tokens)
+    if cache.traits is not traits:
+        cache.adopt(traits, len(tokens))
+    cache.model = weakref.ref(model)
+    columns, keep = tokens.shape[1], inputs.pop("logits_to_keep", 0)
+    outputs, start = [], 0
+    while start < columns:
+        end = start + _length(cache, columns - start)
+        valid = None if valid_BT is None else valid_BT[:, start:end]
+        piece = _begin(cache, end - start, valid, compiling or model.config._attn_implementation != "sdpa")
+        wanted = {name: tokens[:, start:end], "past_key_values": cache, "use_cache": True}
+        wanted |= {"position_ids": piece.positions_BN, "attention_mask": _mask(piece, model)}
+        if "logits_to_keep" in traits.accepts:
+            wanted["logits_to_keep"] = keep if end - start == columns else _kept(keep, columns - end)
+        try:
+            output = forward(model, **inputs, **{k: v for k, v in wanted.items() if k in traits.accepts})
+        except BaseException:
+            cache.torn = piece.delta_B is None  # it overwrote keys that a shorter piece would still want
+            raise
+        finally:
+            cache.piece = None
+        _end(cache, piece, valid, end - start)
+        outputs.append(output)
+        start = end
+    return outputs[0] if len(outputs) == 1 else _joined(outputs, keep)
+
+
+# -------------------------------------------------------------------------------------------------------- one piece
+
+
+def _length(cache: StreamingCache, left: int) -> int:
+    """How many tokens the next piece has: all that fit without eviction, then as many as see nearly the same window."""
+    room = cache.slots - max(cache.seen)
+    if room > 0:
+        return min(left, room)
+    if cache.ring.ordered:
+        return 1
+    assert cache.traits is not None
+    most = min(LONGEST_JOINED, max(16, cache.slots // (cache.sinks + 1)))
+    most = min(most, cache.ring.window, cache.traits.reach(cache.slots) - cache.ring.window)
+    return min(left, max(1, most))
+
+
+def _begin(cache: StreamingCache, columns: int, valid: Tensor | None, with_mask: bool) -> Piece:
+    assert cache.traits is not None
+    reach = cache.traits.reach(cache.slots)
+    late = [seen - origin + columns > reach for seen, origin in zip(cache.seen, cache.origin)]
+    if any(late):
+        cache.move_origin([seen if far else old for seen, old, far in zip(cache.seen, cache.origin, late)])
+    piece = plan(cache.ring, cache.seen, cache.origin, columns, valid, with_mask, cache.traits.device)
+    if piece.delta_B is not None:
+        cache.turn_sinks(piece.delta_B)
+    cache.piece = piece
+    return piece
+
+
+def _end(cache: StreamingCache, piece: Piece, valid: Tensor | None, columns: int) -> None:
+    new_sinks = min(cache.seen) < cache.sinks
+    if valid is not None and not bool(valid.all()):
+        last = (~valid).any(dim=0).nonzero().max().item()
+        cache.padded_until = cache.columns + int(last) + 1
+    cache.columns += columns
+    cache.seen = piece.seen
+    if new_sinks:
+        cache.remember_sinks()
+
+
+def _mask(piece: Piece, model: Any) -> Tensor | None:
+    """As the attention implementation takes it: True where seen (sdpa), or 0 and the lowest number (eager)."""
+    if piece.mask is None or model.config._attn_implementation == "sdpa":
+        return piece.mask
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros(piece.mask.shape, dtype=model.dtype, device=piece.mask.device).masked_fill_(~piece.mask, lowest)
+
+
+def _kept(keep: int | Tensor, behind: int) -> int:
+    """Logits of a piece that are wanted when `behind` tokens come after it: all of them (0), or hardly any (1)."""
+    return 1 if isinstance(keep, int) and keep and behind >= keep else 0
+
+
+def _joined(outputs: list[Any], keep: int | Tensor) -> Any:
+    """One output of many: the logits in a row."""
+    logits = torch.cat([output.logits for output in outputs], dim=1)
+    last = outputs[-1]
+    last.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]  # −0 takes all
+    if last.get("hidden_states") is not None:
+        last.hidden_states = tuple(torch.cat(states, dim=1) for states in zip(*(x.hidden_states for x in outputs)))
+    return last
+
+
+# ------------------------------------------------------------------------------------------- what a stream is fed
+
+
+def _bound(forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, without those that the cache settles itself."""
+    inputs = dict(kwargs)
+    if args:
+        inputs |= dict(zip(list(inspect.signature(forward).parameters)[1:], args))
+    for name in ("past_key_values", "position_ids", "cache_position", "use_cache"):
+        inputs.pop(name, None)
+    return inputs
+
+
+def _valid(inputs: dict[str, Any]) -> Tensor | None:
+    """Which of the new tokens are no pads, [B, T] on the host; None where all are."""
+    mask, tokens = inputs.pop("attention_mask", None), inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if mask is None or tokens is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens.shape[1]:
+        raise UserError(
+            "a StreamingCache makes the attention mask itself; give a 2-D attention_mask with a 0 for each pad, at "
+            "least as long as the new tokens, or none"
+        )
+    valid = mask[:, -tokens.shape[1] :].bool().cpu()
+    return None if bool(valid.all()) else valid
+
+
+def _check(cache: StreamingCache, model: Any, tokens: Any, valid_BT: Tensor | None, inputs: dict[str, Any]) -> None:
+    """UserError for what does not go on the stream. Nothing has been written yet."""
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape:
+        raise UserError("a stream is fed input_ids [rows, tokens] with at least one of each")
+    for name in ("labels", "output_attentions"):
+        if inputs.get(name) is not None and inputs[name] is not False:
+            raise UserError(f"{name} cannot be had with a StreamingCache; take the logits")
+    if cache.model is not None and cache.model() is not model:
+        raise UserError("this StreamingCache holds the stream of another model; make one a model, or reset() it")
+    if cache.model is None and signature(model.config.get_text_config()) != signature(cache.config):
+        raise UserError(
+            f"this StreamingCache was made for another model: {_differences(cache, model)}; use model.config"
+        )
+    if model.config._attn_implementation not in ATTENTION:
+        raise UserError(
+            f"attn_implementation {model.config._attn_implementation!r} takes no mask of ours; "
+            f"use model.set_attn_implementation({ATTENTION[0]!r})"
+        )
+    if cache.seen and len(tokens) != len(cache.seen):
+        raise UserError(
+            f"the stream has {len(cache.seen)} rows and was fed {len(tokens)}; rows cannot come or go, reset() first"
+        )
+    if valid_BT is not None and len(valid_BT) != len(tokens):
+        raise UserError(f"attention_mask has {len(valid_BT)} rows, the input {len(tokens)}")
+    if cache.torn:
+        raise UserError("an earlier forward was broken off while it was writing; reset() the stream or restore it")
+
+
+def _check_ids(vocabulary: int, tokens: Tensor) -> None:
+    """Ids on an accelerator are looked at in prompts only: to look is to wait for it."""
+    if tokens.is_floating_point() or (tokens.device.type != "cpu" and tokens.shape[1] == 1):
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise UserError(f"the input has the id {low if low < 0 else high}, and the model has ids 0 to {vocabulary - 1}")
+
+
+def _differences(cache: StreamingCache, model: Any) -> str:
+    ours, theirs = signature(cache.config), signature(model.config.get_text_config())
+    return ", ".join(f"{key} {ours[key]} against {theirs[key]}" for key in ours if ours[key] != theirs[key])

@@ -1,0 +1,67 @@
+"""The slots of one layer: where keys and values of a stream are written, and what is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from sinkmodel.pieces import Piece
+
+
+class StreamingLayer(CacheLayerMixin):
+    """One layer's ring: `keys` [B, G, C, D] and `values` [B, G, C, V], where slots [0, S) hold the sinks."""
+
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("a StreamingCache is allocated when it meets its model")
+
+    def allocate(self, keys: tuple[int, ...], values: tuple[int, ...], like: dict[str, Any]) -> None:
+        """Zeros of these shapes: in the memory of the stream before, where that is of the same kind."""
+        with torch.inference_mode(False):
+            if self.is_initialized and self._fits(keys, values, like):
+                self.keys.zero_()
+                self.values.zero_()
+            else:
+                self.hold(torch.zeros(keys, **like), torch.zeros(values, **like))
+
+    def _fits(self, keys: tuple[int, ...], values: tuple[int, ...], like: dict[str, Any]) -> bool:
+        kind = {"dtype": self.keys.dtype, "device": self.keys.device}
+        return self.keys.shape == keys and self.values.shape == values and kind == like
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Make these the ring. Their address stays, which CUDA graphs ask for."""
+        self.keys, self.values = keys, values
+        torch._dynamo.mark_static_address(keys)
+        torch._dynamo.mark_static_address(values)
+        self.is_initialized = True
+
+    def write(self, piece: Piece, keys_BGND: Tensor, values_BGNV: Tensor) -> None:
+        """Put the keys and values of a piece where they belong. Without gradients: a stream has no end."""
+        for ring, new in ((self.keys, keys_BGND.detach()), (self.values, values_BGNV.detach())):
+            if piece.slots_N is not None:
+                ring.index_copy_(2, piece.slots_N, new)
+            elif piece.scatter is not None:
+                row, column, slot = piece.scatter
+                ring[row, :, slot] = new[row, :, column]
+
+    def read(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """What the queries of a placed piece see, without a copy but for ALiBi, which counts by index."""
+        if piece.order_BC is not None:
+            row = torch.arange(len(self.keys), device=self.keys.device)[:, None]
+            keys, values = self.keys[row, :, piece.order_BC], self.values[row, :, piece.order_BC]
+            return keys.transpose(1, 2), values.transpose(1, 2)
+        if piece.held == self.keys.shape[2]:
+            return self.keys, self.values
+        return self.keys[:, :, : piece.held], self.values[:, :, : piece.held]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("StreamingCache.update writes to its layers")
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("the length is that of the StreamingCache")
+
+    get_max_length = get_max_cache_shape = get_mask_sizes = get_seq_length
