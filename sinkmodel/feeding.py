@@ -11,6 +11,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,41 +56,53 @@ def attach(model_or_config: Any) -> None:
     model_class.forward = forward
 
 
-@torch.compiler.disable(recursive=False)  # the arithmetic of a piece stays outside of a compiled forward
+@torch.compiler.disable(recursive=False)  # a compiled model compiles what `forward` does, and nothing else here
 def feed(
     cache: StreamingCache, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any], compiling: bool
 ) -> Any:
     """What `model(...)` gives with this cache: the same as token by token."""
+    fed = _admit(cache, forward, model, args, kwargs)
+    with_mask = compiling or model.config._attn_implementation != "sdpa"
+    outputs = []
+    while (inputs := _begin(cache, model, fed, with_mask)) is not None:
+        try:
+            output = forward(model, **inputs)
+        except BaseException:
+            _break_off(cache)
+            raise
+        _end(cache, fed)
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else _joined(outputs, fed.keep)
+
+
+@dataclass
+class Fed:
+    """What one forward was given."""
+
+    name: str  # input_ids or inputs_embeds
+    tokens: Tensor  # [B, T] ids or [B, T, hidden]
+    valid_BT: Tensor | None  # False for pads; None: there are none
+    keep: int | Tensor  # logits_to_keep
+    others: dict[str, Any]
+    done: int = 0  # columns that have been through the model
+    end: int = 0  # where the piece that is under way ends
+
+
+@torch.compiler.disable
+def _admit(cache: StreamingCache, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Fed:
+    """The input of a forward, after everything that could be wrong with it; the cache has its slots."""
     inputs = _bound(forward, model, args, kwargs)
     name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
-    tokens, valid_BT = inputs.pop(name, None), _valid(inputs)
+    tokens = inputs.pop(name, None)
+    valid_BT = _valid(inputs.pop("attention_mask", None), tokens)
     _check(cache, model, tokens, valid_BT, inputs)
     traits = traits_of(model, functools.partial(forward, model), cache.slots)
     _check_ids(traits.vocabulary, tokens)
     if cache.traits is not traits:
         cache.adopt(traits, len(tokens))
     cache.model = weakref.ref(model)
-    columns, keep = tokens.shape[1], inputs.pop("logits_to_keep", 0)
-    outputs, start = [], 0
-    while start < columns:
-        end = start + _length(cache, columns - start)
-        valid = None if valid_BT is None else valid_BT[:, start:end]
-        piece = _begin(cache, end - start, valid, compiling or model.config._attn_implementation != "sdpa")
-        wanted = {name: tokens[:, start:end], "past_key_values": cache, "use_cache": True}
-        wanted |= {"position_ids": piece.positions_BN, "attention_mask": _mask(piece, model)}
-        if "logits_to_keep" in traits.accepts:
-            wanted["logits_to_keep"] = keep if end - start == columns else _kept(keep, columns - end)
-        try:
-            output = forward(model, **inputs, **{k: v for k, v in wanted.items() if k in traits.accepts})
-        except BaseException:
-            cache.torn = piece.delta_B is None  # it overwrote keys that a shorter piece would still want
-            raise
-        finally:
-            cache.piece = None
-        _end(cache, piece, valid, end - start)
-        outputs.append(output)
-        start = end
-    return outputs[0] if len(outputs) == 1 else _joined(outputs, keep)
+    keep = inputs.pop("logits_to_keep", None)
+    return Fed(name, tokens, valid_BT, 0 if keep is None else keep, inputs)
 
 
 # -------------------------------------------------------------------------------------------------------- one piece
@@ -108,28 +121,56 @@ def _length(cache: StreamingCache, left: int) -> int:
     return min(left, max(1, most))
 
 
-def _begin(cache: StreamingCache, columns: int, valid: Tensor | None, with_mask: bool) -> Piece:
+@torch.compiler.disable
+def _begin(cache: StreamingCache, model: Any, fed: Fed, with_mask: bool) -> dict[str, Any] | None:
+    """The model's input for the next piece, and the cache ready for it; None when all is done."""
     assert cache.traits is not None
+    left = fed.tokens.shape[1] - fed.done
+    if left == 0:
+        return None
+    columns = _length(cache, left)
     reach = cache.traits.reach(cache.slots)
     late = [seen - origin + columns > reach for seen, origin in zip(cache.seen, cache.origin)]
     if any(late):
         cache.move_origin([seen if far else old for seen, old, far in zip(cache.seen, cache.origin, late)])
+    start, fed.end = fed.done, fed.done + columns
+    valid = None if fed.valid_BT is None else fed.valid_BT[:, start : fed.end]
     piece = plan(cache.ring, cache.seen, cache.origin, columns, valid, with_mask, cache.traits.device)
     if piece.delta_B is not None:
         cache.turn_sinks(piece.delta_B)
     cache.piece = piece
-    return piece
+    inputs = {
+        fed.name: fed.tokens[:, start : fed.end],
+        "position_ids": piece.positions_BN,
+        "attention_mask": _mask(piece, model),
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": fed.keep if columns == fed.tokens.shape[1] else _kept(fed.keep, left - columns),
+    }
+    return {**fed.others, **{name: x for name, x in inputs.items() if name in cache.traits.accepts}}
 
 
-def _end(cache: StreamingCache, piece: Piece, valid: Tensor | None, columns: int) -> None:
-    new_sinks = min(cache.seen) < cache.sinks
+@torch.compiler.disable
+def _end(cache: StreamingCache, fed: Fed) -> None:
+    assert cache.piece is not None
+    valid = None if fed.valid_BT is None else fed.valid_BT[:, fed.done : fed.end]
     if valid is not None and not bool(valid.all()):
         last = (~valid).any(dim=0).nonzero().max().item()
         cache.padded_until = cache.columns + int(last) + 1
-    cache.columns += columns
-    cache.seen = piece.seen
+    new_sinks = min(cache.seen) < cache.sinks
+    cache.columns += fed.end - fed.done
+    cache.seen = cache.piece.seen
+    cache.piece = None
+    fed.done = fed.end
     if new_sinks:
         cache.remember_sinks()
+
+
+@torch.compiler.disable
+def _break_off(cache: StreamingCache) -> None:
+    """Tokens that were under way are as if never fed, but for a joined piece: it overwrote keys still wanted."""
+    cache.torn = cache.piece is not None and cache.piece.delta_B is None
+    cache.piece = None
 
 
 def _mask(piece: Piece, model: Any) -> Tensor | None:
@@ -145,6 +186,7 @@ def _kept(keep: int | Tensor, behind: int) -> int:
     return 1 if isinstance(keep, int) and keep and behind >= keep else 0
 
 
+@torch.compiler.disable
 def _joined(outputs: list[Any], keep: int | Tensor) -> Any:
     """One output of many: the logits in a row."""
     logits = torch.cat([output.logits for output in outputs], dim=1)
@@ -163,15 +205,16 @@ def _bound(forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[st
     inputs = dict(kwargs)
     if args:
         inputs |= dict(zip(list(inspect.signature(forward).parameters)[1:], args))
+    if inputs.get("use_cache") is False:
+        raise UserError("use_cache=False feeds the whole text again at every step; pass use_cache=True")
     for name in ("past_key_values", "position_ids", "cache_position", "use_cache"):
         inputs.pop(name, None)
     return inputs
 
 
-def _valid(inputs: dict[str, Any]) -> Tensor | None:
+def _valid(mask: Any, tokens: Any) -> Tensor | None:
     """Which of the new tokens are no pads, [B, T] on the host; None where all are."""
-    mask, tokens = inputs.pop("attention_mask", None), inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if mask is None or tokens is None:
+    if mask is None or not isinstance(tokens, Tensor):
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens.shape[1]:
         raise UserError(
