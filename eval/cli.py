@@ -10,6 +10,7 @@ from sinkmodel.parser import OneLineParser
 # Each module has DESCRIPTION, EXAMPLE, add_arguments(parser) and run(options), and imports what is heavy in `run` only.
 MEASURES = {
     "ppl": "eval.measures.perplexity",
+    "latency": "eval.measures.latency",
     "report": "eval.report.report",
 }
 

@@ -34,7 +34,6 @@ from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, Rotation, rotary_of
 
 ATTENTION = "sinkmodel_banded"
-REBASE_AFTER = 1024  # positions that fp32 RoPE is trusted with; a wider band takes what it needs
 
 
 class Band(Cache):
@@ -45,9 +44,9 @@ class Band(Cache):
         self.depth = model.config.get_text_config().num_hidden_layers
         super().__init__(layers=[BandLayer(sinks) for _ in range(self.depth)])
         self.rotary, self.budget, self.sinks, self.window = rotary, budget, sinks, budget - sinks
-        # Positions are counted from `origin`, which moves on before they grow past what fp32 RoPE is good for; no
-        # sooner than that every key turned by the last move has left the window, so none is turned twice.
-        self.reach = max(REBASE_AFTER, self.window + chunk)
+        # Positions are counted from `origin`, which moves on before they grow: fp32 RoPE loses what they gain. No sooner
+        # than that every key turned by the last move has left the window, so none is turned twice.
+        self.reach = max(2 * budget, self.window + chunk)
         if rotary.limit is not None:
             self.reach = min(self.reach, rotary.limit)
         self.seen = self.origin = self.sink_origin = 0  # text indices

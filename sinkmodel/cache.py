@@ -28,7 +28,7 @@ from sinkmodel.families import Traits, check_config, signature
 from sinkmodel.feeding import attach, feed
 from sinkmodel.pieces import Piece, Ring
 from sinkmodel.rope import Rotary
-from sinkmodel.saved import FORMAT, NUMBERS, ROWS, check_state, read_state
+from sinkmodel.saved import FORMAT, NUMBERS, ROWS, TENSORS, check_state, read_state
 from sinkmodel.slots import StreamingLayer
 
 POSITIONS = ("cache", "text")
@@ -205,11 +205,13 @@ class StreamingCache(Cache):
     def adopt(self, traits: Traits, rows: int) -> None:
         """Take a model: slots for new streams, or those of a restored one, which must be of its kind."""
         if self.seen:
-            keys = self.layers[0].keys
-            if (keys.shape[1], keys.shape[3], keys.dtype) != (traits.groups, traits.key_size, traits.dtype):
+            keys, values = self.layers[0].keys, self.layers[0].values
+            saved = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+            ours = (traits.groups, traits.key_size, traits.value_size, traits.dtype)
+            if saved != ours:
                 raise UserError(
-                    f"the stream was saved with keys of {keys.dtype} [{keys.shape[1]} heads, {keys.shape[3]}], and the "
-                    f"model has {traits.dtype} [{traits.groups} heads, {traits.key_size}]; load it in that dtype"
+                    f"the stream was saved with keys (heads, size, size of values, dtype) {saved}, the model has "
+                    f"{ours}; load the model in the same dtype"
                 )
             for layer in self.layers:
                 layer.hold(layer.keys.to(traits.device), layer.values.to(traits.device))
@@ -298,6 +300,7 @@ class StreamingCache(Cache):
             state["keys"] = torch.stack([layer.keys for layer in self.layers])
             state["values"] = torch.stack([layer.values for layer in self.layers])
             state["sink_keys"] = self.sink_keys.clone()
+            state["shapes"] = {name: list(state[name].shape) for name in TENSORS}
         return state
 
     def load_state_dict(self, state: Any) -> None:

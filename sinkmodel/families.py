@@ -17,7 +17,6 @@ import torch
 from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, rotary_of, trial_keys
 
-REBASE_AFTER = 1024  # positions that fp32 RoPE is trusted with; a larger ring takes what it needs
 ATTENTION = ("sdpa", "eager")  # the implementations that take a mask of ours
 
 ABSOLUTE = (
@@ -78,9 +77,13 @@ class Traits:
     accepts: frozenset[str]  # names of the forward's arguments
 
     def reach(self, slots: int) -> int:
-        """Positions that the model is given stay below this number."""
-        reach, limit = max(REBASE_AFTER, slots), self.rotary.limit if self.rotary is not None else None
-        return reach if limit is None else min(reach, limit)
+        """Positions that the model is given stay below this number.
+
+        Small, since fp32 RoPE loses what its positions grow; twice the slots, so that no key is turned a second time,
+        and turning the window now and then costs one key a token.
+        """
+        limit = self.rotary.limit if self.rotary is not None else None
+        return 2 * slots if limit is None else min(2 * slots, limit)
 
 
 _SEEN: weakref.WeakKeyDictionary[Any, dict[Any, Traits]] = weakref.WeakKeyDictionary()

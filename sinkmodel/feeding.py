@@ -72,7 +72,7 @@ def feed(
             raise
         _end(cache, fed)
         outputs.append(output)
-    return outputs[0] if len(outputs) == 1 else _joined(outputs, fed.keep)
+    return _joined(outputs, fed)
 
 
 @dataclass
@@ -83,6 +83,7 @@ class Fed:
     tokens: Tensor  # [B, T] ids or [B, T, hidden]
     valid_BT: Tensor | None  # False for pads; None: there are none
     keep: int | Tensor  # logits_to_keep
+    as_tuple: bool  # return_dict=False
     others: dict[str, Any]
     done: int = 0  # columns that have been through the model
     end: int = 0  # where the piece that is under way ends
@@ -95,14 +96,16 @@ def _admit(cache: StreamingCache, forward: Callable[..., Any], model: Any, args:
     name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
     tokens = inputs.pop(name, None)
     valid_BT = _valid(inputs.pop("attention_mask", None), tokens)
-    _check(cache, model, tokens, valid_BT, inputs)
-    traits = traits_of(model, functools.partial(forward, model), cache.slots)
+    _check(cache, model, tokens, inputs)
+    traits = cache.traits or traits_of(model, functools.partial(forward, model), cache.slots)
     _check_ids(traits.vocabulary, tokens)
-    if cache.traits is not traits:
+    if cache.traits is None:
         cache.adopt(traits, len(tokens))
-    cache.model = weakref.ref(model)
+        cache.model = weakref.ref(model)
     keep = inputs.pop("logits_to_keep", None)
-    return Fed(name, tokens, valid_BT, 0 if keep is None else keep, inputs)
+    wanted = inputs.pop("return_dict", None)
+    as_tuple = not (getattr(model.config, "return_dict", True) if wanted is None else wanted)
+    return Fed(name, tokens, valid_BT, 0 if keep is None else keep, as_tuple, {**inputs, "return_dict": True})
 
 
 # -------------------------------------------------------------------------------------------------------- one piece
@@ -182,19 +185,20 @@ def _mask(piece: Piece, model: Any) -> Tensor | None:
 
 
 def _kept(keep: int | Tensor, behind: int) -> int:
-    """Logits of a piece that are wanted when `behind` tokens come after it: all of them (0), or hardly any (1)."""
-    return 1 if isinstance(keep, int) and keep and behind >= keep else 0
+    """Logits to keep of a piece with `behind` tokens after it: those that are wanted, at least one; or all of them."""
+    return max(1, keep - behind) if isinstance(keep, int) and keep else 0
 
 
 @torch.compiler.disable
-def _joined(outputs: list[Any], keep: int | Tensor) -> Any:
-    """One output of many: the logits in a row."""
-    logits = torch.cat([output.logits for output in outputs], dim=1)
-    last = outputs[-1]
-    last.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]  # −0 takes all
-    if last.get("hidden_states") is not None:
-        last.hidden_states = tuple(torch.cat(states, dim=1) for states in zip(*(x.hidden_states for x in outputs)))
-    return last
+def _joined(outputs: list[Any], fed: Fed) -> Any:
+    """One output of many: logits and hidden states in a row."""
+    whole = outputs[-1]
+    if len(outputs) > 1:
+        logits = torch.cat([output.logits for output in outputs], dim=1)
+        whole.logits = logits[:, -fed.keep :] if isinstance(fed.keep, int) else logits[:, fed.keep]  # −0 takes all
+        if whole.get("hidden_states") is not None:
+            whole.hidden_states = tuple(torch.cat(x, dim=1) for x in zip(*(o.hidden_states for o in outputs)))
+    return whole.to_tuple() if fed.as_tuple else whole
 
 
 # ------------------------------------------------------------------------------------------- what a stream is fed
@@ -221,11 +225,13 @@ def _valid(mask: Any, tokens: Any) -> Tensor | None:
             "a StreamingCache makes the attention mask itself; give a 2-D attention_mask with a 0 for each pad, at "
             "least as long as the new tokens, or none"
         )
+    if len(mask) != len(tokens):
+        raise UserError(f"attention_mask has {len(mask)} rows, the input {len(tokens)}; give one a row of the input")
     valid = mask[:, -tokens.shape[1] :].bool().cpu()
     return None if bool(valid.all()) else valid
 
 
-def _check(cache: StreamingCache, model: Any, tokens: Any, valid_BT: Tensor | None, inputs: dict[str, Any]) -> None:
+def _check(cache: StreamingCache, model: Any, tokens: Any, inputs: dict[str, Any]) -> None:
     """UserError for what does not go on the stream. Nothing has been written yet."""
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape:
         raise UserError("a stream is fed input_ids [rows, tokens] with at least one of each")
@@ -247,8 +253,6 @@ def _check(cache: StreamingCache, model: Any, tokens: Any, valid_BT: Tensor | No
         raise UserError(
             f"the stream has {len(cache.seen)} rows and was fed {len(tokens)}; rows cannot come or go, reset() first"
         )
-    if valid_BT is not None and len(valid_BT) != len(tokens):
-        raise UserError(f"attention_mask has {len(valid_BT)} rows, the input {len(tokens)}")
     if cache.torn:
         raise UserError("an earlier forward was broken off while it was writing; reset() the stream or restore it")
 

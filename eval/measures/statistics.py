@@ -1,8 +1,10 @@
-"""What a list of per-token losses says: mean, its uncertainty, and how it runs along the text. Exact and pure."""
+"""What lists of losses and of times say: means, quantiles, ratios, and how uncertain they are. Exact and pure."""
 
 from __future__ import annotations
 
 import math
+import random
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,3 +44,23 @@ def by_position(parts: list[tuple[int, Tensor]], bins: int = 64) -> list[list[fl
         if value is not None:
             rows.append([low, min(low + width, end) - 1, value])
     return rows
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The smallest value that `share` of all do not exceed (nearest rank): p99 of fewer than 100 is the largest."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def paired_ratio(
+    above: list[float], below: list[float], resamples: int = 2000
+) -> tuple[float, float | None, float | None]:
+    """The median of above[i] / below[i], two times of one round each, and its 95 % interval by bootstrap over rounds.
+
+    What slows a whole round down cancels in its ratio. Fewer than five rounds are too few for an interval.
+    """
+    ratios = [a / b for a, b in zip(above, below)]
+    if len(ratios) < 5:
+        return median(ratios), None, None
+    rng = random.Random(0)
+    medians = [median(rng.choices(ratios, k=len(ratios))) for _ in range(resamples)]
+    return median(ratios), quantile(medians, 0.025), quantile(medians, 0.975)

@@ -1,29 +1,69 @@
-"""A cache policy: which cached keys a query sees, and at which positions.
+"""What a cache policy is: what it must see of attention, which keys it keeps, and at which positions.
 
-    dense          every key so far, at its true position
-    window  0+C    the C latest keys, no sinks (StreamingLLM's "window attention")
-    sink    S+W    the first S keys, kept for good, and the W = C − S latest, placed right behind them
+    dense             every key so far
+    window  0+C       the C latest keys, each computed once: StreamingLLM Figure 1 (b), `--start_size 0` of its code
+    recompute S+W     the model read anew over the last C tokens for every query: Figure 1 (c)
+    sink    S+W       the first S keys, kept for good, and the W = C − S latest, placed right behind them: Figure 1 (d)
 
-All three are settings of the two scorers of `sinkmodel.scoring`. A policy that looks at attention before it evicts
-gets a file of its own here, with the same two things: a label, and a `score`.
+Both (b) and (c) are called window attention, and are far apart: what (b) keeps was computed when older tokens could
+still be seen, and none of it is the first of anything (streaming-llm issues #33 and #39, which asks for both in all
+results). `window-paper` and `sink-paper` are (b) and (d) counted as the paper's code counts: it evicts after the
+forward, so a query sees C + 1 keys (design, decision 8).
+
+A new policy is a file with a class that answers the questions of `Policy` below; nothing else knows how it decides.
+How four known ones answer them:
+
+    SnapKV     needs the last w queries of the prompt; keeps, head by head, the C − w keys that these attended to most
+               (pooled over neighbours) and the last w, at positions of the text. `feed` of a prompt selects, later
+               `feed`s only append.
+    H2O        needs running column sums of attention; keeps the heaviest and the latest, head by head, at positions of
+               the text. Every `feed` adds to the sums and evicts; `score` goes through `feed`, since what is kept
+               depends on what was attended to.
+    GemFilter  needs the last query at one layer; keeps the C tokens of the prompt that it points to, read again at
+               positions 0 … C − 1. `feed` of a prompt does both passes; `score` refuses: a stream has no last query.
+    NAMM       needs all of attention's columns over the latest 512 queries; keeps, head by head, what a small network
+               scores at 0 or more, at positions of the text. Every 512th token `feed` evicts.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
 
 from sinkmodel.errors import UserError
 
-NAMES = ("dense", "window", "sink")
+PIECE = 256  # tokens of a long `feed` that go through the model together
 
 
-@dataclass(frozen=True)
-class Policy:
-    name: str
-    sinks: int = 0
-    budget: int | None = None  # C, cache slots with the current token; None: without bound
+class Policy(ABC):
+    name: str  # as --policies has it
+    sinks: int  # S, how many of the first tokens are kept for good
+    budget: int | None  # C, cache slots with the current token; None: without bound
+    needs: str  # what it must see of attention before it evicts
+    positions: str  # where a kept key stands for a query: its place in the text, the cache or the window
+
+    @property
+    @abstractmethod
+    def keeps(self) -> str:
+        """Which keys survive, in words."""
+
+    @abstractmethod
+    def score(
+        self, model: Any, documents: Sequence[Sequence[int]], chunk: int, on_chunk: Callable[[int], None]
+    ) -> list[Tensor]:
+        """−log p of every next token, one fp32 tensor [T − 1] a document of T ids.
+
+        `chunk` queries are computed together, and `on_chunk` is told how many were scored since the last call.
+        """
+
+    @abstractmethod
+    def stream(self, model: Any) -> Stream:
+        """A new stream, fed step by step as a server does."""
 
     @property
     def window(self) -> int | None:
@@ -31,35 +71,51 @@ class Policy:
 
     @property
     def label(self) -> str:
-        return "dense" if self.budget is None else f"{self.name} {self.sinks}+{self.window}"
+        return self.name if self.budget is None else f"{self.name} {self.sinks}+{self.window}"
 
-    def score(self, model: Any, documents: Sequence[Sequence[int]], chunk: int, on_chunk: Callable[[int], None]) -> Any:
-        """−log p of every next token, one fp32 tensor [T − 1] a document of T ids."""
-        from sinkmodel.scoring import dense_nll, streaming_nll
+    def keys_seen(self, longest: int) -> int:
+        """The most keys that a query sees, its own counted, in a stream of `longest` fed tokens."""
+        return longest if self.budget is None else min(longest, self.budget)
 
-        if self.budget is None:
-            return dense_nll(model, documents, chunk, on_chunk)
-        return streaming_nll(model, documents, self.budget, self.sinks, chunk, on_chunk)
+    def row(self, longest: int) -> dict[str, Any]:
+        """What a result's row says of its policy (the JSON of the design, "Commands")."""
+        return {
+            "policy": self.name,
+            "label": self.label,
+            "sinks": self.sinks,
+            "window": self.window,
+            "budget": self.budget,
+            "keys_seen": self.keys_seen(longest),
+            "needs": self.needs,
+            "keeps": self.keeps,
+            "positions": self.positions,
+        }
 
 
-def choose(names: Sequence[str] | None, sinks: Sequence[int], budget: int) -> list[Policy]:
-    """One policy a row. No sinks is the window where `window` is asked for, else the sink policy with S = 0.
+class Stream(ABC):
+    @abstractmethod
+    def feed(self, ids_BN: Tensor) -> Tensor:
+        """Take the next N tokens of B streams; logits [B, V] after the last of them."""
 
-    `names` None means window and sink, with a window only where `sinks` has a 0; asked for by name it always comes.
-    """
-    for count in sinks:
-        if budget < count + 1:
-            raise UserError(
-                f"--budget {budget} does not hold --sinks {count} and the current token; "
-                f"make the budget at least {count + 1} or the sinks fewer"
-            )
-    explicit, names = names is not None, names or ("window", "sink")
-    rows = []
-    for name in dict.fromkeys(names):
-        if name == "dense":
-            rows.append(Policy("dense"))
-        elif name == "window" and (explicit or 0 in sinks):
-            rows.append(Policy("window", 0, budget))
-        elif name == "sink":
-            rows += [Policy("sink", count, budget) for count in dict.fromkeys(sinks) if count or "window" not in names]
-    return rows
+
+class CachedStream(Stream):
+    """A stream whose memory is a transformers cache, which alone decides what stays."""
+
+    def __init__(self, model: Any, cache: Cache):
+        self.model, self.cache = model, cache
+
+    @torch.inference_mode()
+    def feed(self, ids_BN: Tensor) -> Tensor:
+        for piece_BN in ids_BN.split(PIECE, dim=1):
+            out = self.model(input_ids=piece_BN, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1]
+
+
+def refuse_narrower_window(model: Any, keys: int) -> None:
+    """UserError where the model's own attention is narrower than the `keys` that a row says its queries see."""
+    own = getattr(model.config.get_text_config(), "sliding_window", None)
+    if own is not None and own < keys:
+        raise UserError(
+            f"model type {model.config.model_type!r} has a sliding window of {own} of its own, narrower than the "
+            f"{keys} keys that a query is to see; use no more than {own}"
+        )

@@ -11,11 +11,15 @@ import torch
 
 from eval.cli import main
 from eval.measures.statistics import block_stderr, by_position, mean
-from eval.policies.policy import Policy, choose
+from eval.policies.choice import check, choose
+from eval.policies.dense import Dense
+from eval.policies.recompute import Recompute
+from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
 from sinkmodel.loading import encode, load_model
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
+from tests.eval.test_policies import slow_recompute
 from tests.reference import streaming_nll as reference
 
 BUDGET, TOKENS = 24, 60
@@ -137,19 +141,65 @@ def test_dense_beyond_the_positions_is_a_row_and_is_said(runs, book, tmp_path, c
     assert "positions" not in ppl(capsys, *arguments, "--tokens", 129)[2]
 
 
+def test_recompute_and_the_papers_convention_are_rows_that_say_what_a_query_saw(runs, book, tmp_path, capsys):
+    """Guards that the model's own sinks stand in front of every window that is read again, counted in C."""
+    run = runs["llama", 2]
+    policies = ["--policies", "window-paper", "recompute", "sink-paper", "--sinks", 3]
+    for stride, keys in ((1, "24"), (5, "20–24")):
+        code, out, err = ppl(capsys, "--model", run, "--text", book, "--tokens", TOKENS, "--budget", BUDGET,
+                             *policies, "--stride", stride, "--json", tmp_path / f"{stride}.json")  # fmt: skip
+        assert code == 0, err
+        label = "recompute 2+22" if stride == 1 else "recompute 2+22, stride 5"
+        (line,) = [line for line in out.splitlines() if label in line]
+        assert line.split(label)[1].split()[0] == keys
+    loaded = load_model(str(run))
+    ids = loaded.sink_ids + encode(loaded, book.read_text())[:TOKENS]
+    for stride in (1, 5):
+        paper, again, sink = json.loads((tmp_path / f"{stride}.json").read_text())["rows"]
+        assert [(row["policy"], row["sinks"], row["budget"], row["keys_seen"]) for row in (paper, again, sink)] == [
+            ("window-paper", 0, BUDGET, BUDGET + 1),
+            ("recompute", 2, BUDGET, BUDGET),
+            ("sink-paper", 3, BUDGET, BUDGET + 1),
+        ]
+        assert (again["stride"], again["keys_seen_least"]) == (stride, BUDGET - stride + 1)
+        expected = slow_recompute(loaded.model, ids, BUDGET, 2, stride)
+        assert again["nll_after_overflow"] == pytest.approx(expected[BUDGET:].mean().item(), abs=1e-4)
+        for row in (paper, sink):
+            expected = reference(loaded.model, ids, BUDGET + 1, row["sinks"])[2:]
+            assert row["nll"] == pytest.approx(expected.mean().item(), abs=1e-4)
+
+
+def test_a_stride_that_leaves_no_room_for_the_models_sinks_is_one_line(runs, book, capsys):
+    arguments = ["--model", runs["llama", 2], "--text", book, "--policies", "recompute", "--sinks", 0]
+    code, _, err = ppl(capsys, *arguments, "--budget", BUDGET, "--stride", BUDGET - 1)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "does not fit into a window of 22 tokens behind the model's 2 sink tokens; use 22 or less" in err
+    code, _, err = ppl(capsys, *arguments, "--budget", 2)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--budget 2 leaves no window behind the model's 2 sink tokens; make it at least 3" in err
+
+
 # ------------------------------------------------------------------------------------------------- rows and numbers
 
 
 def test_which_policies_become_rows():
-    window, one, four = Policy("window", 0, 8), Policy("sink", 1, 8), Policy("sink", 4, 8)
+    window, one, four = Streaming("window", 0, 8), Streaming("sink", 1, 8), Streaming("sink", 4, 8)
     assert choose(None, [0, 1, 4], 8) == [window, one, four]
     assert choose(None, [1, 4], 8) == [one, four]
     assert choose(["window"], [1, 4], 8) == [window]
-    assert choose(["sink"], [0, 1, 1], 8) == [Policy("sink", 0, 8), one]
-    assert choose(["dense", "sink", "window"], [0, 4], 8) == [Policy("dense"), four, window]
+    assert choose(["sink"], [0, 1, 1], 8) == [Streaming("sink", 0, 8), one]
+    assert choose(["sink", "window"], [0, 4], 8) == [four, window]
+    assert [type(policy) for policy in choose(["dense"], [0], 8)] == [Dense]
+    assert choose(["recompute"], [0, 4], 8, front=1, stride=3) == [Recompute(1, 8, 3)]
+    assert choose(["window-paper", "sink", "sink-paper"], [0, 1], 8) == [
+        Streaming("window-paper", 0, 8, "paper"),
+        Streaming("sink", 0, 8),
+        one,
+        Streaming("sink-paper", 1, 8, "paper"),
+    ]
     assert choose(None, [7], 8)[0].window == 1
     with pytest.raises(UserError, match="make the budget at least 9"):
-        choose(None, [8], 8)
+        check([0, 8], 8)
 
 
 def test_the_mean_is_over_tokens_and_the_error_over_whole_blocks():
@@ -200,6 +250,10 @@ def bad(tmp_path):
         (["--json", "BAD/folder"], "is a folder"),
         (["--budget", 129, "--sinks", 1, "--tokens", 140], "--budget 129 takes 129 positions .* use --budget 128"),
         (["--policies", "snapkv"], "snapkv"),
+        (["--stride", 2], "--stride is for recompute alone"),
+        (["--policies", "recompute", "--stride", 25], "--stride 25 does not fit into a window of 24 tokens; use 24"),
+        (["--policies", "recompute", "--stride", 0], "--stride"),
+        (["--policies", "sink-paper", "--budget", 128, "--sinks", 1, "--tokens", 140], "129 positions .* --budget 127"),
         (["--dtype", "int3"], "int3"),
         (["--budgt", 4], "unknown option --budgt; did you mean --budget?"),
     ],

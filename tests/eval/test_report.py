@@ -46,6 +46,22 @@ def test_picture_and_numbers_are_made(measured):
     ]
 
 
+def test_every_policy_has_a_line_with_a_name_of_its_own():
+    """Guards more rows than colours, and S+W meaning two things in one picture."""
+    from eval.report.plots import draw_positions, plt
+
+    rows = [{"policy": "sink", "sinks": s, "window": 12 - s, "by_position": [[1, 8, 3.0]]} for s in range(1, 9)]
+    rows.append(
+        {"policy": "recompute", "label": "recompute 1+11", "sinks": 1, "window": 11, "by_position": [[1, 8, 3]]}
+    )
+    rows.append({"policy": "dense", "sinks": 0, "window": None, "by_position": [[1, 8, 2.9]]})
+    figure, axis = plt.subplots()
+    draw_positions(axis, {"model": "m", "budget": 12, "rows": rows})
+    names = [text.get_text() for text in axis.get_legend().get_texts()]
+    plt.close(figure)
+    assert names == [*(f"{s}+{12 - s}" for s in range(1, 9)), "recompute 1+11", "dense"]
+
+
 def test_runs_of_one_name_keep_their_curves(tmp_path):
     assert labels([tmp_path / "a" / "sink", tmp_path / "b" / "none"]) == ["sink", "none"]
     assert len(set(labels([tmp_path / "a" / "sink", tmp_path / "b" / "sink"]))) == 2

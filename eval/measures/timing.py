@@ -1,0 +1,190 @@
+"""Times of decoding steps, with several policies taking turns, so that what disturbs one disturbs all.
+
+A side is a policy with its stream, full. In every round each side, in an order drawn anew, takes one step that is not
+timed (it pays for what the side before has left in the processor's caches) and then its block of timed steps. A ratio
+is that of two blocks of one round.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from eval.measures.meters import PeakMemory, memory_now
+from eval.measures.statistics import paired_ratio, quantile
+from eval.policies.policy import CachedStream, Policy, Stream
+from eval.policies.recompute import Recompute
+from sinkmodel.loading import LoadedModel
+from sinkmodel.progress import CountedProgress
+
+RATIOS = (("recompute", "sink"), ("sink", "dense"))
+FED = 4096  # tokens of a long stream that are drawn at once
+BLOCK = 8  # timed steps of a side in a round; of recompute one, which is long enough
+
+
+def measure(
+    loaded: LoadedModel, policies: list[Policy], budget: int, tokens: int, label: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows and the ratios of one budget."""
+    model, sink_ids, peaks, sides = loaded.model, loaded.sink_ids, [], []
+    rounds = -(-tokens // BLOCK)
+    total = rounds * sum(map(block_of, policies)) + 2 * len(policies)
+    with CountedProgress(label, "steps", total) as progress:
+        for policy in policies:
+            peaks.append(peak_alone(model, policy, budget, sink_ids))
+            progress.add(1)
+        for policy in policies:
+            sides.append(full_side(model, policy, budget, sink_ids))
+            progress.add(1)
+        alternate(sides, Tokens(model, sink_ids), rounds, progress.add)
+    rows = [
+        {**side.policy.row(budget), "budget": budget, **times(side), "peak_bytes": peak}
+        for side, peak in zip(sides, peaks)
+    ]
+    by_name = {side.policy.name: side for side in sides}
+    ratios = [
+        {"budget": budget, **ratio(by_name[above], by_name[below])}
+        for above, below in RATIOS
+        if above in by_name and below in by_name
+    ]
+    return rows, ratios
+
+
+def along_stream(
+    loaded: LoadedModel, policy: Policy, budget: int, length: int, points: int, tokens: int
+) -> list[dict[str, Any]]:
+    """One row for each of `points` places of a stream: its steps there, in turns with a stream that has just filled.
+
+    `seen` is how many tokens were fed before. What lies between the places goes through the model in pieces, and
+    nothing of it is kept.
+    """
+    model, sink_ids = loaded.model, loaded.sink_ids
+    rounds = -(-tokens // BLOCK)
+    timed = rounds * (BLOCK + 1)  # what the steps at a place take of the stream
+    old, ids = full_side(model, policy, budget, sink_ids), Tokens(model, sink_ids)
+    rows, seen = [], budget
+    with CountedProgress(f"stream {policy.label}", "tokens", length) as progress:
+        progress.add(seen)
+        for point in range(points):
+            place = budget + point * (length - timed - budget) // (points - 1)
+            while seen < place:
+                count = min(FED, place - seen)
+                old.stream.feed(ids.next(count))
+                seen += count
+                progress.add(count)
+            old.blocks, new = [], full_side(model, policy, budget, sink_ids)
+            alternate([old, new], ids, rounds, lambda _: None)
+            seen += timed
+            progress.add(timed)
+            row = {**policy.row(budget), "seen": place, **times(old), **ratio(old, new), "ratio": f"{place}/{budget}"}
+            del new
+            rows.append({**row, "resident_bytes": memory_now(model.device)})
+    return rows
+
+
+def times(side: Side) -> dict[str, Any]:
+    steps = side.steps
+    return {"tokens": len(steps), "ms_per_token": median(steps), "ms_per_token_p99": quantile(steps, 0.99)}
+
+
+def ratio(above: Side, below: Side) -> dict[str, Any]:
+    value, low, high = paired_ratio(above.medians, below.medians)
+    name = f"{above.policy.name}/{below.policy.name}"
+    return {"ratio": name, "value": value, "low": low, "high": high, "rounds": len(above.blocks)}
+
+
+# ------------------------------------------------------------------------------------------------- how it is measured
+
+
+@dataclass
+class Side:
+    policy: Policy
+    stream: Stream
+    blocks: list[list[float]] = field(default_factory=list)  # milliseconds of each timed step, round by round
+
+    @property
+    def block(self) -> int:
+        return block_of(self.policy)
+
+    @property
+    def steps(self) -> list[float]:
+        return [step for block in self.blocks for step in block]
+
+    @property
+    def medians(self) -> list[float]:
+        return [median(block) for block in self.blocks]
+
+
+def block_of(policy: Policy) -> int:
+    """How many timed steps a policy has in a round."""
+    return 1 if isinstance(policy, Recompute) else BLOCK
+
+
+class Tokens:
+    """Token ids to feed: the model's sinks first, then random ones, drawn as they are needed."""
+
+    def __init__(self, model: Any, sink_ids: Sequence[int]):
+        self.sinks, self.device = list(sink_ids), model.device
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.generator = torch.Generator().manual_seed(0)
+
+    def first(self, count: int) -> Tensor:
+        sinks = torch.tensor([self.sinks], dtype=torch.long, device=self.device)
+        return torch.cat([sinks, self.next(count)], dim=1)[:, :count]
+
+    def next(self, count: int) -> Tensor:
+        """Ids [1, count]."""
+        return torch.randint(0, self.vocabulary, (1, count), generator=self.generator).to(self.device)
+
+
+def full_side(model: Any, policy: Policy, budget: int, sink_ids: Sequence[int]) -> Side:
+    """A new stream of a policy whose next query sees `budget` keys, and that evicts, if it does, from then on."""
+    stream = policy.stream(model)
+    grows = policy.budget is None
+    stream.feed(Tokens(model, sink_ids).first(budget - grows))
+    return Side(policy, stream)
+
+
+def step(side: Side, id_B1: Tensor) -> float:
+    """Milliseconds of one decoding step. A dense cache, which grows, is cut back afterwards: each step is at C keys."""
+    started = _now(id_B1.device)
+    side.stream.feed(id_B1)
+    ended = _now(id_B1.device)
+    if isinstance(side.stream, CachedStream) and isinstance(side.stream.cache, DynamicCache):
+        side.stream.cache.crop(-1)
+    return 1000 * (ended - started)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def alternate(sides: list[Side], tokens: Tokens, rounds: int, on_step: Callable[[int], None]) -> None:
+    """Add `rounds` blocks of timed steps to every side. Re-computation, the slow one, comes first in a round, so that
+    the blocks of all others lie close together in time."""
+    rng = random.Random(0)
+    for _ in range(rounds):
+        for side in sorted(rng.sample(sides, len(sides)), key=lambda side: side.block):
+            if side.block > 1:
+                step(side, tokens.next(1))
+            side.blocks.append([step(side, tokens.next(1)) for _ in range(side.block)])
+            on_step(side.block)
+
+
+def peak_alone(model: Any, policy: Policy, budget: int, sink_ids: Sequence[int]) -> int:
+    """Peak bytes over decoding steps of this policy, with no other stream about."""
+    side, tokens = full_side(model, policy, budget, sink_ids), Tokens(model, sink_ids)
+    memory = PeakMemory(model.device)
+    for _ in range(min(2, side.block)):
+        step(side, tokens.next(1))
+    return memory.peak()

@@ -1,0 +1,126 @@
+"""Sliding window with re-computation: no cache at all, the last C tokens are read anew for every query.
+
+StreamingLLM's Figure 1 (c), and the quality that streaming is held to: of what has left the window nothing remains,
+not even in the hidden states of what has not. A model with a sink token has it in front of every window, as it had in
+training; it counts towards C.
+
+With stride s > 1 a window answers for its last s queries, which see C − s + 1 … C keys: s times quicker, and another
+function. Rows say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.policies.policy import Policy, Stream, refuse_narrower_window
+from sinkmodel.errors import UserError
+from sinkmodel.scoring import dense_nll, nll_of
+
+TOKENS_AT_ONCE = 8192  # of all windows in one forward
+
+
+@dataclass(frozen=True)
+class Recompute(Policy):
+    sinks: int
+    budget: int
+    stride: int = 1
+    name = "recompute"
+    needs = "nothing"
+    positions = "window"
+
+    @property
+    def keeps(self) -> str:
+        front = f"the first {self.sinks} and " if self.sinks else ""
+        return f"no key: {front}the last {self.window} tokens are read again"
+
+    @property
+    def label(self) -> str:
+        return super().label if self.stride == 1 else f"{super().label}, stride {self.stride}"
+
+    def row(self, longest: int) -> dict[str, Any]:
+        """With the stride, and the fewest keys that a query sees once tokens have left the window."""
+        most = self.keys_seen(longest)
+        least = min(most, self.budget - self.stride + 1)
+        return {**super().row(longest), "stride": self.stride, "keys_seen_least": least}
+
+    def score(
+        self, model: Any, documents: Sequence[Sequence[int]], chunk: int, on_chunk: Callable[[int], None]
+    ) -> list[Tensor]:
+        refuse_narrower_window(model, self.budget)
+        return recompute_nll(model, documents, self.budget, self.sinks, self.stride, chunk, on_chunk)
+
+    def stream(self, model: Any) -> Stream:
+        refuse_narrower_window(model, self.budget)
+        return RecomputedStream(model, self.budget, self.sinks)
+
+
+@torch.inference_mode()
+def recompute_nll(
+    model: Any,
+    documents: Sequence[Sequence[int]],
+    budget: int,
+    sinks: int,
+    stride: int,
+    chunk: int,
+    on_chunk: Callable[[int], None],
+) -> list[Tensor]:
+    """−log p of every next token, fp32 [T − 1] a document, each query in a window of its own (see above).
+
+    Up to the first query that has lost something, p = C, the window is all there is, and one causal forward is the
+    same for all queries. After that windows of all documents go through the model together, and the head is applied to
+    the queries that a window answers for alone: [windows, stride, V].
+    """
+    assert 1 <= stride <= budget - sinks
+    nll = [torch.empty(max(0, len(ids) - 1)) for ids in documents]
+    whole = dense_nll(model, [ids[: budget + 1] for ids in documents], chunk, on_chunk)
+    for all_of_it, head in zip(nll, whole):
+        all_of_it[: len(head)] = head
+    jobs = [  # document, its queries first … end − 1
+        (document, first, min(first + stride, len(ids) - 1))
+        for document, ids in enumerate(documents)
+        for first in range(budget, len(ids) - 1, stride)
+    ]
+    rows = max(1, min(chunk // stride, TOKENS_AT_ONCE // budget))
+    for start in range(0, len(jobs), rows):
+        batch = jobs[start : start + rows]
+        windows_BC = torch.tensor([_window(documents[i], end, budget, sinks) for i, _, end in batch])
+        most = max(end - first for _, first, end in batch)
+        targets_BN = torch.tensor([list(documents[i][end - most + 1 : end + 1]) for i, _, end in batch])
+        nll_BN = nll_of(last_logits(model, windows_BC.to(model.device), most), targets_BN.to(model.device)).cpu()
+        for row, (document, first, end) in enumerate(batch):
+            nll[document][first:end] = nll_BN[row, most - (end - first) :]
+        on_chunk(sum(end - first for _, first, end in batch))
+    if not all(bool(torch.isfinite(x).all()) for x in nll):
+        raise UserError(f"{model.config.model_type} in {model.dtype} gives logits that are not finite; try float32")
+    return nll
+
+
+def _window(ids: Sequence[int], end: int, budget: int, sinks: int) -> list[int]:
+    """The C ids that the query at `end` − 1 sees: the sinks in front of the document, and the latest."""
+    return [*ids[:sinks], *ids[end - (budget - sinks) : end]]
+
+
+def last_logits(model: Any, ids_BT: Tensor, count: int) -> Tensor:
+    """Logits [B, count, V] of the last positions of a forward from scratch; no others are computed."""
+    return model(input_ids=ids_BT, use_cache=False, logits_to_keep=count).logits
+
+
+class RecomputedStream(Stream):
+    """Keeps token ids alone, and reads them again at every `feed`."""
+
+    def __init__(self, model: Any, budget: int, sinks: int):
+        self.model, self.budget, self.sinks = model, budget, sinks
+        self.ids_BT: Tensor | None = None
+
+    @torch.inference_mode()
+    def feed(self, ids_BN: Tensor) -> Tensor:
+        ids_BT = ids_BN if self.ids_BT is None else torch.cat([self.ids_BT, ids_BN], dim=1)
+        if ids_BT.shape[1] > self.budget:
+            ids_BT = torch.cat([ids_BT[:, : self.sinks], ids_BT[:, self.sinks - self.budget :]], dim=1)
+        self.ids_BT = ids_BT
+        return last_logits(self.model, ids_BT, 1)[:, -1]

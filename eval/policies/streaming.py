@@ -1,0 +1,50 @@
+"""Policies that evict by age alone: the window, and the window behind sinks; in our count of keys, and the paper's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from eval.policies.policy import CachedStream, Policy
+from sinkmodel.cache import StreamingCache
+from sinkmodel.scoring import streaming_nll
+
+
+@dataclass(frozen=True)
+class Streaming(Policy):
+    """`window` (S = 0) and `sink`; with `convention` "paper" a query sees C + 1 keys, evicted after the forward."""
+
+    name: str
+    sinks: int
+    budget: int
+    convention: str = "inclusive"
+    needs = "nothing"
+    positions = "cache"
+
+    @property
+    def keeps(self) -> str:
+        latest = f"the {self.window} latest"
+        return f"the first {self.sinks} and {latest}" if self.sinks else latest
+
+    @property
+    def full(self) -> int:
+        """How many keys a query sees once the cache is full."""
+        return self.budget + (self.convention == "paper")
+
+    def keys_seen(self, longest: int) -> int:
+        return min(longest, self.full)
+
+    def score(
+        self, model: Any, documents: Sequence[Sequence[int]], chunk: int, on_chunk: Callable[[int], None]
+    ) -> list[Tensor]:
+        return streaming_nll(model, documents, self.full, self.sinks, chunk, on_chunk)
+
+    def stream(self, model: Any) -> CachedStream:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "sinks=0")  # the row says that it is the window
+            cache = StreamingCache(model, budget=self.budget, sinks=self.sinks, convention=self.convention)
+        return CachedStream(model, cache)
