@@ -44,8 +44,8 @@ class Band(Cache):
         self.depth = model.config.get_text_config().num_hidden_layers
         super().__init__(layers=[BandLayer(sinks) for _ in range(self.depth)])
         self.rotary, self.budget, self.sinks, self.window = rotary, budget, sinks, budget - sinks
-        # Positions are counted from `origin`, which moves on before they grow: fp32 RoPE loses what they gain. No sooner
-        # than that every key turned by the last move has left the window, so none is turned twice.
+        # Positions are counted from `origin`, which moves on before they grow: fp32 RoPE loses what they gain. Not
+        # before every key turned by the last move has left the window, so none is turned twice.
         self.reach = max(2 * budget, self.window + chunk)
         if rotary.limit is not None:
             self.reach = min(self.reach, rotary.limit)

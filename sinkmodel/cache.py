@@ -28,7 +28,7 @@ from sinkmodel.families import Traits, check_config, signature
 from sinkmodel.feeding import attach, feed
 from sinkmodel.pieces import Piece, Ring
 from sinkmodel.rope import Rotary
-from sinkmodel.saved import FORMAT, NUMBERS, ROWS, TENSORS, check_state, read_state
+from sinkmodel.saved import FORMAT, NUMBERS, ROWS, TENSORS, check_state, read_state, settings_of
 from sinkmodel.slots import StreamingLayer
 
 POSITIONS = ("cache", "text")
@@ -331,7 +331,6 @@ class StreamingCache(Cache):
     def load(cls, path: str | Path, config: Any) -> StreamingCache:
         """The stream that `save` wrote, for the same model; UserError where the file is none, or another model's."""
         state = read_state(Path(path))
-        settings = {key: value for key, value in state["settings"].items() if key != "model"}
-        cache = cls(config, **settings)
+        cache = cls(config, **settings_of(state, path))
         cache.load_state_dict(state)
         return cache

@@ -29,6 +29,15 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def settings_of(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The arguments of the StreamingCache that was saved."""
+    settings = state.get("settings")
+    kinds = {"budget": int, "sinks": int, "positions": str, "convention": str}
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"{path} is damaged: its settings are missing; restore an older one")
+    return {key: settings[key] for key in kinds}
+
+
 def check_state(state: Any, settings: dict[str, Any], depth: int, slots: int) -> None:
     """UserError where `state` is not a sound stream of a cache with these settings."""
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):

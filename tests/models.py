@@ -51,8 +51,9 @@ STREAMED = {  # what the streaming cache runs
     "smollm3": ("SmolLM3", {"num_key_value_heads": 2, "num_hidden_layers": 4}),  # its fourth layer has no RoPE
     "stablelm": ("StableLm", {"num_key_value_heads": 2, "partial_rotary_factor": 0.5}),
     "cohere": ("Cohere", {"num_key_value_heads": 2, "logit_scale": 1.0}),
-    "mpt": ("Mpt", {"max_seq_len": POSITIONS}),
+    "mpt": ("Mpt", {"max_seq_len": POSITIONS, "use_cache": True}),
 }
+CLASSES = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"}
 
 
 def build(family: str, **changes):
@@ -63,13 +64,14 @@ def build(family: str, **changes):
         settings["rope_scaling"] = settings.pop("rope_parameters")
     config = getattr(transformers, f"{name}Config")(**settings)
     torch.manual_seed(5)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, CLASSES.get(name, f"{name}ForCausalLM"))(config).eval()
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases and norms, which start idle
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.generation_config.eos_token_id = None  # a stream ends when its caller says so
+    # A stream ends when its caller says so, and `generate` shall not take a word of the text for padding.
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model
 
 

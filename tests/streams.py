@@ -45,6 +45,11 @@ def fed(model, cache, ids, *sizes: int) -> torch.Tensor:
     return torch.cat(pieces)
 
 
+def held(cache) -> list[torch.Tensor]:
+    """The buffers of the cache under test: keys and values of each layer, [B, G, slots, D]; none before it is fed."""
+    return [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+
+
 class Stream:
     """One stream, fed token by token. positions: "cache" (the place in the cache) or "text" (the index in the text)."""
 
