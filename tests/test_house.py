@@ -44,9 +44,13 @@ def test_every_module_says_first_what_it_is_for():
             assert not text.strip() or ast.get_docstring(ast.parse(text)), path
 
 
-@pytest.mark.parametrize(
-    "command", ["sink-prepare", "sink-pretrain", "sink-export", "sink-eval ppl", "sink-eval report"]
-)
+COMMANDS = [
+    *("sink-prepare", "sink-pretrain", "sink-export", "sink-stream"),
+    *("sink-eval ppl", "sink-eval latency", "sink-eval report"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command):
     script, *rest = command.split()
     done = subprocess.run([Path(sys.executable).with_name(script), *rest, "--help"], capture_output=True, text=True)
