@@ -34,6 +34,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, Rotation, rotary_of
 
 ATTENTION = "sinkmodel_banded"
+BLOCK = 64  # queries that attend together
 
 
 class Band(Cache):
@@ -52,6 +53,7 @@ class Band(Cache):
         self.seen = self.origin = self.sink_origin = 0  # text indices
         self.current = -1  # the layer whose keys came last, and whose attention is due
         self.called: list[int] = []
+        self.bias: Tensor | None = None
 
     def keep_rows(self, rows: int) -> None:
         for layer in self.layers:
@@ -83,42 +85,66 @@ class Band(Cache):
                 if turns:
                     layer.turn(self.rotary, rotation)
             self.origin = start
-        low = max(self.sinks, start - self.window + 1)  # the first window key that any of the queries sees
+        self.start = start
         for layer in self.layers:
-            layer.drop_before(low)
+            layer.drop_before(self._low(start))
         query_N = torch.arange(start, end)
         in_cache_N = query_N.clamp(max=self.budget - 1)
         self.to_cache = self.rotary.rotation((in_cache_N - self.sink_origin) - (query_N - self.origin), device)
-        sink_S, window_K, t_N1 = torch.arange(min(self.sinks, end)), torch.arange(low, max(low, end)), query_N[:, None]
-        seen = torch.cat([sink_S <= t_N1, (window_K <= t_N1) & (window_K > t_N1 - self.window)], dim=1)
-        self.bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).to(device)  # [N, S + K]
+
+    def _low(self, query: int) -> int:
+        """The first window key that a query sees; text index."""
+        return max(self.sinks, query - self.window + 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         self.current = layer_idx
         return self.layers[layer_idx].update(key_states, value_states)
 
     def attend(self, q_BHND: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scale: float) -> Tensor:
-        """softmax over the sinks, seen from the query's place in the cache, and the band of the window; [B, H, N, D].
+        """softmax over the sinks, seen from the query's place in the cache, and the band of the window; [B, N, H, D].
 
-        One fused attention with additive bias does both: in the columns of the sinks the key is zero and the bias is
-        the score. In fp32 for half precision too: a score rounded to bf16 would be off by 0.4 %.
+        K counts room for the sinks, then the window keys of all N queries. The queries go in blocks of BLOCK, each with
+        the keys from its own first one on, so that little outside of the band is computed. One fused attention with
+        additive bias does window and sinks: in the columns of the sinks the key is zero and the bias is the score. The
+        sinks are put where keys have been that only earlier blocks saw, and the bias of blocks of one shape differs
+        in those columns alone, so nothing of the window's size is copied.
+        In fp32 for half precision too: a score rounded to bf16 would be off by 0.4 %.
         """
         self.called.append(self.current)
-        layer, dtype = self.layers[self.current], q_BHND.dtype
-        B, H, N, _ = q_BHND.shape
-        q_BHND, k_BGKD, v_BGKD, bias = q_BHND.float(), k_BGKD.float(), v_BGKD.float(), self.bias
-        if self.sinks:
-            k_BGSD, v_BGSD = layer.sink_keys.float(), layer.sink_values.float()
-            (G, S), K = k_BGSD.shape[1:3], k_BGKD.shape[2]
-            turns = self.rotary.layers[self.current]
-            turned = (self.rotary.apply(q_BHND, self.to_cache) if turns else q_BHND).reshape(B, G, H // G * N, -1)
-            score_BHNS = (turned @ k_BGSD.transpose(-1, -2)).view(B, H, N, S) * scale
-            bias = torch.cat([score_BHNS + bias[:, :S], bias[:, S:].expand(B, H, N, K)], dim=-1)
-            k_BGKD = torch.cat([torch.zeros_like(k_BGSD), k_BGKD], dim=2)
-            v_BGKD = torch.cat([v_BGSD, v_BGKD], dim=2)
-        shared = k_BGKD.shape[1] != H
-        out = F.scaled_dot_product_attention(q_BHND, k_BGKD, v_BGKD, attn_mask=bias, scale=scale, enable_gqa=shared)
-        return out.to(dtype)
+        layer, dtype, (B, H, N, _) = self.layers[self.current], q_BHND.dtype, q_BHND.shape
+        q_BHND, k_BGKD, v_BGKD, v_BGSD = q_BHND.float(), k_BGKD.float(), v_BGKD.float(), layer.sink_values.float()
+        S, shared = v_BGSD.shape[2], k_BGKD.shape[1] != H
+        score_BHNS = self._sink_scores(q_BHND, layer.sink_keys.float(), scale)
+        out_BNHD = torch.empty(B, N, H, v_BGSD.shape[-1], device=q_BHND.device)
+        for first in range(0, N, BLOCK):
+            last = min(first + BLOCK, N)
+            low = self._low(self.start + first) - self._low(self.start)
+            high = S + max(0, self.start + last - self._low(self.start))
+            bias_BHNK = self._bias(B, H, last - first, S, high - low - S, q_BHND.device)
+            if S:
+                k_BGKD[:, :, low : low + S], v_BGKD[:, :, low : low + S] = 0, v_BGSD
+                bias_BHNK[..., :S] = score_BHNS[:, :, first:last]
+            q, k, v = q_BHND[:, :, first:last], k_BGKD[:, :, low:high], v_BGKD[:, :, low:high]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BHNK, scale=scale, enable_gqa=shared)
+            out_BNHD[:, first:last] = out.transpose(1, 2)
+        return out_BNHD.to(dtype)
+
+    def _sink_scores(self, q_BHND: Tensor, k_BGSD: Tensor, scale: float) -> Tensor:
+        (B, H, N, D), (G, S) = q_BHND.shape, k_BGSD.shape[1:3]
+        turned = self.rotary.apply(q_BHND, self.to_cache) if self.rotary.layers[self.current] else q_BHND
+        score_BHNS = (turned.reshape(B, G, H // G * N, D) @ k_BGSD.transpose(-1, -2)).view(B, H, N, S) * scale
+        if self.start < S:
+            t_N1 = torch.arange(self.start, self.start + N, device=q_BHND.device)[:, None]
+            score_BHNS.masked_fill_(torch.arange(S, device=q_BHND.device) > t_N1, float("-inf"))
+        return score_BHNS
+
+    def _bias(self, B: int, H: int, N: int, S: int, K: int, device: torch.device) -> Tensor:
+        """[B, H, N, S + K]: the band of N queries over the K window keys up to the last query's own; S left to fill."""
+        if self.bias is None or self.bias.shape != (B, H, N, S + K):
+            distance_NK = torch.arange(K - N, K)[:, None] - torch.arange(-S, K)
+            hidden = (distance_NK < 0) | (distance_NK >= self.window)
+            self.bias = torch.zeros(N, S + K).masked_fill_(hidden, float("-inf")).to(device).repeat(B, H, 1, 1)
+        return self.bias
 
 
 class BandLayer(CacheLayerMixin):
@@ -144,10 +170,12 @@ class BandLayer(CacheLayerMixin):
         if sinks:
             self.sink_keys = torch.cat([self.sink_keys, key_states[:, :, :sinks]], dim=2)
             self.sink_values = torch.cat([self.sink_values, value_states[:, :, :sinks]], dim=2)
-        self.keys = torch.cat([self.keys, key_states[:, :, sinks:]], dim=2)
-        self.values = torch.cat([self.values, value_states[:, :, sinks:]], dim=2)
+        keys = torch.cat([torch.zeros_like(self.sink_keys), self.keys, key_states[:, :, sinks:]], dim=2)
+        values = torch.cat([self.sink_values, self.values, value_states[:, :, sinks:]], dim=2)
+        room = self.sink_keys.shape[2]
+        self.keys, self.values = keys[:, :, room:], values[:, :, room:]
         self.seen += key_states.shape[2]
-        return self.keys, self.values
+        return keys, values
 
     def drop_before(self, low: int) -> None:
         if self.is_initialized and low > self.first:
@@ -212,7 +240,7 @@ def _attention(
     if asked:
         raise UserError(f"model type {band.kind!r} asks its attention for {', '.join(asked)}, which streaming has not")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return band.attend(query, key, value, scale).transpose(1, 2), None
+    return band.attend(query, key, value, scale), None
 
 
 AttentionInterface.register(ATTENTION, _attention)  # with no mask function: transformers then makes no mask

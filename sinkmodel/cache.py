@@ -330,7 +330,8 @@ class StreamingCache(Cache):
     @classmethod
     def load(cls, path: str | Path, config: Any) -> StreamingCache:
         """The stream that `save` wrote, for the same model; UserError where the file is none, or another model's."""
-        state = read_state(Path(path))
+        path = Path(path)
+        state = read_state(path)
         cache = cls(config, **settings_of(state, path))
         cache.load_state_dict(state)
         return cache

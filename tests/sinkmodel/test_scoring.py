@@ -70,6 +70,17 @@ def test_the_chunk_changes_the_speed_alone(chunk, sinks):
     torch.testing.assert_close(nll, usual, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("block", [1, 3, BUDGET, 21])
+@pytest.mark.parametrize("sinks", [0, 3, BUDGET - 1])
+@pytest.mark.parametrize("family", ["gpt_neox", "qwen3"])
+def test_blocks_of_queries_change_the_speed_alone(family, sinks, block, monkeypatch):
+    """Guards sinks written over keys that are still wanted, and a bias kept for a block that it does not fit."""
+    monkeypatch.setattr(band, "BLOCK", block)
+    model, documents = model_of(family), [tokens(90), tokens(70, seed=1)]
+    for ids, nll in zip(documents, streaming_nll(model, documents, BUDGET, sinks, chunk=23)):
+        torch.testing.assert_close(nll, reference(model, ids, BUDGET, sinks), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("score", [lambda m, d: streaming_nll(m, d, BUDGET, 2, chunk=8), dense_nll])
 def test_documents_of_a_batch_do_not_touch_each_other(score, monkeypatch):
     """Guards right padding, rows that end early, batches cut by ROWS_AT_ONCE, and the order of the results."""
