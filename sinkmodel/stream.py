@@ -1,0 +1,224 @@
+"""`sink-stream`: type or pipe text in, text or its loss streams out, for as long as you like."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from sinkmodel.console import command, say
+from sinkmodel.errors import UserError
+from sinkmodel.stream_options import BUDGET, NAME, parse
+from sinkmodel.terminal import Interrupts, Status, TextPipe, ask, write
+
+if TYPE_CHECKING:
+    from sinkmodel.chat import Chat
+    from sinkmodel.streaming import Stream
+
+
+@command(NAME)
+def main(argv: list[str]) -> int | None:
+    options = parse(argv)
+    with Interrupts() as interrupts:
+        session = Session(options, interrupts)
+        try:
+            if options.score:
+                session.score()
+            elif sys.stdin.isatty():
+                session.converse()
+            else:
+                session.go_on()
+        except KeyboardInterrupt:
+            session.status.last(session.loss() if options.score else "")
+            session.save()
+            raise
+        session.save()
+        if session.pipe.error is not None:
+            raise session.pipe.error
+    return 0
+
+
+class Session:
+    """The stream of one call of the command, and what it has to do with it."""
+
+    def __init__(self, options: argparse.Namespace, interrupts: Interrupts):
+        from sinkmodel.loading import load_model
+        from sinkmodel.sampling import Sampler
+
+        self.options, self.interrupts = options, interrupts
+        # Whether the model was loaded or its input is awaited is hard to tell from outside.
+        patience = threading.Timer(5.0, say, [f"loading {options.model}"])
+        patience.start()
+        try:
+            loaded = load_model(options.model, options.dtype, options.device)
+        finally:
+            patience.cancel()
+        self.tokenizer = loaded.tokenizer
+        self.chat: Chat | None = None
+        if options.chat:
+            from sinkmodel.chat import Chat
+
+            self.chat = Chat(loaded.tokenizer, loaded.sink_ids, options.system)
+        self.sampler = Sampler(options.temperature, options.top_k, options.top_p, options.seed)
+        self.scored, self.nll = 0, 0.0  # tokens, and their sum
+        self.open = False  # a message whose reading was broken off
+        self.stream = self._restored(loaded) if options.restore else self._new(loaded)
+        self.pipe = TextPipe(sys.stdin.fileno(), interrupts, last_line_end=options.score)
+        self.status = Status(NAME, self._held)
+
+    # ------------------------------------------------------------------------------------------------ what it can do
+
+    def score(self) -> None:
+        """The loss of the input, but for its first text token, so that models with and without a sink answer alike."""
+        first = self.stream.seen <= len(self.stream.front) and bool(self.stream.front)
+        with self.interrupts.working():
+            for nll in self.stream.score(self.pipe):
+                if first:
+                    first = False
+                    continue
+                self.scored += 1
+                self.nll += nll
+                self.status.update(self.loss)
+        self.status.last(self.loss())
+        if not self.scored and self.pipe.error is None:
+            raise UserError("there is nothing to score: a loss needs at least two tokens of text; pipe more in")
+        if self.scored:
+            mean = self.nll / self.scored
+            print(f"tokens {self.scored} nll {mean:.6f} ppl {math.exp(min(mean, 700.0)):.6g}", flush=True)
+
+    def go_on(self) -> None:
+        """Read all of the input, then continue it."""
+        with self.interrupts.working():
+            self._feed(self._told(self.pipe))
+            if self.pipe.error is None and self.options.max_tokens:
+                self._write_reply()
+            if self.interrupts.pressed:
+                raise KeyboardInterrupt
+        self.status.last()
+
+    def converse(self) -> None:
+        """Turn after turn until the input ends. Ctrl-C in a turn ends the turn, at the prompt it ends everything."""
+        while True:
+            try:
+                line = ask("> ")
+            except EOFError:
+                write("\n")
+                return
+            except UnicodeDecodeError:
+                say("that line is not UTF-8; type it again")
+                continue
+            if not line and (self.chat or not self.stream.seen):
+                continue
+            self.status.restart()
+            with self.interrupts.working():
+                if line:
+                    fresh = self.stream.seen <= len(self.stream.front)
+                    self._feed(self._told([line if fresh or self.chat else f"\n{line}"]))
+                self._write_reply()
+            self.status.last()
+
+    def _told(self, pieces: Iterable[str]) -> Iterable[Any]:
+        """Text as the stream is to have it: with `--chat` between what stands before and behind a message."""
+        if self.chat is None:
+            yield from pieces
+            return
+        if not self.open:
+            fresh = self.stream.seen <= len(self.stream.front)
+            self.open = True
+            yield from self.chat.opening if fresh else self.chat.between
+        yield from pieces
+        if self.pipe.error is None:
+            self.open = False
+            yield from self.chat.closing
+
+    def _feed(self, source: Iterable[Any]) -> None:
+        def watched() -> Iterable[Any]:
+            for item in source:
+                yield item
+                self.status.update()
+
+        self.stream.feed(watched())
+        self.status.clear()
+
+    def _write_reply(self) -> None:
+        stop = [*self.stream.ends_of_text(), *self.options.stop]
+        for piece in self.stream.text(self.options.max_tokens, stop, self.sampler):
+            self.status.clear()
+            write(piece)
+            if not sys.stdout.isatty():  # there the line would stand in the middle of the text
+                self.status.update()
+            if self.interrupts.pressed:
+                break
+        self.status.clear()
+        write("\n")
+
+    # --------------------------------------------------------------------------------------------- a stream in flight
+
+    def save(self) -> None:
+        if self.options.save is None:
+            return
+        if not self.stream.whole:
+            say(f"{NAME}: Ctrl-C came in the middle of a step, so the stream is not saved")
+            return
+        import torch
+
+        from sinkmodel.files import atomic_file
+
+        beside = {
+            "scored": self.scored,
+            "nll": self.nll,
+            "open": self.open,
+            "draws": [generator.get_state() for generator in self.sampler.generators],
+        }
+        with atomic_file(self.options.save) as file:
+            torch.save({**self.stream.state_dict(), "command": beside}, file)
+        taken = f", {self.pipe.taken} bytes of this input" if self.pipe.taken else ""
+        say(f"{NAME}: saved the stream after {self.stream.seen} tokens{taken}; --restore {self.options.save} goes on")
+
+    def _new(self, loaded: Any) -> Stream:
+        from sinkmodel.streaming import Stream
+
+        options, made_for = self.options, loaded.positions or BUDGET
+        if options.budget is not None and loaded.positions and options.budget > loaded.positions:
+            raise UserError(
+                f"--budget {options.budget} takes as many positions and {loaded.name} was made for {made_for}; "
+                f"use --budget {made_for} or less"
+            )
+        budget = options.budget or min(BUDGET, made_for)
+        pinned = self.chat.pinned if self.chat else options.system or ()
+        places = options.positions or "cache"
+        return Stream(loaded.model, loaded.tokenizer, budget, options.sinks, pinned, positions=places)
+
+    def _restored(self, loaded: Any) -> Stream:
+        import torch
+
+        from sinkmodel.saved import read_state
+        from sinkmodel.streaming import Stream
+
+        path = self.options.restore
+        state = read_state(path)
+        try:
+            stream, beside = Stream.from_state(state, loaded.model, loaded.tokenizer), state["command"]
+            self.scored, self.nll, self.open = int(beside["scored"]), float(beside["nll"]), bool(beside["open"])
+            for draws in beside["draws"]:
+                self.sampler.generators.append(torch.Generator(loaded.model.device))
+                self.sampler.generators[-1].set_state(draws)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} was not written by {NAME} --save, or is damaged ({error})") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        return stream
+
+    def _held(self) -> tuple[int, int, int]:
+        slots = self.stream.cache.slots
+        return self.stream.seen, min(self.stream.seen, slots), slots
+
+    def loss(self) -> str:
+        return f", nll {self.nll / self.scored:.4f}" if self.scored else ""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,317 @@
+"""A stream without end: fed tokens or text, it gives tokens, text or scores, in constant memory.
+
+    stream = Stream(model, tokenizer, budget=1024, pinned="You are a helpful assistant.")
+    stream.feed("Once upon a time")                       # or ids, or an iterator that never ends
+    for piece in stream.text(max_tokens=100):             # what the model goes on with
+        print(piece, end="", flush=True)
+    stream.feed(" And then")                              # turn after turn in the same stream
+    for nll in stream.score(open("book.txt")):            # −log p of each token, in nats
+        ...
+
+`generate` keeps all ids, a mask and positions that grow. Here nothing does: beside the `StreamingCache` there are the
+logits of the last token, and a few characters and ids where text and tokens meet.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sinkmodel.cache import StreamingCache
+from sinkmodel.errors import UserError
+from sinkmodel.evictions import Evictions, OnEvict
+from sinkmodel.incremental import Writer
+from sinkmodel.intake import BLOCK, Intake, rows_of
+from sinkmodel.sampling import Sampler
+from sinkmodel.sinks import sink_ids_of
+
+TOGETHER = 1024  # tokens of all rows in one forward: their logits may be wanted
+REMEMBERED = 8  # ids that text is decoded along with
+
+Stop = Sequence["int | str"]
+
+
+class Stream:
+    """One stream of a model, or `batch` of them side by side.
+
+    The model's own sink ids (`sink_ids_of`) stand in front, then the pinned tokens; both are fed once, before anything
+    else. Without `batch` there is one stream: it is fed a text, ids, or an iterator of texts or of ids, and gives plain
+    ids, strings and numbers. With `batch=B` it is fed a list of B such things and gives tuples of B; rows may be of
+    different lengths, and a row that has nothing more to say has None (or "") in the tuple while others go on. Nothing
+    enters such a row meanwhile, so it is the same as a stream of its own.
+
+    Args:
+        tokenizer: needed for text; one of transformers'.
+        budget: slots of the cache: sinks, pinned tokens and the current token count.
+        sinks: how many of the first tokens are kept for good; None: the model's own, or 1 for a model that has none.
+        pinned: a text or ids that are never evicted, the same in each row: a system prompt.
+        on_evict: called with (row, place, id) for each token that leaves the cache, in order.
+        positions: "cache" or "text", see `StreamingCache`.
+
+    Raises UserError for a budget that does not hold sinks, pinned tokens and one more, for ids that the model does not
+    have, text without a tokenizer, and a batch of another size; what went before such an input is fed, nothing of it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        budget: int = 1024,
+        sinks: int | None = None,
+        pinned: str | Sequence[int] = (),
+        on_evict: OnEvict | None = None,
+        batch: int | None = None,
+        positions: str = "cache",
+    ):
+        self.model, self.tokenizer, self.on_evict, self.batch = model, tokenizer, on_evict, batch
+        if batch is not None and batch < 1:
+            raise UserError(f"batch is {batch}; it is a number of rows, or None for a single stream")
+        self.rows = batch or 1
+        own = sink_ids_of(model.config)
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.front = own + list(chain.from_iterable(Intake(tokenizer, self.vocabulary).blocks(pinned)))
+        sinks = (len(own) or 1) if sinks is None else sinks
+        kept = max(sinks, len(self.front)) if len(self.front) > len(own) else sinks
+        if kept > sinks and budget <= kept:
+            raise UserError(
+                f"a budget of {budget} does not hold {len(own)} sinks, {len(self.front) - len(own)} pinned tokens and "
+                f"the current token; make it at least {kept + 1}"
+            )
+        self.cache = StreamingCache(model.config, budget, kept, positions)
+        self._last_only = (
+            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        )
+        never = {*own, *(getattr(model.generation_config, "suppress_tokens", None) or ())}
+        self._never_V = torch.zeros(self.vocabulary, dtype=torch.bool, device=model.device)
+        self._never_V[[token for token in never if token < self.vocabulary]] = True
+        self._begin()
+
+    def _begin(self) -> None:
+        self.logits: Tensor | None = None  # [B, V] in fp32, after the last token of each row
+        self._columns = 0  # of the cache, when the books were last complete
+        self._chosen: list[int | None] = []  # tokens that were given out and are not yet fed
+        self._intakes = [Intake(self.tokenizer, self.vocabulary) for _ in range(self.rows)]
+        self._recent: list[deque[int]] = [deque(maxlen=REMEMBERED) for _ in range(self.rows)]
+        told, cache = self.on_evict, self.cache
+        self._evictions = Evictions(told, self.rows, cache.sinks, cache.window) if told else None
+
+    def reset(self) -> None:
+        """Begin anew, with the same sinks and pinned tokens."""
+        self.cache.reset()
+        self._begin()
+
+    @property
+    def seen(self) -> int:
+        """Tokens so far, sinks and pinned ones counted; of the longest row."""
+        return max(self.cache.seen, default=0)
+
+    @property
+    def whole(self) -> bool:
+        """False after a step that was broken off half way, by a Ctrl-C for example: the stream cannot go on."""
+        return not self.cache.torn and self.cache.get_seq_length() == self._columns
+
+    # -------------------------------------------------------------------------------------------------- what it does
+
+    def feed(self, source: Any) -> None:
+        """Take in a text, ids, or an iterator of either, chunk by chunk; of a batch a list of them."""
+        for chunk in self._chunks(source):
+            self._forward(chunk)
+
+    def score(self, source: Any) -> Iterator[Any]:
+        """Feed, and give −log p (nats, from fp32 logits) of each token as its row's stream so far foresaw it.
+
+        The first token of a stream without sinks and pinned tokens is foreseen by nothing and gives no number. The same
+        as `sinkmodel.scoring.streaming_nll` gives, for streams of any length.
+        """
+        for chunk in self._chunks(source):
+            before_BV = self.logits
+            scores = self._nll(chunk, before_BV, self._forward(chunk, all_logits=True))
+            for i in range(max(map(len, scores))):
+                yield self._out([row[i] if i < len(row) else None for row in scores])
+
+    def tokens(
+        self, max_tokens: int | None = None, stop: Stop | None = None, sample: Sampler | None = None
+    ) -> Iterator:
+        """Go on by itself, and give each token id.
+
+        A row ends before a token id in `stop`, which is neither given nor fed; with the token that completes a string
+        in `stop`, which stays in the stream; or after `max_tokens`. Without `stop` it is the end of text of model and
+        tokenizer, with `()` nothing. Greedy without `sample`. Ids that the model must not say (`suppress_tokens` of
+        its generation config, and its sinks) are never chosen. The iterator may be left at any time: what it gave is in
+        the stream.
+        """
+        for ids, _ in self._generate(max_tokens, stop, sample, text=False):
+            if any(token is not None for token in ids):
+                yield self._out(ids)
+
+    def text(self, max_tokens: int | None = None, stop: Stop | None = None, sample: Sampler | None = None) -> Iterator:
+        """The same as pieces of text: whole characters, and nothing from a stop string on."""
+        for _, pieces in self._generate(max_tokens, stop, sample, text=True):
+            if any(pieces):
+                yield self._out(pieces)
+
+    # ---------------------------------------------------------------------------------------------------- generation
+
+    def _generate(
+        self, max_tokens: int | None, stop: Stop | None, sample: Sampler | None, text: bool
+    ) -> Iterator[tuple[list[int | None], list[str]]]:
+        """Step by step the id and the text of each row; None and "" for a row that has ended."""
+        sample = sample or Sampler()
+        stop = self.ends_of_text() if stop is None else [stop] if isinstance(stop, str) else stop
+        ids, strings = {x for x in stop if not isinstance(x, str)}, [x for x in stop if isinstance(x, str)]
+        if "" in strings:
+            raise UserError("a stop string is empty, and would end everything at once; leave it out")
+        self._feed_what_is_due()
+        if self.logits is None or 0 in self.cache.seen:
+            which = f"row {self.cache.seen.index(0)} of " if 0 in self.cache.seen and self.batch else ""
+            raise UserError(f"{which}the stream has nothing to go on from: feed it a token first")
+        writers = [Writer(self._need_tokenizer(), recent, strings) for recent in self._recent if text or strings]
+        alive, count = [True] * self.rows, 0
+        while any(alive) and (max_tokens is None or count < max_tokens):
+            self._feed_what_is_due()
+            count += 1
+            drawn = sample(self.logits.masked_fill(self._never_V, -torch.inf), alive)
+            chosen = [None if token in ids else token for token in drawn]
+            pieces = [""] * self.rows
+            for row, token in enumerate(chosen):
+                ends = token is None or count == max_tokens
+                if writers and alive[row]:
+                    pieces[row], met = writers[row].push(token, ends)
+                    ends |= met
+                alive[row] &= not ends
+            self._chosen = chosen
+            yield chosen, pieces
+
+    def ends_of_text(self) -> list[int]:
+        """The ids that end a turn where `stop` is not given."""
+        said = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = [said] if isinstance(said, int) else list(said or ())
+        return [*ends, *(x for x in [getattr(self.tokenizer, "eos_token_id", None)] if x is not None)]
+
+    # ----------------------------------------------------------------------------------------------- into the cache
+
+    def _feed_what_is_due(self) -> None:
+        """Sinks and pinned tokens before all else; and tokens that were given out, once something comes after them."""
+        for start in range(self.seen, len(self.front), BLOCK):
+            self._forward([self.front[start : start + BLOCK]] * self.rows)
+        if any(token is not None for token in self._chosen):
+            self._forward([[] if token is None else [token] for token in self._chosen])
+        self._chosen = []
+
+    @torch.inference_mode()
+    def _forward(self, chunk: list[list[int]], all_logits: bool = False) -> Tensor:
+        """Feed up to BLOCK ids to each row, [B, N] padded on the left: the logits [B, N, V], or those of the last."""
+        if not self.whole:
+            raise UserError("an earlier step was broken off half way; reset() the stream or restore it")
+        width = max(map(len, chunk))
+        ids_BN = torch.tensor([[0] * (width - len(ids)) + ids for ids in chunk], device=self.model.device)
+        real_BN = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chunk])
+        logits_BNV = self.model(
+            input_ids=ids_BN,
+            attention_mask=None if bool(real_BN.all()) else real_BN,
+            past_key_values=self.cache,
+            **({} if all_logits else self._last_only),
+        ).logits
+        last_BV = logits_BNV[:, -1].float()
+        if self.logits is not None:  # a row that was fed nothing is where it was
+            last_BV = torch.where(real_BN[:, -1:].bool().to(last_BV.device), last_BV, self.logits)
+        if bool(last_BV.isnan().any()):
+            raise UserError(
+                f"{self.model.config.model_type} in {self.model.dtype} gives logits that are no numbers; try float32"
+            )
+        self.logits, self._columns = last_BV, self.cache.get_seq_length()
+        for recent, ids in zip(self._recent, chunk):
+            recent.extend(ids[-REMEMBERED:])
+        if self._evictions is not None:
+            self._evictions.note(chunk, self.cache.seen)
+        return logits_BNV
+
+    @torch.inference_mode()
+    def _nll(self, chunk: list[list[int]], before_BV: Tensor | None, logits_BNV: Tensor) -> list[list[float]]:
+        """For each row −log p of its ids; of the first token of a stream nothing."""
+        scores = []
+        for row, ids in enumerate(chunk):
+            foreseen_NV = logits_BNV[row, logits_BNV.shape[1] - len(ids) : -1].float()
+            if before_BV is not None and ids and self.cache.seen[row] > len(ids):
+                foreseen_NV = torch.cat([before_BV[row : row + 1], foreseen_NV])
+            targets_N = torch.tensor(ids[len(ids) - len(foreseen_NV) :], dtype=torch.long, device=foreseen_NV.device)
+            scores.append(F.cross_entropy(foreseen_NV, targets_N, reduction="none").tolist())
+        return scores
+
+    # ------------------------------------------------------------------------------------------------- what it is fed
+
+    def _chunks(self, source: Any) -> Iterator[list[list[int]]]:
+        """Up to BLOCK ids for each row, as they come, behind everything that must come first."""
+        sources = [source] if self.batch is None else rows_of(source, self.batch)
+        self._feed_what_is_due()
+        blocks = [intake.blocks(row) for row, intake in zip(sources, self._intakes)]
+        if self.batch is None:
+            for block in blocks[0]:
+                yield [block]
+            return
+        ids, length = [chain.from_iterable(row) for row in blocks], max(1, min(BLOCK, TOGETHER // self.rows))
+        while any(chunk := [list(islice(row, length)) for row in ids]):
+            yield chunk
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise UserError("the stream has no tokenizer, so it takes and gives ids; make it with one for text")
+        return self.tokenizer
+
+    def _out(self, row_values: Sequence[Any]) -> Any:
+        return row_values[0] if self.batch is None else tuple(row_values)
+
+    # ---------------------------------------------------------------------------------------------- a stream in flight
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `from_state` needs: the cache's own state, and beside it under "stream" tensors, numbers and text.
+
+        `torch.save` writes it; `sinkmodel.saved.read_state` reads it, and so does `StreamingCache.load`.
+        """
+        beside = {
+            "batch": self.batch,
+            "sink_ids": sink_ids_of(self.model.config),
+            "front": self.front,
+            "logits": self.logits,
+            "chosen": list(self._chosen),
+            "columns": self._columns,
+            "text": [(intake.encoder.pending, intake.encoder.context) for intake in self._intakes],
+            "recent": [list(ids) for ids in self._recent],
+            "windows": [list(ids) for ids in self._evictions.windows] if self._evictions else None,
+        }
+        return {**self.cache.state_dict(), "stream": beside}
+
+    @classmethod
+    def from_state(cls, state: Any, model: Any, tokenizer: Any = None, on_evict: OnEvict | None = None) -> Stream:
+        """The stream as it stood, on the same model; UserError where the state is none, or another model's.
+
+        `on_evict` can be told only where the stream had one before: the ids in the window are kept for it alone.
+        """
+        try:
+            settings, beside = state["settings"], state["stream"]
+            own, pinned = sink_ids_of(model.config), beside["front"][len(beside["sink_ids"]) :]
+            if own != beside["sink_ids"]:
+                raise UserError(
+                    f"the saved stream has sinks {beside['sink_ids']}, this model {own}; take its own model"
+                )
+            places = settings["budget"], settings["sinks"], pinned, on_evict, beside["batch"], settings["positions"]
+            stream = cls(model, tokenizer, *places)
+            stream.cache.load_state_dict(state)
+            stream.logits = None if beside["logits"] is None else beside["logits"].to(model.device)
+            stream._chosen, stream._columns = list(beside["chosen"]), beside["columns"]
+            for intake, (pending, context) in zip(stream._intakes, beside["text"]):
+                intake.encoder.pending, intake.encoder.context = pending, context
+            for recent, ids in zip(stream._recent, beside["recent"]):
+                recent.extend(ids)
+            if stream._evictions is not None:
+                stream._evictions.windows = [deque(ids) for ids in beside["windows"]]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"this is not the state of a Stream ({type(error).__name__}: {error})") from None
+        return stream

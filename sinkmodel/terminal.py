@@ -1,0 +1,178 @@
+"""What `sink-stream` has to do with terminals and pipes: Ctrl-C, text as it comes, and a status line."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.progress import EVERY, progress_line
+
+READ = 1024  # bytes taken from a pipe at a time: Ctrl-C and the status line wait for what is done with them
+REDRAW = 0.1  # seconds between two states of a line in a terminal
+
+
+class Interrupts:
+    """Ctrl-C between two steps, never within one: a forward that is cut short may leave the stream half fed.
+
+    While `working` the first Ctrl-C is kept in `pressed`; the second, and any at other times, is a KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = self._busy = False
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, *signal_and_frame: object) -> None:
+        if self.pressed or not self._busy:
+            raise KeyboardInterrupt
+        self.pressed = True
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        self.pressed, self._busy = False, True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within `working`: nothing is under way here."""
+        busy, self._busy = self._busy, False
+        try:
+            if self.pressed:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._busy = busy
+
+
+class TextPipe:
+    """UTF-8 text from a file descriptor, as it comes and as files are read: no byte order mark, line ends as \\\\n.
+
+    It never raises for bytes that are no UTF-8: it ends before them, and `error` says where they are. So nothing that
+    came before is lost. `taken` counts the bytes of the text that was given. With `last_line_end=False` a line end
+    at the very end is left out, as a shell puts one there.
+    """
+
+    def __init__(self, descriptor: int, interrupts: Interrupts, last_line_end: bool = True):
+        self.descriptor, self.interrupts, self.last_line_end = descriptor, interrupts, last_line_end
+        self.taken = 0
+        self.error: UserError | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        newlines = io.IncrementalNewlineDecoder(None, translate=True)
+        read, begun, held = 0, False, ""
+        while self.error is None:
+            block = self._read()
+            pending, piece = len(decoder.getstate()[0]), ""
+            try:
+                piece = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                piece = error.object[: error.start].decode()
+                place = read - pending + error.start
+                self.error = UserError(
+                    f"the input is not UTF-8 at byte {place} ({error.reason}); what came before it is in the stream: "
+                    "convert the input first, as in: iconv -f latin1 -t utf-8"
+                )
+            ended = not block or self.error is not None
+            read += len(block)
+            if piece and not begun:
+                piece, begun = piece.removeprefix("\ufeff"), True
+            piece = held + newlines.decode(piece, final=ended)
+            held = "\n" if not self.last_line_end and piece.endswith("\n") and not self.error else ""
+            unfinished = len(decoder.getstate()[0]) + (newlines.getstate()[1] & 1) + len(held)
+            self.taken = place if self.error else read if ended else read - unfinished
+            if piece := piece[: len(piece) - len(held)]:
+                yield piece
+            if ended:
+                return
+
+    def _read(self) -> bytes:
+        with self.interrupts.waiting():
+            select.select([self.descriptor], [], [])
+        return os.read(self.descriptor, READ)
+
+
+class Status:
+    """Tokens seen, tokens a second, cache fill: in a terminal redrawn in place, elsewhere a plain line now and then.
+
+    Args:
+        held: gives tokens seen, slots held and slots there are.
+    """
+
+    def __init__(self, task: str, held: Callable[[], tuple[int, int, int]]):
+        self.task, self.held = task, held
+        self.in_place, self._drawn = sys.stderr.isatty(), False
+        self.restart()
+
+    def restart(self) -> None:
+        """Count the speed from here: before, the user was thinking."""
+        self._began, self._first = time.monotonic(), self.held()[0]
+        self._told = self._began
+
+    def update(self, more: Callable[[], str] = str) -> None:
+        """`more` gives what comes behind, when it is shown."""
+        now = time.monotonic()
+        if now - self._told < (REDRAW if self.in_place else EVERY):
+            return
+        self._told = now
+        if self.in_place:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            sys.stderr.write(f"\r\x1b[K{self.task}: {self.line()}{more()}"[: columns + 3])
+            sys.stderr.flush()
+            self._drawn = True
+        else:
+            say(f"{self.task}: {self.line()}{more()}")
+
+    def clear(self) -> None:
+        """Take the line away, where it stands in a terminal, before something else is written there."""
+        if self._drawn:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._drawn = False
+
+    def last(self, more: str = "") -> None:
+        """The state at the end, to stay."""
+        self.clear()
+        say(f"{self.task}: {self.line()}{more}")
+
+    def line(self) -> str:
+        seen, held, slots = self.held()
+        speed = progress_line(seen, "tokens", None, time.monotonic() - self._began, 0.0, self._first)
+        return f"{speed}, cache {held}/{slots}"
+
+
+def ask(prompt: str) -> str:
+    """A line typed at the prompt, which never gets into piped output. EOFError at Ctrl-D, UnicodeDecodeError for bytes
+    that are no text."""
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 — arrow keys and history, where Python has them
+        line = input(prompt)
+    else:
+        print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+    return line.removesuffix("\n").encode(errors="surrogateescape").decode()
+
+
+def write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
