@@ -75,6 +75,13 @@ def build(family: str, **changes):
     return model
 
 
+def cast(model, dtype: torch.dtype):
+    """The model with weights in `dtype`, as `from_pretrained(dtype=…)` gives it: RoPE's frequencies stay in fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 model_of = functools.lru_cache(build)  # for tests that leave the model alone
 
 

@@ -23,13 +23,13 @@ from eval.measures.command import (
     keys_seen,
     load,
     new_table,
-    positive,
     show,
     write_result,
 )
 from eval.policies.choice import check, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.parser import positive
 
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel

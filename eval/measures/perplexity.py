@@ -23,9 +23,7 @@ from eval.measures.command import (
     load,
     new_table,
     number,
-    positive,
     show,
-    whole,
     write_result,
 )
 from eval.measures.meters import PeakMemory
@@ -33,6 +31,7 @@ from eval.measures.statistics import block_stderr, by_position, mean
 from eval.policies.choice import NAMES, check, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.parser import positive, whole
 from sinkmodel.progress import CountedProgress
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sinkmodel.cache import StreamingCache
-from tests.models import STREAMED, build, model_of, tokens
+from tests.models import STREAMED, build, cast, model_of, tokens
 from tests.streams import NO_ROTATION, Stream, fed, held, stream_logits
+from tests.test_streams import masked
 
 BUDGET, SINKS = 16, 2
 PLACES = [(family, "cache") for family in STREAMED] + [(f, "text") for f in STREAMED if f not in NO_ROTATION]
@@ -85,7 +86,7 @@ def test_the_model_computes_with_small_positions(family, positions):
         ("llama", torch.bfloat16, "cache"),
         ("llama", torch.bfloat16, "text"),
         ("llama", torch.float16, "cache"),
-        ("qwen3", torch.bfloat16, "cache"),
+        ("gpt_neox-serial", torch.bfloat16, "cache"),
     ],
     ids=str,
 )
@@ -95,7 +96,7 @@ def test_half_precision_does_not_drift(family, dtype, positions):
     Two roundings a step, from and to a random angle, make the error here 1.5 times as large as it must be.
     """
     ids, budget = tokens(600), 128
-    half, model = build(family).to(dtype), build(family).to(dtype).float()
+    half, model = cast(build(family), dtype), cast(cast(build(family), dtype), torch.float32)
     truth = stream_logits(model, ids, budget, SINKS, positions)
     anew = stream_logits(half, ids, budget, SINKS, positions)  # turned from its raw form at every step
     error = (fed(half, StreamingCache(half.config, budget, SINKS, positions), ids, 1).float() - truth).abs()
@@ -108,8 +109,8 @@ def test_half_precision_does_not_drift(family, dtype, positions):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", list(STREAMED))
 def test_half_precision_in_every_family(family, dtype):
-    ids, half = tokens(60), build(family, initializer_range=0.1).to(dtype)
-    model = build(family, initializer_range=0.1).to(dtype).float()
+    ids, half = tokens(60), cast(build(family), dtype)
+    model = cast(cast(build(family), dtype), torch.float32)
     truth = stream_logits(model, ids, BUDGET, SINKS)
     usual = (stream_logits(half, ids, BUDGET, SINKS).float() - truth).abs()
     for sizes in ([1], [60]):
@@ -117,6 +118,17 @@ def test_half_precision_in_every_family(family, dtype):
         error = (fed(half, cache, ids, *sizes).float() - truth).abs()
         assert error.mean() < 1.5 * usual.mean()
         assert {x.dtype for x in held(cache)} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox-serial", "cohere"])
+def test_keys_turn_with_the_frequencies_that_the_model_has(family, dtype):
+    """Guards `model.to(bfloat16)`, which rounds the frequencies too: the cache must not use those of the config."""
+    model, ids = build(family).to(dtype).float(), tokens(200)
+    exact = cast(cast(build(family), dtype), torch.float32)  # the same weights
+    logits = fed(model, StreamingCache(model.config, BUDGET, SINKS, "text"), ids, 1)
+    close(logits, masked(model, ids, BUDGET, SINKS))
+    assert (logits - masked(exact, ids, BUDGET, SINKS))[100:].abs().max() > 1e-2
 
 
 # ------------------------------------------------------------------------------------------------ memory, mechanism

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sinkmodel.errors import UserError
-from sinkmodel.incremental import TextEncoder
+from sinkmodel.streaming.incremental import TextEncoder
 
 BLOCK = 256  # tokens of a row in one forward
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from sinkmodel import StreamingCache
 from sinkmodel.errors import UserError
-from sinkmodel.intake import BLOCK
-from sinkmodel.sampling import Sampler
 from sinkmodel.scoring import streaming_nll
 from sinkmodel.sinks import SinkConfig, write_sink
 from sinkmodel.streaming import Stream
+from sinkmodel.streaming.intake import BLOCK
+from sinkmodel.streaming.sampling import Sampler
 from sinkmodel.tokenizer import load_tokenizer
 from tests.models import VOCABULARY, build, model_of, tokens
-from tests.sinkmodel.test_incremental import spaces_first
+from tests.sinkmodel.streaming.test_incremental import spaces_first
 from tests.streams import greedy_ids
 from tests.tiny import tokenizer, words
 

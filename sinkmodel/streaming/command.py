@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import command, say
 from sinkmodel.errors import UserError
-from sinkmodel.stream_options import BUDGET, NAME, parse
-from sinkmodel.terminal import Interrupts, Status, TextPipe, ask, write
+from sinkmodel.streaming.options import BUDGET, NAME, parse
+from sinkmodel.streaming.terminal import Interrupts, Status, TextPipe, ask, write
 
 if TYPE_CHECKING:
-    from sinkmodel.chat import Chat
     from sinkmodel.streaming import Stream
+    from sinkmodel.streaming.chat import Chat
 
 
 @command(NAME)
@@ -46,7 +46,7 @@ class Session:
 
     def __init__(self, options: argparse.Namespace, interrupts: Interrupts):
         from sinkmodel.loading import load_model
-        from sinkmodel.sampling import Sampler
+        from sinkmodel.streaming.sampling import Sampler
 
         self.options, self.interrupts = options, interrupts
         # Whether the model was loaded or its input is awaited is hard to tell from outside.
@@ -59,7 +59,7 @@ class Session:
         self.tokenizer = loaded.tokenizer
         self.chat: Chat | None = None
         if options.chat:
-            from sinkmodel.chat import Chat
+            from sinkmodel.streaming.chat import Chat
 
             self.chat = Chat(loaded.tokenizer, loaded.sink_ids, options.system)
         self.sampler = Sampler(options.temperature, options.top_k, options.top_p, options.seed)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sinkmodel.errors import UserError
-from sinkmodel.intake import Intake
+from sinkmodel.streaming.intake import Intake
 
 MESSAGE, REPLY = "\ue000", "\ue001"  # of Unicode's private use: no template has them
 

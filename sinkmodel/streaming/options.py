@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sinkmodel.errors import UserError
-from sinkmodel.parser import OneLineParser
+from sinkmodel.parser import OneLineParser, positive, whole
 
 NAME = "sink-stream"
 DESCRIPTION = """\
@@ -50,18 +50,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--system", metavar="TEXT", help="stands in front of everything and is never forgotten; the system message")
     add(
         "--budget",
-        type=_above_zero,
+        type=positive,
         metavar="C",
         help=f"slots of the cache, sinks counted (default: {BUDGET}, or what the model was made for if that is less)",
     )
-    add("--sinks", type=_whole, metavar="S", help="first tokens kept for good (default: the model's own sinks, or 1)")
+    add("--sinks", type=whole, metavar="S", help="first tokens kept for good (default: the model's own sinks, or 1)")
     add("--positions", choices=("cache", "text"), help="where a sink stands: before the window, or where it was")
-    add("--max-tokens", type=_whole, default=256, metavar="N", help="longest continuation of a turn (default: 256)")
+    add("--max-tokens", type=whole, default=256, metavar="N", help="longest continuation of a turn (default: 256)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation; may be given again")
     add("--temperature", type=_number, metavar="T", help="default: 0, the likeliest token; 1 with --top-k or --top-p")
-    add("--top-k", type=_above_zero, metavar="K", help="draw from the K likeliest tokens")
+    add("--top-k", type=positive, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=_number, metavar="P", help="draw from the likeliest tokens that have P of the probability")
-    add("--seed", type=_whole, default=0, metavar="N", help="of the draws (default: 0)")
+    add("--seed", type=whole, default=0, metavar="N", help="of the draws (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--device", help="default: a GPU where there is one")
     add("--save", type=Path, metavar="FILE", help="write the stream there at the end, or at Ctrl-C")
@@ -88,18 +88,6 @@ def _check(options: argparse.Namespace) -> None:
         folder = options.save.absolute().parent
         if options.save.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"--save {options.save} cannot be written; give a file in a folder that can")
-
-
-def _whole(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _above_zero(text: str) -> int:
-    if _whole(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return int(text)
 
 
 def _number(text: str) -> float:

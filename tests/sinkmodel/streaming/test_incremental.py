@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sinkmodel.incremental import LONGEST_BROKEN, LONGEST_WORD, StopStrings, TextDecoder, TextEncoder
 from sinkmodel.sinks import SinkConfig
+from sinkmodel.streaming.incremental import LONGEST_BROKEN, LONGEST_WORD, StopStrings, TextDecoder, TextEncoder
 from sinkmodel.tokenizer import load_tokenizer
 from tests.tiny import tokenizer, words
 

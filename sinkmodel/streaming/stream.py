@@ -26,11 +26,11 @@ from torch import Tensor
 
 from sinkmodel.cache import StreamingCache
 from sinkmodel.errors import UserError
-from sinkmodel.evictions import Evictions, OnEvict
-from sinkmodel.incremental import Writer
-from sinkmodel.intake import BLOCK, Intake, rows_of
-from sinkmodel.sampling import Sampler
 from sinkmodel.sinks import sink_ids_of
+from sinkmodel.streaming.evictions import Evictions, OnEvict
+from sinkmodel.streaming.incremental import Writer
+from sinkmodel.streaming.intake import BLOCK, Intake, rows_of
+from sinkmodel.streaming.sampling import Sampler
 
 TOGETHER = 1024  # tokens of all rows in one forward: their logits may be wanted
 REMEMBERED = 8  # ids that text is decoded along with

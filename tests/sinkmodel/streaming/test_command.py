@@ -20,21 +20,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from sinkmodel.chat import Chat
 from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError
-from sinkmodel.intake import Intake
 from sinkmodel.scoring import streaming_nll
 from sinkmodel.sinks import SinkConfig
-from sinkmodel.stream import main
 from sinkmodel.streaming import Stream
-from sinkmodel.terminal import READ, Interrupts, TextPipe
+from sinkmodel.streaming.chat import Chat
+from sinkmodel.streaming.command import main
+from sinkmodel.streaming.intake import Intake
+from sinkmodel.streaming.terminal import READ, Interrupts, TextPipe
 from sinkmodel.tokenizer import load_tokenizer
 from tests import tiny
 
 BUDGET = 32
 TEXT = tiny.words(500)
-PROGRAM = [sys.executable, "-m", "sinkmodel.stream"]
+PROGRAM = [sys.executable, "-m", "sinkmodel.streaming.command"]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_a_pipe_is_read_bit_by_bit_as_it_is_used(tmp_path):
 
 @pytest.mark.parametrize("read", [1, 2, 3, 5, 1000])
 def test_text_is_the_same_however_it_comes(tmp_path, monkeypatch, read):
-    monkeypatch.setattr("sinkmodel.terminal.READ", read)
+    monkeypatch.setattr("sinkmodel.streaming.terminal.READ", read)
     path = tmp_path / "piped"
 
     def text_of(content: bytes, **settings) -> str:
@@ -171,7 +171,7 @@ def test_text_is_the_same_however_it_comes(tmp_path, monkeypatch, read):
 
 
 def test_the_status_goes_on_now_and_then(stream, monkeypatch):
-    monkeypatch.setattr("sinkmodel.terminal.EVERY", 0.0)
+    monkeypatch.setattr("sinkmodel.streaming.terminal.EVERY", 0.0)
     said = stream(TEXT, "--score")[2].splitlines()
     assert len(said) > 100
     assert all(re.match(r"sink-stream: \S+ tokens, \S+ tokens/s, cache \d+/32, nll \d", line) for line in said)
@@ -480,7 +480,8 @@ def test_too_little_to_score(stream):
 
 def test_mistakes_are_found_before_anything_heavy_is_loaded():
     program = (
-        "import sys; from sinkmodel.stream import main;assert main(sys.argv[1:]) == 2; sys.exit('torch' in sys.modules)"
+        "import sys; from sinkmodel.streaming.command import main; assert main(sys.argv[1:]) == 2; "
+        "sys.exit('torch' in sys.modules)"
     )
     for argv in (["--model", "x", "--budget", "0"], ["--model", "x", "--save", "none/here"]):
         done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
