@@ -115,6 +115,11 @@ class StreamingCache(Cache):
                 "belongs to, and make the cache before the model's forward is compiled or wrapped"
             )
         layer = self.layers[layer_idx]
+        if key_states.dtype != layer.keys.dtype:
+            raise UserError(
+                f"the stream holds keys in {layer.keys.dtype} and was given {key_states.dtype}; keep the model's dtype "
+                "and autocast as they were, or reset() the stream"
+            )
         if piece.delta_B is not None:
             layer.write(piece, key_states, value_states)
             return layer.read(piece)

@@ -98,7 +98,8 @@ def _admit(cache: StreamingCache, forward: Callable[..., Any], model: Any, args:
     valid_BT = _valid(inputs.pop("attention_mask", None), tokens)
     _check(cache, model, tokens, inputs)
     traits = cache.traits or traits_of(model, functools.partial(forward, model), cache.slots)
-    _check_ids(traits.vocabulary, tokens)
+    if name == "input_ids":
+        _check_ids(traits.vocabulary, tokens)
     if cache.traits is None:
         cache.adopt(traits, len(tokens))
         cache.model = weakref.ref(model)
@@ -259,7 +260,9 @@ def _check(cache: StreamingCache, model: Any, tokens: Any, inputs: dict[str, Any
 
 def _check_ids(vocabulary: int, tokens: Tensor) -> None:
     """Ids on an accelerator are looked at in prompts only: to look is to wait for it."""
-    if tokens.is_floating_point() or (tokens.device.type != "cpu" and tokens.shape[1] == 1):
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"input_ids are token ids, whole numbers; these are {tokens.dtype}")
+    if tokens.device.type != "cpu" and tokens.shape[1] == 1:
         return
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:

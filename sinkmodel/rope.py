@@ -82,7 +82,8 @@ def rotary_of(model: Any, run: Callable[..., Any] | None = None) -> Rotary:
     inv_freq, limit = _frequencies(model)
     shift = max(1, min(PROBE_SHIFT, (limit or PROBE_SHIFT + PROBE_TOKENS) - PROBE_TOKENS))
     near, far = ([layer.keys for layer in trial_keys(model, run, offset)] for offset in (0, shift))
-    tolerance = 1e-3 if near[0].dtype == torch.float32 else 0.1  # a wrong layout is off by a third and more
+    exact = near[0].dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
+    tolerance = 1e-3 if exact else 0.1  # a wrong layout is off by a third and more
     understood = 0  # layers, from the first on
     for interleaved in (False, True):
         rotary = Rotary(inv_freq, interleaved, (), limit)

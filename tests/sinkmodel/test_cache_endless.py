@@ -128,7 +128,7 @@ def test_keys_turn_with_the_frequencies_that_the_model_has(family, dtype):
     exact = cast(cast(build(family), dtype), torch.float32)  # the same weights
     logits = fed(model, StreamingCache(model.config, BUDGET, SINKS, "text"), ids, 1)
     close(logits, masked(model, ids, BUDGET, SINKS))
-    assert (logits - masked(exact, ids, BUDGET, SINKS))[100:].abs().max() > 1e-2
+    assert (logits - masked(exact, ids, BUDGET, SINKS))[100:].abs().max() > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ memory, mechanism
