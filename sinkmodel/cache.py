@@ -215,7 +215,7 @@ class StreamingCache(Cache):
             ours = (traits.groups, traits.key_size, traits.value_size, traits.dtype)
             if saved != ours:
                 raise UserError(
-                    f"the stream was saved with keys (heads, size, size of values, dtype) {saved}, the model has "
+                    f"the stream was saved with (heads, key size, value size, dtype) {saved}, the model has "
                     f"{ours}; load the model in the same dtype"
                 )
             for layer in self.layers:
@@ -224,12 +224,12 @@ class StreamingCache(Cache):
             self.sink_keys = self.sink_keys.to(traits.device)
         else:
             self.seen, self.origin, self.turned = [0] * rows, [0] * rows, [0] * rows
-            G, D, V = traits.groups, traits.key_size, traits.value_size
-            like: dict[str, Any] = {"dtype": traits.dtype, "device": traits.device}
-            with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
-                self.sink_keys = torch.zeros(len(self.layers), rows, G, self.sinks, D, **like)
+            shape = rows, traits.groups, self.slots
             for layer in self.layers:
-                layer.allocate((rows, G, self.slots, D), (rows, G, self.slots, V), like)
+                layer.allocate((*shape, traits.key_size), (*shape, traits.value_size), traits)
+            like = self.layers[0].keys[None, :, :, : self.sinks]
+            with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
+                self.sink_keys = torch.zeros_like(like).repeat(len(self.layers), 1, 1, 1, 1)
         self.traits = traits
 
     @property

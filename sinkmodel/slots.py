@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from sinkmodel.families import Traits
 from sinkmodel.pieces import Piece
 
 
@@ -19,18 +20,19 @@ class StreamingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("a StreamingCache is allocated when it meets its model")
 
-    def allocate(self, keys: tuple[int, ...], values: tuple[int, ...], like: dict[str, Any]) -> None:
+    def allocate(self, keys: tuple[int, ...], values: tuple[int, ...], traits: Traits) -> None:
         """Zeros of these shapes: in the memory of the stream before, where that is of the same kind."""
-        with torch.inference_mode(False):
-            if self.is_initialized and self._fits(keys, values, like):
+        kind = keys, values, traits.dtype, traits.device
+        with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
+            if self.is_initialized and kind == self._kind():
                 self.keys.zero_()
                 self.values.zero_()
             else:
+                like: dict[str, Any] = {"dtype": traits.dtype, "device": traits.device}
                 self.hold(torch.zeros(keys, **like), torch.zeros(values, **like))
 
-    def _fits(self, keys: tuple[int, ...], values: tuple[int, ...], like: dict[str, Any]) -> bool:
-        kind = {"dtype": self.keys.dtype, "device": self.keys.device}
-        return self.keys.shape == keys and self.values.shape == values and kind == like
+    def _kind(self) -> tuple:
+        return tuple(self.keys.shape), tuple(self.values.shape), self.keys.dtype, self.keys.device
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
         """Make these the ring. Their address stays, which CUDA graphs ask for."""
@@ -41,6 +43,7 @@ class StreamingLayer(CacheLayerMixin):
 
     def write(self, piece: Piece, keys_BGND: Tensor, values_BGNV: Tensor) -> None:
         """Put the keys and values of a piece where they belong. Without gradients: a stream has no end."""
+        values_BGNV = values_BGNV.to(self.values.dtype)  # of another one under autocast
         for ring, new in ((self.keys, keys_BGND.detach()), (self.values, values_BGNV.detach())):
             if piece.slots_N is not None:
                 ring.index_copy_(2, piece.slots_N, new)
