@@ -58,6 +58,8 @@ format: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.prepare
 	$(BIN)/python -m bench.scoring
+	$(BIN)/python -m bench.decoding
+	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.training
 
 clean:
