@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--budgets", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--compiled", type=int, nargs="*", default=[256, 1024], help="budgets to compile for")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=25)
@@ -236,7 +236,7 @@ def main() -> None:
         for budget in budgets:
             compare(model, budget, mode, options)
     if options.recompute_rounds:
-        recompute(model, max(options.budgets), options)
+        recompute(model, max(options.budgets, default=4096), options)
 
 
 if __name__ == "__main__":

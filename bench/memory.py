@@ -4,12 +4,14 @@
 
 A tiny model (1 layer, d 32, random weights) is fed through one `StreamingCache`: in pieces for speed, and the last
 50,000 token by token. Resident memory (Linux, /proc/self/statm) is read after a warm-up and at the end, both times
-after a garbage collection.
+after a garbage collection and `malloc_trim`: what the C library keeps of freed tensors comes and goes by 7 MB.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import os
 import time
@@ -27,6 +29,8 @@ WARM_UP = 16 * PIECE, 2_000  # tokens in pieces, and one by one
 
 def resident_mb() -> float:
     gc.collect()
+    with contextlib.suppress(AttributeError):  # a C library other than glibc has none
+        ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
