@@ -43,6 +43,8 @@ def check_config(config: Any, slots: int, text: bool) -> None:
         raise UserError(f"model type {kind!r} adds absolute positions to its tokens, so cached keys cannot be moved")
     if kind in OTHER_ALIBI or (kind == "falcon" and getattr(config, "alibi", False)):
         raise UserError(f"model type {kind!r} with ALiBi cannot be streamed; of the models with ALiBi only MPT can")
+    if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
+        raise UserError(f"model type {kind!r} scales its queries by their place in the text; that is not supported")
     native = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False or (layers and "sliding_attention" not in layers):
         native = None
@@ -113,6 +115,10 @@ def traits_of(model: Any, run: Callable[..., Any], slots: int) -> Traits:
 
 def _try(model: Any, run: Callable[..., Any]) -> Traits:
     kind = model.config.model_type
+    accepts = frozenset(inspect.signature(run).parameters)
+    lacking = {"past_key_values", "attention_mask", *(() if kind == "mpt" else ("position_ids",))} - accepts
+    if lacking:
+        raise UserError(f"the forward of {type(model).__name__} does not name {', '.join(sorted(lacking))}; let it")
     rotary = None if kind == "mpt" else rotary_of(model, run)
     layers = trial_keys(model, run, None if kind == "mpt" else 0)
     shapes = {(*layer.keys.shape[1::2], layer.values.shape[-1], layer.keys.device) for layer in layers}
@@ -122,7 +128,6 @@ def _try(model: Any, run: Callable[..., Any]) -> Traits:
         raise UserError(f"model type {kind!r} shares keys between layers; that is not supported")
     groups, key_size, value_size, device = shapes.pop()
     rows = model.get_input_embeddings().num_embeddings
-    accepts = frozenset(inspect.signature(run).parameters)
     return Traits(rotary, groups, key_size, value_size, layers[0].keys.dtype, device, rows, accepts)
 
 

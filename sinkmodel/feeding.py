@@ -32,6 +32,8 @@ def attach(model_or_config: Any) -> None:
     """Let the forward of a model's class hand over to `StreamingCache.feed`; once a class."""
     if isinstance(model_or_config, PreTrainedModel):
         model_class = type(model_or_config)
+        if model_or_config.get_output_embeddings() is None:
+            raise UserError(f"{model_class.__name__} gives no logits; give a causal language model or its config")
     else:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_or_config), None)
     if model_class is None:
@@ -56,7 +58,7 @@ def attach(model_or_config: Any) -> None:
     model_class.forward = forward
 
 
-@torch.compiler.disable(recursive=False)  # a compiled model compiles what `forward` does, and nothing else here
+@torch._dynamo.decorators.skip  # a compiled model compiles `forward` and nothing else here; quicker than to disable it
 def feed(
     cache: StreamingCache, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any], compiling: bool
 ) -> Any:
@@ -135,6 +137,7 @@ def _begin(cache: StreamingCache, model: Any, fed: Fed, with_mask: bool) -> dict
     columns = _length(cache, left)
     reach = cache.traits.reach(cache.slots)
     late = [seen - origin + columns > reach for seen, origin in zip(cache.seen, cache.origin)]
+    cache.torn = True  # until all keys agree again
     if any(late):
         cache.move_origin([seen if far else old for seen, old, far in zip(cache.seen, cache.origin, late)])
     start, fed.end = fed.done, fed.done + columns
@@ -143,6 +146,7 @@ def _begin(cache: StreamingCache, model: Any, fed: Fed, with_mask: bool) -> dict
     if piece.delta_B is not None:
         cache.turn_sinks(piece.delta_B)
     cache.piece = piece
+    cache.torn = piece.delta_B is None  # a joined piece overwrites keys that a shorter one would still want
     inputs = {
         fed.name: fed.tokens[:, start : fed.end],
         "position_ids": piece.positions_BN,
@@ -168,12 +172,12 @@ def _end(cache: StreamingCache, fed: Fed) -> None:
     fed.done = fed.end
     if new_sinks:
         cache.remember_sinks()
+    cache.torn = False
 
 
 @torch.compiler.disable
 def _break_off(cache: StreamingCache) -> None:
-    """Tokens that were under way are as if never fed, but for a joined piece: it overwrote keys still wanted."""
-    cache.torn = cache.piece is not None and cache.piece.delta_B is None
+    """Tokens that were under way are as if never fed, unless the cache is torn."""
     cache.piece = None
 
 

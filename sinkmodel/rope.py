@@ -124,7 +124,8 @@ def _frequencies(model: Any) -> tuple[Tensor, int | None]:
         if scaling in BOUNDED_TYPES:
             scaled = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
             longrope = scaled.get("original_max_position_embeddings") if scaling == "longrope" else None
-            limit = longrope or config.max_position_embeddings
+            # transformers puts frequencies that a long text has grown back only below the length itself.
+            limit = longrope or config.max_position_embeddings - 1
         elif scaling not in STATIC_TYPES:
             raise UserError(
                 f"model type {kind!r} has rotary scaling {scaling!r}, which is not supported; supported are "

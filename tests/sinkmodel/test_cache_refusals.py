@@ -209,7 +209,7 @@ SLIDING = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
             {"num_key_value_heads": 1, "lru_width": 32, "block_types": ["recurrent", "attention"]},
             "gemma",
         ),
-        ("llama-dynamic", {"max_position_embeddings": BUDGET - 1}, "llama.*11"),
+        ("llama-dynamic", {"max_position_embeddings": BUDGET}, "llama.*11"),
         ("gptj", {"max_position_embeddings": BUDGET - 1}, "gptj.*11"),
         ("mpt", {"max_seq_len": BUDGET - 1}, "mpt.*11"),
     ],

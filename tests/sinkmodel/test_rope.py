@@ -66,7 +66,7 @@ def test_rope_whose_frequencies_depend_on_length_says_up_to_where(kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **(half if kind == "longrope" else {})}
     model = build("llama", rope_parameters=rope)
     rotary = rotary_of(model)
-    assert rotary.limit == (32 if kind == "longrope" else 64)
+    assert rotary.limit == (32 if kind == "longrope" else 63)
     with torch.no_grad():
         model(torch.tensor([tokens(80)]))  # a long text leaves other frequencies behind
     assert torch.equal(rotary_of(model).inv_freq, rotary.inv_freq)
