@@ -240,7 +240,7 @@ def test_what_is_no_decoder_is_refused():
         ("llama", {"max_position_embeddings": 4}),
         ("llama-linear", {"max_position_embeddings": 4}),
         ("llama-yarn", {"max_position_embeddings": 4}),
-        ("llama-dynamic", {"max_position_embeddings": BUDGET}),
+        ("llama-dynamic", {"max_position_embeddings": BUDGET + 1}),
         ("gptj", {"max_position_embeddings": BUDGET}),
         ("mpt", {"max_seq_len": BUDGET}),
     ],
