@@ -223,13 +223,13 @@ class StreamingCache(Cache):
             assert self.sink_keys is not None
             self.sink_keys = self.sink_keys.to(traits.device)
         else:
-            self.seen, self.origin, self.turned = [0] * rows, [0] * rows, [0] * rows
             shape = rows, traits.groups, self.slots
             for layer in self.layers:
                 layer.allocate((*shape, traits.key_size), (*shape, traits.value_size), traits)
             like = self.layers[0].keys[None, :, :, : self.sinks]
             with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
                 self.sink_keys = torch.zeros_like(like).repeat(len(self.layers), 1, 1, 1, 1)
+            self.seen, self.origin, self.turned = [0] * rows, [0] * rows, [0] * rows
         self.traits = traits
 
     @property

@@ -96,8 +96,6 @@ def traits_of(model: Any, run: Callable[..., Any], slots: int) -> Traits:
 
     `run` is the model's forward.
     """
-    if model.training:
-        raise UserError("the model is in training mode, with its dropout on; call model.eval() first")
     device = next(model.parameters()).device
     key = (model.dtype, device, torch.is_autocast_enabled(device.type))
     traits = _SEEN.setdefault(model, {})

@@ -50,7 +50,7 @@ def attach(model_or_config: Any) -> None:
         cache = kwargs.get("past_key_values")
         if cache is None and args:
             cache = next((x for x in args if hasattr(x, "feed")), None)
-        if cache is None or not hasattr(cache, "feed"):
+        if cache is None or not hasattr(cache, "feed") or cache.piece is not None:  # the last: from inside of a feed
             return original(self, *args, **kwargs)
         return cache.feed(original, self, args, kwargs, torch.compiler.is_compiling())
 
@@ -97,8 +97,9 @@ def _admit(cache: StreamingCache, forward: Callable[..., Any], model: Any, args:
     inputs = _bound(forward, model, args, kwargs)
     name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
     tokens = inputs.pop(name, None)
-    valid_BT = _valid(inputs.pop("attention_mask", None), tokens)
+    mask = inputs.pop("attention_mask", None)
     _check(cache, model, tokens, inputs)
+    valid_BT = _valid(mask, tokens)
     traits = cache.traits or traits_of(model, functools.partial(forward, model), cache.slots)
     if name == "input_ids":
         _check_ids(traits.vocabulary, tokens)
@@ -161,6 +162,7 @@ def _begin(cache: StreamingCache, model: Any, fed: Fed, with_mask: bool) -> dict
 @torch.compiler.disable
 def _end(cache: StreamingCache, fed: Fed) -> None:
     assert cache.piece is not None
+    cache.torn = True  # until all is noted
     valid = None if fed.valid_BT is None else fed.valid_BT[:, fed.done : fed.end]
     if valid is not None and not bool(valid.all()):
         last = (~valid).any(dim=0).nonzero().max().item()
@@ -241,7 +243,8 @@ def _check(cache: StreamingCache, model: Any, tokens: Any, inputs: dict[str, Any
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape:
         raise UserError("a stream is fed input_ids [rows, tokens] with at least one of each")
     for name in ("labels", "output_attentions"):
-        if inputs.get(name) is not None and inputs[name] is not False:
+        asked = inputs[name] if inputs.get(name) is not None else getattr(model.config, name, False)
+        if asked is not None and asked is not False:
             raise UserError(f"{name} cannot be had with a StreamingCache; take the logits")
     if cache.model is not None and cache.model() is not model:
         raise UserError("this StreamingCache holds the stream of another model; make one a model, or reset() it")
@@ -258,6 +261,8 @@ def _check(cache: StreamingCache, model: Any, tokens: Any, inputs: dict[str, Any
         raise UserError(
             f"the stream has {len(cache.seen)} rows and was fed {len(tokens)}; rows cannot come or go, reset() first"
         )
+    if model.training:
+        raise UserError("the model is in training mode, with its dropout on; call model.eval() first")
     if cache.torn:
         raise UserError("an earlier forward was broken off while it was writing; reset() the stream or restore it")
 

@@ -80,10 +80,9 @@ def rotary_of(model: Any, run: Callable[..., Any] | None = None) -> Rotary:
     run = run or model
     kind = model.config.model_type
     inv_freq, limit = _frequencies(model)
-    shift = max(1, min(PROBE_SHIFT, (limit or PROBE_SHIFT + PROBE_TOKENS) - PROBE_TOKENS))
+    shift = max(1, min(PROBE_SHIFT, (limit or 2 * PROBE_SHIFT) - 1))
     near, far = ([layer.keys for layer in trial_keys(model, run, offset)] for offset in (0, shift))
-    exact = near[0].dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
-    tolerance = 1e-3 if exact else 0.1  # a wrong layout is off by a third and more
+    tolerance = 1e-3 if near[0].dtype == torch.float32 else 0.05  # a wrong layout is off by a third and more
     understood = 0  # layers, from the first on
     for interleaved in (False, True):
         rotary = Rotary(inv_freq, interleaved, (), limit)
@@ -140,18 +139,19 @@ def _frequencies(model: Any) -> tuple[Tensor, int | None]:
 
 @torch.inference_mode()
 def trial_keys(model: Any, run: Callable[..., Any], offset: int | None) -> list[Any]:
-    """A cache layer each: keys of the same few tokens at positions `offset` …, [1, G, PROBE_TOKENS, D], and values.
+    """A cache layer each: keys of a few tokens at position `offset`, [PROBE_TOKENS, G, 1, D], and values.
 
-    `offset` None leaves the positions to the model.
+    A token a row: a softmax over one key is exactly 1, so that a layer's input is the same at every position, and what
+    differs is the rotation. `offset` None leaves the positions to the model.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache()
     rows = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(1, PROBE_TOKENS + 1, device=model.device) * 7 % rows).unsqueeze(0)
+    ids = (torch.arange(1, PROBE_TOKENS + 1, device=model.device) * 7 % rows).unsqueeze(1)
     where = {}
     if offset is not None:
-        where["position_ids"] = torch.arange(offset, offset + PROBE_TOKENS, device=model.device).unsqueeze(0)
+        where["position_ids"] = torch.full_like(ids, offset)
     kind = model.config.model_type
     try:
         run(input_ids=ids, **where, past_key_values=cache, use_cache=True)
