@@ -35,7 +35,10 @@ class StreamingLayer(CacheLayerMixin):
         return tuple(self.keys.shape), tuple(self.values.shape), self.keys.dtype, self.keys.device
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Make these the ring. Their address stays, which CUDA graphs ask for."""
+        """Make these the ring. Their address stays until others are held, which CUDA graphs ask for."""
+        if keys.is_inference():  # could not be written to outside of inference_mode
+            with torch.inference_mode(False):
+                keys, values = keys.clone(), values.clone()
         self.keys, self.values = keys, values
         torch._dynamo.mark_static_address(keys)
         torch._dynamo.mark_static_address(values)
