@@ -79,7 +79,7 @@ def rotary_of(model: Any, run: Callable[..., Any] | None = None) -> Rotary:
     """
     run = run or model
     kind = model.config.model_type
-    inv_freq, limit = _frequencies(model)
+    inv_freq, limit = frequencies(model)
     shift = max(1, min(PROBE_SHIFT, (limit or 2 * PROBE_SHIFT) - 1))
     near, far = ([layer.keys for layer in trial_keys(model, run, offset)] for offset in (0, shift))
     tolerance = 1e-3 if near[0].dtype == torch.float32 else 0.05  # a wrong layout is off by a third and more
@@ -107,7 +107,7 @@ def _difference(x: Tensor, y: Tensor) -> float:
     return ((x.float() - y.float()).norm() / y.float().norm()).item()
 
 
-def _frequencies(model: Any) -> tuple[Tensor, int | None]:
+def frequencies(model: Any) -> tuple[Tensor, int | None]:
     """inv_freq [R/2] in fp64, and the number of positions that it holds for, where there is one."""
     kind, config = model.config.model_type, model.config.get_text_config()
     modules = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
@@ -115,6 +115,8 @@ def _frequencies(model: Any) -> tuple[Tensor, int | None]:
     if not modules and tables:  # GPT-J: sines and cosines, [positions, R]
         positions, size = tables[0].embed_positions.shape
         return (1.0 / (10000 ** (torch.arange(0, size, 2) / size))).double(), positions  # in fp32 first, as it has them
+    if not modules and any(name.endswith("_inv_freq") for name, _ in model.named_buffers()):
+        raise UserError(f"model type {kind!r} has different rotary frequencies in different layers: not supported")
     if not modules:
         raise UserError(f"model type {kind!r} has no rotary positions that can be turned; streaming needs RoPE")
     limit = None
@@ -137,7 +139,7 @@ def _frequencies(model: Any) -> tuple[Tensor, int | None]:
     return inv_freq.detach().double().cpu(), limit
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a model keeps of a trial must go on being of use
 def trial_keys(model: Any, run: Callable[..., Any], offset: int | None) -> list[Any]:
     """A cache layer each: keys of a few tokens at position `offset`, [PROBE_TOKENS, G, 1, D], and values.
 

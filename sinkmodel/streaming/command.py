@@ -195,7 +195,7 @@ class Session:
     def _restored(self, loaded: Any) -> Stream:
         import torch
 
-        from sinkmodel.saved import read_state
+        from sinkmodel.cache.saved import read_state
         from sinkmodel.streaming import Stream
 
         path = self.options.restore

@@ -11,8 +11,8 @@ import torch
 
 from sinkmodel.cache import StreamingCache
 from tests.models import build, model_of, tokens
-from tests.sinkmodel.test_cache import BUDGET, LENGTHS, SINKS, close, fed_batch, new, padded, truth
-from tests.sinkmodel.test_cache_refusals import refused, stream
+from tests.sinkmodel.cache.test_cache import BUDGET, LENGTHS, SINKS, close, fed_batch, new, padded, truth
+from tests.sinkmodel.cache.test_refusals import refused, stream
 from tests.streams import fed, held
 
 __all__ = ["stream"]  # a fixture

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sinkmodel.errors import UserError
-from sinkmodel.rope import Rotary, rotary_of, trial_keys
+from sinkmodel.rope import Rotary, frequencies, rotary_of, trial_keys
 
 ATTENTION = ("sdpa", "eager")  # the implementations that take a mask of ours
 
@@ -92,17 +92,18 @@ _SEEN: weakref.WeakKeyDictionary[Any, dict[Any, Traits]] = weakref.WeakKeyDictio
 
 
 def traits_of(model: Any, run: Callable[..., Any], slots: int) -> Traits:
-    """The traits of a model; UserError, by name, where it cannot be streamed. A model is tried once a dtype and device.
+    """The traits of a model; UserError, by name, where it cannot be streamed.
 
-    `run` is the model's forward.
+    A model is tried once, as long as it stays as it is. `run` is its forward.
     """
-    device = next(model.parameters()).device
-    key = (model.dtype, device, torch.is_autocast_enabled(device.type))
+    device, rows = next(model.parameters()).device, model.get_input_embeddings().num_embeddings
+    inv_freq, limit = (torch.empty(0), None) if model.config.model_type == "mpt" else frequencies(model)
+    autocast = torch.is_autocast_enabled(device.type)
+    key = (model.dtype, device, autocast, rows, limit, tuple(inv_freq.tolist()))
     traits = _SEEN.setdefault(model, {})
     if key not in traits:
         traits[key] = _try(model, run)
     found = traits[key]
-    limit = found.rotary.limit if found.rotary is not None else None
     if limit is not None and slots > limit:
         raise UserError(
             f"model type {model.config.model_type!r} has positions of one kind only up to {limit}, and the stream "
@@ -142,3 +143,9 @@ def signature(config: Any) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "rope": repr(getattr(config, "rope_parameters", None)),
     }
+
+
+def sample_of(model: Any) -> list[float]:
+    """A few of the model's weights, by which a stream that was put aside knows it again: twins have one signature."""
+    weights = model.get_input_embeddings().weight.detach().flatten()
+    return weights[:: max(1, len(weights) // 16)][:16].float().tolist()

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from sinkmodel.cache.families import ATTENTION, sample_of, signature, traits_of
+from sinkmodel.cache.pieces import Piece, plan
 from sinkmodel.errors import UserError
-from sinkmodel.families import ATTENTION, signature, traits_of
-from sinkmodel.pieces import Piece, plan
 
 if TYPE_CHECKING:
-    from sinkmodel.cache import StreamingCache
+    from sinkmodel.cache.streaming_cache import StreamingCache
 
 LONGEST_JOINED = 512  # queries of one joined piece; shorter where each brings many sinks along
 
 
 def attach(model_or_config: Any) -> None:
-    """Let the forward of a model's class hand over to `StreamingCache.feed`; once a class."""
+    """Let the forward of a model's class hand over to `feed` what comes with a StreamingCache; once a class."""
     if isinstance(model_or_config, PreTrainedModel):
         model_class = type(model_or_config)
         if model_or_config.get_output_embeddings() is None:
@@ -43,22 +43,39 @@ def attach(model_or_config: Any) -> None:
         )
     if getattr(model_class.forward, "feeds_streams", False):
         return
-    original = model_class.forward
+    original, prepare = model_class.forward, model_class.prepare_inputs_for_generation
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         cache = kwargs.get("past_key_values")
         if cache is None and args:
-            cache = next((x for x in args if hasattr(x, "feed")), None)
-        if cache is None or not hasattr(cache, "feed") or cache.piece is not None:  # the last: from inside of a feed
+            cache = next((x for x in args if _streams(x)), None)
+        if cache is None or not _streams(cache) or cache.piece is not None:  # the latter: a wrapper within a wrapper
             return original(self, *args, **kwargs)
-        return cache.feed(original, self, args, kwargs, torch.compiler.is_compiling())
+        return feed(cache, original, self, args, kwargs, torch.compiler.is_compiling())
+
+    @functools.wraps(prepare)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs, cache = prepare(self, *args, **kwargs), kwargs.get("past_key_values")
+        if _streams(cache) and inputs.get("past_key_values") is not cache:  # Phi-3 with longrope, past a length
+            raise UserError(
+                f"generate of {type(self).__name__} drops the cache at this length of the text; "
+                "go on with model(...) or sinkmodel.streaming"
+            )
+        return inputs
 
     forward.feeds_streams = True  # type: ignore[attr-defined]
     model_class.forward = forward
+    model_class.prepare_inputs_for_generation = prepare_inputs_for_generation
 
 
-@torch._dynamo.decorators.skip  # a compiled model compiles `forward` and nothing else here; quicker than to disable it
+def _streams(cache: Any) -> bool:
+    return getattr(cache, "is_streaming", False)
+
+
+# A compiled model compiles `forward` and nothing else of this. Private to torch (seen in 2.13): the public `disable`
+# has dynamo try this frame anew at every step, which costs a millisecond.
+@torch._dynamo.decorators.skip
 def feed(
     cache: StreamingCache, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any], compiling: bool
 ) -> Any:
@@ -66,14 +83,13 @@ def feed(
     fed = _admit(cache, forward, model, args, kwargs)
     with_mask = compiling or model.config._attn_implementation != "sdpa"
     outputs = []
-    while (inputs := _begin(cache, model, fed, with_mask)) is not None:
-        try:
-            output = forward(model, **inputs)
-        except BaseException:
-            _break_off(cache)
-            raise
-        _end(cache, fed)
-        outputs.append(output)
+    try:
+        while (inputs := _begin(cache, model, fed, with_mask)) is not None:
+            with torch.no_grad():  # keys are kept without gradients, so what came through them would be wrong
+                outputs.append(forward(model, **inputs))
+            _end(cache, fed)
+    finally:
+        cache.piece = None  # of a forward that was broken off: it is as if never fed, unless the cache is torn
     return _joined(outputs, fed)
 
 
@@ -103,8 +119,8 @@ def _admit(cache: StreamingCache, forward: Callable[..., Any], model: Any, args:
     traits = cache.traits or traits_of(model, functools.partial(forward, model), cache.slots)
     if name == "input_ids":
         _check_ids(traits.vocabulary, tokens)
-    if cache.traits is None:
-        cache.adopt(traits, len(tokens))
+    if cache.traits is None or len(tokens) != len(cache.seen):
+        cache.adopt(traits, len(tokens), sample_of(model))
         cache.model = weakref.ref(model)
     keep = inputs.pop("logits_to_keep", None)
     wanted = inputs.pop("return_dict", None)
@@ -123,7 +139,8 @@ def _length(cache: StreamingCache, left: int) -> int:
     if cache.ring.ordered:
         return 1
     assert cache.traits is not None
-    most = min(LONGEST_JOINED, max(16, cache.slots // (cache.sinks + 1)))
+    brought = 0 if cache.ring.text else cache.sinks  # sinks at turns of their own, by each query
+    most = min(LONGEST_JOINED, max(16, cache.slots // (brought + 1)))
     most = min(most, cache.ring.window, cache.traits.reach(cache.slots) - cache.ring.window)
     return min(left, max(1, most))
 
@@ -156,7 +173,8 @@ def _begin(cache: StreamingCache, model: Any, fed: Fed, with_mask: bool) -> dict
         "use_cache": True,
         "logits_to_keep": fed.keep if columns == fed.tokens.shape[1] else _kept(fed.keep, left - columns),
     }
-    return {**fed.others, **{name: x for name, x in inputs.items() if name in cache.traits.accepts}}
+    others = {name: _cut(x, fed, start) for name, x in fed.others.items()}
+    return {**others, **{name: x for name, x in inputs.items() if name in cache.traits.accepts}}
 
 
 @torch.compiler.disable
@@ -177,10 +195,9 @@ def _end(cache: StreamingCache, fed: Fed) -> None:
     cache.torn = False
 
 
-@torch.compiler.disable
-def _break_off(cache: StreamingCache) -> None:
-    """Tokens that were under way are as if never fed, unless the cache is torn."""
-    cache.piece = None
+def _cut(x: Any, fed: Fed, start: int) -> Any:
+    """The part of this piece of an input with something for each token, such as token_type_ids."""
+    return x[:, start : fed.end] if isinstance(x, Tensor) and x.shape[:2] == fed.tokens.shape[:2] else x
 
 
 def _mask(piece: Piece, model: Any) -> Tensor | None:
@@ -242,7 +259,7 @@ def _check(cache: StreamingCache, model: Any, tokens: Any, inputs: dict[str, Any
     """UserError for what does not go on the stream. Nothing has been written yet."""
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape:
         raise UserError("a stream is fed input_ids [rows, tokens] with at least one of each")
-    for name in ("labels", "output_attentions"):
+    for name in ("labels", "output_attentions", "output_router_logits"):
         asked = inputs[name] if inputs.get(name) is not None else getattr(model.config, name, False)
         if asked is not None and asked is not False:
             raise UserError(f"{name} cannot be had with a StreamingCache; take the logits")
@@ -257,7 +274,7 @@ def _check(cache: StreamingCache, model: Any, tokens: Any, inputs: dict[str, Any
             f"attn_implementation {model.config._attn_implementation!r} takes no mask of ours; "
             f"use model.set_attn_implementation({ATTENTION[0]!r})"
         )
-    if cache.seen and len(tokens) != len(cache.seen):
+    if cache.columns and len(tokens) != len(cache.seen):
         raise UserError(
             f"the stream has {len(cache.seen)} rows and was fed {len(tokens)}; rows cannot come or go, reset() first"
         )

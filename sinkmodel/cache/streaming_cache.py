@@ -10,11 +10,12 @@ turned, always from their originals, so that they stand right before the window.
 Now and then positions are counted anew, and window keys are turned once for that: a key is turned at most once in its
 life, and positions stay small however long the stream.
 
-`sinkmodel.pieces` has the arithmetic, `sinkmodel.feeding` what happens in a forward.
+`sinkmodel.cache.pieces` has the arithmetic, `sinkmodel.cache.feeding` what happens in a forward.
 """
 
 from __future__ import annotations
 
+import operator
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from sinkmodel.cache.families import Traits, check_config, signature
+from sinkmodel.cache.feeding import attach
+from sinkmodel.cache.pieces import Piece, Ring
+from sinkmodel.cache.saved import FORMAT, NUMBERS, ROWS, TENSORS, check_state, read_state, settings_of
+from sinkmodel.cache.slots import StreamingLayer
 from sinkmodel.errors import UserError
-from sinkmodel.families import Traits, check_config, signature
-from sinkmodel.feeding import attach, feed
-from sinkmodel.pieces import Piece, Ring
 from sinkmodel.rope import Rotary
-from sinkmodel.saved import FORMAT, NUMBERS, ROWS, TENSORS, check_state, read_state, settings_of
-from sinkmodel.slots import StreamingLayer
 
 POSITIONS = ("cache", "text")
 CONVENTIONS = ("inclusive", "paper")
@@ -48,12 +49,15 @@ class StreamingCache(Cache):
 
     Rows are streams of their own: with a 2-D `attention_mask` of left-padded (or otherwise padded) rows, pads take no
     slot, and each row has its own sinks. A forward longer than the window is fed in pieces, with the same result as
-    token by token. `position_ids` are not needed; the cache numbers the tokens.
+    token by token. `position_ids` are not looked at: the cache numbers the tokens. Logits come without gradients. After
+    an interrupt `seen` tells how far a long forward came; after beam search the rows are the beams.
 
     Raises:
         UserError: here for settings that make no sense and for models that cannot be streamed, by name; in a forward,
             before anything is written, for inputs that do not go on the stream.
     """
+
+    is_streaming = True  # by which a model's forward knows it (`sinkmodel.cache.feeding`)
 
     def __init__(
         self,
@@ -63,6 +67,10 @@ class StreamingCache(Cache):
         positions: str = "cache",
         convention: str = "inclusive",
     ):
+        try:
+            budget, sinks = operator.index(budget), operator.index(sinks)
+        except TypeError:
+            raise UserError(f"budget and sinks are whole numbers, not {budget!r} and {sinks!r}") from None
         for name, value, choices in (("positions", positions, POSITIONS), ("convention", convention, CONVENTIONS)):
             if value not in choices:
                 raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
@@ -96,13 +104,10 @@ class StreamingCache(Cache):
         self.turned: list[int] = []  # by how much the sinks in the slots are turned, row by row
         self.torn = False  # a forward was broken off after it had overwritten keys that were still wanted
         self.model: Any = None  # a weak reference to the model whose stream this is
+        self.sample: list[float] = []  # a few of its weights, by which a restored stream knows it
         self.traits: Traits | None = None
         self.piece: Piece | None = None  # what the forward that is under way does
         self.sink_keys: Tensor | None = None  # [L, B, G, S, D], as the model rotated them
-
-    def feed(self, forward: Any, model: Any, args: tuple, kwargs: dict[str, Any], compiling: bool) -> Any:
-        """A forward of `model` with this cache; called by the model's own forward (`sinkmodel.feeding`)."""
-        return feed(self, forward, model, args, kwargs, compiling)
 
     # ------------------------------------------------------------------------------------- what transformers calls
 
@@ -207,9 +212,9 @@ class StreamingCache(Cache):
 
     # ----------------------------------------------------------------------------------------------- keys in motion
 
-    def adopt(self, traits: Traits, rows: int) -> None:
+    def adopt(self, traits: Traits, rows: int, sample: list[float]) -> None:
         """Take a model: slots for new streams, or those of a restored one, which must be of its kind."""
-        if self.seen:
+        if self.columns:
             keys, values = self.layers[0].keys, self.layers[0].values
             saved = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
             ours = (traits.groups, traits.key_size, traits.value_size, traits.dtype)
@@ -218,6 +223,8 @@ class StreamingCache(Cache):
                     f"the stream was saved with (heads, key size, value size, dtype) {saved}, the model has "
                     f"{ours}; load the model in the same dtype"
                 )
+            if self.sample != sample:
+                raise UserError("the stream was begun with other weights; go on with the model that it was saved from")
             for layer in self.layers:
                 layer.hold(layer.keys.to(traits.device), layer.values.to(traits.device))
             assert self.sink_keys is not None
@@ -230,7 +237,7 @@ class StreamingCache(Cache):
             with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
                 self.sink_keys = torch.zeros_like(like).repeat(len(self.layers), 1, 1, 1, 1)
             self.seen, self.origin, self.turned = [0] * rows, [0] * rows, [0] * rows
-        self.traits = traits
+        self.traits, self.sample = traits, sample
 
     @property
     def rotary(self) -> Rotary | None:
@@ -305,6 +312,7 @@ class StreamingCache(Cache):
             state["keys"] = torch.stack([layer.keys for layer in self.layers])
             state["values"] = torch.stack([layer.values for layer in self.layers])
             state["sink_keys"] = self.sink_keys.clone()
+            state["sample"] = list(self.sample)
             state["shapes"] = {name: list(state[name].shape) for name in TENSORS}
         return state
 
@@ -317,7 +325,7 @@ class StreamingCache(Cache):
         for name in ROWS:
             setattr(self, name, list(state[name]))
         if self.seen:
-            self.sink_keys = state["sink_keys"].clone()
+            self.sink_keys, self.sample = state["sink_keys"].clone(), list(state["sample"])
             for layer, keys, values in zip(self.layers, state["keys"], state["values"]):
                 layer.hold(keys.clone(), values.clone())
 

@@ -53,6 +53,7 @@ def check_state(state: Any, settings: dict[str, Any], depth: int, slots: int) ->
         recorded = state.get("shapes")
         shapes = recorded if isinstance(recorded, dict) else {}
         sound = all(_sound(state.get(name), shapes.get(name)) for name in TENSORS)
+        sound = sound and isinstance(state.get("sample"), list)
         slots_of = {"keys": slots, "values": slots, "sink_keys": settings["sinks"]}
         sound = sound and all(
             (shapes[name][0], shapes[name][1], shapes[name][3]) == (depth, len(rows), slots_of[name])

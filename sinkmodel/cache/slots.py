@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sinkmodel.families import Traits
-from sinkmodel.pieces import Piece
+from sinkmodel.cache.families import Traits
+from sinkmodel.cache.pieces import Piece
 
 
 class StreamingLayer(CacheLayerMixin):
