@@ -302,3 +302,16 @@ def test_a_stream_of_one_model_can_stop_while_another_begins():
                 close(fed(model, cache, row[at : at + 1], 1)[0], stream.feed(row[at]))
             plain = model(torch.tensor([rows[0][: at + 1]])).logits
     close(plain[0], reference(model, tuple(rows[0]), POSITIONS, 0))
+
+
+@pytest.mark.parametrize(("positions", "forwards"), [("cache", 1 + 8), ("text", 1 + 3)])
+def test_a_long_prompt_goes_in_few_forwards(positions, forwards):
+    """Guards the speed of prompts: sinks at their place in the text are joined once a piece, not once a query."""
+    model, calls = build("llama", max_position_embeddings=512), []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    cache = StreamingCache(model.config, 64, 8, positions)
+    fed(model, cache, [1], 1)  # with the trial of the model
+    cache.reset()
+    calls.clear()
+    fed(model, cache, tokens(64 + 128), 192)
+    assert len(calls) == forwards

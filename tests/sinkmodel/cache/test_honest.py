@@ -10,6 +10,7 @@ import torch
 
 from sinkmodel import StreamingCache, UserError
 from sinkmodel.cache import feeding, streaming_cache
+from sinkmodel.rope import Rotary
 from tests.models import build, tokens
 from tests.reference import streaming_logits
 from tests.streams import fed, stream_logits
@@ -53,6 +54,26 @@ def test_an_interrupt_anywhere_is_harmless_or_said(where, held, piece, late, mon
             fed(model, cache, ids[done:], 1)
     else:
         close(fed(model, cache, ids[done:], 1), stream_logits(model, ids, BUDGET, SINKS)[done:])
+
+
+def test_an_interrupt_between_two_layers_that_are_turned_is_said(monkeypatch):
+    """Half of the layers count from one token, half from another: such a stream must not go on."""
+    model, cache = build("llama"), StreamingCache(build("llama").config, BUDGET, SINKS)
+    fed(model, cache, tokens(24), 24)
+    original, calls = Rotary.turned_pairs, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(Rotary, "turned_pairs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fed(model, cache, [1], 1)
+    monkeypatch.setattr(Rotary, "turned_pairs", original)
+    with pytest.raises(UserError, match="broken off"):
+        fed(model, cache, [1], 1)
 
 
 def test_no_gradient_rather_than_a_wrong_one():
@@ -148,12 +169,11 @@ def test_inputs_with_something_for_each_token_are_cut_into_the_same_pieces():
 def test_a_first_forward_that_failed_settles_nothing(monkeypatch):
     model = build("llama")
     cache = StreamingCache(model.config, BUDGET, SINKS)
-    norm = type(model.model.norm)
-    original = norm.forward
-    monkeypatch.setattr(norm, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
-    with pytest.raises((RuntimeError, UserError)):
+    update = StreamingCache.update
+    monkeypatch.setattr(StreamingCache, "update", lambda *_: (_ for _ in ()).throw(RuntimeError("no room")))
+    with pytest.raises(RuntimeError, match="no room"):
         fed(model, cache, [1, 2], 2)
-    monkeypatch.setattr(norm, "forward", original)
+    monkeypatch.setattr(StreamingCache, "update", update)
     with torch.no_grad():
         logits = model(torch.tensor([[1, 2], [3, 4], [5, 6]]), past_key_values=cache).logits
     assert logits.shape[0] == 3
