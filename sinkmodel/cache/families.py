@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sinkmodel.cache.saved import SAMPLE
 from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, frequencies, rotary_of, trial_keys
 
@@ -148,4 +149,4 @@ def signature(config: Any) -> dict[str, Any]:
 def sample_of(model: Any) -> list[float]:
     """A few of the model's weights, by which a stream that was put aside knows it again: twins have one signature."""
     weights = model.get_input_embeddings().weight.detach().flatten()
-    return weights[:: max(1, len(weights) // 16)][:16].float().tolist()
+    return weights[:: max(1, len(weights) // SAMPLE)][:SAMPLE].float().tolist()

@@ -12,6 +12,7 @@ from sinkmodel.errors import UserError
 FORMAT = "sinkmodel-stream-1"
 NUMBERS = ("columns", "padded_until", "torn")
 ROWS = ("seen", "origin", "turned")  # a number a row
+SAMPLE = 16  # weights of the model, by which the stream knows it
 TENSORS = ("keys", "values", "sink_keys")  # where there are rows
 
 
@@ -53,7 +54,8 @@ def check_state(state: Any, settings: dict[str, Any], depth: int, slots: int) ->
         recorded = state.get("shapes")
         shapes = recorded if isinstance(recorded, dict) else {}
         sound = all(_sound(state.get(name), shapes.get(name)) for name in TENSORS)
-        sound = sound and isinstance(state.get("sample"), list)
+        sample = state.get("sample")
+        sound = sound and isinstance(sample, list) and len(sample) == SAMPLE
         slots_of = {"keys": slots, "values": slots, "sink_keys": settings["sinks"]}
         sound = sound and all(
             (shapes[name][0], shapes[name][1], shapes[name][3]) == (depth, len(rows), slots_of[name])
