@@ -22,9 +22,8 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a file that StreamingCache.save wrote") from None
-    except Exception as error:  # of a damaged file: anything, from RuntimeError to EOFError
-        what = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(". ")
-        raise UserError(f"{path} is no saved stream, or damaged: {what}") from None
+    except Exception:  # of another file, or a damaged one: anything, from RuntimeError to EOFError
+        raise UserError(f"{path} is no saved stream, or damaged; give a file that StreamingCache.save wrote") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no saved stream; give a file that StreamingCache.save wrote")
     return state
