@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import os
+
+from recipes.training.signals import noted
 from sinkmodel.console import command
+from sinkmodel.errors import UserError
+
+DESCRIPTION = """\
+Pre-train a decoder on prepared tokens. A run that was stopped goes on when the same command is given again.
+
+On several devices of this machine: --training.devices N. Under torchrun or srun: the same, a process a device."""
+EXAMPLE = "sink-pretrain --config pythia-160m --config sink-token --data.path data/fineweb-edu --output runs/sink"
 
 
 @command("sink-pretrain")
 def main(argv: list[str]) -> int:
-    from recipes.config import load_config
-    from recipes.training.settings import PretrainConfig
+    with noted():  # from here on, before torch is loaded: a signal may come while a job starts
+        from recipes.config import load_config
+        from recipes.training.settings import PretrainConfig
 
-    config = load_config(
-        PretrainConfig,
-        argv,
-        "Pre-train a decoder on prepared tokens. A run that was stopped goes on when the same command is given again.",
-        "sink-pretrain --config pythia-160m --config sink-token --data.path data/fineweb-edu --output runs/sink",
-    )
-    from recipes.training.run import pretrain
+        several = "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        failure = None
+        try:
+            config = load_config(PretrainConfig, argv, DESCRIPTION, EXAMPLE)
+        except UserError as error:
+            failure = error
+            if not several:
+                raise
+        if several:
+            from recipes.training.ranks import agree_on_start
 
-    return pretrain(config)
+            agree_on_start(failure, 60.0 if failure else config.training.timeout)
+        elif config.training.devices is not None and config.training.devices > 1:
+            from recipes.training.launch import launch
+
+            return launch("recipes.pretrain", argv, config.training.devices)
+        from recipes.training.run import pretrain
+
+        return pretrain(config)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sinkmodel.errors import UserError
+from sinkmodel.files import atomic_file, sha256_of
 from sinkmodel.sinks import SinkConfig, write_sink
 from sinkmodel.tokenizer import TextTokenizer, load_tokenizer
 
 FORMAT = 1
+MANIFEST = "SHA256SUMS"
 # What torch.load, and reading a record of another form, raise on files that are cut short, altered or something else.
 NOT_A_CHECKPOINT = (
     OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError
@@ -75,6 +77,30 @@ def checkpoint_steps(run: Path) -> dict[int, Path]:
         if (match := re.fullmatch(r"step(\d+)\.ckpt", path.name))
     }
     return dict(sorted(found.items()))
+
+
+def add_to_manifest(path: Path, digest: str) -> None:
+    """Enter a checkpoint that is about to appear into `SHA256SUMS` beside it, as `sha256sum --check` reads it."""
+    digests = _read_manifest(path.parent)
+    kept = {name: known for name, known in digests.items() if (path.parent / name).exists()}
+    lines = [f"{known}  {name}\n" for name, known in {**kept, path.name: digest}.items()]
+    with atomic_file(path.parent / MANIFEST) as aside:
+        aside.write_text("".join(lines), encoding="utf-8")
+
+
+def verify(path: Path) -> None:
+    """Raises UserError where a checkpoint's bytes are not those that were written. One without an entry passes."""
+    known = _read_manifest(path.parent).get(path.name)
+    if known is not None and sha256_of(path) != known:
+        raise UserError(
+            f"{path} is not what was written: its checksum in {MANIFEST} is another; take another of the run"
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, str]:
+    path = folder / MANIFEST
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 
 def read_metrics(run: Path) -> list[dict[str, str]]:

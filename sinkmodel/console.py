@@ -15,6 +15,7 @@ from sinkmodel.errors import UserError
 
 EXTRAS = {
     "lightning": "train",
+    "deepspeed": "deepspeed",
     "jsonargparse": "train",
     "yaml": "train",
     "datasets": "train",
@@ -39,10 +40,10 @@ def command(name: str) -> Callable:
             try:
                 return main(sys.argv[1:] if argv is None else argv) or 0
             except UserError as error:
-                print(f"{name}: {error}", file=sys.stderr)
+                say(f"{name}: {error}")
                 return error.exit_code
             except KeyboardInterrupt:
-                print(f"{name}: interrupted", file=sys.stderr)
+                say(f"{name}: interrupted")
                 return 130
             except BrokenPipeError:  # the reader of our output has gone, as in `| head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,6 +76,16 @@ def command(name: str) -> Callable:
     return decorate
 
 
+_silent = False
+
+
+def be_silent() -> None:
+    """From here on `say` says nothing: what all processes of a run would say is said by the first."""
+    global _silent
+    _silent = True
+
+
 def say(line: str) -> None:
     """One line for the reader, on stderr: stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
+    if not _silent:
+        print(line, file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint
+from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint, verify
 from sinkmodel.console import command, say
 from sinkmodel.files import atomic_folder, refuse_if_occupied
 from sinkmodel.loading import DTYPES
@@ -29,6 +29,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
     """
     refuse_if_occupied(output)
     file = find_checkpoint(checkpoint, step)
+    verify(file)
     content = read_checkpoint(file)
     recipe = Recipe.from_dict(content["recipe"])
     model = load_model_of(content, file).to(getattr(torch, dtype))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
@@ -73,7 +74,7 @@ class MicroBatches(Sampler[list[int]]):
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """For processes that read ahead: a terminal's Ctrl-C reaches them too, and the last step still needs them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -144,13 +145,28 @@ class TextDataModule(LightningDataModule):
         batches = MicroBatches(self.plan, self.steps, self.trainer.global_rank, self.consumed)
         return self._loader(self.samples, batches)
 
-    def validation_batches(self) -> DataLoader | None:
-        """Validation rows in micro-batches, in order; None without a validation split."""
+    def validation_batches(self, rank: int) -> tuple[DataLoader, list[int]] | None:
+        """This rank's micro-batches of validation rows, and how many rows of each count; None without such a split.
+
+        All ranks get as many, as some strategies need all of them in every forward: where rows run out, a rank gets
+        the first ones again, which do not count.
+        """
         if self.validation is None:
             return None
-        size = self.plan.micro_rows
-        rows = range(self.validation_rows)
-        return self._loader(self.validation, [list(rows[i : i + size]) for i in range(0, len(rows), size)])
+        size, rows = self.plan.micro_rows, list(range(self.validation_rows))
+        batches = [rows[i : i + size] for i in range(rank * size, len(rows), size * self.plan.ranks)]
+        counts = [len(batch) for batch in batches]
+        missing = -(-len(rows) // (size * self.plan.ranks)) - len(batches)
+        return self._loader(self.validation, batches + [rows[:size]] * missing), counts + [0] * missing
+
+    def rows_of(self, step: int) -> list[int]:
+        """The rows of the training split that optimiser step `step`, counted from 1, reads."""
+        numbers = range((step - 1) * self.plan.rows, step * self.plan.rows)
+        return [self.samples.row(number) for number in numbers]
+
+    def first_row_of(self, step: int) -> torch.Tensor:
+        """Inputs [T] of the first row that a step reads: the same one on every rank."""
+        return self.samples[(step - 1) * self.plan.rows][0]
 
     def _loader(self, samples: Samples, batches: Any) -> DataLoader:
         return DataLoader(

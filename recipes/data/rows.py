@@ -79,7 +79,9 @@ class Samples(Dataset):
     def __init__(self, layout: RowLayout, sink_ids: list[int], seed: int, shuffle: bool):
         self.layout, self.sink_ids, self.seed, self.shuffle = layout, sink_ids, seed, shuffle
 
+    def row(self, sample: int) -> int:
+        return row_at(sample, self.layout.rows, self.seed, self.shuffle)
+
     def __getitem__(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
-        row = row_at(sample, self.layout.rows, self.seed, self.shuffle)
-        inputs, targets = make_row(self.layout.read(row), self.sink_ids)
+        inputs, targets = make_row(self.layout.read(self.row(sample)), self.sink_ids)
         return torch.from_numpy(inputs), torch.from_numpy(targets)

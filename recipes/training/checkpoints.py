@@ -2,45 +2,95 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.utils._pytree import tree_map_only
 
-from recipes.training.health import stop_if_not_finite, stop_if_weights_are_not_finite
+from recipes.training.health import Health
 from recipes.training.settings import CheckpointSettings
 from recipes.training.steps import at_step_boundary
-from sinkmodel.checkpoint import checkpoint_steps
-from sinkmodel.files import DiskFull, atomic_file
+from sinkmodel.checkpoint import add_to_manifest, checkpoint_steps
+from sinkmodel.files import DiskFull, atomic_file, sha256_of
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint file, written aside, synced and renamed; read without running anything in it."""
+class BackgroundCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint file, copied to memory while training waits, and written while it goes on.
+
+    The file is written aside, synced, entered with its checksum into `checkpoints/SHA256SUMS`, and renamed. It is read
+    without running anything in it.
+
+    Attributes:
+        waited: seconds for which training has stood still for the latest save.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self.afterwards: Callable[[], None] = lambda: None
+        self.waited = 0.0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
+        start = time.perf_counter()
+        self.finish()
+        # A copy also where the tensor is on the CPU already: the next step changes it in place.
+        copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
+        self._thread = threading.Thread(target=self._write, args=(copied, Path(path)), name="checkpoint")
+        self._thread.start()
+        self.waited = time.perf_counter() - start
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:
             with atomic_file(path) as aside:
                 torch.save(checkpoint, aside)
+                add_to_manifest(path, sha256_of(aside))
+            self.afterwards()
         except DiskFull:
             kept = list(checkpoint_steps(path.parent.parent).values())
             before = f"the last complete checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
-            raise DiskFull(
+            self._failure = DiskFull(
                 f"the disk is full: {path.name} could not be written to {path.parent}; {before}; "
                 "make room and run the same command again"
-            ) from None
+            )
+        except BaseException as failure:
+            self._failure = failure
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last file could not be written; `finish` says why."""
+        return self._failure is not None
+
+    def finish(self) -> None:
+        """Wait until the last file is complete. Raises what went wrong with it, as DiskFull."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def teardown(self) -> None:
+        self.finish()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 class Checkpoints(Callback):
     """Saves at the steps that the settings name, at the last step, and on demand; removes what need not stay."""
 
-    def __init__(self, run: Path, settings: CheckpointSettings, last_step: int):
-        self.run, self.settings, self.last_step = run, settings, last_step
+    def __init__(
+        self, run: Path, settings: CheckpointSettings, last_step: int, io: BackgroundCheckpointIO, health: Health
+    ):
+        self.run, self.settings, self.last_step, self.io, self.health = run, settings, last_step, io, health
+        io.afterwards = self._remove_old
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0 and self.settings.due(0):
@@ -53,10 +103,14 @@ class Checkpoints(Callback):
                 self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        stop_if_not_finite(trainer.lightning_module, self.run)
-        stop_if_weights_are_not_finite(trainer.lightning_module, self.run)
+        self.health.look(trainer)
+        self.health.stop_if_weights_are_not_finite(trainer.lightning_module)
         trainer.save_checkpoint(self.run / "checkpoints" / f"step{trainer.global_step}.ckpt")
-        if trainer.is_global_zero:
-            passing = [path for step, path in checkpoint_steps(self.run).items() if not self.settings.stays(step)]
-            for path in passing[: -self.settings.keep]:
-                path.unlink()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.io.finish()
+
+    def _remove_old(self) -> None:
+        passing = [path for step, path in checkpoint_steps(self.run).items() if not self.settings.stays(step)]
+        for path in passing[: -self.settings.keep]:
+            path.unlink()

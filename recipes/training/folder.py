@@ -14,15 +14,25 @@ import yaml
 from recipes.config import dump_config, flatten
 from recipes.data.datamodule import TextDataModule
 from recipes.data.shards import TokenSplit
+from recipes.training.ranks import World
 from recipes.training.settings import PretrainConfig
-from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, read_checkpoint, weights_of
+from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, read_checkpoint, verify, weights_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import LOCK, atomic_file
 from sinkmodel.sinks import SinkConfig
 
 # Keys that a resumed run may change: they say where and how it runs, not what is computed.
-FREE_TO_CHANGE = ("output", "data.path", "data.workers", "data.verify", "training.device", "training.threads")
+# On other processes or under another strategy it reads the same rows, and its losses are equal to rounding.
+FREE_TO_CHANGE: tuple[str, ...] = (
+    "output",
+    "data.path",
+    "data.workers",
+    "data.verify",
+    "training.device",
+    "training.threads",
+)
+FREE_TO_CHANGE += ("training.strategy", "training.devices", "training.micro_rows", "training.timeout")
 FREE_GROUPS = ("checkpoints.", "logging.")
 
 
@@ -54,6 +64,7 @@ def starting_point(run: Path) -> Path | None:
     paths = list(checkpoint_steps(run).values())
     for path in reversed(paths):
         try:
+            verify(path)
             read_checkpoint(path)
             return path
         except UserError as error:
@@ -81,10 +92,11 @@ def write_folder(run: Path, config: PretrainConfig) -> None:
         aside.write_text(dump_config(config), encoding="utf-8")
 
 
-def provenance_of(config: PretrainConfig, train: TokenSplit) -> dict[str, Any]:
+def provenance_of(config: PretrainConfig, train: TokenSplit, world: World) -> dict[str, Any]:
     return {
         "config": asdict(config),
         "data": {"fingerprint": train.fingerprint, "train_tokens": train.tokens},
+        "processes": world.size,
         "git_commit": _git_commit(),
         "versions": {name: version(name) for name in ("sinkmodel", "torch", "transformers", "lightning")},
     }

@@ -8,8 +8,30 @@ the forward pass and only scaled in the backward pass. Nothing is computed twice
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from recipes.data.rows import IGNORE
+
+
+class LossHead(nn.Linear):
+    """The model's own output projection, the same weight, that gives the loss where it is given targets.
+
+    The weight is used inside of its own module's forward, as a strategy that gathers weights module by module (ZeRO-3)
+    needs it.
+    """
+
+    def __init__(self, head: nn.Linear, chunk: int):
+        nn.Module.__init__(self)  # no weight of its own, not even for a moment
+        assert head.bias is None
+        self.in_features, self.out_features = head.in_features, head.out_features
+        self.weight, self.chunk = head.weight, int(chunk)
+        self.register_parameter("bias", None)
+
+    def forward(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor | None = None):
+        """Logits [N, V]; with targets, mean nll and nll [N] of `chunked_cross_entropy`."""
+        if targets_N is None:
+            return super().forward(hidden_ND)
+        return chunked_cross_entropy(hidden_ND, self.weight, targets_N, self.chunk)
 
 
 def chunked_cross_entropy(

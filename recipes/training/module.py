@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from recipes.data.rows import twin_targets
-from recipes.training.loss import chunked_cross_entropy
+from recipes.training.loss import LossHead
 from recipes.training.optimizer import build_optimizer
 from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import OptimizerSettings
+from recipes.training.strategies import zero_stage
 from sinkmodel.checkpoint import Recipe
 from sinkmodel.models import head_of
-
-NEVER = torch.iinfo(torch.int64).max
 
 
 class SinkLanguageModel(LightningModule):
@@ -31,8 +31,6 @@ class SinkLanguageModel(LightningModule):
         compile_model: compile the decoder's body in place, so that names in checkpoints stay as they are.
     """
 
-    first_bad_step: torch.Tensor
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -45,65 +43,88 @@ class SinkLanguageModel(LightningModule):
     ):
         super().__init__()
         self.model = model
-        self.sinks, self.recipe, self.head_chunk = sinks, recipe, head_chunk
+        self.sinks, self.recipe = sinks, recipe
         self.optimizer_settings, self.schedule = optimizer, schedule
+        model.set_output_embeddings(LossHead(head_of(model), head_chunk))
         if compile_model:
             self.model.base_model.compile()
-        # Of the latest micro-batch and step, on the device, read only when a line is logged.
-        self.loss: torch.Tensor | None = None
-        self.twin_loss: torch.Tensor | None = None
+        # Of the latest micro-batch: its two losses, [2]; of the latest step: the norm before clipping. On the device.
+        self.losses: torch.Tensor | None = None
         self.grad_norm: torch.Tensor | None = None
-        self.register_buffer("first_bad_step", torch.tensor(NEVER), persistent=False)
 
-    def losses(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def configure_model(self) -> None:
+        """FSDP2: a layer at a time, the rest with this module. The other strategies have no device mesh."""
+        mesh = self.device_mesh
+        if mesh is None or hasattr(self, "unshard"):
+            return
+        half = self.trainer.precision == "bf16-mixed"
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+        for layer in self.model.base_model.layers:
+            fully_shard(layer, mesh=mesh["data_parallel"], mp_policy=policy)
+        fully_shard(self, mesh=mesh["data_parallel"], mp_policy=policy)
+
+    def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean nll over all targets of [B, T] rows, with gradients, and over those a twin shares, without."""
-        inputs_BT, targets_BT = batch
         hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
-        loss, nll_N = chunked_cross_entropy(
-            hidden_BTD.flatten(0, 1), head_of(self.model).weight, targets_BT.flatten(), self.head_chunk
-        )
+        loss, nll_N = head_of(self.model)(hidden_BTD.flatten(0, 1), targets_BT.flatten())
         shared = twin_targets(targets_BT.shape[1], self.sinks)
         return loss, nll_N.view_as(targets_BT)[:, shared].mean()
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        loss, twin_loss = self.losses(batch)
-        self.loss, self.twin_loss = loss.detach(), twin_loss.detach()
+        loss, twin_loss = self(*batch)
+        self.losses = torch.stack([loss.detach(), twin_loss])
         return loss
 
-    def configure_optimizers(self):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The rate is a function of the step alone: nothing of it needs to be saved."""
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.schedule.lr(self.trainer.global_step, self.optimizer_settings.lr)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.model, self.optimizer_settings)
-        peak = self.optimizer_settings.lr
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.lr(step, peak) / peak)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self.groups = [
+            list(group["params"]) for group in optimizer.param_groups
+        ]  # DeepSpeed puts others in their place
+        return optimizer
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip to the settings' norm, keep the norm for the log, note the first step that is not finite."""
-        limit = self.optimizer_settings.clip or float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
-        assert self.loss is not None
-        finite = torch.isfinite(self.grad_norm) & torch.isfinite(self.loss)
-        step = torch.full_like(self.first_bad_step, self.trainer.global_step + 1)
-        never = torch.full_like(self.first_bad_step, NEVER)
-        self.first_bad_step = torch.minimum(self.first_bad_step, torch.where(finite, never, step))
+        """Clip to the settings' norm, and keep the norm for the log. ZeRO does both by itself."""
+        if not zero_stage(self.trainer):
+            limit = self.optimizer_settings.clip or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
+            self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts micro-batches; on other processes a step has another number of them."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            behind = counts["processed"] - done
+            counts.update({name: count - behind for name, count in counts.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe(self.trainer.global_step).to_dict()
 
+    @torch.no_grad()
+    def sink_share(self, inputs_T: torch.Tensor, places: int = 64) -> torch.Tensor:
+        """Share of attention that goes to the sinks, or to the first token where there is none; a scalar on the device.
 
-@torch.no_grad()
-def sink_share(model: PreTrainedModel, inputs_T: torch.Tensor, sinks: int, places: int = 64) -> torch.Tensor:
-    """Share of attention that goes to the sinks, or to the first token where there is none; a scalar on the device.
-
-    Mean over layers, heads and the queries behind the sinks, of one row cut to `places` tokens (T = 64 as in Gu et al.,
-    arXiv 2410.10781). Eager attention, on the side: the training step keeps its fast kernel and its compiled graph.
-    """
-    first = max(1, sinks)
-    fast = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        # .forward, not (): a body compiled in place would be compiled once more
-        maps = model.base_model.forward(input_ids=inputs_T[None, :places], use_cache=False, output_attentions=True)
-    finally:
-        model.set_attn_implementation(fast)
-    shares = [attention[0, :, first:, :first].sum(-1).mean() for attention in maps.attentions]
-    return torch.stack(shares).mean()
+        Mean over layers, heads and the queries behind the sinks, of one row cut to `places` tokens (T = 64 as in Gu et
+        al., arXiv 2410.10781). Eager attention, on the side: the training step keeps its fast kernel and its compiled
+        graph. All ranks take part: where weights are sharded, each layer's are gathered for it.
+        """
+        first = max(1, self.sinks)
+        fast = self.model.config._attn_implementation
+        sharded = hasattr(self, "unshard")  # FSDP2: what belongs to no layer is gathered by this module's own forward
+        self.model.set_attn_implementation("eager")
+        if sharded:
+            self.unshard()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                maps = self.model.base_model(input_ids=inputs_T[None, :places], use_cache=False, output_attentions=True)
+        finally:
+            self.model.set_attn_implementation(fast)
+            if sharded:
+                self.reshard()
+        shares = [attention[0, :, first:, :first].sum(-1).mean() for attention in maps.attentions]
+        return torch.stack(shares).mean()

@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+import re
+import socket
+import time
 import uuid
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
 from recipes.data.shards import TokenSplit, open_split, read_manifest
-from recipes.training.checkpoints import AtomicCheckpointIO, Checkpoints
+from recipes.training import signals
+from recipes.training.checkpoints import BackgroundCheckpointIO, Checkpoints
 from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
-from recipes.training.interrupt import StopOnSignal, StoppedAtOnce
+from recipes.training.health import Health
 from recipes.training.logs import MetricsFile
 from recipes.training.metrics import Metrics
 from recipes.training.module import SinkLanguageModel
+from recipes.training.preemption import StopOnSignal, requeue
 from recipes.training.progress import Progress
+from recipes.training.ranks import World, agree, find_world, from_first, join, refuse_unequal
 from recipes.training.settings import PretrainConfig
+from recipes.training.steps import StepMeans
+from recipes.training.strategies import build_strategy, resolve_strategy
 from recipes.training.throughput import flops_per_token, peak_flops
 from recipes.training.validation import Validation
+from recipes.training.watchdog import Watchdog
 from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import locked, write_json
+from sinkmodel.files import LOCK, locked, write_json
 from sinkmodel.models import build_model, count_parameters
 from sinkmodel.sinks import padded_vocabulary, write_sink
 from sinkmodel.tokenizer import TextTokenizer
 
+# What gloo and NCCL say where a rank has gone, if not by the type of the error.
+LOST = re.compile(r"closed by peer|Connection re(set|fused)|Broken pipe|[Tt]imed out|no longer|Socket closed|NCCL")
+
 
 def pretrain(config: PretrainConfig) -> int:
-    """Train, or go on training. Returns the exit code: 0 when complete, 128 + signal when stopped by one.
+    """Train, or go on training, on every process of the run alike.
 
-    Raises UserError for a config, data or run folder that do not fit each other, before anything is written.
+    Returns the exit code: 0 when complete, 128 + signal when stopped by one. Raises UserError, on all ranks, for a
+    config, data or run folder that do not fit each other, before anything is written.
     """
+    world = find_world()
+    config = agree(lambda: _resolve(config, world))
+    strategy = agree(lambda: resolve_strategy(config.training, world))
+    if strategy != "one":
+        join(world, config.training.timeout)
     run, steps = Path(config.output), config.schedule.steps
-    config = _resolve(config)
-    train, validation = _open_data(config)
+    train, validation = agree(lambda: _open_data(config, world))
+    _refuse_unequal_ranks(config, train)
     text = TextTokenizer.from_file(train.tokenizer_file, train.eos_id, train.pad_id)
     rows = _vocabulary_rows(config, text.vocabulary)
-    plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, ranks=1)
-    check_folder(run, config)
+    plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, world.size)
+    from_first(lambda: check_folder(run, config))
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     sink_ids = config.sink.ids(text.vocabulary)
@@ -66,8 +88,10 @@ def pretrain(config: PretrainConfig) -> int:
         validation_rows=config.validation.rows,
         workers=config.data.workers,
     )
-    with locked(run):
-        start = starting_point(run)
+    with contextlib.ExitStack() as held:
+        from_first(lambda: held.enter_context(locked(run)))
+        agree(lambda: _see_folder(run))
+        start = from_first(lambda: starting_point(run))
         if start == run / "checkpoints" / f"step{steps}.ckpt":
             say(f"{run} is complete: {steps} of {steps} steps; {_export(run)}")
             return 0
@@ -75,8 +99,8 @@ def pretrain(config: PretrainConfig) -> int:
         write_sink(model.config, config.sink, sink_ids)
         model.set_attn_implementation(CAUSAL)
         if start is not None:
-            check_checkpoint(start, model, datamodule, config.sink)
-        provenance = provenance_of(config, train)
+            agree(lambda: check_checkpoint(start, model, datamodule, config.sink))
+        provenance = provenance_of(config, train, world)
         module = SinkLanguageModel(
             model,
             config.sink.tokens,
@@ -88,17 +112,17 @@ def pretrain(config: PretrainConfig) -> int:
             head_chunk=config.training.head_chunk,
             compile_model=config.training.compile,
         )
-        write_folder(run, config)
-        trainer, stop = _build_trainer(run, config, plan, module, start)
-        _introduce(run, config, model, train, plan, start)
-        try:
+        from_first(lambda: write_folder(run, config))
+        trainer, stop = _build_trainer(run, config, strategy, world, plan, module, datamodule, start)
+        _introduce(run, config, strategy, world, model, train, plan, start)
+        with _explained_when_others_are_lost(world):
             trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-        except StoppedAtOnce:
-            raise KeyboardInterrupt from None
-    if stop.received is not None and trainer.global_step < steps:
+    if stop.agreed is not None and trainer.global_step < steps:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; go on with the same command, or with:")
         say(f"  sink-pretrain --config {run / 'config.yaml'}")
-        return 128 + stop.received
+        if world.rank == 0 and stop.agreed in signals.REQUEUES:
+            requeue()
+        return 128 + stop.agreed
     say(f"trained {steps} steps; {_export(run)}")
     return 0
 
@@ -107,7 +131,7 @@ def _export(run: Path) -> str:
     return f"export with: sink-export --checkpoint {run} --output DIR"
 
 
-def _resolve(config: PretrainConfig) -> PretrainConfig:
+def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
     """The config with device and precision decided; what the run folder keeps, so that a resume computes the same."""
     device, precision = config.training.device, config.training.precision
     if device == "cuda" and not torch.cuda.is_available():
@@ -118,14 +142,64 @@ def _resolve(config: PretrainConfig) -> PretrainConfig:
         precision = "bf16" if device == "cuda" else "fp32"
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb is true, but wandb is not installed; pip install 'sinkmodel[wandb]'")
+    if config.training.devices not in (None, world.local_size):
+        raise UserError(
+            f"training.devices is {config.training.devices}, but {world.local_size} processes were started on each "
+            "node; leave it out, or start as many"
+        )
+    if device == "cuda" and torch.cuda.device_count() <= world.local_rank:
+        raise UserError(
+            f"{world.local_size} processes were started on a node where torch sees {torch.cuda.device_count()} GPUs; "
+            "start one a GPU"
+        )
     return replace(config, training=replace(config.training, device=device, precision=precision))
 
 
-def _open_data(config: PretrainConfig) -> tuple[TokenSplit, TokenSplit | None]:
+def _refuse_unequal_ranks(config: PretrainConfig, train: TokenSplit) -> None:
+    """Copies of the data may lie elsewhere on each node; all else must be one run."""
+    of_a_node = ("data.path", "data.verify", "training.threads")
+    told = {key: value for key, value in flatten(config).items() if key not in of_a_node}
+    refuse_unequal(
+        {**told, "the fingerprint of the data": train.fingerprint, "the version of torch": torch.__version__},
+        "start all of them with the same command, the same files and the same environment",
+    )
+
+
+def _see_folder(run: Path, patience: float = 15.0) -> None:
+    """Raises UserError on a rank that does not see what rank 0 has just written; network file systems need a moment."""
+    until = time.monotonic() + patience
+    while not (run / LOCK).exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"{run} was made by rank 0, and is not here; put --output on a file system that all nodes share"
+            )
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _explained_when_others_are_lost(world: World) -> Iterator[None]:
+    """Another rank's end reaches this one as an error of the network, in the middle of some collective."""
+    try:
+        yield
+    except signals.StoppedAtOnce:
+        raise KeyboardInterrupt from None
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if world.size == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            raise
+        raise UserError(
+            f"rank {world.rank} on {socket.gethostname()} has lost the others ({first}); what ended them stands above "
+            "or in their own log; go on with the same command",
+            exit_code=1,
+        ) from None
+
+
+def _open_data(config: PretrainConfig, world: World) -> tuple[TokenSplit, TokenSplit | None]:
     folder = Path(config.data.path)
-    train = open_split(folder, "train", config.data.verify)
+    verify = config.data.verify if world.local_rank == 0 else "sizes"  # once a node
+    train = open_split(folder, "train", verify)
     if read_manifest(folder)["splits"].get("validation", {}).get("tokens"):
-        return train, open_split(folder, "validation", config.data.verify)
+        return train, open_split(folder, "validation", verify)
     say(f"{folder} has no validation split: no validation loss is measured")
     return train, None
 
@@ -142,41 +216,51 @@ def _vocabulary_rows(config: PretrainConfig, vocabulary: int) -> int:
 
 
 def _build_trainer(
-    run: Path, config: PretrainConfig, plan: BatchPlan, module: SinkLanguageModel, start: Path | None
+    run: Path,
+    config: PretrainConfig,
+    strategy: str,
+    world: World,
+    plan: BatchPlan,
+    module: SinkLanguageModel,
+    datamodule: TextDataModule,
+    start: Path | None,
 ) -> tuple[Trainer, StopOnSignal]:
     on_gpu, half = config.training.device == "cuda", config.training.precision == "bf16"
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # The order is arithmetic, so our loader resumes by number; Lightning cannot know. And the workers are a choice.
-    warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")  # Lightning's own use of torch
-
+    _quieten()
+    steps = config.schedule.steps
+    writer = BackgroundCheckpointIO()
+    means, stop = StepMeans(), StopOnSignal(writer)
+    health = Health(run, means, datamodule.rows_of, config.logging.spike)
     metrics = Metrics(
-        run,
+        means,
+        health,
         config.logging.every,
         config.training.batch_tokens,
         flops_per_token(module.model, config.data.sequence),
-        peak_flops(torch.device(config.training.device), torch.bfloat16 if half else torch.float32),
+        from_first(lambda: peak_flops(torch.device(config.training.device), torch.bfloat16 if half else torch.float32)),
     )
-    stop = StopOnSignal()
-    steps = config.schedule.steps
     trainer = Trainer(
         accelerator="gpu" if on_gpu else "cpu",
-        devices=1,
+        strategy=build_strategy(strategy, world, config.training, config.optimizer.clip),
+        devices=world.local_size,
+        num_nodes=world.nodes,
         precision="bf16-mixed" if half else "32-true",
         max_steps=steps,
         max_epochs=1,  # one endless epoch: the data's own epochs are counted by recipes.data.order
         accumulate_grad_batches=plan.accumulation,
         # In this order: what a step's checkpoint holds has been logged before it is written.
         callbacks=[
+            Watchdog(run, config.training.timeout),
             stop,
+            means,
+            health,
             metrics,
             Progress(metrics, steps),
             Validation(config.validation.every, metrics),
-            Checkpoints(run, config.checkpoints, steps),
+            Checkpoints(run, config.checkpoints, steps, writer, health),
         ],
-        logger=_build_loggers(run, config, 0 if start is None else _step_of(start)),
-        plugins=[AtomicCheckpointIO()],
+        logger=_build_loggers(run, config, 0 if start is None else _step_of(start)) if world.rank == 0 else [],
+        plugins=[writer, *([] if strategy == "one" else [TorchElasticEnvironment()])],
         default_root_dir=run,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -186,7 +270,26 @@ def _build_trainer(
         log_every_n_steps=1,  # of Lightning's own logging, which is not used; a short run would be warned of
         use_distributed_sampler=False,
     )
+    _leave_signals_to_us(trainer)
     return trainer, stop
+
+
+def _leave_signals_to_us(trainer: Trainer) -> None:
+    """Lightning 2.6 broadcasts inside its SIGTERM handler, and waits for the device before every micro-batch to tell
+    the ranks of it (Lightning #21487); `preemption` does neither."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def _quieten() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # The order is arithmetic, so our loader resumes by number; Lightning cannot know. And the workers are a choice.
+    warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message=".*`torch.distributed.* is deprecated.*")  # DeepSpeed's
+    warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # as we know
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -215,7 +318,14 @@ def _build_loggers(run: Path, config: PretrainConfig, step: int) -> list[Logger]
 
 
 def _introduce(
-    run: Path, config: PretrainConfig, model: Any, train: TokenSplit, plan: BatchPlan, start: Path | None
+    run: Path,
+    config: PretrainConfig,
+    strategy: str,
+    world: World,
+    model: Any,
+    train: TokenSplit,
+    plan: BatchPlan,
+    start: Path | None,
 ) -> None:
     total, body = count_parameters(model)
     say(f"{run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}")
@@ -224,6 +334,9 @@ def _introduce(
         f"{config.schedule.steps:,} steps × {config.training.batch_tokens:,} tokens ({plan.accumulation} micro-batches "
         f"of {plan.micro_rows} × {config.data.sequence}) = {tokens:,} tokens, {tokens / train.tokens:.2f} × the data"
     )
+    if strategy != "one":
+        nodes = f" on {world.nodes} nodes" if world.nodes > 1 else ""
+        say(f"{world.size} process(es){nodes}, {strategy}")
     entropy, counted = unigram_entropy(train)
     say(
         f"a loss below {entropy:.2f} has learned from context: that is the entropy of single tokens, of the first "

@@ -12,6 +12,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import SinkConfig
 
+STRATEGIES = ("auto", "ddp", "fsdp2", *(f"deepspeed_stage_{stage}" for stage in range(4)))
 PYTHIA_EARLY = (0, *(2**i for i in range(10)))  # 0, 1, 2, 4 … 512
 
 
@@ -75,15 +76,22 @@ class TrainingSettings:
         batch_tokens: tokens of one optimiser step, sinks included, over all processes.
         micro_rows: rows that go through the model at a time in one process; the accumulation follows from it.
         device: `auto`, `cpu` or `cuda`.
+        strategy: how several processes share the work: `auto` (ddp where there are several), `ddp`, `fsdp2`, or
+            `deepspeed_stage_0` to `3`. Any of them goes on from a checkpoint of any other.
+        devices: processes on each node, one a GPU; null is all that srun or torchrun started, else one.
+        timeout: seconds without a finished step, or in one collective, after which the run is taken for hung and ends.
         precision: `auto` (bf16 autocast on a GPU, fp32 on a CPU), `bf16` or `fp32`.
         compile: compile the inner model.
         head_chunk: places whose logits exist at a time.
-        threads: CPU threads; null leaves it to torch.
+        threads: CPU threads of each process; null leaves it to torch.
     """
 
     batch_tokens: int = 2_097_152
     micro_rows: int = 32
     device: str = "auto"
+    strategy: str = "auto"
+    devices: int | None = None
+    timeout: float = 1800.0
     precision: str = "auto"
     compile: bool = False
     head_chunk: int = 1024
@@ -94,9 +102,15 @@ class TrainingSettings:
             raise UserError(f"training.device is {self.device!r}; choose auto, cpu or cuda")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise UserError(f"training.precision is {self.precision!r}; choose auto, bf16 or fp32")
+        if self.strategy not in STRATEGIES:
+            raise UserError(f"training.strategy is {self.strategy!r}; choose {', '.join(STRATEGIES)}")
         for name in ("batch_tokens", "micro_rows", "head_chunk"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.devices is not None and self.devices < 1:
+            raise UserError(f"training.devices is {self.devices}; it must be at least 1, or null")
+        if not self.timeout > 0:
+            raise UserError(f"training.timeout is {self.timeout}; it must be above 0 seconds")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"training.threads is {self.threads}; it must be at least 1, or null")
 
@@ -154,16 +168,20 @@ class LoggingSettings:
         every: steps between logged lines.
         wandb: log to Weights & Biases as well (`WANDB_MODE=offline` works).
         project, name: of the wandb run; the name is the output folder's unless given.
+        spike: standard deviations above the running mean of the loss from which on a step is reported, with its rows.
     """
 
     every: int = 10
     wandb: bool = False
     project: str = "sinkmodel"
     name: str | None = None
+    spike: float = 6.0
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise UserError(f"logging.every is {self.every}; it must be at least 1")
+        if not self.spike > 0:
+            raise UserError(f"logging.spike is {self.spike}; it must be above 0")
 
 
 @dataclass(frozen=True)

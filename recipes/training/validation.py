@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from recipes.training.metrics import Metrics, ppl
+from recipes.training.ranks import mean
 from recipes.training.steps import at_step_boundary
 
 
@@ -29,17 +30,15 @@ class Validation(Callback):
 
     @torch.no_grad()
     def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = trainer.datamodule.validation_batches()
-        if batches is None:
+        own = trainer.datamodule.validation_batches(trainer.global_rank)
+        if own is None:
             return
         start = time.perf_counter()
-        total, rows = torch.zeros((), device=pl_module.device, dtype=torch.float64), 0
+        total = torch.zeros((), device=pl_module.device, dtype=torch.float64)
         with trainer.precision_plugin.forward_context():
-            for batch in batches:
-                batch = trainer.strategy.batch_to_device(batch)
-                total += pl_module.losses(batch)[1] * len(batch[0])
-                rows += len(batch[0])
-        loss = (total / rows).item()
+            for batch, count in zip(*own):
+                total += pl_module(*trainer.strategy.batch_to_device(batch))[1] * count
+        loss = mean(total).item() * trainer.world_size / trainer.datamodule.validation_rows
         tokens = trainer.global_step * self.metrics.tokens_per_step
         for logger in trainer.loggers:
             logger.log_metrics({"tokens": tokens, "val_loss": loss, "val_ppl": ppl(loss)}, trainer.global_step)

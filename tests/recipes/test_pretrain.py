@@ -82,7 +82,7 @@ def test_it_goes_on_from_any_checkpoint_and_past_one_that_is_damaged(data, undis
     damaged.write_bytes(damaged.read_bytes()[:50_000])
     train(data, run)
     said = capsys.readouterr().err
-    assert "step35.ckpt is not a complete checkpoint" in said
+    assert "step35.ckpt is not what was written" in said
     assert f"going on from {run / 'checkpoints' / 'step28.ckpt'}" in said
     assert_same_run(run, undisturbed)
 
@@ -212,6 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     poisoned = torch.load(good, weights_only=True)
     poisoned["optimizer_states"][0]["state"][1]["exp_avg"][:] = math.nan  # step 8 makes the weights so, step 9 sees it
     torch.save(poisoned, good)
+    (run / "checkpoints" / "SHA256SUMS").unlink()  # which would have told it from what was written
     capsys.readouterr()
     assert main([str(word) for word in arguments(data, run, schedule__steps=14, checkpoints__every=7)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -228,6 +229,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys):
     poisoned = torch.load(run / "checkpoints" / "step7.ckpt", weights_only=True)
     poisoned["optimizer_states"][0]["state"][1]["exp_avg"][:] = math.nan
     torch.save(poisoned, run / "checkpoints" / "step7.ckpt")
+    (run / "checkpoints" / "SHA256SUMS").unlink()
     assert main(arguments(data, run, **settings)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the weights behind step 8 are not finite; the last good checkpoint is" in error

@@ -1,0 +1,93 @@
+"""Starts one process a device on this machine, where neither SLURM nor torchrun has: the same command, as ranks.
+
+torchrun's agent would do it too, but ends every run that stops early with exit code 1 and a traceback of its own, and
+leaves a rank 30 seconds for saving; here the ranks' exit code and their last line come through as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from recipes.training.signals import NUMBERS
+from sinkmodel.console import say
+
+GRACE = 10.0  # seconds that the other ranks have to end by themselves once one has failed
+
+
+def launch(module: str, argv: list[str], processes: int) -> int:
+    """Run `python -m module *argv` as ranks 0 … processes - 1, pass signals on, and return the run's exit code.
+
+    When one rank fails, the others get GRACE seconds and are killed. When this process dies, so do they.
+    """
+    ranks: list[subprocess.Popen] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in NUMBERS}
+    try:
+        common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+        common["MASTER_PORT"] = str(_free_port())
+        for rank in range(processes):
+            # A session of its own: a terminal's Ctrl-C comes through `pass_on` alone, once.
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *argv],
+                    env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,
+                )
+            )
+        return _wait(ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    """Exit code of the run: of the first rank that failed, 0 where none did."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in ranks):
+        if failed is None:
+            failed = next((rank for rank, process in enumerate(ranks) if process.poll()), None)
+            if failed is not None:
+                deadline = time.monotonic() + GRACE
+        if time.monotonic() > deadline:
+            say(f"rank {failed} has ended; stopping the others, which have not")
+            return _exit_code(ranks[failed], failed)  # type: ignore[index, arg-type]
+        time.sleep(0.02)
+    if failed is None:
+        failed = next((rank for rank, process in enumerate(ranks) if process.returncode), None)
+    return 0 if failed is None else _exit_code(ranks[failed], failed)
+
+
+def _exit_code(process: subprocess.Popen, rank: int) -> int:
+    code = process.returncode
+    if code < 0:
+        say(f"rank {rank} was ended by {signal.Signals(-code).name}; go on with the same command")
+        return 128 - code
+    return code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    """On Linux the kernel kills a rank whose launcher has died, however that happened."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

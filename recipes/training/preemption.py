@@ -1,0 +1,85 @@
+"""A run that is asked to stop does so at a step boundary, on all ranks, saved, and goes back to SLURM's queue."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from recipes.training import signals
+from recipes.training.checkpoints import BackgroundCheckpointIO
+from recipes.training.steps import at_step_boundary
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+
+
+class StopOnSignal(Callback):
+    """Sets `trainer.should_stop` at a step boundary, on the same step everywhere, before `Checkpoints` looks at it.
+
+    The ranks tell each other on the CPU while the next step runs, so that no step waits for it: they stop one step
+    later than a single process would. In the same breath they learn that rank 0 could not write a checkpoint.
+    """
+
+    def __init__(self, io: BackgroundCheckpointIO) -> None:
+        self.agreed: int | None = None
+        self._io = io
+        self._flags = torch.zeros(2, dtype=torch.int64)  # the signal received, whether a checkpoint failed
+        self._told: dist.Work | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        signals.training = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        if not at_step_boundary(trainer, batch_idx):
+            return
+        if trainer.world_size > 1 and self._told is not None:
+            self._told.wait()
+            self._act()
+        self._flags[0], self._flags[1] = signals.received or 0, self._io.failed
+        if trainer.world_size > 1:
+            self._told = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
+        else:
+            self._act()
+        if self.agreed is not None:
+            if signals.received is None:
+                say(f"{signal.Signals(self.agreed).name} came to another rank: saving at the end of this step")
+            trainer.should_stop = True
+
+    def _act(self) -> None:
+        number, failed = self._flags.tolist()
+        self.agreed = number or None
+        if failed:
+            self._io.finish()  # raises on rank 0
+            raise UserError("rank 0 could not write a checkpoint")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        signals.training = False
+        if self._told is not None:
+            self._told.wait()
+
+
+def requeue() -> None:
+    """Give this job back to SLURM's queue; it starts again with the same script. Nothing where there is no job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    try:
+        shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60)
+        state = re.search(r"JobState=(\w+)", shown.stdout)
+        if state and state[1] != "RUNNING":
+            say(f"job {job} is {state[1]}: it is not put back into the queue")
+            return
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        say(f"job {job} could not be put back into the queue ({error}); submit it again: it goes on where it stopped")
+        return
+    if done.returncode:
+        said = done.stderr.strip() or f"exit code {done.returncode}"
+        say(f"job {job} could not be put back into the queue ({said}); submit it again: it goes on where it stopped")
+    else:
+        say(f"job {job} is back in the queue; it goes on where it stopped")

@@ -1,0 +1,49 @@
+"""A rank that hangs ends the run in bounded time: the others wait for it in a collective that may never return."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sinkmodel.console import say
+
+
+class Watchdog(Callback):
+    """Ends the process, exit code 1, when no micro-batch was finished for `timeout` seconds.
+
+    Every rank has one and waits no longer than the others, so that where one hangs all end. What each was doing stands
+    in `RUN/hang-rank0.txt` and so on: the one that hung is not where the others are.
+    """
+
+    def __init__(self, run: Path, timeout: float):
+        self.run, self.timeout = run, timeout
+        self.beat, self.step = 0.0, 0
+        self._ended = threading.Event()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.beat, self.step = time.monotonic(), trainer.global_step
+        threading.Thread(target=self._watch, args=(trainer.global_rank,), name="watchdog", daemon=True).start()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        self.beat, self.step = time.monotonic(), trainer.global_step
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._ended.set()
+
+    def _watch(self, rank: int) -> None:
+        while not self._ended.wait(min(1.0, self.timeout / 10)):
+            if time.monotonic() - self.beat > self.timeout:
+                path = self.run / f"hang-rank{rank}.txt"
+                with path.open("w") as file:
+                    faulthandler.dump_traceback(file, all_threads=True)
+                say(
+                    f"nothing has moved for {self.timeout:.0f} s behind step {self.step}: a rank hangs, or a step "
+                    f"takes longer than training.timeout; {self.run}/hang-rank*.txt say what each rank was doing; "
+                    "go on with the same command"
+                )
+                os._exit(1)
