@@ -15,21 +15,29 @@ On several devices of this machine: --training.devices N. Under torchrun or srun
 EXAMPLE = "sink-pretrain --config pythia-160m --config sink-token --data.path data/fineweb-edu --output runs/sink"
 
 
+def main(argv: list[str] | None = None) -> int:
+    code = run(argv)
+    if _several():
+        from recipes.training.ranks import leave
+
+        leave(code)
+    return code
+
+
 @command("sink-pretrain")
-def main(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
     with noted():  # from here on, before torch is loaded: a signal may come while a job starts
         from recipes.config import load_config
         from recipes.training.settings import PretrainConfig
 
-        several = "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
         failure = None
         try:
             config = load_config(PretrainConfig, argv, DESCRIPTION, EXAMPLE)
         except UserError as error:
             failure = error
-            if not several:
+            if not _several():
                 raise
-        if several:
+        if _several():
             from recipes.training.ranks import agree_on_start
 
             agree_on_start(failure, 60.0 if failure else config.training.timeout)
@@ -40,6 +48,11 @@ def main(argv: list[str]) -> int:
         from recipes.training.run import pretrain
 
         return pretrain(config)
+
+
+def _several() -> bool:
+    """Whether torchrun, srun or our own launcher started this process as one of several."""
+    return max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1
 
 
 if __name__ == "__main__":

@@ -79,13 +79,13 @@ def checkpoint_steps(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def add_to_manifest(path: Path, digest: str) -> None:
-    """Enter a checkpoint that is about to appear into `SHA256SUMS` beside it, as `sha256sum --check` reads it."""
-    digests = _read_manifest(path.parent)
-    kept = {name: known for name, known in digests.items() if (path.parent / name).exists()}
-    lines = [f"{known}  {name}\n" for name, known in {**kept, path.name: digest}.items()]
-    with atomic_file(path.parent / MANIFEST) as aside:
-        aside.write_text("".join(lines), encoding="utf-8")
+def write_manifest(folder: Path, name: str | None = None, digest: str | None = None) -> None:
+    """`SHA256SUMS` of the checkpoints in a folder, as `sha256sum --check` reads it; `name` is about to appear."""
+    digests = {known: old for known, old in _read_manifest(folder).items() if (folder / known).exists()}
+    if name is not None and digest is not None:
+        digests[name] = digest
+    with atomic_file(folder / MANIFEST) as aside:
+        aside.write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()), encoding="utf-8")
 
 
 def verify(path: Path) -> None:

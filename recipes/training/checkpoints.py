@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from recipes.training.health import Health
 from recipes.training.settings import CheckpointSettings
 from recipes.training.steps import at_step_boundary
-from sinkmodel.checkpoint import add_to_manifest, checkpoint_steps
+from sinkmodel.checkpoint import checkpoint_steps, write_manifest
 from sinkmodel.files import DiskFull, atomic_file, sha256_of
 
 
@@ -50,7 +50,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_file(path) as aside:
                 torch.save(checkpoint, aside)
-                add_to_manifest(path, sha256_of(aside))
+                write_manifest(path.parent, path.name, sha256_of(aside))
             self.afterwards()
         except DiskFull:
             kept = list(checkpoint_steps(path.parent.parent).values())
@@ -114,3 +114,4 @@ class Checkpoints(Callback):
         passing = [path for step, path in checkpoint_steps(self.run).items() if not self.settings.stays(step)]
         for path in passing[: -self.settings.keep]:
             path.unlink()
+        write_manifest(self.run / "checkpoints")

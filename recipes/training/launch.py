@@ -51,6 +51,7 @@ def launch(module: str, argv: list[str], processes: int) -> int:
     finally:
         for process in ranks:
             process.kill()
+            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -20,11 +20,13 @@ class LossHead(nn.Linear):
     needs it.
     """
 
+    chunk: int
+
     def __init__(self, head: nn.Linear, chunk: int):
         nn.Module.__init__(self)  # no weight of its own, not even for a moment
         assert head.bias is None
         self.in_features, self.out_features = head.in_features, head.out_features
-        self.weight, self.chunk = head.weight, int(chunk)
+        self.weight, self.chunk = head.weight, chunk
         self.register_parameter("bias", None)
 
     def forward(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor | None = None):

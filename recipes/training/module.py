@@ -77,6 +77,7 @@ class SinkLanguageModel(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """The rate is a function of the step alone: nothing of it needs to be saved."""
+        self.step_ends = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.schedule.lr(self.trainer.global_step, self.optimizer_settings.lr)
 
@@ -88,8 +89,11 @@ class SinkLanguageModel(LightningModule):
         return optimizer
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip to the settings' norm, and keep the norm for the log. ZeRO does both by itself."""
-        if not zero_stage(self.trainer):
+        """Clip to the settings' norm, and keep the norm for the log. ZeRO does both by itself.
+
+        Lightning comes here with every micro-batch where DeepSpeed does the accumulation.
+        """
+        if self.step_ends and not zero_stage(self.trainer):
             limit = self.optimizer_settings.clip or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).detach()
             self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm

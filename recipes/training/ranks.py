@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,13 +68,13 @@ def _tasks_per_node(said: str) -> int:
 
 
 def join(world: World, timeout: float) -> None:
-    """Meet the other processes. A collective that waits longer than `timeout` seconds ends the process."""
+    """Meet the other processes. A collective that waits a minute longer than `timeout` seconds ends the process."""
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
-    limit = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout + 60)  # the watchdog comes first: it can say more
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -90,6 +91,13 @@ def join(world: World, timeout: float) -> None:
             f"{timeout:.0f} s ({str(error).splitlines()[0]}); see whether all of them started, and MASTER_ADDR",
             exit_code=1,
         ) from None
+
+
+def leave(code: int) -> None:
+    """End this rank's process with `code`: the interpreter's own end aborts or hangs where another rank has gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def agree_on_start(failure: UserError | None, timeout: float) -> None:

@@ -117,6 +117,9 @@ def pretrain(config: PretrainConfig) -> int:
         _introduce(run, config, strategy, world, model, train, plan, start)
         with _explained_when_others_are_lost(world):
             trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # the process may end without ceremony
     if stop.agreed is not None and trainer.global_step < steps:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; go on with the same command, or with:")
         say(f"  sink-pretrain --config {run / 'config.yaml'}")
@@ -288,6 +291,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message=".*srun. command is available.*")  # one process needs none
     warnings.filterwarnings("ignore", message=".*`torch.distributed.* is deprecated.*")  # DeepSpeed's
     warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # as we know
 

@@ -127,6 +127,10 @@ class WholeDeepSpeed(DeepSpeedStrategy):
 
     lightning_restore_optimizer = True
 
+    def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Lightning has divided the loss by the accumulation already; the engine would do it once more."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     def save_checkpoint(self, checkpoint: dict, filepath: Any, storage_options: Any = None) -> None:
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath)
@@ -186,10 +190,13 @@ class WholeDeepSpeed(DeepSpeedStrategy):
             return
         if not saved["state"]:
             return
-        for group in self._adamw.param_groups:
-            for flat in group["params"]:
-                step = saved["state"][0]["step"].clone()
-                self._adamw.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        if self.zero_stage == 3:  # which fills in the groups for the time of a step only
+            pieces = self.deepspeed_engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            pieces = [piece for group in self._adamw.param_groups for piece in group["params"]]
+        for piece in pieces:
+            step = saved["state"][0]["step"].clone()
+            self._adamw.state[piece] = {"step": step, **{key: torch.zeros_like(piece) for key in MOMENTS}}
         self._link_moments()
         for number, parameter in enumerate(chain.from_iterable(self.lightning_module.groups)):
             for key in MOMENTS:

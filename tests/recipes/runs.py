@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from recipes.pretrain import main
-from sinkmodel.checkpoint import read_metrics
+from sinkmodel.checkpoint import checkpoint_steps, read_metrics
 
 # 41,728 parameters; 2 micro-batches a step; 40 steps of 8 rows are 1.1 epochs of what tests.tiny prepares
 SETTINGS = {
@@ -40,7 +41,7 @@ def arguments(data: Path, output: Path, **changes: object) -> list[str]:
     """`sink-pretrain`'s options; `sink__kind="none"` changes `sink.kind`."""
     settings = SETTINGS | {key.replace("__", "."): value for key, value in changes.items()}
     words = [f"--{key}={value}" for key, value in settings.items()]
-    return [*words, f"--data.path={data}", f"--output={output}"]
+    return [f"--data.path={data}", f"--output={output}", *words]
 
 
 def train(data: Path, output: Path, **changes: object) -> Path:
@@ -54,6 +55,12 @@ def start_process(data: Path, output: Path, **changes: object) -> subprocess.Pop
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+def wait_for_checkpoint(process: subprocess.Popen, run: Path, at_least: int) -> None:
+    while process.poll() is None and max(checkpoint_steps(run), default=-1) < at_least:
+        time.sleep(0.01)
+    assert process.poll() is None, f"ended before step {at_least}: {process.stderr.read()}"
 
 
 def numbers(run: Path) -> list[dict[str, str]]:

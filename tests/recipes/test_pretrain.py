@@ -16,7 +16,15 @@ import yaml
 from recipes.pretrain import main
 from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint, read_metrics
 from tests import tiny
-from tests.recipes.runs import arguments, assert_same_run, final_state, numbers, start_process, train
+from tests.recipes.runs import (
+    arguments,
+    assert_same_run,
+    final_state,
+    numbers,
+    start_process,
+    train,
+    wait_for_checkpoint,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +35,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     return train(data, tmp_path_factory.mktemp("undisturbed") / "run")
-
-
-def wait_for_checkpoint(process, run, at_least: int) -> None:
-    while process.poll() is None and max(checkpoint_steps(run), default=-1) < at_least:
-        time.sleep(0.01)
-    assert process.poll() is None, f"ended before step {at_least}: {process.stderr.read()}"
 
 
 def test_the_run_learns_and_logs_what_it_did(undisturbed):

@@ -1,0 +1,174 @@
+"""Guards: on several processes a run that was killed is the run that was not, and a checkpoint knows no strategy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from sinkmodel.checkpoint import checkpoint_steps
+from tests import tiny
+from tests.recipes.runs import assert_same_run, final_state, numbers, start_process, train, wait_for_checkpoint
+
+STEPS = 20
+QUICK = {"schedule__steps": STEPS, "checkpoints__every": 3, "training__timeout": 60}
+SHARING = ("ddp", "fsdp2", "deepspeed_stage_0", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.prepared(tmp_path_factory.mktemp("prepared") / "data")
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The same run on one process, with twice the accumulation."""
+    return train(data, tmp_path_factory.mktemp("alone") / "run", **QUICK)
+
+
+def complete(data, run, processes=2, **changes):
+    """Run to the end, on `processes` of this machine; returns what was said."""
+    process = start_process(data, run, **(QUICK | {"training__devices": processes} | changes))
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
+
+
+def difference(a, b) -> float:
+    state_a, state_b = final_state(a, STEPS), final_state(b, STEPS)
+    assert state_a.keys() == state_b.keys()
+    return max((state_a[name].float() - state_b[name].float()).abs().max().item() for name in state_a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", SHARING)
+def test_two_processes_that_were_killed_end_with_the_same_bits(data, alone, tmp_path, strategy):
+    """Under accumulation (two micro-batches a rank), with workers; and what they learn is what one process learns."""
+    settings = {"training__strategy": strategy, "training__micro_rows": 2, "data__workers": 1}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    said = complete(data, whole, **settings)
+    assert f"2 process(es), {strategy}" in said
+    process = start_process(data, run, **QUICK, **settings, training__devices=2)
+    wait_for_checkpoint(process, run, 6)
+    process.kill()  # the launcher alone: its ranks go with it
+    process.wait()
+    assert max(checkpoint_steps(run)) < STEPS
+    assert "going on from" in complete(data, run, **settings)
+    assert_same_run(run, whole, STEPS)
+    assert difference(whole, alone) < 2e-3
+    for ours, theirs in zip(numbers(whole), numbers(alone)):
+        for key, value in theirs.items():
+            assert float(ours[key] or 0) == pytest.approx(float(value or 0), abs=2e-3), key
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_any_strategy_and_on_any_number_of_processes(data, alone, tmp_path):
+    """2 → 1 → 4, sharded → whole → sharded another way: the same rows, and numbers equal to rounding."""
+    run = tmp_path / "run"
+    path = [(2, "deepspeed_stage_3", 4), (1, "auto", 4), (4, "fsdp2", 2), (2, "deepspeed_stage_1", 4)]
+    for stop, (processes, strategy, rows) in zip((6, 9, 15, STEPS), path):
+        settings = QUICK | {"training__strategy": strategy, "training__micro_rows": rows}
+        if stop == STEPS:
+            complete(data, run, processes, **settings)
+            break
+        process = start_process(data, run, **settings, training__devices=processes)
+        wait_for_checkpoint(process, run, stop)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, said
+        assert "saved; go on with the same command" in said
+    assert [row["step"] for row in numbers(run)] == [row["step"] for row in numbers(alone)]
+    assert difference(run, alone) < 2e-3
+    for ours, theirs in zip(numbers(run), numbers(alone)):
+        for key, value in theirs.items():
+            assert float(ours[key] or 0) == pytest.approx(float(value or 0), abs=2e-3), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+def test_a_signal_that_reaches_one_rank_only_stops_all_at_the_same_step_saved(data, tmp_path, strategy):
+    """And a second one, during the save, changes nothing."""
+    run = tmp_path / "run"
+    settings = QUICK | {"schedule__steps": 100_000, "training__strategy": strategy, "training__devices": 2}
+    process = start_process(data, run, **settings)
+    wait_for_checkpoint(process, run, 3)
+    ranks = children_of(process.pid)
+    assert len(ranks) == 2
+    for _ in range(2):
+        os.kill(ranks[1], signal.SIGUSR1)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGUSR1, said
+    assert "SIGUSR1 came to another rank" in said
+    assert f"stopped at step {max(checkpoint_steps(run))} of 100000" in said
+    assert said.count("stopped at step") == 1
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run_with_a_message(data, tmp_path):
+    run = tmp_path / "run"
+    process = start_process(data, run, **(QUICK | {"schedule__steps": 100_000}), training__devices=2)
+    wait_for_checkpoint(process, run, 3)
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "has lost the others" in said or "rank 1 was ended by SIGKILL" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_in_bounded_time(data, tmp_path):
+    run = tmp_path / "run"
+    settings = QUICK | {"schedule__steps": 100_000, "training__devices": 2, "training__timeout": 8}
+    process = start_process(data, run, **settings)
+    wait_for_checkpoint(process, run, 3)
+    hung = children_of(process.pid)[1]
+    os.kill(hung, signal.SIGSTOP)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "nothing has moved for 8 s behind step" in said
+    assert "recipes/training" in (run / "hang-rank0.txt").read_text(), "where rank 0 waited"
+    assert not os.path.exists(f"/proc/{hung}")
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_all_stop_with_one_message(data, tmp_path):
+    """Another learning rate on one rank, another data set, and a config that cannot be read: no hang, exit code 2."""
+    other = tiny.prepared(tmp_path / "other", train_words=3000)
+    cases = [
+        ({"optimizer__lr": 1e-3}, "the ranks disagree: optimizer.lr is 0.003 on rank 0, 0.001 on rank 1"),
+        ({"data__path": other}, "the ranks disagree: the fingerprint of the data is"),
+        ({"training__micro_rows": "many"}, "rank 1 on "),
+        ({"output": tmp_path / "elsewhere"}, "the ranks disagree: output is"),
+    ]
+    for changes, message in cases:
+        run = tmp_path / "run"
+        said, codes = by_hand(data, run, changes)
+        assert codes == [2, 2], said
+        assert message in said, said
+        assert said.count("sink-pretrain:") == 1
+        assert not run.exists()
+
+
+def by_hand(data, run, of_rank_1) -> tuple[str, list[int]]:
+    """Two ranks started as torchrun would, the second with other settings."""
+    from recipes.training.launch import _free_port
+    from tests.recipes.runs import arguments
+
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    ranks = []
+    for rank, changes in enumerate(({}, of_rank_1)):
+        words = arguments(data, **({"output": run} | QUICK | changes))
+        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "recipes.pretrain", *words]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    return "".join(said), [process.returncode for process in ranks]
+
+
+def children_of(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return sorted(int(word) for word in file.read().split())
