@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,9 +16,6 @@ from sinkmodel.errors import UserError
 
 # What safetensors says, and torch.save in two ways, where a write comes back short.
 FULL_IN_OTHER_WORDS = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
-
-
-LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -78,32 +74,6 @@ def _raise_if_disk_is_full(error: Exception, path: Path) -> None:
         raise DiskFull(
             f"the disk is full: {path} could not be written; make room or choose another folder, then run again"
         ) from None
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep it for this process. Raises UserError where another process has it.
-
-    A record lock on `.lock`: it goes with the process that took it, however that ends, and no child inherits it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another output folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    taken = UserError(f"another process is writing to {folder}; wait for it or take another folder")
-    with path.open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise taken from None
-        except OSError:  # a file system without locks
-            pass
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise taken  # its last holder removed the file between our opening and our locking it
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def refuse_if_occupied(path: Path) -> None:

@@ -19,7 +19,8 @@ from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary,
 from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_settings, state_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import locked, sha256_of
+from sinkmodel.files import sha256_of
+from sinkmodel.locks import locked
 from sinkmodel.progress import CountedProgress, Progress
 
 SAVE_EVERY = 5.0  # seconds; what a kill costs at most

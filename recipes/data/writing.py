@@ -22,7 +22,8 @@ from recipes.data.pipeline import ARRAY_CODES, Encoded, Place
 from recipes.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS, TOKENIZER, VERSION, fingerprint_of
 from recipes.data.tokenization import Vocabulary
 from sinkmodel.errors import UserError
-from sinkmodel.files import LOCK, atomic_file, read_json, sha256_of, sync, write_json
+from sinkmodel.files import atomic_file, read_json, sha256_of, sync, write_json
+from sinkmodel.locks import LOCK
 
 HELD_OUT_TEXT = "test.jsonl"
 

@@ -19,7 +19,8 @@ from recipes.training.settings import PretrainConfig
 from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, read_checkpoint, verify, weights_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import LOCK, atomic_file
+from sinkmodel.files import atomic_file
+from sinkmodel.locks import LOCK
 from sinkmodel.sinks import SinkConfig
 
 # Keys that a resumed run may change: they say where and how it runs, not what is computed.

@@ -46,7 +46,8 @@ from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import LOCK, locked, write_json
+from sinkmodel.files import write_json
+from sinkmodel.locks import LOCK, locked
 from sinkmodel.models import build_model, count_parameters
 from sinkmodel.sinks import padded_vocabulary, write_sink
 from sinkmodel.tokenizer import TextTokenizer

@@ -211,14 +211,14 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path, corpus, capsys):
 
 
 def test_two_at_once_on_one_folder_are_refused(tmp_path, corpus, capsys):
-    program = "import sys; from sinkmodel.files import locked; from pathlib import Path\n"
+    program = "import sys; from sinkmodel.locks import locked; from pathlib import Path\n"
     program += "with locked(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "mine\n"
         assert prepare.main(arguments(tmp_path)) == 2
         other.kill()
-    assert "another process is writing" in capsys.readouterr().err
+    assert " is writing to " in capsys.readouterr().err
     assert prepare.main(arguments(tmp_path)) == 0, "the lock goes with the process that held it"
 
 

@@ -160,7 +160,7 @@ def test_one_run_folder_is_for_one_process(data, tmp_path, capsys):
     process = start_process(data, run, schedule__steps=100_000)
     wait_for_checkpoint(process, run, 7)
     assert main(arguments(data, run, schedule__steps=100_000)) == 2
-    assert f"another process is writing to {run}" in capsys.readouterr().err
+    assert f" is writing to {run}" in capsys.readouterr().err
     process.kill()
     process.wait()
 

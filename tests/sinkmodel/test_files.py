@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from sinkmodel.errors import UserError
-from sinkmodel.files import LOCK, DiskFull, atomic_file, atomic_folder, locked, write_json
+from sinkmodel.files import DiskFull, atomic_file, atomic_folder, write_json
 
 
 def test_a_file_appears_when_the_block_ends_well(tmp_path):
@@ -65,15 +65,6 @@ def test_a_full_disk_is_said_whoever_writes(tmp_path, error):
     ):
         fill(aside)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_lock_on_a_file_that_its_last_holder_removed_is_no_lock(tmp_path, monkeypatch):
-    def released_meanwhile(file, how):
-        (tmp_path / LOCK).unlink()
-
-    monkeypatch.setattr("fcntl.lockf", released_meanwhile)
-    with pytest.raises(UserError, match="another process is writing"), locked(tmp_path):
-        raise AssertionError("the block must not run")
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
