@@ -11,7 +11,9 @@ from sinkmodel.errors import UserError
 DESCRIPTION = """\
 Pre-train a decoder on prepared tokens. A run that was stopped goes on when the same command is given again.
 
-On several devices of this machine: --training.devices N. Under torchrun or srun: the same, a process a device."""
+On several devices of this machine: --training.devices N. Under torchrun or srun: the same, a process a device.
+
+--dry-run, or --dry-run=N for N processes, checks config, data, batch, disk and time, and trains nothing."""
 EXAMPLE = "sink-pretrain --config pythia-160m --config sink-token --data.path data/fineweb-edu --output runs/sink"
 
 
@@ -30,6 +32,7 @@ def run(argv: list[str]) -> int:
         from recipes.config import load_config
         from recipes.training.settings import PretrainConfig
 
+        argv, processes = _dry_run(argv)
         failure = None
         try:
             config = load_config(PretrainConfig, argv, DESCRIPTION, EXAMPLE)
@@ -37,6 +40,10 @@ def run(argv: list[str]) -> int:
             failure = error
             if not _several():
                 raise
+        if processes is not None:
+            from recipes.training.rehearsal import rehearse
+
+            return rehearse(config, processes or config.training.devices or 1)
         if _several():
             from recipes.training.ranks import agree_on_start
 
@@ -48,6 +55,17 @@ def run(argv: list[str]) -> int:
         from recipes.training.run import pretrain
 
         return pretrain(config)
+
+
+def _dry_run(argv: list[str]) -> tuple[list[str], int | None]:
+    """The other words, and the number of processes to check for: None without --dry-run, 0 where it gives none."""
+    others = [word for word in argv if word.partition("=")[0] != "--dry-run"]
+    if len(others) == len(argv):
+        return argv, None
+    given = next(word for word in argv if word not in others).partition("=")[2]
+    if given and not (given.isdigit() and int(given) > 0):
+        raise UserError(f"--dry-run={given}: give the number of processes that the job will have, as in --dry-run=8")
+    return others, int(given or 0)
 
 
 def _several() -> bool:

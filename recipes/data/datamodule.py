@@ -43,10 +43,11 @@ def plan_batches(batch_tokens: int, sequence: int, micro_rows: int, ranks: int) 
     rows = batch_tokens // sequence
     if rows % (micro_rows * ranks):
         fitting = [m for m in range(1, rows // ranks + 1) if rows % (m * ranks) == 0]
+        near = max(1, round(rows / ranks)) * ranks
         remedy = (
             f"training.micro_rows = {min(fitting, key=lambda m: abs(m - micro_rows))} would do"
             if fitting
-            else f"take a batch of at least {ranks} rows"
+            else f"{near} rows, training.batch_tokens = {near * sequence}, can be shared among them"
         )
         raise UserError(
             f"a batch of {rows} rows (training.batch_tokens / data.sequence) does not divide into micro-batches of "

@@ -48,7 +48,7 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
         return
     before, now = flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
     for key in sorted(before.keys() | now.keys()):
-        if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS):
+        if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS) or now.get(key) == "auto":  # decided where it runs
             continue
         if before.get(key) != now.get(key):
             raise UserError(

@@ -47,9 +47,8 @@ def find_world() -> World:
     if int(said.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in said:
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
-        slurm = SLURMEnvironment(auto_requeue=False)
-        said.setdefault("MASTER_ADDR", slurm.main_address)
-        said.setdefault("MASTER_PORT", str(slurm.main_port))
+        said.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(said["SLURM_STEP_NODELIST"]))
+        said.setdefault("MASTER_PORT", str(15000 + int(said["SLURM_JOB_ID"]) % 10000))
         said["RANK"], said["LOCAL_RANK"] = said["SLURM_PROCID"], said["SLURM_LOCALID"]
         said["WORLD_SIZE"], said["GROUP_RANK"] = said["SLURM_STEP_NUM_TASKS"], said["SLURM_NODEID"]
         said["LOCAL_WORLD_SIZE"] = str(_tasks_per_node(said["SLURM_STEP_TASKS_PER_NODE"]))

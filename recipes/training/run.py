@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -264,7 +264,7 @@ def _build_trainer(
             Checkpoints(run, config.checkpoints, steps, writer, health),
         ],
         logger=_build_loggers(run, config, 0 if start is None else _step_of(start)) if world.rank == 0 else [],
-        plugins=[writer, *([] if strategy == "one" else [TorchElasticEnvironment()])],
+        plugins=[writer, LightningEnvironment() if strategy == "one" else TorchElasticEnvironment()],
         default_root_dir=run,
         enable_checkpointing=False,
         enable_progress_bar=False,

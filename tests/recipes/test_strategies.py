@@ -11,6 +11,7 @@ import pytest
 
 from sinkmodel.checkpoint import checkpoint_steps
 from tests import tiny
+from tests.kills import children_of
 from tests.recipes.runs import assert_same_run, final_state, numbers, start_process, train, wait_for_checkpoint
 
 STEPS = 20
@@ -167,8 +168,3 @@ def by_hand(data, run, of_rank_1) -> tuple[str, list[int]]:
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=120)[1] for process in ranks]
     return "".join(said), [process.returncode for process in ranks]
-
-
-def children_of(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return sorted(int(word) for word in file.read().split())

@@ -1,0 +1,100 @@
+"""`sink-pretrain --dry-run`: all that can be known before a job is queued, on a machine that need not have its GPUs."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from recipes.data.datamodule import plan_batches
+from recipes.data.rows import RowLayout
+from recipes.data.shards import open_split, read_manifest
+from recipes.training.folder import check_folder, starting_point
+from recipes.training.loss import LossHead
+from recipes.training.settings import PretrainConfig
+from recipes.training.throughput import PEAKS, flops_per_token
+from sinkmodel.attention import CAUSAL
+from sinkmodel.errors import UserError
+from sinkmodel.models import build_model, count_parameters, head_of
+from sinkmodel.sinks import padded_vocabulary
+
+ASSUMED_GPU, ASSUMED_MFU = "H100", 0.40  # what well-tuned trainers of this size reach (llm.c, modded-nanogpt, nanochat)
+BYTES_PER_PARAMETER = 12  # of a checkpoint: weight and two moments in fp32
+
+
+def rehearse(config: PretrainConfig, processes: int) -> int:
+    """Check everything, print what the run will need, train nothing and write nothing. Returns the exit code, 0.
+
+    Raises UserError for whatever would stop the run: data, batch arithmetic on `processes`, run folder, disk space.
+    """
+    run, data = Path(config.output), Path(config.data.path)
+    train = open_split(data, "train", config.data.verify)
+    layout = RowLayout(train, config.data.sequence)
+    layout.check("train")
+    plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, processes)
+    check_folder(run, config)
+    start = starting_point(run) if run.exists() else None
+    rows = config.model.vocabulary or padded_vocabulary(read_manifest(data)["tokenizer"]["vocabulary"])
+    model = build_model(config.model, rows, config.seed)
+    total, body = count_parameters(model)
+    steps, tokens = config.schedule.steps, config.schedule.steps * config.training.batch_tokens
+    size = total * BYTES_PER_PARAMETER
+    settings = config.checkpoints
+    files = 1 + settings.keep + sum(settings.stays(step) for step in range(steps + 1))
+    free = shutil.disk_usage(next(folder for folder in (run, *run.resolve().parents) if folder.exists())).free
+    speed, where = _speed(config, model)
+    everything = [
+        ("config", f"{config.model.architecture}, {total:,} parameters ({body:,} without embeddings), {config.sink}"),
+        ("data", f"{data}: {train.tokens:,} tokens, {layout.rows:,} rows, fingerprint {train.fingerprint[:12]}"),
+        ("batch", f"{plan.rows} rows = {processes} processes × {plan.accumulation} micro-batches × {plan.micro_rows}"),
+        ("run", f"{steps:,} steps × {config.training.batch_tokens:,} = {tokens:,} tokens, "
+         f"{tokens / train.tokens:.2f} × the data"),
+        ("speed", f"{speed * processes:,.0f} tokens/s on {processes} of {where}"),
+        ("time", f"{tokens / (speed * processes) / 3600:,.1f} hours, without saving and validation"),
+        ("checkpoint", f"{_gigabytes(size)} each, {files} at a time at most: {_gigabytes(size * files)}"),
+        ("disk", f"{_gigabytes(free)} free for {run}"),
+        ("folder", f"{run} goes on from {start.name}" if start else f"{run} starts anew"),
+    ]  # fmt: skip
+    for name, text in everything:
+        print(f"{name:>11}  {text}")
+    if free < size * files:
+        raise UserError(
+            f"{run} needs up to {_gigabytes(size * files)} for {files} checkpoints, and {_gigabytes(free)} are free; "
+            "lower checkpoints.keep or keep_every, or choose another --output"
+        )
+    return 0
+
+
+def _speed(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, str]:
+    """Tokens/s of one process, and what they are of: measured with one row where the device is here, else assumed."""
+    device = config.training.device
+    if device == "auto" and not torch.cuda.is_available():
+        peak = PEAKS[ASSUMED_GPU]
+        speed = ASSUMED_MFU * peak / flops_per_token(model, config.data.sequence)
+        return speed, f"{ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU (assumed: no GPU here)"
+    name = "cuda" if device == "auto" else device
+    model.set_attn_implementation(CAUSAL)
+    model.set_output_embeddings(LossHead(head_of(model), config.training.head_chunk))
+    model.to(name)
+    half = config.training.precision == "bf16" or (config.training.precision == "auto" and name == "cuda")
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    rows = config.training.micro_rows if name == "cuda" else 1
+    ids = torch.zeros(rows, config.data.sequence, dtype=torch.long, device=name)
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        with torch.autocast(name, torch.bfloat16, enabled=half):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            head_of(model)(hidden.flatten(0, 1), ids.flatten())[0].backward()
+        if name == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    what = torch.cuda.get_device_name() if name == "cuda" else "this CPU"
+    return ids.numel() / seconds, f"{what} (measured: one micro-batch, without the optimiser)"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,150 @@
+"""Guards: a process knows its place among those that were started with it, and their exit codes come through."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from recipes.training.launch import launch
+from recipes.training.ranks import World, agree, find_world, from_first, mean, refuse_unequal
+from sinkmodel.errors import UserError
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """An environment that says nothing of other processes; what `find_world` writes into it is undone."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that monkeypatch remembers, whatever is set later
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def tell(monkeypatch, **words) -> None:
+    for name, value in words.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_alone_where_nobody_says_otherwise(said):
+    assert find_world() == World(0, 1, 0, 1)
+    tell(said, SLURM_JOB_ID=7, SLURM_NTASKS=8, SLURM_PROCID=0)  # a batch script that does not use srun
+    assert find_world() == World(0, 1, 0, 1)
+
+
+def test_torchrun(said):
+    tell(said, RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4)
+    assert find_world() == World(5, 8, 1, 4)
+    assert find_world().nodes == 2
+
+
+SRUN = {
+    "SLURM_JOB_ID": 4321,
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_NUM_TASKS": 8,
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_PROCID": 6,
+    "SLURM_LOCALID": 2,
+    "SLURM_NODEID": 1,
+    "SLURM_NTASKS": 8,
+}
+
+
+def test_srun_and_what_it_says_is_said_in_torchs_words_too(said):
+    import os
+
+    tell(said, **SRUN)
+    assert find_world() == World(6, 8, 2, 4)
+    assert os.environ["MASTER_ADDR"] == "gpu07"
+    assert int(os.environ["MASTER_PORT"]) > 1024
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")] == ["6", "8", "2", "1"]
+    assert find_world() == World(6, 8, 2, 4), "asked once more"
+
+
+def test_an_address_that_the_site_gives_is_kept(said):
+    import os
+
+    tell(said, **SRUN, MASTER_ADDR="10.0.0.7", MASTER_PORT="5000")
+    find_world()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "5000")
+
+
+def test_nodes_with_unequal_numbers_are_refused(said):
+    tell(said, **(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "5,3"}))
+    with pytest.raises(UserError, match="srun has put 5,3 tasks on the nodes; give --ntasks-per-node"):
+        find_world()
+
+
+def test_alone_nothing_is_asked_of_others():
+    assert agree(lambda: 3) == 3
+    assert from_first(lambda: 4) == 4
+    assert mean(torch.tensor([5.0])).item() == 5
+    refuse_unequal({"a": 1}, "")
+    with pytest.raises(UserError, match="as it is"):
+        agree(lambda: (_ for _ in ()).throw(UserError("as it is")))
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A module to launch, `say_rank`, with this body."""
+
+    def write(body: str) -> str:
+        (tmp_path / "say_rank.py").write_text(f"import os, sys, time\nrank = int(os.environ['RANK'])\n{body}\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        return "say_rank"
+
+    return write
+
+
+def test_each_rank_is_told_its_place_and_the_words(program, tmp_path):
+    module = program(
+        "names = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')\n"
+        f"open(f'{tmp_path}/{{rank}}', 'w').write(' '.join([*(os.environ[n] for n in names), *sys.argv[1:]]))"
+    )
+    assert launch(module, ["--a=1", "b"], 3) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == [
+        f"{rank} {rank} 3 3 127.0.0.1 --a=1 b" for rank in range(3)
+    ]
+
+
+@pytest.mark.parametrize("code", [1, 2, 143])
+def test_the_exit_code_of_the_rank_that_failed_comes_through(program, code):
+    assert launch(program(f"sys.exit({code} if rank == 1 else 0)"), [], 2) == code
+
+
+def test_a_rank_that_was_killed_is_named_and_the_others_are_not_left_alone(program, capsys, monkeypatch):
+    monkeypatch.setattr("recipes.training.launch.GRACE", 0.2)
+    start = time.monotonic()
+    assert launch(program("time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)"), [], 2) == 137
+    assert time.monotonic() - start < 20
+    said = capsys.readouterr().err
+    assert "rank 1 has ended; stopping the others" in said
+    assert "rank 1 was ended by SIGKILL; go on with the same command" in said
+
+
+def test_when_the_launcher_dies_its_ranks_do(program, tmp_path):
+    module = program(f"open(f'{tmp_path}/pid{{rank}}', 'w').write(str(os.getpid())); time.sleep(60)")
+    start = f"from recipes.training.launch import launch; launch({module!r}, [], 2)"
+    launcher = subprocess.Popen([sys.executable, "-c", start])
+    files = [tmp_path / f"pid{rank}" for rank in range(2)]
+    while not all(file.exists() and file.read_text() for file in files):
+        time.sleep(0.01)
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    until = time.monotonic() + 10
+    while any(alive(int(file.read_text())) for file in files) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(alive(int(file.read_text())) for file in files)
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False

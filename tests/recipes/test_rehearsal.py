@@ -1,0 +1,64 @@
+"""Guards: a dry run finds what would stop the job, says what it will need, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from recipes.pretrain import main
+from sinkmodel.checkpoint import checkpoint_steps
+from tests import tiny
+from tests.recipes.runs import arguments, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.prepared(tmp_path_factory.mktemp("prepared") / "data")
+
+
+def test_it_prints_what_the_run_will_need_and_writes_nothing(data, tmp_path, capsys):
+    assert main([*arguments(data, tmp_path / "run", training__device="cpu"), "--dry-run=2"]) == 0
+    said = capsys.readouterr().out
+    assert "gpt_neox, 41,728 parameters" in said
+    assert "8 rows = 2 processes × 1 micro-batches × 4" in said
+    assert "40 steps × 512 = 20,480 tokens, 1.11 × the data" in said
+    assert re.search(r"[\d,]+ tokens/s on 2 of this CPU \(measured", said)
+    assert "0.5 MB each, 4 at a time at most: 2.0 MB" in said
+    assert "starts anew" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_checkpoints_that_it_counts_are_as_large_as_it_says(data, tmp_path):
+    run = train(data, tmp_path / "run", schedule__steps=7)
+    (path,) = checkpoint_steps(run).values()
+    assert path.stat().st_size == pytest.approx(41_728 * 12, rel=0.15), "12 bytes a parameter, and the recipe"
+
+
+def test_without_a_gpu_it_assumes_one_and_says_so(data, tmp_path, capsys):
+    assert main([*arguments(data, tmp_path / "run"), "--dry-run"]) == 0
+    assert "on 1 of H100 at 40% MFU (assumed: no GPU here)" in capsys.readouterr().out
+
+
+def test_it_says_where_a_run_would_go_on(data, tmp_path, capsys):
+    run = train(data, tmp_path / "run", schedule__steps=14)
+    assert main([*arguments(data, run, schedule__steps=14), "--dry-run"]) == 0
+    assert "goes on from step14.ckpt" in capsys.readouterr().out
+
+
+def test_what_would_stop_the_job_stops_it(data, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    cases = [
+        ({}, "--dry-run=3", "9 rows, training.batch_tokens = 576, can be shared among them"),
+        ({"training__micro_rows": 3}, "--dry-run=2", "training.micro_rows = 2 would do"),
+        ({}, "--dry-run=many", "give the number of processes"),
+        ({}, "--dry-run=0", "give the number of processes"),
+        ({"data__sequence": 32, "model__positions": 16}, "--dry-run", "longer than model.positions"),
+    ]
+    for changes, word, message in cases:
+        assert main([*arguments(data, run, **changes), word]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1_900_000}))
+    assert main([*arguments(data, run), "--dry-run"]) == 2
+    assert "needs up to 2.0 MB for 4 checkpoints, and 1.9 MB are free" in capsys.readouterr().err
+    assert not run.exists()
