@@ -36,7 +36,7 @@ def launch(module: str, argv: list[str], processes: int) -> int:
     before = {number: signal.signal(number, pass_on) for number in NUMBERS}
     try:
         common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-        common["MASTER_PORT"] = str(_free_port())
+        common["MASTER_PORT"] = str(free_port())
         for rank in range(processes):
             # A session of its own: a terminal's Ctrl-C comes through `pass_on` alone, once.
             ranks.append(
@@ -82,7 +82,7 @@ def _exit_code(process: subprocess.Popen, rank: int) -> int:
     return code
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -109,26 +109,31 @@ class SinkLanguageModel(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe(self.trainer.global_step).to_dict()
 
-    @torch.no_grad()
-    def sink_share(self, inputs_T: torch.Tensor, places: int = 64) -> torch.Tensor:
-        """Share of attention that goes to the sinks, or to the first token where there is none; a scalar on the device.
-
-        Mean over layers, heads and the queries behind the sinks, of one row cut to `places` tokens (T = 64 as in Gu et
-        al., arXiv 2410.10781). Eager attention, on the side: the training step keeps its fast kernel and its compiled
-        graph. All ranks take part: where weights are sharded, each layer's are gathered for it.
-        """
-        first = max(1, self.sinks)
-        fast = self.model.config._attn_implementation
-        sharded = hasattr(self, "unshard")  # FSDP2: what belongs to no layer is gathered by this module's own forward
-        self.model.set_attn_implementation("eager")
-        if sharded:
-            self.unshard()
+    def sink_share(self, inputs_T: torch.Tensor) -> torch.Tensor:
+        """`sink_share` of this model. All ranks take part: where weights are sharded, each layer's are gathered."""
+        if not hasattr(self, "unshard"):
+            return sink_share(self.model, inputs_T, self.sinks)
+        self.unshard()  # FSDP2: what belongs to no layer is gathered by this module's own forward, else
         try:
-            with torch.compiler.set_stance("force_eager"):
-                maps = self.model.base_model(input_ids=inputs_T[None, :places], use_cache=False, output_attentions=True)
+            return sink_share(self.model, inputs_T, self.sinks)
         finally:
-            self.model.set_attn_implementation(fast)
-            if sharded:
-                self.reshard()
-        shares = [attention[0, :, first:, :first].sum(-1).mean() for attention in maps.attentions]
-        return torch.stack(shares).mean()
+            self.reshard()
+
+
+@torch.no_grad()
+def sink_share(model: PreTrainedModel, inputs_T: torch.Tensor, sinks: int, places: int = 64) -> torch.Tensor:
+    """Share of attention that goes to the sinks, or to the first token where there is none; a scalar on the device.
+
+    Mean over layers, heads and the queries behind the sinks, of one row cut to `places` tokens (T = 64 as in Gu et al.,
+    arXiv 2410.10781). Eager attention, on the side: the training step keeps its fast kernel and its compiled graph.
+    """
+    first = max(1, sinks)
+    fast = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            maps = model.base_model(input_ids=inputs_T[None, :places], use_cache=False, output_attentions=True)
+    finally:
+        model.set_attn_implementation(fast)
+    shares = [attention[0, :, first:, :first].sum(-1).mean() for attention in maps.attentions]
+    return torch.stack(shares).mean()

@@ -39,19 +39,19 @@ class StopOnSignal(Callback):
             return
         if trainer.world_size > 1 and self._told is not None:
             self._told.wait()
-            self._act()
-        self._flags[0], self._flags[1] = signals.received or 0, self._io.failed
+            self._act(*self._flags.tolist())
+        own = (signals.received or 0, self._io.failed)
         if trainer.world_size > 1:
+            self._flags.copy_(torch.tensor(own))
             self._told = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
         else:
-            self._act()
+            self._act(*own)
         if self.agreed is not None:
             if signals.received is None:
                 say(f"{signal.Signals(self.agreed).name} came to another rank: saving at the end of this step")
             trainer.should_stop = True
 
-    def _act(self) -> None:
-        number, failed = self._flags.tolist()
+    def _act(self, number: int, failed: int) -> None:
         self.agreed = number or None
         if failed:
             self._io.finish()  # raises on rank 0

@@ -148,3 +148,32 @@ def alive(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.slow
+def test_two_ranks_agree(program, tmp_path, capfd):
+    """What fails on one stops both, with one message; a loss that is not finite on one is so on both."""
+    module = program(
+        "import torch\n"
+        "from recipes.training.ranks import agree, find_world, from_first, join, mean, refuse_unequal, leave\n"
+        "from sinkmodel.errors import UserError\n"
+        "join(find_world(), 60)\n"
+        "def fail():\n"
+        "    if rank == 1: raise UserError('no such disk')\n"
+        "told = [from_first(lambda: f'by {rank}')]\n"
+        "told.append(str(mean(torch.tensor([float(rank), 2.0])).tolist()))\n"
+        "told.append(str(mean(torch.tensor([float('nan') if rank else 1.0])).tolist()))\n"
+        "for action in (fail, lambda: refuse_unequal({'lr': rank}, 'mend it'), lambda: None):\n"
+        "    try: agree(action); told.append('well')\n"
+        "    except UserError as error: told.append(str(error))\n"
+        f"open(f'{tmp_path}/told{{rank}}', 'w').write('\\n'.join(told))\n"
+        "leave(0)"
+    )
+    assert launch(module, [], 2) == 0
+    told = [(tmp_path / f"told{rank}").read_text().splitlines() for rank in range(2)]
+    assert told[0] == told[1]
+    assert told[0][:3] == ["by 0", "[0.5, 2.0]", "[nan]"]
+    assert told[0][3].startswith("rank 1 on ")
+    assert told[0][3].endswith(": no such disk")
+    assert told[0][4].startswith("the ranks disagree: lr is 0 on rank 0, 1 on rank 1 (")
+    assert told[0][5] == "well"

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from recipes.training.launch import free_port
 from sinkmodel.checkpoint import checkpoint_steps
 from tests import tiny
-from tests.kills import children_of
-from tests.recipes.runs import assert_same_run, final_state, numbers, start_process, train, wait_for_checkpoint
+from tests.kills import children_of, kill_again_and_again
+from tests.recipes.runs import (
+    arguments,
+    assert_same_run,
+    final_state,
+    numbers,
+    start_process,
+    train,
+    wait_for_checkpoint,
+)
 
 STEPS = 20
 QUICK = {"schedule__steps": STEPS, "checkpoints__every": 3, "training__timeout": 60}
@@ -136,6 +146,31 @@ def test_a_rank_that_hangs_ends_the_run_in_bounded_time(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_for_rank_0_stops_all_and_is_said_once(data, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(data, run, **(QUICK | {"schedule__steps": 100_000, "training__devices": 2}))
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.pretrain", *words],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),  # a checkpoint has 540,000
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("the disk is full: step3.ckpt could not be written") == 1
+    assert "there is no earlier checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not checkpoint_steps(run)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_nobody_had_touched_it(tmp_path):
+    """The short form of `python -m tests.kills`."""
+    settings = QUICK | {"schedule__steps": 400, "checkpoints__every": 10, "logging__every": 1}
+    kill_again_and_again(tmp_path, kills=4, seed=7, **settings, training__devices=2, training__micro_rows=2)
+
+
+@pytest.mark.slow
 def test_ranks_that_disagree_all_stop_with_one_message(data, tmp_path):
     """Another learning rate on one rank, another data set, and a config that cannot be read: no hang, exit code 2."""
     other = tiny.prepared(tmp_path / "other", train_words=3000)
@@ -156,10 +191,7 @@ def test_ranks_that_disagree_all_stop_with_one_message(data, tmp_path):
 
 def by_hand(data, run, of_rank_1) -> tuple[str, list[int]]:
     """Two ranks started as torchrun would, the second with other settings."""
-    from recipes.training.launch import _free_port
-    from tests.recipes.runs import arguments
-
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank, changes in enumerate(({}, of_rank_1)):
         words = arguments(data, **({"output": run} | QUICK | changes))
