@@ -36,8 +36,8 @@ def resolve_strategy(settings: TrainingSettings, world: World) -> str:
     """`auto` decided: `one` process, or `ddp`. Raises UserError for what cannot work."""
     if settings.strategy == "deepspeed_stage_0" and settings.precision == "bf16":
         raise UserError(
-            "training.strategy deepspeed_stage_0 is for fp32: in bf16 DeepSpeed accumulates gradients in bf16 there; "
-            "take ddp, which shares the work in the same way"
+            "training.strategy deepspeed_stage_0 is for fp32: in bf16 DeepSpeed cannot accumulate gradients in fp32 "
+            "there; take ddp, which shares the work in the same way"
         )
     if settings.strategy != "auto":
         return settings.strategy
@@ -105,7 +105,9 @@ def build_deepspeed(stage: int, settings: TrainingSettings, clip: float, timeout
     if settings.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
+    import deepspeed.runtime.bf16_optimizer
 
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints, whatever is asked of it
     if settings.device == "cpu":
         # A compiler would work for a minute on a shared-memory all-reduce that gloo does as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
