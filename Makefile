@@ -11,11 +11,12 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 OLD    := 4.57.6
 PLAIN  := .venv-transformers-$(OLD)
 
-.PHONY: help demo test test-fast lint format bench clean
+.PHONY: help demo test test-fast test-cluster lint format bench clean
 
 help:
 	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
 	@echo "make test    all tests; make test-fast leaves out the slow ones"
+	@echo "make test-cluster   the SLURM jobs on a throw-away cluster (Debian or Ubuntu; about 8 minutes)"
 	@echo "make lint    ruff and mypy; make format puts the code in form"
 	@echo "make bench   speeds as ratios against named baselines"
 	@echo "make clean   remove the environments and the demo's output"
@@ -44,7 +45,12 @@ test: $(VENV)/.ready $(PLAIN)/.ready
 	TRANSFORMERS_4=$(abspath $(PLAIN))/bin/python $(BIN)/python -m pytest
 
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not cluster"
+
+# Real SLURM on this machine, started and ended by the tests; where it cannot be installed this fails.
+test-cluster: $(VENV)/.ready
+	tests/cluster/cluster.sh install
+	$(BIN)/python -m pytest -m cluster tests/cluster
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -124,8 +124,8 @@ def pretrain(config: PretrainConfig) -> int:
     if stop.agreed is not None and trainer.global_step < steps:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; go on with the same command, or with:")
         say(f"  sink-pretrain --config {run / 'config.yaml'}")
-        if world.rank == 0 and stop.agreed in signals.REQUEUES:
-            requeue()
+        if stop.agreed in signals.REQUEUES:
+            from_first(requeue)  # the others wait: where one exits, srun ends the rest, and scontrol with it
         return 128 + stop.agreed
     say(f"trained {steps} steps; {_export(run)}")
     return 0

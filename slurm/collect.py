@@ -1,0 +1,65 @@
+"""Puts the results of slurm/eval.sbatch, FOLDER/step*.json, into one table: FOLDER/table.csv and FOLDER/table.md.
+
+Every task of the array calls it when it has a result. So two may run at a time, with no lock that both could rely on
+across nodes: each looks again once its table is in place, and starts over where a result has come in the meantime. The
+last to write has therefore seen them all.
+
+Example: python slurm/collect.py runs/sink/ppl
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+from sinkmodel.console import command, say
+from sinkmodel.errors import UserError
+from sinkmodel.files import atomic_file, read_json
+
+COLUMNS = ("policy", "sinks", "window", "budget", "documents", "tokens")
+NUMBERS = ("nll", "nll_after_overflow", "ppl", "ppl_after_overflow", "stderr")
+
+
+def results(folder: Path) -> dict[int, Path]:
+    """The result files by step, in order."""
+    found = {int(match[1]): path for path in folder.glob("step*.json") if (match := re.search(r"step(\d+)", path.stem))}
+    return dict(sorted(found.items()))
+
+
+def collect(folder: Path) -> int:
+    """Write both tables; returns how many checkpoints stand in them. Raises UserError where there is no result."""
+    while True:
+        seen = results(folder)
+        if not seen:
+            raise UserError(f"{folder} holds no step*.json; give the folder that slurm/eval.sbatch wrote")
+        rows = [{"step": step, **row} for step, path in seen.items() for row in read_json(path)["rows"]]
+        with atomic_file(folder / "table.csv") as aside, aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ("step", *COLUMNS, *NUMBERS), extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        with atomic_file(folder / "table.md") as aside:
+            aside.write_text(markdown(rows), encoding="utf-8")
+        if results(folder).keys() == seen.keys():
+            return len(seen)
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [["step", *COLUMNS, *NUMBERS], ["--:"] * (1 + len(COLUMNS) + len(NUMBERS))]
+    for row in rows:
+        words = [str(row["step"]), *(str(row.get(name, "")) for name in COLUMNS)]
+        lines.append(words + ["" if row.get(name) is None else f"{row[name]:.4f}" for name in NUMBERS])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+@command("collect.py")
+def main(argv: list[str]) -> None:
+    if len(argv) != 1:
+        raise UserError("give one folder, as in: python slurm/collect.py runs/sink/ppl")
+    count = collect(Path(argv[0]))
+    say(f"{argv[0]}/table.csv and table.md hold {count} checkpoint(s)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
