@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.training.checkpoints import BackgroundCheckpointIO
+from recipes.training.callbacks.checkpoints import BackgroundCheckpointIO
 from sinkmodel.checkpoint import write_manifest
 from sinkmodel.files import atomic_file, sha256_of
 from sinkmodel.models import build_model

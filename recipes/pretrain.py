@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from recipes.training.signals import noted
+from recipes.training.processes.signals import noted
 from sinkmodel.console import command
 from sinkmodel.errors import UserError
 
@@ -20,7 +20,7 @@ EXAMPLE = "sink-pretrain --config pythia-160m --config sink-token --data.path da
 def main(argv: list[str] | None = None) -> int:
     code = run(argv)
     if _several():
-        from recipes.training.ranks import leave
+        from recipes.training.processes.ranks import leave
 
         leave(code)
     return code
@@ -45,11 +45,11 @@ def run(argv: list[str]) -> int:
 
             return rehearse(config, processes or config.training.devices or 1)
         if _several():
-            from recipes.training.ranks import agree_on_start
+            from recipes.training.processes.ranks import agree_on_start
 
             agree_on_start(failure, 60.0 if failure else config.training.timeout)
         elif config.training.devices is not None and config.training.devices > 1:
-            from recipes.training.launch import launch
+            from recipes.training.processes.launch import launch
 
             return launch("recipes.pretrain", argv, config.training.devices)
         from recipes.training.run import pretrain

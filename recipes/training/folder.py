@@ -14,7 +14,7 @@ import yaml
 from recipes.config import dump_config, flatten
 from recipes.data.datamodule import TextDataModule
 from recipes.data.shards import TokenSplit
-from recipes.training.ranks import World
+from recipes.training.processes.ranks import World
 from recipes.training.settings import PretrainConfig
 from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, read_checkpoint, verify, weights_of
 from sinkmodel.console import say

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from recipes.data.rows import twin_targets
 from recipes.training.loss import LossHead
 from recipes.training.optimizer import build_optimizer
+from recipes.training.processes.strategies import zero_stage
 from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import OptimizerSettings
-from recipes.training.strategies import zero_stage
 from sinkmodel.checkpoint import Recipe
 from sinkmodel.models import head_of
 

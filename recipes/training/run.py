@@ -26,22 +26,22 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
 from recipes.data.shards import TokenSplit, open_split, read_manifest
-from recipes.training import signals
-from recipes.training.checkpoints import BackgroundCheckpointIO, Checkpoints
+from recipes.training.callbacks.checkpoints import BackgroundCheckpointIO, Checkpoints
+from recipes.training.callbacks.health import Health
+from recipes.training.callbacks.metrics import Metrics
+from recipes.training.callbacks.preemption import StopOnSignal, requeue
+from recipes.training.callbacks.progress import Progress
+from recipes.training.callbacks.steps import StepMeans
+from recipes.training.callbacks.validation import Validation
+from recipes.training.callbacks.watchdog import Watchdog
 from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
-from recipes.training.health import Health
 from recipes.training.logs import MetricsFile
-from recipes.training.metrics import Metrics
 from recipes.training.module import SinkLanguageModel
-from recipes.training.preemption import StopOnSignal, requeue
-from recipes.training.progress import Progress
-from recipes.training.ranks import World, agree, find_world, from_first, join, refuse_unequal
+from recipes.training.processes import signals
+from recipes.training.processes.ranks import World, agree, find_world, from_first, join, refuse_unequal
+from recipes.training.processes.strategies import build_strategy, resolve_strategy
 from recipes.training.settings import PretrainConfig
-from recipes.training.steps import StepMeans
-from recipes.training.strategies import build_strategy, resolve_strategy
 from recipes.training.throughput import flops_per_token, peak_flops
-from recipes.training.validation import Validation
-from recipes.training.watchdog import Watchdog
 from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say

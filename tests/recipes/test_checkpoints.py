@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from recipes.training.checkpoints import BackgroundCheckpointIO
+from recipes.training.callbacks.checkpoints import BackgroundCheckpointIO
 from sinkmodel.checkpoint import MANIFEST, checkpoint_steps, verify
 from sinkmodel.errors import UserError
 from sinkmodel.files import DiskFull

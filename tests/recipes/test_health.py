@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recipes.training.health import Health, RunningLoss
+from recipes.training.callbacks.health import Health, RunningLoss
 from sinkmodel.errors import UserError
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipes.training.callbacks.metrics import ppl
 from recipes.training.logs import COLUMNS, MetricsFile
-from recipes.training.metrics import ppl
 from recipes.training.module import sink_share
 from recipes.training.throughput import flops_per_token
 from sinkmodel.checkpoint import read_metrics

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from recipes.training import signals
-from recipes.training.preemption import requeue
+from recipes.training.callbacks.preemption import requeue
+from recipes.training.processes import signals
 
 
 def test_within_the_block_a_signal_is_noted_and_nothing_else(capfd):
@@ -49,7 +49,7 @@ def test_the_handlers_are_there_before_torch_is_loaded():
         "recipes.pretrain.main([])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "False recipes.training.signals\n", done.stderr
+    assert done.stdout == "False recipes.training.processes.signals\n", done.stderr
 
 
 @pytest.fixture

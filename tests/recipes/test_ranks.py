@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from recipes.training.launch import launch
-from recipes.training.ranks import World, agree, find_world, from_first, mean, refuse_unequal
+from recipes.training.processes.launch import launch
+from recipes.training.processes.ranks import World, agree, find_world, from_first, mean, refuse_unequal
 from sinkmodel.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -118,7 +118,7 @@ def test_the_exit_code_of_the_rank_that_failed_comes_through(program, code):
 
 
 def test_a_rank_that_was_killed_is_named_and_the_others_are_not_left_alone(program, capsys, monkeypatch):
-    monkeypatch.setattr("recipes.training.launch.GRACE", 0.2)
+    monkeypatch.setattr("recipes.training.processes.launch.GRACE", 0.2)
     start = time.monotonic()
     assert launch(program("time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)"), [], 2) == 137
     assert time.monotonic() - start < 20
@@ -129,7 +129,7 @@ def test_a_rank_that_was_killed_is_named_and_the_others_are_not_left_alone(progr
 
 def test_when_the_launcher_dies_its_ranks_do(program, tmp_path):
     module = program(f"open(f'{tmp_path}/pid{{rank}}', 'w').write(str(os.getpid())); time.sleep(60)")
-    start = f"from recipes.training.launch import launch; launch({module!r}, [], 2)"
+    start = f"from recipes.training.processes.launch import launch; launch({module!r}, [], 2)"
     launcher = subprocess.Popen([sys.executable, "-c", start])
     files = [tmp_path / f"pid{rank}" for rank in range(2)]
     while not all(file.exists() and file.read_text() for file in files):
@@ -155,7 +155,8 @@ def test_two_ranks_agree(program, tmp_path, capfd):
     """What fails on one stops both, with one message; a loss that is not finite on one is so on both."""
     module = program(
         "import torch\n"
-        "from recipes.training.ranks import agree, find_world, from_first, join, mean, refuse_unequal, leave\n"
+        "from recipes.training.processes.ranks import agree, find_world, from_first, join, leave\n"
+        "from recipes.training.processes.ranks import mean, refuse_unequal\n"
         "from sinkmodel.errors import UserError\n"
         "join(find_world(), 60)\n"
         "def fail():\n"

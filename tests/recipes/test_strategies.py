@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from recipes.training.launch import free_port
+from recipes.training.processes.launch import free_port
 from sinkmodel.checkpoint import checkpoint_steps
 from tests import tiny
 from tests.kills import children_of, kill_again_and_again

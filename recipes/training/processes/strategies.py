@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from recipes.training.ranks import World
+from recipes.training.processes.ranks import World
 from recipes.training.settings import TrainingSettings
 from sinkmodel.errors import UserError
 

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from recipes.training.metrics import Metrics, ppl
-from recipes.training.ranks import mean
-from recipes.training.steps import at_step_boundary
+from recipes.training.callbacks.metrics import Metrics, ppl
+from recipes.training.callbacks.steps import at_step_boundary
+from recipes.training.processes.ranks import mean
 
 
 class Validation(Callback):

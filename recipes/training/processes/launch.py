@@ -15,7 +15,7 @@ import sys
 import time
 from types import FrameType
 
-from recipes.training.signals import NUMBERS
+from recipes.training.processes.signals import NUMBERS
 from sinkmodel.console import say
 
 GRACE = 10.0  # seconds that the other ranks have to end by themselves once one has failed

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from recipes.training import signals
-from recipes.training.checkpoints import BackgroundCheckpointIO
-from recipes.training.steps import at_step_boundary
+from recipes.training.callbacks.checkpoints import BackgroundCheckpointIO
+from recipes.training.callbacks.steps import at_step_boundary
+from recipes.training.processes import signals
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 

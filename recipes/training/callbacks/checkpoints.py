@@ -13,9 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils._pytree import tree_map_only
 
-from recipes.training.health import Health
+from recipes.training.callbacks.health import Health
+from recipes.training.callbacks.steps import at_step_boundary
 from recipes.training.settings import CheckpointSettings
-from recipes.training.steps import at_step_boundary
 from sinkmodel.checkpoint import checkpoint_steps, write_manifest
 from sinkmodel.files import DiskFull, atomic_file, sha256_of
 

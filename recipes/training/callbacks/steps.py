@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from recipes.training.ranks import mean
-from recipes.training.strategies import zero_stage
+from recipes.training.processes.ranks import mean
+from recipes.training.processes.strategies import zero_stage
 
 
 def at_step_boundary(trainer: Trainer, batch_idx: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from recipes.training.steps import StepMeans, at_step_boundary
+from recipes.training.callbacks.steps import StepMeans, at_step_boundary
 from sinkmodel.checkpoint import checkpoint_steps
 from sinkmodel.console import say
 from sinkmodel.errors import UserError

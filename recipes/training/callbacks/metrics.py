@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from recipes.training.health import Health
-from recipes.training.steps import StepMeans, at_step_boundary
+from recipes.training.callbacks.health import Health
+from recipes.training.callbacks.steps import StepMeans, at_step_boundary
 
 
 def ppl(nll: float) -> float:

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
-from recipes.training.metrics import Metrics
-from recipes.training.steps import at_step_boundary
+from recipes.training.callbacks.metrics import Metrics
+from recipes.training.callbacks.steps import at_step_boundary
 from sinkmodel.console import say
 
 
