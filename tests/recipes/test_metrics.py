@@ -31,7 +31,7 @@ class Reads(TorchDispatchMode):
 
 
 def test_steps_between_two_lines_ask_nothing_of_the_device(tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.training.run.peak_flops", lambda device, dtype: 1e12)  # it times
+    monkeypatch.setattr("recipes.training.trainer.peak_flops", lambda device, dtype: 1e12)  # it times
     data = tiny.prepared(tmp_path / "data")
     never = {"logging__every": 1000, "validation__every": 1000, "checkpoints__every": 1000}
 

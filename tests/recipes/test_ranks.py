@@ -12,6 +12,7 @@ import torch
 
 from recipes.training.processes.launch import launch
 from recipes.training.processes.ranks import World, agree, find_world, from_first, mean, refuse_unequal
+from recipes.training.run import _see_folder
 from sinkmodel.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
@@ -87,6 +88,12 @@ def test_alone_nothing_is_asked_of_others():
     refuse_unequal({"a": 1}, "")
     with pytest.raises(UserError, match="as it is"):
         agree(lambda: (_ for _ in ()).throw(UserError("as it is")))
+
+
+def test_a_run_folder_that_a_rank_does_not_see_is_said(tmp_path):
+    """It was made on a disk of rank 0's node."""
+    with pytest.raises(UserError, match="was made by rank 0, and is not here; put --output on a file system that all"):
+        _see_folder(tmp_path / "run", patience=0.1)
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from recipes.training.processes.launch import free_port
-from sinkmodel.checkpoint import checkpoint_steps
+from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint
 from tests import tiny
 from tests.kills import children_of, kill_again_and_again
 from tests.recipes.runs import (
@@ -81,6 +82,8 @@ def test_two_processes_that_were_killed_end_with_the_same_bits(data, alone, tmp_
     assert max(checkpoint_steps(run)) < STEPS
     assert "going on from" in complete(data, run, **settings)
     assert_same_run(run, whole, STEPS)
+    model, _, _ = load_checkpoint(whole)  # without the processes that trained it
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in model.parameters())
     assert_close(whole, alone, rounding)
     beyond_half = [w for w in final_state(whole, STEPS).values() if (w != w.bfloat16().float()).any()]
     assert len(beyond_half) > 20
@@ -124,6 +127,24 @@ def test_a_signal_that_reaches_one_rank_only_stops_all_at_the_same_step_saved(da
     assert f"stopped at step {max(checkpoint_steps(run))} of 100000" in said
     assert said.count("stopped at step") == 1
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
+def test_a_head_that_shares_its_weight_with_the_embeddings_is_sharded_and_put_together(data, tmp_path, strategy):
+    settings = QUICK | {"model__tie_embeddings": True, "schedule__steps": 6}
+    plain = train(data, tmp_path / "plain", **settings)
+    complete(data, tmp_path / "run", **settings, training__strategy=strategy)
+    weights, expected = final_state(tmp_path / "run", 6), final_state(plain, 6)
+    assert weights.keys() == expected.keys()
+    assert max((weights[name] - expected[name]).abs().max().item() for name in expected) < 2e-3
+
+
+@pytest.mark.slow
+def test_several_ranks_are_one_wandb_run(data, tmp_path):
+    complete(data, tmp_path / "run", schedule__steps=6, logging__wandb=True)
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+    assert (tmp_path / "run" / "checkpoints" / "wandb.json").exists()
 
 
 @pytest.mark.slow
