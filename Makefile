@@ -67,6 +67,8 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.decoding
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.saving
+	$(BIN)/python -m bench.scaling
 
 clean:
 	rm -rf $(VENV) $(PLAIN) $(DEMO)

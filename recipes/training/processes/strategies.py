@@ -101,7 +101,7 @@ class FullySharded(ModelParallelStrategy):
 
 
 def build_deepspeed(stage: int, settings: TrainingSettings, clip: float, timeout: timedelta) -> WholeDeepSpeed:
-    """DeepSpeed's ZeRO at `stage`, its settings that of `settings`, gradients accumulated in fp32."""
+    """DeepSpeed's ZeRO at `stage`, gradients accumulated in fp32."""
     if settings.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -197,7 +197,7 @@ class WholeDeepSpeed(DeepSpeedStrategy):
         else:
             pieces = [piece for group in self._adamw.param_groups for piece in group["params"]]
         for piece in pieces:
-            step = saved["state"][0]["step"].clone()
+            step = saved["state"][0]["step"].to(piece.device, copy=True)
             self._adamw.state[piece] = {"step": step, **{key: torch.zeros_like(piece) for key in MOMENTS}}
         self._link_moments()
         for number, parameter in enumerate(chain.from_iterable(self.lightning_module.groups)):
