@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 
 from recipes.training.processes.signals import noted
 from sinkmodel.console import command
@@ -18,11 +19,18 @@ EXAMPLE = "sink-pretrain --config pythia-160m --config sink-token --data.path da
 
 
 def main(argv: list[str] | None = None) -> int:
-    code = run(argv)
-    if _several():
-        from recipes.training.processes.ranks import leave
+    if not _several():
+        return run(argv)
+    code = 1
+    try:
+        code = run(argv)
+    except SystemExit as end:  # --help
+        code = int(end.code or 0)
+    except BaseException:  # a mistake of ours, a device that is out of memory …
+        traceback.print_exc()
+    from recipes.training.processes.ranks import leave
 
-        leave(code)
+    leave(code)
     return code
 
 
@@ -38,7 +46,7 @@ def run(argv: list[str]) -> int:
             config = load_config(PretrainConfig, argv, DESCRIPTION, EXAMPLE)
         except UserError as error:
             failure = error
-            if not _several():
+            if processes is not None or not _several():
                 raise
         if processes is not None:
             from recipes.training.rehearsal import rehearse
@@ -47,7 +55,9 @@ def run(argv: list[str]) -> int:
         if _several():
             from recipes.training.processes.ranks import agree_on_start
 
-            agree_on_start(failure, 60.0 if failure else config.training.timeout)
+            if failure is not None:
+                agree_on_start(failure, 60.0, "cpu")
+            agree_on_start(None, config.training.timeout, config.training.device)
         elif config.training.devices is not None and config.training.devices > 1:
             from recipes.training.processes.launch import launch
 

@@ -40,7 +40,7 @@ def command(name: str) -> Callable:
             try:
                 return main(sys.argv[1:] if argv is None else argv) or 0
             except UserError as error:
-                say(f"{name}: {error}")
+                say(f"{name}: {error}", always=error.heard)
                 return error.exit_code
             except KeyboardInterrupt:
                 say(f"{name}: interrupted")
@@ -53,10 +53,8 @@ def command(name: str) -> Callable:
                 extra = EXTRAS.get(package)
                 if extra is None:
                     raise
-                print(
-                    f"{name}: the package {package} is not installed; "
-                    f"install it with: pip install 'sinkmodel[{extra}]'",
-                    file=sys.stderr,
+                say(
+                    f"{name}: the package {package} is not installed; install it with: pip install 'sinkmodel[{extra}]'"
                 )
                 return 2
             except OSError as error:  # a full disk, a folder that is a file, no permission …
@@ -64,10 +62,9 @@ def command(name: str) -> Callable:
                     raise
                 where = f"{error.filename}: " if error.filename else ""
                 what = os.strerror(error.errno).lower() if error.errno else str(error)
-                print(
+                say(
                     f"{name}: {where}{what}; nothing that was complete is lost: make room or choose another place, "
-                    "then run again",
-                    file=sys.stderr,
+                    "then run again"
                 )
                 return 2
 
@@ -85,7 +82,7 @@ def be_silent() -> None:
     _silent = True
 
 
-def say(line: str) -> None:
+def say(line: str, always: bool = False) -> None:
     """One line for the reader, on stderr: stdout is for results."""
-    if not _silent:
+    if always or not _silent:
         print(line, file=sys.stderr, flush=True)

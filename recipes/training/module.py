@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from recipes.data.rows import twin_targets
@@ -74,6 +75,22 @@ class SinkLanguageModel(LightningModule):
         loss, twin_loss = self(*batch)
         self.losses = torch.stack([loss.detach(), twin_loss])
         return loss
+
+    def on_train_start(self) -> None:
+        """One forward and backward pass of DDP for nothing.
+
+        Behind the first one DDP sorts its buckets anew, and with them the order in which three or more ranks are
+        summed: the first step of a run that goes on would not be the step that it was.
+        """
+        model = self.trainer.strategy.model
+        if not isinstance(model, DistributedDataParallel):
+            return
+        inputs_T, targets_T = self.trainer.datamodule.samples[0]
+        rows = self.trainer.datamodule.plan.micro_rows  # the shape that a compiled body knows
+        batch = [row.to(self.device).expand(rows, -1) for row in (inputs_T, targets_T)]
+        with self.trainer.precision_plugin.forward_context():
+            model(*batch)[0].backward()
+        model.zero_grad()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """The rate is a function of the step alone: nothing of it needs to be saved."""

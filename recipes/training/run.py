@@ -7,6 +7,7 @@ import importlib.util
 import re
 import socket
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def pretrain(config: PretrainConfig) -> int:
     config = agree(lambda: _resolve(config, world))
     strategy = agree(lambda: resolve_strategy(config.training, world))
     if strategy != "one":
-        join(world, config.training.timeout)
+        join(world, config.training.timeout, config.training.device)
     run, steps = Path(config.output), config.schedule.steps
     train, validation = agree(lambda: _open_data(config, world))
     _refuse_unequal_ranks(config, train)
@@ -99,10 +100,15 @@ def pretrain(config: PretrainConfig) -> int:
             compile_model=config.training.compile,
         )
         from_first(lambda: write_folder(run, config))
-        trainer, stop = build_trainer(run, config, strategy, world, plan, module, datamodule, start)
+        trainer, stop, writer = build_trainer(run, config, strategy, world, plan, module, datamodule, start)
         _introduce(run, config, strategy, world, model, train, plan, start)
         with _explained_when_others_are_lost(world):
-            trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+            try:
+                trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+            except UserError:  # which all ranks raise at the same step
+                from_first(writer.finish)
+                raise
+            from_first(writer.finish)  # a rank that left now would take rank 0 along, in the middle of a save
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # the process may end without ceremony
@@ -170,9 +176,9 @@ def _explained_when_others_are_lost(world: World) -> Iterator[None]:
     """Another rank's end reaches this one as an error of the network, in the middle of some collective."""
     try:
         yield
-    except signals.StoppedAtOnce:
-        raise KeyboardInterrupt from None
     except RuntimeError as error:
+        if "NCCL" in str(error):
+            traceback.print_exc()  # it has more to say than that somebody is gone
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if world.size == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
             raise
@@ -180,6 +186,7 @@ def _explained_when_others_are_lost(world: World) -> Iterator[None]:
             f"rank {world.rank} on {socket.gethostname()} has lost the others ({first}); what ended them stands above "
             "or in their own log; go on with the same command",
             exit_code=1,
+            heard=True,
         ) from None
 
 

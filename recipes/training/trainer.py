@@ -42,13 +42,14 @@ def build_trainer(
     module: SinkLanguageModel,
     datamodule: TextDataModule,
     start: Path | None,
-) -> tuple[Trainer, StopOnSignal]:
-    """The trainer of this rank, and the callback that knows whether the run was asked to stop."""
+) -> tuple[Trainer, StopOnSignal, BackgroundCheckpointIO]:
+    """The trainer of this rank, the callback that knows whether the run was asked to stop, and who writes its files."""
     on_gpu, half = config.training.device == "cuda", config.training.precision == "bf16"
     _quieten()
     steps = config.schedule.steps
     writer = BackgroundCheckpointIO()
     means, stop = StepMeans(), StopOnSignal(writer)
+    watchdog = Watchdog(run, config.training.timeout)
     health = Health(run, means, datamodule.rows_of, config.logging.spike)
     metrics = Metrics(
         means,
@@ -69,13 +70,13 @@ def build_trainer(
         accumulate_grad_batches=plan.accumulation,
         # In this order: what a step's checkpoint holds has been logged before it is written.
         callbacks=[
-            Watchdog(run, config.training.timeout),
+            watchdog,
             stop,
             means,
             health,
             metrics,
             Progress(metrics, steps),
-            Validation(config.validation.every, metrics),
+            Validation(config.validation.every, metrics, watchdog),
             Checkpoints(run, config.checkpoints, steps, writer, health),
         ],
         logger=_build_loggers(run, config, 0 if start is None else _step_of(start)) if world.rank == 0 else [],
@@ -90,7 +91,7 @@ def build_trainer(
         use_distributed_sampler=False,
     )
     _leave_signals_to_us(trainer)
-    return trainer, stop
+    return trainer, stop, writer
 
 
 def _leave_signals_to_us(trainer: Trainer) -> None:

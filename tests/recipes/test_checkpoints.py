@@ -75,6 +75,8 @@ def test_what_went_wrong_while_writing_is_raised_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     writer = BackgroundCheckpointIO()
     writer.save_checkpoint({}, tmp_path / "run" / "checkpoints" / "step1.ckpt")
+    writer.save_checkpoint({}, tmp_path / "run" / "checkpoints" / "step2.ckpt")
+    assert writer.failed, "kept until all ranks can hear of it"
     with pytest.raises(DiskFull, match=r"step1\.ckpt could not be written to .*; there is no earlier checkpoint"):
         writer.finish()
     writer.finish()

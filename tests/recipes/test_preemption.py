@@ -25,14 +25,21 @@ def test_within_the_block_a_signal_is_noted_and_nothing_else(capfd):
 
 
 def test_ctrl_c_ends_at_once_before_there_is_anything_to_save_and_when_it_comes_twice():
-    with signals.noted():
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        signals.training = True
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == signal.SIGINT
-        with pytest.raises(signals.StoppedAtOnce):
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupt(times: int, training: bool) -> None:
+        with signals.noted():
+            signals.training = training
+            for number in range(1, times + 1):
+                os.kill(os.getpid(), signal.SIGINT)
+                seen.append(number)
+
+    seen: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(1, training=False)
+    assert seen == []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(3, training=True)
+    assert seen == [1], "the first is noted, the second ends it"
+    assert signals.received is None, "the next block begins anew"
 
 
 def test_the_handlers_are_there_before_torch_is_loaded():

@@ -165,7 +165,7 @@ def test_two_ranks_agree(program, tmp_path, capfd):
         "from recipes.training.processes.ranks import agree, find_world, from_first, join, leave\n"
         "from recipes.training.processes.ranks import mean, refuse_unequal\n"
         "from sinkmodel.errors import UserError\n"
-        "join(find_world(), 60)\n"
+        "join(find_world(), 60, 'cpu')\n"
         "def fail():\n"
         "    if rank == 1: raise UserError('no such disk')\n"
         "told = [from_first(lambda: f'by {rank}')]\n"

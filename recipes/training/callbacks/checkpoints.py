@@ -39,7 +39,9 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         start = time.perf_counter()
-        self.finish()
+        self.wait()
+        if self.failed:
+            return  # all ranks hear of it at the next step's end, and stop
         # A copy also where the tensor is on the CPU already: the next step changes it in place.
         copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
         self._thread = threading.Thread(target=self._write, args=(copied, Path(path)), name="checkpoint")
@@ -67,17 +69,21 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         """Whether the last file could not be written; `finish` says why."""
         return self._failure is not None
 
-    def finish(self) -> None:
-        """Wait until the last file is complete. Raises what went wrong with it, as DiskFull."""
+    def wait(self) -> None:
+        """Until the last file is complete, or could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def finish(self) -> None:
+        """`wait`; raises what went wrong, once: DiskFull with what is left to resume."""
+        self.wait()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     def teardown(self) -> None:
-        self.finish()
+        self.wait()  # what went wrong is for all ranks to hear, behind Lightning's own end
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -90,7 +96,7 @@ class Checkpoints(Callback):
         self, run: Path, settings: CheckpointSettings, last_step: int, io: BackgroundCheckpointIO, health: Health
     ):
         self.run, self.settings, self.last_step, self.io, self.health = run, settings, last_step, io, health
-        io.afterwards = self._remove_old
+        io.afterwards, health.settle = self._remove_old, io.wait
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0 and self.settings.due(0):
@@ -106,9 +112,6 @@ class Checkpoints(Callback):
         self.health.look(trainer)
         self.health.stop_if_weights_are_not_finite(trainer.lightning_module)
         trainer.save_checkpoint(self.run / "checkpoints" / f"step{trainer.global_step}.ckpt")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.io.finish()
 
     def _remove_old(self) -> None:
         passing = [path for step, path in checkpoint_steps(self.run).items() if not self.settings.stays(step)]

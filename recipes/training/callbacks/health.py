@@ -58,6 +58,7 @@ class Health(Callback):
     def __init__(self, run: Path, means: StepMeans, rows_of: Callable[[int], list[int]], spike: float):
         self.run, self.means, self.rows_of, self.spike = run, means, rows_of, spike
         self.running = RunningLoss()
+        self.settle: Callable[[], None] = lambda: None  # waits for a checkpoint that is being written
         self.unseen: list[torch.Tensor] = []  # loss and gradient norm of each step since the last look, [2], on device
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,6 +96,7 @@ class Health(Callback):
             self.stop(f"the weights behind step {step} are not finite", step)
 
     def stop(self, what: str, step: int) -> None:
+        self.settle()
         good = [path for saved, path in checkpoint_steps(self.run).items() if saved < step]
         last = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was written before it"
         raise UserError(

@@ -58,7 +58,6 @@ class StopOnSignal(Callback):
             raise UserError("rank 0 could not write a checkpoint")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        signals.training = False
         if self._told is not None:
             self._told.wait()
 

@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 from recipes.training.callbacks.metrics import Metrics, ppl
 from recipes.training.callbacks.steps import at_step_boundary
+from recipes.training.callbacks.watchdog import Watchdog
 from recipes.training.processes.ranks import mean
 
 
 class Validation(Callback):
     """Mean nll over the targets of the validation rows that a twin shares, every `every` steps and at the end."""
 
-    def __init__(self, every: int, metrics: Metrics):
-        self.every, self.metrics = every, metrics
+    def __init__(self, every: int, metrics: Metrics, watchdog: Watchdog):
+        self.every, self.metrics, self.watchdog = every, metrics, watchdog
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
@@ -37,6 +38,7 @@ class Validation(Callback):
         total = torch.zeros((), device=pl_module.device, dtype=torch.float64)
         with trainer.precision_plugin.forward_context():
             for batch, count in zip(*own):
+                self.watchdog.moved()
                 total += pl_module(*trainer.strategy.batch_to_device(batch))[1] * count
         loss = mean(total).item() * trainer.world_size / trainer.datamodule.validation_rows
         tokens = trainer.global_step * self.metrics.tokens_per_step

@@ -30,20 +30,30 @@ class Watchdog(Callback):
         threading.Thread(target=self._watch, args=(trainer.global_rank,), name="watchdog", daemon=True).start()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
-        self.beat, self.step = time.monotonic(), trainer.global_step
+        self.moved()
+        self.step = trainer.global_step
+
+    def moved(self) -> None:
+        """For whatever else takes long, and moves."""
+        self.beat = time.monotonic()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._ended.set()
 
+    def _dump(self, rank: int) -> None:
+        with (self.run / f"hang-rank{rank}.txt").open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+
     def _watch(self, rank: int) -> None:
         while not self._ended.wait(min(1.0, self.timeout / 10)):
             if time.monotonic() - self.beat > self.timeout:
-                path = self.run / f"hang-rank{rank}.txt"
-                with path.open("w") as file:
-                    faulthandler.dump_traceback(file, all_threads=True)
+                # The file system may be what hangs: whatever comes of this, the process ends.
+                dump = threading.Thread(target=self._dump, args=(rank,), daemon=True)
+                dump.start()
+                dump.join(10)
                 say(
                     f"nothing has moved for {self.timeout:.0f} s behind step {self.step}: a rank hangs, or a step "
                     f"takes longer than training.timeout; {self.run}/hang-rank*.txt say what each rank was doing; "
-                    "go on with the same command"
+                    "go on with the same command",
                 )
                 os._exit(1)

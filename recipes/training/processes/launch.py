@@ -15,7 +15,7 @@ import sys
 import time
 from types import FrameType
 
-from recipes.training.processes.signals import NUMBERS
+from recipes.training.processes import signals
 from sinkmodel.console import say
 
 GRACE = 10.0  # seconds that the other ranks have to end by themselves once one has failed
@@ -27,13 +27,16 @@ def launch(module: str, argv: list[str], processes: int) -> int:
     When one rank fails, the others get GRACE seconds and are killed. When this process dies, so do they.
     """
     ranks: list[subprocess.Popen] = []
+    early = [] if signals.received is None else [signals.received]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        if len(ranks) < processes:
+            early.append(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in NUMBERS}
+    before = {number: signal.signal(number, pass_on) for number in signals.NUMBERS}
     try:
         common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
         common["MASTER_PORT"] = str(free_port())
@@ -47,6 +50,8 @@ def launch(module: str, argv: list[str], processes: int) -> int:
                     preexec_fn=_die_with_parent,
                 )
             )
+        for number in list(early):  # what came before there was somebody to pass it on to
+            pass_on(number, None)
         return _wait(ranks)
     finally:
         for process in ranks:

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,12 +67,13 @@ def _tasks_per_node(said: str) -> int:
     return counts.pop()
 
 
-def join(world: World, timeout: float) -> None:
+def join(world: World, timeout: float, device: str) -> None:
     """Meet the other processes. A collective that waits a minute longer than `timeout` seconds ends the process."""
     if dist.is_initialized():
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
+    on_gpu = device != "cpu" and world.local_rank < torch.cuda.device_count()  # one too many is told so by `run`
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    if on_gpu:
         torch.cuda.set_device(world.local_rank)
     limit = timedelta(seconds=timeout + 60)  # the watchdog comes first: it can say more
     if world.size == 1:
@@ -89,19 +91,23 @@ def join(world: World, timeout: float) -> None:
             f"rank {world.rank} of {world.size} on {socket.gethostname()} did not meet the others at {where} within "
             f"{timeout:.0f} s ({str(error).splitlines()[0]}); see whether all of them started, and MASTER_ADDR",
             exit_code=1,
+            heard=True,
         ) from None
 
 
 def leave(code: int) -> None:
     """End this rank's process with `code`: the interpreter's own end aborts or hangs where another rank has gone."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":  # a file that is being written
+            thread.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def agree_on_start(failure: UserError | None, timeout: float) -> None:
+def agree_on_start(failure: UserError | None, timeout: float, device: str) -> None:
     """Meet the others, and end with them where one has a config that cannot be read."""
-    join(find_world(), timeout)
+    join(find_world(), timeout, device)
 
     def raise_it() -> None:
         if failure is not None:
@@ -119,6 +125,8 @@ def agree(action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         failure = (str(error), error.exit_code)
+    except OSError as error:  # a folder that one may not write to …
+        failure = (str(error), 2)
     failures: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure and (*failure, socket.gethostname()))
     failed = [(rank, *what) for rank, what in enumerate(failures) if what]

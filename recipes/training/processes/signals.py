@@ -23,27 +23,31 @@ training = False
 
 
 class StoppedAtOnce(BaseException):
-    """A second Ctrl-C. Not a KeyboardInterrupt, which Lightning would turn into exit code 1, "the answer is no"."""
+    """Ctrl-C once more, or before training. Not a KeyboardInterrupt, of which Lightning would make exit code 1."""
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Within the block the three signals are noted only; behind it they do what they did before."""
+    """Within the block the three signals are noted only; behind it they do what they did before.
+
+    A Ctrl-C that cannot wait raises KeyboardInterrupt behind the block.
+    """
     global received, training
     received, training = None, False
     before = {number: signal.signal(number, _note) for number in NUMBERS}
     try:
         yield
+    except StoppedAtOnce:
+        raise KeyboardInterrupt from None
     finally:
+        received, training = None, False
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     global received
-    if number == signal.SIGINT and not training:
-        raise KeyboardInterrupt
-    if number == signal.SIGINT and received is not None:
+    if number == signal.SIGINT and (received is not None or not training):
         raise StoppedAtOnce
     if received is None:
         received = number

@@ -9,6 +9,7 @@ run goes on under another strategy or on another number of ranks, bit for bit wh
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -71,14 +72,18 @@ class FullySharded(ModelParallelStrategy):
     lightning_restore_optimizer = True
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        if not optimizer.state:  # asked before its first step, torch would make one, to see the state
+            numbers = itertools.count()
+            groups = [{**own, "params": [next(numbers) for _ in own["params"]]} for own in optimizer.param_groups]
+            return {"state": {}, "param_groups": groups}
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         by_name: Any = get_optimizer_state_dict(self.model, optimizer, options=options)
         if self.global_rank > 0:
             return {}
         names = list(chain.from_iterable(group["params"] for group in by_name["param_groups"]))
-        numbers = {name: number for number, name in enumerate(names)}
-        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in by_name["param_groups"]]
-        return {"state": {numbers[n]: state for n, state in by_name["state"].items()}, "param_groups": groups}
+        order = {name: number for number, name in enumerate(names)}
+        groups = [{**group, "params": [order[name] for name in group["params"]]} for group in by_name["param_groups"]]
+        return {"state": {order[name]: state for name, state in by_name["state"].items()}, "param_groups": groups}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
@@ -89,6 +94,8 @@ class FullySharded(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         saved = checkpoint["optimizer_states"][0]
+        if not saved["state"]:
+            return
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         groups = [[names[p] for p in group["params"]] for group in self.optimizers[0].param_groups]
         flat = list(chain.from_iterable(groups))
@@ -116,6 +123,7 @@ def build_deepspeed(stage: int, settings: TrainingSettings, clip: float, timeout
         "gradient_clipping": clip if stage > 0 else 0.0,  # at stage 0 gradients are whole, and clipped by the module
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # the default is the weights' type
     }
     if stage > 0:
         # Without overlap the order of the sums does not depend on when they come.
@@ -128,6 +136,13 @@ class WholeDeepSpeed(DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy with checkpoints that are whole, instead of a folder of one world's shards."""
 
     lightning_restore_optimizer = True
+
+    def _initialize_deepspeed_train(self, model: torch.nn.Module) -> None:
+        """The engine makes its fp32 weights of the module's behind their rounding to bf16: give it those before it."""
+        initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        super()._initialize_deepspeed_train(model)
+        if self.precision_plugin.precision == "bf16-mixed":
+            self._set_weights(initial)
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Lightning has divided the loss by the accumulation already; the engine would do it once more."""
@@ -170,11 +185,15 @@ class WholeDeepSpeed(DeepSpeedStrategy):
         return {"state": states, "param_groups": whole}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._set_weights(checkpoint["state_dict"])
+
+    def _set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Both of what a rank has of each parameter: as the model computes with it, and the optimiser's in fp32."""
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, parameter in self.lightning_module.named_parameters():
-            value = checkpoint["state_dict"][name].to(self.root_device, torch.float32)
+            value = weights[name].to(self.root_device, torch.float32)
             if self.zero_stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.data.copy_(value)
