@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from recipes.data.rows import twin_targets
+from recipes.training.callbacks.steps import at_step_boundary
 from recipes.training.loss import LossHead
 from recipes.training.optimizer import build_optimizer
 from recipes.training.processes.strategies import zero_stage
@@ -94,15 +95,14 @@ class SinkLanguageModel(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """The rate is a function of the step alone: nothing of it needs to be saved."""
-        self.step_ends = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        self.step_ends = at_step_boundary(self.trainer, batch_idx)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.schedule.lr(self.trainer.global_step, self.optimizer_settings.lr)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.model, self.optimizer_settings)
-        self.groups = [
-            list(group["params"]) for group in optimizer.param_groups
-        ]  # DeepSpeed puts others in their place
+        # DeepSpeed puts flat pieces in their place.
+        self.groups = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:

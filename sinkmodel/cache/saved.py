@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sinkmodel.checkpoint import NOT_A_CHECKPOINT
 from sinkmodel.errors import UserError
 
 FORMAT = "sinkmodel-stream-1"
@@ -22,7 +23,7 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a file that StreamingCache.save wrote") from None
-    except Exception:  # of another file, or a damaged one: anything, from RuntimeError to EOFError
+    except NOT_A_CHECKPOINT:
         raise UserError(f"{path} is no saved stream, or damaged; give a file that StreamingCache.save wrote") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no saved stream; give a file that StreamingCache.save wrote")

@@ -28,11 +28,6 @@ from tests.recipes.runs import (
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.prepared(tmp_path_factory.mktemp("prepared") / "data")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     return train(data, tmp_path_factory.mktemp("undisturbed") / "run")
 

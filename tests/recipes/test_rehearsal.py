@@ -8,13 +8,7 @@ import pytest
 
 from recipes.pretrain import main
 from sinkmodel.checkpoint import checkpoint_steps
-from tests import tiny
 from tests.recipes.runs import arguments, train
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.prepared(tmp_path_factory.mktemp("prepared") / "data")
 
 
 def test_it_prints_what_the_run_will_need_and_writes_nothing(data, tmp_path, capsys):

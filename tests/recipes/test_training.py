@@ -70,11 +70,6 @@ def plain_training(split, sinks: list[int]) -> tuple[list[dict[str, float]], dic
     return log, dict(model.named_parameters())
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.prepared(tmp_path_factory.mktemp("prepared") / "data")
-
-
 @pytest.mark.parametrize("sinks", [0, 1, 2])
 @pytest.mark.parametrize("micro_rows", [8, 2], ids=["one micro-batch", "four micro-batches"])
 def test_losses_norms_rates_and_weights_are_those_of_a_plain_loop(data, tmp_path, sinks, micro_rows):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,6 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
     The file is written aside, synced, entered with its checksum into `checkpoints/SHA256SUMS`, and renamed. It is read
     without running anything in it.
-
-    Attributes:
-        waited: seconds for which training has stood still for the latest save.
     """
 
     def __init__(self) -> None:
@@ -35,10 +31,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.afterwards: Callable[[], None] = lambda: None
-        self.waited = 0.0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        start = time.perf_counter()
         self.wait()
         if self.failed:
             return  # all ranks hear of it at the next step's end, and stop
@@ -46,7 +40,6 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
         self._thread = threading.Thread(target=self._write, args=(copied, Path(path)), name="checkpoint")
         self._thread.start()
-        self.waited = time.perf_counter() - start
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         try:

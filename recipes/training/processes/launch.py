@@ -64,18 +64,18 @@ def launch(module: str, argv: list[str], processes: int) -> int:
 def _wait(ranks: list[subprocess.Popen]) -> int:
     """Exit code of the run: of the first rank that failed, 0 where none did."""
     failed: int | None = None
-    deadline = float("inf")
-    while any(process.poll() is None for process in ranks):
+    deadline = 0.0
+    while True:
+        running = any(process.poll() is None for process in ranks)
         if failed is None:
             failed = next((rank for rank, process in enumerate(ranks) if process.poll()), None)
-            if failed is not None:
-                deadline = time.monotonic() + GRACE
-        if time.monotonic() > deadline:
+            deadline = time.monotonic() + GRACE
+        if not running:
+            break
+        if failed is not None and time.monotonic() > deadline:
             say(f"rank {failed} has ended; stopping the others, which have not")
-            return _exit_code(ranks[failed], failed)  # type: ignore[index, arg-type]
+            break
         time.sleep(0.02)
-    if failed is None:
-        failed = next((rank for rank, process in enumerate(ranks) if process.returncode), None)
     return 0 if failed is None else _exit_code(ranks[failed], failed)
 
 

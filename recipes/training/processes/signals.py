@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: noted from the first moment on, before torch is loaded, and never acted on here.
 
 SIGTERM (preemption, `scancel`) and SIGUSR1 (the time limit comes) save, and give the job back to SLURM's queue; SIGINT
-(Ctrl-C) saves and ends. `recipes.training.interrupt` looks here at every step boundary. A handler that saved by itself
+(Ctrl-C) saves and ends. `callbacks.preemption` looks here at every step boundary. A handler that saved by itself
 would do so in the middle of a step, on one rank, with the others waiting in a collective.
 """
 
