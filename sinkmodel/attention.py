@@ -1,33 +1,186 @@
-"""Attention functions that transformers does not have. Importing this module registers them by name."""
+"""Attention functions that transformers does not have. Importing this module registers them by name.
+
+A sink that is no token is one more column of every softmax, with a score s of its own and a value of zero. In front of
+the keys of a query, scores S_j = q·k_j·scale, it leaves
+
+    y = Σ_j e^S_j v_j / (e^s + Σ_j e^S_j) = o · e^(lse − lse'),    lse' = log(e^lse + e^s)
+
+of o and lse = log Σ_j e^S_j, what PyTorch's fused kernels compute without it. Their backward pass takes probabilities
+from e^(S − lse) and the row sum of dy·o: given lse' and y in place of lse and o, it gives the exact gradients of q, k
+and v, and that of s is −e^(s − lse') Σ dy·y. So such a sink costs a few operations on [B, H, T], no copy, no mask.
+
+Shapes: B rows, H heads in G groups of shared keys, T queries, K keys, D.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-CAUSAL = "causal"
+from sinkmodel.rope import Rotation, turn_half_split
+from sinkmodel.sinks import IN_SOFTMAX, kind_of
+
+CAUSAL = "causal"  # for training: whole rows, no mask
+SINK = "sinkmodel_sink"  # a model with a sink in its softmax, with the masks of `sdpa`
+
+aten = torch.ops.aten
 
 
 def causal_attention(
     module: torch.nn.Module,
-    query_BHTD: torch.Tensor,
-    key_BGTD: torch.Tensor,
-    value_BGTD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """Rows of whole text, every token seeing all before it: PyTorch's causal kernel, and no mask, ever.
 
     For training. Under the name `sdpa` transformers 5 looks in every forward whether rows are packed, which waits for
     the device, and once compiled always builds the mask [B, 1, T, T], with which PyTorch's flash kernel cannot be used.
     A name that has no mask function gets none (transformers, masking_utils.py, `_preprocess_mask_arguments`).
-    Returns [B, T, H, D]. Raises ValueError where a mask comes all the same.
+    Takes [B, H or G, T, D], returns [B, T, H, D]. Raises ValueError where a mask comes all the same.
     """
     if attention_mask is not None:
         raise ValueError("causal attention takes no mask: rows must be whole, without padding")
+    if kind_of(module.config) in IN_SOFTMAX:
+        return sink_attention_forward(module, query, key, value, None, **kwargs)
     kwargs["is_causal"] = True
-    return sdpa_attention_forward(module, query_BHTD, key_BGTD, value_BGTD, None, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+def sink_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sink_turn: Rotation | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer of a model with a sink in its softmax; [B, T, H, D].
+
+    `sink_turn` is that of `sink_scores`. Raises ValueError for dropout, which is not for sinks.
+    """
+    if dropout:
+        raise ValueError("attention with a sink in its softmax has no dropout; set attention_dropout to 0")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    score_BHT = sink_scores(module, query, scale, sink_turn)
+    if score_BHT is None:
+        raise ValueError(f"{type(module).__name__} has no sink in its softmax; use the attention 'sdpa'")
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    return attend(query, key, value, score_BHT, attention_mask, scale).transpose(1, 2), None
+
+
+def sink_scores(module: Any, query_BHTD: Tensor, scale: float, turn: Rotation | None = None) -> Tensor | None:
+    """s [B, H, T] in fp32, the sink's score for each query, already scaled; None where the module has no such sink.
+
+    `zero`: 0. `logit`: a number a head. `kv_bias`: q · k · scale, where k was never rotated, so that it stands at
+    position 0: in a stream, whose queries are not at the positions that they were rotated to, `turn` brings them there.
+    """
+    kind = kind_of(module.config)
+    if kind == "zero":
+        return query_BHTD.new_zeros((), dtype=torch.float32).expand(query_BHTD.shape[:3])
+    if kind == "logit":
+        return module.sink.float()[None, :, None].expand(query_BHTD.shape[:3])
+    if kind == "kv_bias":
+        key_GD = module.sink.float()
+        key_H1D = key_GD.repeat_interleave(query_BHTD.shape[1] // len(key_GD), dim=0)[:, None]
+        query = query_BHTD.float() if turn is None else turn_half_split(query_BHTD, turn)
+        return (query * key_H1D).sum(-1) * scale  # no matrix product: autocast would round it
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, score_BHT: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """y [B, H, T, D] of q [B, H, T, D] and k, v [B, H, K, D]: causal from the first key on where T > 1 and no mask is.
+
+    A mask is as for `scaled_dot_product_attention`, True where seen or additive.
+    """
+    if torch.is_autocast_enabled(q.device.type):  # as it does itself for PyTorch's own attention
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    causal = mask is None and q.shape[2] > 1
+    square = q.shape[2] == k.shape[2]
+    if mask is None and (square or not causal) and _has_kernel(q, v):
+        return _Renormalised.apply(q, k, v, score_BHT, causal, scale)
+    return _with_column(q, k, v, score_BHT, mask, scale)
+
+
+def _with_column(q: Tensor, k: Tensor, v: Tensor, score_BHT: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Word by word: a key of zeros in front, whose score is its bias, and a value of zeros. Copies keys and values."""
+    T, K = q.shape[2], k.shape[2]
+    if mask is None:
+        mask = torch.ones(T, K, dtype=torch.bool, device=q.device).tril() if T > 1 else q.new_zeros(1, 1)
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask
+    bias_BHTK = torch.cat([score_BHT[..., None].to(q.dtype), bias.expand(*q.shape[:3], K)], dim=-1)
+    return F.scaled_dot_product_attention(q, F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), bias_BHTK, scale=scale)
+
+
+# ------------------------------------------------------------------------------------- PyTorch's kernels, renormalised
+
+
+def _has_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether a fused kernel gives lse here. Sizes are those that PyTorch itself sends to them without padding."""
+    if q.device.type == "cpu":
+        return q.shape[-1] == v.shape[-1]
+    if q.dtype == torch.float32 and torch.compiler.is_compiling():
+        return False  # its gradients came out wrong on an H100 (torch 2.11), those of eager fp32 and of bf16 right
+    return q.device.type == "cuda" and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+class _Renormalised(torch.autograd.Function):
+    """`y` of the module's docstring; the three kernels differ in what they hand to their backward pass."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, score_BHT, causal, scale):
+        T = q.shape[2]
+        if q.device.type == "cpu":
+            out, lse, *rest = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        elif q.dtype == torch.float32:
+            out, lse, *rest = aten._scaled_dot_product_efficient_attention(
+                q, k, v, None, True, 0.0, causal, scale=scale
+            )
+        else:
+            out, lse, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+        total_BHT = torch.logaddexp(lse[:, :, :T], score_BHT)  # in fp32, or fp64 where q is
+        out = (out * (lse[:, :, :T] - total_BHT).exp()[..., None]).to(q.dtype)
+        ctx.causal, ctx.scale, ctx.padding = causal, scale, lse.shape[2] - T
+        ctx.beside = [None if isinstance(x, Tensor) else x for x in rest]  # lengths; without tensors of random numbers,
+        ctx.random = [i for i, x in enumerate(rest) if isinstance(x, Tensor)]  # which nobody reads, but all must get
+        ctx.save_for_backward(q, k, v, score_BHT, out, total_BHT, *(rest[i] for i in ctx.random))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, score_BHT, out, total_BHT, *random = ctx.saved_tensors
+        causal, scale, beside = ctx.causal, ctx.scale, list(ctx.beside)
+        for place, tensor in zip(ctx.random, random):
+            beside[place] = tensor
+        if q.device.type == "cpu":
+            grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, total_BHT, 0.0, causal, scale=scale
+            )
+        elif q.dtype == torch.float32:
+            lse = F.pad(total_BHT, (0, ctx.padding), value=float("inf"))  # the kernel's own, a multiple of 32 long
+            grads = aten._scaled_dot_product_efficient_attention_backward(
+                grad, q, k, v, None, out, lse, *beside, 0.0, [True, True, True, False], causal, scale=scale
+            )[:3]
+        else:
+            from_q, from_k, most_q, most_k, seed, offset, _ = beside
+            grads = aten._scaled_dot_product_flash_attention_backward(
+                grad, q, k, v, out, total_BHT, from_q, from_k, most_q, most_k, 0.0, causal, seed, offset, scale=scale
+            )
+        grad_score_BHT = -(score_BHT - total_BHT).exp() * (grad.to(total_BHT.dtype) * out).sum(-1)
+        return *grads, grad_score_BHT, None, None
 
 
 AttentionInterface.register(CAUSAL, causal_attention)
+AttentionInterface.register(SINK, sink_attention_forward)
+AttentionMaskInterface.register(SINK, sdpa_mask)

@@ -14,7 +14,8 @@ The model stays as transformers made it: a `Cache` holds the keys, and an attent
 of its own, sees them after RoPE. Nothing is assumed that can be checked: a model that does not call that function once
 in every layer, or asks it for something it does not do, is refused by name (UserError).
 
-Shapes: B documents, H query heads in G groups of shared keys, N queries of a chunk, K window keys, S sinks, D, V.
+Shapes: B documents, H query heads in G groups of shared keys, N queries of a chunk, K window keys, S sinks, F columns
+in front of them, D, V.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from sinkmodel.attention import sink_scores
 from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, Rotation, rotary_of
+from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
 ATTENTION = "sinkmodel_banded"
 BLOCK = 64  # queries that attend together
@@ -43,7 +46,8 @@ class Band(Cache):
     def __init__(self, model: Any, rotary: Rotary, budget: int, sinks: int, chunk: int):
         self.kind = model.config.model_type
         self.depth = model.config.get_text_config().num_hidden_layers
-        super().__init__(layers=[BandLayer(sinks) for _ in range(self.depth)])
+        in_softmax = kind_of(model.config) in IN_SOFTMAX
+        super().__init__(layers=[BandLayer(sinks, in_softmax) for _ in range(self.depth)])
         self.rotary, self.budget, self.sinks, self.window = rotary, budget, sinks, budget - sinks
         # Positions are counted from `origin`, which moves on before they grow: fp32 RoPE loses what they gain. Not
         # before every key turned by the last move has left the window, so none is turned twice.
@@ -100,30 +104,35 @@ class Band(Cache):
         self.current = layer_idx
         return self.layers[layer_idx].update(key_states, value_states)
 
-    def attend(self, q_BHND: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scale: float) -> Tensor:
+    def attend(self, module: Any, q_BHND: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scale: float) -> Tensor:
         """softmax over the sinks, seen from the query's place in the cache, and the band of the window; [B, N, H, D].
 
-        K counts room for the sinks, then the window keys of all N queries. The queries go in blocks of BLOCK, each with
-        the keys from its own first one on, so that little outside of the band is computed. One fused attention with
-        additive bias does window and sinks: in the columns of the sinks the key is zero and the bias is the score. The
-        sinks are put where keys have been that only earlier blocks saw, and the bias of blocks of one shape differs
-        in those columns alone, so nothing of the window's size is copied.
+        K counts room for F columns in front, then the window keys of all N queries. In front are the sinks, and behind
+        them a sink that the model has in its softmax (`sinkmodel.attention`), whose value is zero. The queries go in
+        blocks of BLOCK, each with the keys from its own first one on, so that little outside of the band is computed.
+        One fused attention with additive bias does it all: in the columns in front the key is zero and the bias is the
+        score. They are put where keys have been that only earlier blocks saw, and the bias of blocks of one shape
+        differs in those columns alone, so nothing of the window's size is copied.
         In fp32 for half precision too: a score rounded to bf16 would be off by 0.4 %.
         """
         self.called.append(self.current)
         layer, dtype, (B, H, N, _) = self.layers[self.current], q_BHND.dtype, q_BHND.shape
         q_BHND, k_BGKD, v_BGKD, v_BGSD = q_BHND.float(), k_BGKD.float(), v_BGKD.float(), layer.sink_values.float()
-        S, shared = v_BGSD.shape[2], k_BGKD.shape[1] != H
-        score_BHNS = self._sink_scores(q_BHND, layer.sink_keys.float(), scale)
+        shared = k_BGKD.shape[1] != H
+        score_BHNF = self._sink_scores(q_BHND, layer.sink_keys.float(), scale)
+        own_BHN = sink_scores(module, q_BHND, scale, self.to_cache)
+        if own_BHN is not None:
+            score_BHNF, v_BGSD = torch.cat([score_BHNF, own_BHN[..., None]], dim=-1), F.pad(v_BGSD, (0, 0, 0, 1))
+        front = score_BHNF.shape[-1]
         out_BNHD = torch.empty(B, N, H, v_BGSD.shape[-1], device=q_BHND.device)
         for first in range(0, N, BLOCK):
             last = min(first + BLOCK, N)
             low = self._low(self.start + first) - self._low(self.start)
-            high = S + max(0, self.start + last - self._low(self.start))
-            bias_BHNK = self._bias(B, H, last - first, S, high - low - S, q_BHND.device)
-            if S:
-                k_BGKD[:, :, low : low + S], v_BGKD[:, :, low : low + S] = 0, v_BGSD
-                bias_BHNK[..., :S] = score_BHNS[:, :, first:last]
+            high = front + max(0, self.start + last - self._low(self.start))
+            bias_BHNK = self._bias(B, H, last - first, front, high - low - front, q_BHND.device)
+            if front:
+                k_BGKD[:, :, low : low + front], v_BGKD[:, :, low : low + front] = 0, v_BGSD
+                bias_BHNK[..., :front] = score_BHNF[:, :, first:last]
             q, k, v = q_BHND[:, :, first:last], k_BGKD[:, :, low:high], v_BGKD[:, :, low:high]
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_BHNK, scale=scale, enable_gqa=shared)
             out_BNHD[:, first:last] = out.transpose(1, 2)
@@ -138,23 +147,26 @@ class Band(Cache):
             score_BHNS.masked_fill_(torch.arange(S, device=q_BHND.device) > t_N1, float("-inf"))
         return score_BHNS
 
-    def _bias(self, B: int, H: int, N: int, S: int, K: int, device: torch.device) -> Tensor:
-        """[B, H, N, S + K]: the band of N queries over the K window keys up to the last query's own; S left to fill."""
-        if self.bias is None or self.bias.shape != (B, H, N, S + K):
-            distance_NK = torch.arange(K - N, K)[:, None] - torch.arange(-S, K)
+    def _bias(self, B: int, H: int, N: int, front: int, K: int, device: torch.device) -> Tensor:
+        """[B, H, N, F + K]: the band of N queries over the K window keys up to the last query's own; F left to fill."""
+        if self.bias is None or self.bias.shape != (B, H, N, front + K):
+            distance_NK = torch.arange(K - N, K)[:, None] - torch.arange(-front, K)
             hidden = (distance_NK < 0) | (distance_NK >= self.window)
-            self.bias = torch.zeros(N, S + K).masked_fill_(hidden, float("-inf")).to(device).repeat(B, H, 1, 1)
+            self.bias = torch.zeros(N, front + K).masked_fill_(hidden, float("-inf")).to(device).repeat(B, H, 1, 1)
         return self.bias
 
 
 class BandLayer(CacheLayerMixin):
-    """One layer's keys as the model rotated them: `sink_keys` [B, G, S, D] for good, `keys` [B, G, K, D] in passing."""
+    """One layer's keys as the model rotated them: `sink_keys` [B, G, S, D] for good, `keys` [B, G, K, D] in passing.
+
+    What `update` gives has room for the sinks before the window, and for one more that is `in_softmax`.
+    """
 
     is_sliding = False
 
-    def __init__(self, sinks: int):
+    def __init__(self, sinks: int, in_softmax: bool):
         super().__init__()
-        self.sinks = sinks
+        self.sinks, self.in_softmax = sinks, in_softmax
         self.seen = 0
         self.first = sinks  # text index of the oldest key in `keys`
 
@@ -170,9 +182,11 @@ class BandLayer(CacheLayerMixin):
         if sinks:
             self.sink_keys = torch.cat([self.sink_keys, key_states[:, :, :sinks]], dim=2)
             self.sink_values = torch.cat([self.sink_values, value_states[:, :, :sinks]], dim=2)
-        keys = torch.cat([torch.zeros_like(self.sink_keys), self.keys, key_states[:, :, sinks:]], dim=2)
-        values = torch.cat([self.sink_values, self.values, value_states[:, :, sinks:]], dim=2)
-        room = self.sink_keys.shape[2]
+        room = self.sink_keys.shape[2] + self.in_softmax
+        B, G, _, D = key_states.shape
+        keys = torch.cat([key_states.new_zeros(B, G, room, D), self.keys, key_states[:, :, sinks:]], dim=2)
+        empty = value_states.new_zeros(B, G, room, value_states.shape[-1])
+        values = torch.cat([empty, self.values, value_states[:, :, sinks:]], dim=2)
         self.keys, self.values = keys[:, :, room:], values[:, :, room:]
         self.seen += key_states.shape[2]
         return keys, values
@@ -240,7 +254,7 @@ def _attention(
     if asked:
         raise UserError(f"model type {band.kind!r} asks its attention for {', '.join(asked)}, which streaming has not")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return band.attend(query, key, value, scale), None
+    return band.attend(module, query, key, value, scale), None
 
 
 AttentionInterface.register(ATTENTION, _attention)  # with no mask function: transformers then makes no mask

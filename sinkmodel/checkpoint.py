@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, sha256_of
 from sinkmodel.sinks import SinkConfig, write_sink

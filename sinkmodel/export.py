@@ -15,7 +15,7 @@ from sinkmodel.console import command, say
 from sinkmodel.files import atomic_folder, refuse_if_occupied
 from sinkmodel.loading import DTYPES
 from sinkmodel.parser import OneLineParser
-from sinkmodel.sinks import SinkConfig
+from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from sinkmodel.tokenizer import TextTokenizer, save_tokenizer
 
 PROVENANCE = "training.json"
@@ -38,7 +38,8 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
         _name_special_ids(model, recipe)
         transformers_logging.disable_progress_bar()
         model.save_pretrained(folder)
-        _write_for_transformers_4(folder / "config.json")
+        if recipe.sink.kind not in IN_SOFTMAX:
+            _write_for_transformers_4(folder / "config.json")
         save_tokenizer(folder, recipe.tokenizer, recipe.sink, model.config.max_position_embeddings)
         provenance = {"step": recipe.step, "tokens": recipe.tokens, "checkpoint": file.name, **recipe.provenance}
         (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from sinkmodel.architectures import PARAMETER as SINK_PARAMETER
+from sinkmodel.architectures import SinkGPTNeoXConfig, SinkLlamaConfig
 from sinkmodel.shapes import ModelShape
+from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, write_sink
 
 # Weights that write into the residual stream; their initial std falls with depth.
 RESIDUAL_OUTPUTS = (
@@ -19,8 +22,9 @@ RESIDUAL_OUTPUTS = (
 )
 
 
-def transformers_config(shape: ModelShape, vocabulary: int) -> PretrainedConfig:
-    """The transformers config of this shape with `vocabulary` embedding rows."""
+def transformers_config(shape: ModelShape, vocabulary: int, sink: SinkConfig | None = None) -> PretrainedConfig:
+    """The transformers config of this shape with `vocabulary` embedding rows; ours where the softmax has a sink."""
+    in_softmax = sink is not None and sink.kind in IN_SOFTMAX
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": shape.hidden,
@@ -33,27 +37,36 @@ def transformers_config(shape: ModelShape, vocabulary: int) -> PretrainedConfig:
         "use_cache": True,
     }
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    config: PretrainedConfig
     if shape.architecture == "llama":
-        return LlamaConfig(
+        config = (SinkLlamaConfig if in_softmax else LlamaConfig)(
             **common,
             num_key_value_heads=shape.kv_heads,
             head_dim=shape.hidden // shape.heads,
             rms_norm_eps=1e-5,
             rope_parameters=rope,
         )
-    return GPTNeoXConfig(
-        **common,
-        layer_norm_eps=1e-5,
-        hidden_act="gelu",
-        hidden_dropout=0.0,
-        use_parallel_residual=True,
-        rope_parameters={**rope, "partial_rotary_factor": shape.rotary_pct},
-    )
+    else:
+        config = (SinkGPTNeoXConfig if in_softmax else GPTNeoXConfig)(
+            **common,
+            layer_norm_eps=1e-5,
+            hidden_act="gelu",
+            hidden_dropout=0.0,
+            use_parallel_residual=True,
+            rope_parameters={**rope, "partial_rotary_factor": shape.rotary_pct},
+        )
+    if sink is not None and in_softmax:
+        write_sink(config, sink, [])
+    return config
 
 
-def build_model(shape: ModelShape, vocabulary: int, seed: int) -> PreTrainedModel:
-    """A model in fp32 on the CPU, its weights a function of shape, vocabulary and seed alone: twins start equal."""
-    model = AutoModelForCausalLM.from_config(transformers_config(shape, vocabulary), attn_implementation="sdpa")
+def build_model(shape: ModelShape, vocabulary: int, seed: int, sink: SinkConfig | None = None) -> PreTrainedModel:
+    """A model in fp32 on the CPU, its weights a function of shape, vocabulary and seed alone: twins start equal.
+
+    A sink that is a token is among the vocabulary; one in the softmax makes it a model of `sinkmodel.architectures`.
+    """
+    config = transformers_config(shape, vocabulary, sink)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     initialise(model, seed)
     return model
 
@@ -68,7 +81,9 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
+        if name.endswith(f".{SINK_PARAMETER}"):
+            parameter.zero_()  # drawn from nothing: the other weights are those of the twins
+        elif parameter.ndim == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             std = 2 / layers / math.sqrt(hidden) if name.endswith(RESIDUAL_OUTPUTS) else math.sqrt(2 / (5 * hidden))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sinkmodel.errors import UserError
+from sinkmodel.sinks import kind_of
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # one set of frequencies for all lengths
 BOUNDED_TYPES = ("dynamic", "longrope")  # the same frequencies up to the original length, others beyond
@@ -65,11 +66,18 @@ class Rotary:
 
     def apply(self, x: Tensor, rotation: Rotation) -> Tensor:
         """The turned vectors, in fp32."""
-        a, b = self.turned_pairs(x, rotation)
+        if not self.interleaved:
+            return turn_half_split(x, rotation)
         rest = x[..., 2 * len(self.inv_freq) :].float()
-        if self.interleaved:
-            return torch.cat([torch.stack([a, b], dim=-1).flatten(-2), rest], dim=-1)
-        return torch.cat([a, b, rest], dim=-1)
+        return torch.cat([torch.stack(self.turned_pairs(x, rotation), dim=-1).flatten(-2), rest], dim=-1)
+
+
+def turn_half_split(x: Tensor, rotation: Rotation) -> Tensor:
+    """`Rotary.apply` where the pairs are (i, i + R/2), with nothing but the rotation: fp32, the shape of x [..., D]."""
+    cos, sin = rotation
+    half = cos.shape[-1]
+    a, b, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 def rotary_of(model: Any, run: Callable[..., Any] | None = None) -> Rotary:
@@ -151,9 +159,11 @@ def trial_keys(model: Any, run: Callable[..., Any], offset: int | None) -> list[
     cache = DynamicCache()
     rows = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(1, PROBE_TOKENS + 1, device=model.device) * 7 % rows).unsqueeze(1)
-    where = {}
+    where: dict[str, Any] = {}
     if offset is not None:
         where["position_ids"] = torch.full_like(ids, offset)
+        if kind_of(model.config) == "kv_bias":  # a second key, which stands still: the queries are brought back to it
+            where["sink_turn"] = Rotary(frequencies(model)[0], False, ()).rotation(-offset, model.device)
     kind = model.config.model_type
     try:
         run(input_ids=ids, **where, past_key_values=cache, use_cache=True)

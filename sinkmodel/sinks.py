@@ -7,13 +7,21 @@ from typing import Any
 
 from sinkmodel.errors import UserError
 
-KINDS = ("none", "token")
+IN_SOFTMAX = ("zero", "logit", "kv_bias")  # no token: one more column of every softmax, whose value is zero
+KINDS = ("none", "token", *IN_SOFTMAX)
 RESERVED_ROWS = 16  # vocabulary rows kept free of text in every model, so that twins have the same shapes
 
 
 @dataclass(frozen=True)
 class SinkConfig:
-    """`none`: a vanilla model. `token`: `count` trainable tokens in front of every sample (StreamingLLM, 3.3)."""
+    """What a model has for attention that has nowhere to go.
+
+    none     a vanilla model
+    token    `count` trainable tokens in front of every sample (StreamingLLM, section 3.3)
+    zero     a key and a value of zeros: softmax-off-by-one (StreamingLLM, section 3.3, "zero sink")
+    logit    one learned number a head in place of the key's score (gpt-oss)
+    kv_bias  a learned key a layer and KV head, rotated never, its value zero (Gu et al., arXiv 2410.10781)
+    """
 
     kind: str = "none"
     count: int = 1
@@ -23,6 +31,8 @@ class SinkConfig:
             raise UserError(f"sink.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
         if not 1 <= self.count <= RESERVED_ROWS:
             raise UserError(f"sink.count is {self.count}; it must be between 1 and {RESERVED_ROWS}")
+        if self.kind in IN_SOFTMAX and self.count != 1:
+            raise UserError(f"sink.count is {self.count}, but a sink of kind {self.kind!r} stands alone; leave it out")
 
     @property
     def tokens(self) -> int:
@@ -42,6 +52,16 @@ class SinkConfig:
 def padded_vocabulary(text_vocabulary: int) -> int:
     """Rows of the embedding: text vocabulary and reserved rows, rounded up to 128 (GPT-NeoX: 50277 -> 50304)."""
     return -(-(text_vocabulary + RESERVED_ROWS) // 128) * 128
+
+
+def kind_of(config: Any) -> str:
+    """The kind of sink that a model's config tells of; "none" for a vanilla model or somebody else's."""
+    return (getattr(config, "sink", None) or {}).get("kind", "none")
+
+
+def sinks_to_keep(config: Any) -> int:
+    """How many first tokens a stream of this model keeps for good: its own sinks, or 1; 0 with one in the softmax."""
+    return 0 if kind_of(config) in IN_SOFTMAX else len(sink_ids_of(config)) or 1
 
 
 def write_sink(config: Any, sink: SinkConfig, token_ids: list[int]) -> None:

@@ -22,6 +22,7 @@ COLUMNS = (
     "lr",
     "grad_norm",
     "sink_share",
+    "sink_heads",
     "tokens_per_second",
     "mfu",
     "val_loss",

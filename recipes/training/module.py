@@ -19,6 +19,7 @@ from recipes.training.processes.strategies import zero_stage
 from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import OptimizerSettings
 from sinkmodel.checkpoint import Recipe
+from sinkmodel.maps import Seen, watch
 from sinkmodel.models import head_of
 
 
@@ -30,7 +31,7 @@ class SinkLanguageModel(LightningModule):
         sinks: tokens in front of every row.
         recipe: what a checkpoint of step n says about itself; called at every save.
         head_chunk: places whose logits exist at a time.
-        compile_model: compile the decoder's body in place, so that names in checkpoints stay as they are.
+        compile_model: compile the decoder's body in place, so that names in checkpoints stay as they are, and the loss.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class SinkLanguageModel(LightningModule):
         self.model = model
         self.sinks, self.recipe = sinks, recipe
         self.optimizer_settings, self.schedule = optimizer, schedule
-        model.set_output_embeddings(LossHead(head_of(model), head_chunk))
+        model.set_output_embeddings(LossHead(head_of(model), head_chunk, compile_model))
         if compile_model:
             self.model.base_model.compile()
         # Of the latest micro-batch: its two losses, [2]; of the latest step: the norm before clipping. On the device.
@@ -137,20 +138,24 @@ class SinkLanguageModel(LightningModule):
             self.reshard()
 
 
-@torch.no_grad()
-def sink_share(model: PreTrainedModel, inputs_T: torch.Tensor, sinks: int, places: int = 64) -> torch.Tensor:
-    """Share of attention that goes to the sinks, or to the first token where there is none; a scalar on the device.
+PLACES = 64  # T of Gu et al.
+BORN = 0.3  # ε of Gu et al.: a head with more than this has a sink
 
-    Mean over layers, heads and the queries behind the sinks, of one row cut to `places` tokens (T = 64 as in Gu et al.,
-    arXiv 2410.10781). Eager attention, on the side: the training step keeps its fast kernel and its compiled graph.
+
+def sink_share(model: PreTrainedModel, inputs_T: torch.Tensor, sinks: int) -> torch.Tensor:
+    """Share of attention that goes to the sinks, and share of heads where it is above BORN: [2], on the device.
+
+    The sinks are the tokens in front, or the one in the softmax, or the first token of a model that has none. A head's
+    share is the mean over the queries behind them of one row cut to PLACES (the sink metric of Gu et al., arXiv
+    2410.10781, on one sequence). Written out on the side: the training step keeps its fast kernel and compiled graph.
     """
     first = max(1, sinks)
-    fast = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            maps = model.base_model(input_ids=inputs_T[None, :places], use_cache=False, output_attentions=True)
-    finally:
-        model.set_attn_implementation(fast)
-    shares = [attention[0, :, first:, :first].sum(-1).mean() for attention in maps.attentions]
-    return torch.stack(shares).mean()
+    shares: list[torch.Tensor] = []
+
+    def see(seen: Seen) -> None:
+        to_sink_BHT = seen.weights_BHTT[..., :first].sum(-1) if seen.sink_BHT is None else seen.sink_BHT
+        shares.append(to_sink_BHT[0, :, first:].mean(-1))
+
+    watch(model, inputs_T[None, :PLACES], see)
+    share_LH = torch.stack(shares)
+    return torch.stack([share_LH.mean(), (share_LH > BORN).float().mean()])

@@ -6,14 +6,16 @@ import torch
 from torch import nn
 
 from recipes.training.settings import OptimizerSettings
+from sinkmodel.architectures import PARAMETER as SINK_PARAMETER
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices are decayed, vectors (norms and biases) are not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Matrices are decayed; vectors (norms and biases), and sinks in the softmax, are not."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plain = [parameter.ndim < 2 or name.endswith(f".{SINK_PARAMETER}") for name, parameter in named]
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for (_, p), free in zip(named, plain) if not free], "weight_decay": weight_decay},
+        {"params": [p for (_, p), free in zip(named, plain) if free], "weight_decay": 0.0},
     ]
 
 

@@ -38,7 +38,7 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     check_folder(run, config)
     start = starting_point(run) if run.exists() else None
     rows = config.model.vocabulary or padded_vocabulary(read_manifest(data)["tokenizer"]["vocabulary"])
-    model = build_model(config.model, rows, config.seed)
+    model = build_model(config.model, rows, config.seed, config.sink)
     total, body = count_parameters(model)
     steps, tokens = config.schedule.steps, config.schedule.steps * config.training.batch_tokens
     size = total * BYTES_PER_PARAMETER

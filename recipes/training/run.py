@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import re
-import socket
 import time
-import traceback
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 
 from recipes.config import flatten
@@ -25,7 +20,15 @@ from recipes.training.callbacks.preemption import requeue
 from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
 from recipes.training.module import SinkLanguageModel
 from recipes.training.processes import signals
-from recipes.training.processes.ranks import World, agree, find_world, from_first, join, refuse_unequal
+from recipes.training.processes.ranks import (
+    World,
+    agree,
+    find_world,
+    from_first,
+    join,
+    others_may_be_lost,
+    refuse_unequal,
+)
 from recipes.training.processes.strategies import resolve_strategy
 from recipes.training.settings import PretrainConfig
 from recipes.training.trainer import build_trainer
@@ -37,9 +40,6 @@ from sinkmodel.locks import LOCK, locked
 from sinkmodel.models import build_model, count_parameters
 from sinkmodel.sinks import padded_vocabulary, write_sink
 from sinkmodel.tokenizer import TextTokenizer
-
-# What gloo and NCCL say where a rank has gone, if not by the type of the error.
-LOST = re.compile(r"closed by peer|Connection re(set|fused)|Broken pipe|[Tt]imed out|no longer|Socket closed|NCCL")
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -82,7 +82,7 @@ def pretrain(config: PretrainConfig) -> int:
         if start == run / "checkpoints" / f"step{steps}.ckpt":
             say(f"{run} is complete: {steps} of {steps} steps; {_export(run)}")
             return 0
-        model = build_model(config.model, rows, config.seed)
+        model = build_model(config.model, rows, config.seed, config.sink)
         write_sink(model.config, config.sink, sink_ids)
         model.set_attn_implementation(CAUSAL)
         if start is not None:
@@ -102,7 +102,7 @@ def pretrain(config: PretrainConfig) -> int:
         from_first(lambda: write_folder(run, config))
         trainer, stop, writer = build_trainer(run, config, strategy, world, plan, module, datamodule, start)
         _introduce(run, config, strategy, world, model, train, plan, start)
-        with _explained_when_others_are_lost(world):
+        with others_may_be_lost():
             try:
                 trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
             except UserError:  # which all ranks raise at the same step
@@ -169,25 +169,6 @@ def _see_folder(run: Path, patience: float = 15.0) -> None:
                 f"{run} was made by rank 0, and is not here; put --output on a file system that all nodes share"
             )
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def _explained_when_others_are_lost(world: World) -> Iterator[None]:
-    """Another rank's end reaches this one as an error of the network, in the middle of some collective."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "NCCL" in str(error):
-            traceback.print_exc()  # it has more to say than that somebody is gone
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if world.size == 1 or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
-            raise
-        raise UserError(
-            f"rank {world.rank} on {socket.gethostname()} has lost the others ({first}); what ended them stands above "
-            "or in their own log; go on with the same command",
-            exit_code=1,
-            heard=True,
-        ) from None
 
 
 def _open_data(config: PretrainConfig, world: World) -> tuple[TokenSplit, TokenSplit | None]:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from sinkmodel.cache.families import ATTENTION, sample_of, signature, traits_of
+from sinkmodel.cache.families import ATTENTION, BOOLEAN, sample_of, signature, traits_of
 from sinkmodel.cache.pieces import Piece, plan
 from sinkmodel.errors import UserError
+from sinkmodel.sinks import kind_of
 
 if TYPE_CHECKING:
     from sinkmodel.cache.streaming_cache import StreamingCache
@@ -81,7 +82,7 @@ def feed(
 ) -> Any:
     """What `model(...)` gives with this cache: the same as token by token."""
     fed = _admit(cache, forward, model, args, kwargs)
-    with_mask = compiling or model.config._attn_implementation != "sdpa"
+    with_mask = compiling or model.config._attn_implementation not in BOOLEAN
     outputs = []
     try:
         while (inputs := _begin(cache, model, fed, with_mask)) is not None:
@@ -174,6 +175,8 @@ def _begin(cache: StreamingCache, model: Any, fed: Fed, with_mask: bool) -> dict
         "logits_to_keep": fed.keep if columns == fed.tokens.shape[1] else _kept(fed.keep, left - columns),
     }
     others = {name: _cut(x, fed, start) for name, x in fed.others.items()}
+    if kind_of(model.config) == "kv_bias":
+        others["sink_turn"] = cache.query_turn(columns)
     return {**others, **{name: x for name, x in inputs.items() if name in cache.traits.accepts}}
 
 
@@ -202,7 +205,7 @@ def _cut(x: Any, fed: Fed, start: int) -> Any:
 
 def _mask(piece: Piece, model: Any) -> Tensor | None:
     """As the attention implementation takes it: True where seen (sdpa), or 0 and the lowest number (eager)."""
-    if piece.mask is None or model.config._attn_implementation == "sdpa":
+    if piece.mask is None or model.config._attn_implementation in BOOLEAN:
         return piece.mask
     lowest = torch.finfo(model.dtype).min
     return torch.zeros(piece.mask.shape, dtype=model.dtype, device=piece.mask.device).masked_fill_(~piece.mask, lowest)

@@ -30,7 +30,8 @@ from sinkmodel.cache.pieces import Piece, Ring
 from sinkmodel.cache.saved import FORMAT, NUMBERS, ROWS, TENSORS, check_state, read_state, settings_of
 from sinkmodel.cache.slots import StreamingLayer
 from sinkmodel.errors import UserError
-from sinkmodel.rope import Rotary
+from sinkmodel.rope import Rotary, Rotation
+from sinkmodel.sinks import IN_SOFTMAX, kind_of, sinks_to_keep
 
 POSITIONS = ("cache", "text")
 CONVENTIONS = ("inclusive", "paper")
@@ -42,7 +43,8 @@ class StreamingCache(Cache):
     Args:
         config: the model's config (`model.config`), or the model itself where its class is not one of transformers'.
         budget: C, the slots of a KV head; the sinks and the current token count.
-        sinks: S, how many of the first tokens of each row are kept for good. 0 is the plain window.
+        sinks: S, how many of the first tokens of each row are kept for good; None: the model's own sinks, or 1, or 0
+            for a model with a sink in its softmax, which takes no slot. 0 for any other model is the plain window.
         positions: "cache": sinks stand right before the window (StreamingLLM). "text": every key at its true distance.
         convention: "inclusive": a query sees C keys, its own counted. "paper": C + 1, as in the paper's code, which
             evicts after the forward (design, decision 8).
@@ -63,10 +65,12 @@ class StreamingCache(Cache):
         self,
         config: Any,
         budget: int = 1024,
-        sinks: int = 1,
+        sinks: int | None = None,
         positions: str = "cache",
         convention: str = "inclusive",
     ):
+        model_or_config, config = config, getattr(config, "config", config)
+        sinks = sinks_to_keep(config) if sinks is None else sinks
         try:
             budget, sinks = operator.index(budget), operator.index(sinks)
         except TypeError:
@@ -79,12 +83,11 @@ class StreamingCache(Cache):
                 f"a budget of {budget} does not hold {sinks} sinks and the current token; make it at least "
                 f"{max(0, sinks) + 1} and the sinks 0 or more"
             )
-        model_or_config, config = config, getattr(config, "config", config)
         self.config = config.get_text_config()
         self.budget, self.sinks, self.positions, self.convention = budget, sinks, positions, convention
         self.slots = budget + (convention == "paper")
         check_config(self.config, self.slots, positions == "text")
-        if sinks == 0:
+        if sinks == 0 and kind_of(config) not in IN_SOFTMAX:
             warnings.warn("sinks=0 is the plain window: most models lose their way at the first eviction", stacklevel=2)
         self.ring = Ring(self.slots, sinks, text=positions == "text", ordered=self.config.model_type == "mpt")
         super().__init__(layers=[StreamingLayer() for _ in range(self.config.num_hidden_layers)])
@@ -290,6 +293,17 @@ class StreamingCache(Cache):
             rotation = self.rotary.rotation(piece.delta_BN[:, None, :, None], keys.device)
             keys = self.rotary.apply(keys, rotation).to(keys.dtype)
         return keys.reshape(B, G, turns * S, D)
+
+    def query_turn(self, columns: int) -> Rotation:
+        """From where the model puts the queries of the piece to where they stand in the cache, [B, 1, N or 1, R/2].
+
+        For a sink that is no token, and so has no key here that could be turned instead.
+        """
+        assert self.piece is not None
+        assert self.rotary is not None
+        assert self.traits is not None
+        delta_BN = self.piece.delta_BN if self.piece.delta_BN is not None else torch.tensor(self.piece.delta_B)[:, None]
+        return self.rotary.rotation(-delta_BN[:, None], self.traits.device)
 
     # ----------------------------------------------------------------------------------------------- saving a stream
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sinkmodel.cache import StreamingCache
 from sinkmodel.errors import UserError
-from sinkmodel.sinks import sink_ids_of
+from sinkmodel.sinks import sink_ids_of, sinks_to_keep
 from sinkmodel.streaming.evictions import Evictions, OnEvict
 from sinkmodel.streaming.incremental import Writer
 from sinkmodel.streaming.intake import BLOCK, Intake, rows_of
@@ -50,7 +50,7 @@ class Stream:
     Args:
         tokenizer: needed for text; one of transformers'.
         budget: slots of the cache: sinks, pinned tokens and the current token count.
-        sinks: how many of the first tokens are kept for good; None: the model's own, or 1 for a model that has none.
+        sinks: how many of the first tokens are kept for good; None: `sinks_to_keep`.
         pinned: a text or ids that are never evicted, the same in each row: a system prompt.
         on_evict: called with (row, place, id) for each token that leaves the cache, in order.
         positions: "cache" or "text", see `StreamingCache`.
@@ -77,7 +77,7 @@ class Stream:
         own = sink_ids_of(model.config)
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.front = own + list(chain.from_iterable(Intake(tokenizer, self.vocabulary).blocks(pinned)))
-        sinks = (len(own) or 1) if sinks is None else sinks
+        sinks = sinks_to_keep(model.config) if sinks is None else sinks
         kept = max(sinks, len(self.front)) if len(self.front) > len(own) else sinks
         if kept > sinks and budget <= kept:
             raise UserError(

@@ -66,9 +66,9 @@ class Metrics(Callback):
         """The one place that waits for the device."""
         step = trainer.global_step
         self.health.look(trainer)
-        share = pl_module.sink_share(trainer.datamodule.first_row_of(step).to(pl_module.device))
-        loss, twin_loss, grad_norm, share = torch.stack(
-            [*(self.sums / self.steps), self.means.grad_norm, share.float()]
+        sinks = pl_module.sink_share(trainer.datamodule.first_row_of(step).to(pl_module.device))
+        loss, twin_loss, grad_norm, share, heads = torch.stack(
+            [*(self.sums / self.steps), self.means.grad_norm, *sinks]
         ).tolist()
         seconds = time.perf_counter() - self.clock
         speed = (step - self.clock_step) * self.tokens_per_step / seconds
@@ -80,6 +80,7 @@ class Metrics(Callback):
             "lr": pl_module.schedule.lr(step - 1, pl_module.optimizer_settings.lr),
             "grad_norm": grad_norm,
             "sink_share": share,
+            "sink_heads": heads,
             "tokens_per_second": speed,
             "mfu": speed * self.flops_per_token / (self.peak_flops * trainer.world_size),
         }

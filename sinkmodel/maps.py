@@ -1,0 +1,138 @@
+"""Attention maps of a model as it is: what fused kernels never write out, seen layer by layer and not kept.
+
+    watch(model, ids_BT, see)       # see(Seen) is called once in every layer, in order
+
+The maps come through transformers' `AttentionInterface`: queries and keys after RoPE, whole rows, every token seeing
+all before it. A model that does not send its attention through it once in every layer, or asks it for something that
+this does not do, is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.utils import logging
+
+from sinkmodel.attention import sink_scores
+from sinkmodel.band import HARMLESS
+from sinkmodel.errors import UserError
+
+WATCHED = "sinkmodel_watched"
+
+
+@dataclass
+class Seen:
+    """One layer's attention, in fp32: B rows, H heads in G groups of shared keys, T places, D; to be read only."""
+
+    layer: int
+    query_BHTD: Tensor
+    key_BGTD: Tensor
+    value_BGTD: Tensor
+    score_BHTT: Tensor  # q · k · scale, before the softmax; −inf where a key comes after its query
+    weights_BHTT: Tensor  # after the softmax; rows sum to 1, or to 1 − sink
+    sink_score_BHT: Tensor | None  # of a sink in the softmax; None where the model has none
+    sink_BHT: Tensor | None  # what goes to it
+
+
+@torch.no_grad()
+def watch(model: Any, ids_BT: Tensor, see: Callable[[Seen], None], **forward: Any) -> Any:
+    """One forward of the decoder's body over whole rows [B, T]; returns its output. Memory: one layer's [B, H, T, T].
+
+    `forward` is more for the body, as `output_hidden_states`. Raises UserError for a model that cannot be watched; the
+    model is as it was afterwards, whatever happens.
+    """
+    before = model.config._attn_implementation
+    layers: list[int] = []
+
+    def noted(seen: Seen) -> None:
+        layers.append(seen.layer)
+        see(seen)
+
+    depth = model.config.get_text_config().num_hidden_layers
+    token = _VISITOR.set(noted)
+    try:
+        _set_attention(model, WATCHED)
+        if model.config._attn_implementation == WATCHED:  # else the model did not take it
+            with torch.compiler.set_stance("force_eager"):  # else a compiled body is compiled anew for it
+                output = model.base_model(input_ids=ids_BT, use_cache=False, **forward)
+    finally:
+        _set_attention(model, before)
+        _VISITOR.reset(token)
+    if layers != list(range(depth)):
+        raise UserError(
+            f"model type {model.config.model_type!r} does not send its attention through transformers' "
+            f"AttentionInterface once in every layer ({len(set(layers))} of {depth} did), so it cannot be watched"
+        )
+    return output
+
+
+def _set_attention(model: Any, name: str) -> None:
+    """transformers warns where a model cannot change its attention; we see that ourselves, and say it in one line."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(name)
+    finally:
+        logging.set_verbosity(level)
+
+
+_VISITOR: ContextVar[Callable[[Seen], None] | None] = ContextVar("sinkmodel_watched", default=None)
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax written out, with the sink's column where there is one; [B, T, H, D].
+
+    `s_aux` [H] are the sinks of gpt-oss, one learned score a head: our kind `logit` under another name.
+    """
+    visitor = _VISITOR.get()
+    if visitor is None:
+        raise RuntimeError(f"the attention {WATCHED!r} works inside of watch only")
+    asked = [name for name, x in kwargs.items() if name not in HARMLESS and x is not None and x is not False]
+    asked += ["attention_mask"] if attention_mask is not None else []
+    asked += [] if getattr(module, "is_causal", True) else ["keys behind the query"]
+    if sliding_window is not None and sliding_window < query.shape[2]:
+        raise UserError(
+            f"model type {module.config.model_type!r} has a sliding window of {sliding_window} of its own, narrower "
+            f"than rows of {query.shape[2]} tokens; watch rows of at most {sliding_window}"
+        )
+    if asked:
+        raise UserError(
+            f"model type {module.config.model_type!r} asks its attention for {', '.join(asked)}, which is not watched"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = query.float(), key.float(), value.float()
+    shared = q.shape[1] // k.shape[1]
+    score_BHTT = (q @ k.repeat_interleave(shared, dim=1).transpose(-1, -2)) * scale
+    T = q.shape[2]
+    score_BHTT.masked_fill_(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+    sink_score_BHT = sink_scores(module, query, scale)
+    if sink_score_BHT is None and s_aux is not None:
+        sink_score_BHT = s_aux.float()[None, :, None].expand(q.shape[:3])
+    if sink_score_BHT is None:
+        weights_BHTT, sink_BHT = score_BHTT.softmax(-1), None
+    else:
+        both = torch.cat([sink_score_BHT[..., None], score_BHTT], dim=-1).softmax(-1)
+        sink_BHT, weights_BHTT = both[..., 0], both[..., 1:]
+    visitor(Seen(module.layer_idx, q, k, v, score_BHTT, weights_BHTT, sink_score_BHT, sink_BHT))
+    out_BTHD = (weights_BHTT @ v.repeat_interleave(shared, dim=1)).transpose(1, 2)
+    return out_BTHD.to(query.dtype).contiguous(), None
+
+
+AttentionInterface.register(WATCHED, _attention)  # with no mask function: transformers then makes no mask
