@@ -11,6 +11,11 @@ from sinkmodel.parser import OneLineParser
 MEASURES = {
     "ppl": "eval.measures.perplexity",
     "latency": "eval.measures.latency",
+    "verify": "eval.measures.verify",
+    "grid": "eval.measures.grid",
+    "sinks": "eval.measures.sinks",
+    "streameval": "eval.measures.streameval",
+    "zeroshot": "eval.measures.zeroshot",
     "report": "eval.report.report",
 }
 

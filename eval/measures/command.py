@@ -40,14 +40,15 @@ def check_output(option: str, path: Path | None) -> None:
         raise UserError(f"{option} {path}: the folder {folder} cannot be written; choose another")
 
 
-def load(options: argparse.Namespace) -> LoadedModel:
-    """The model of --model, in --dtype on --device; says that it is loading where that takes long."""
+def load(options: argparse.Namespace, name: str | None = None) -> LoadedModel:
+    """The model of that name, or of --model, in --dtype on --device; says that it is loading where that takes long."""
     from sinkmodel.loading import load_model
 
-    patience = threading.Timer(5.0, say, [f"loading {options.model}"])
+    name = options.model if name is None else name
+    patience = threading.Timer(5.0, say, [f"loading {name}"])
     patience.start()
     try:
-        return load_model(options.model, options.dtype, options.device)
+        return load_model(name, options.dtype, options.device)
     finally:
         patience.cancel()
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.measures.command import (
@@ -28,8 +27,8 @@ from eval.measures.command import (
 )
 from eval.measures.meters import PeakMemory
 from eval.measures.statistics import block_stderr, by_position, mean
+from eval.measures.texts import add_text_argument, check_files, check_positions, read_texts
 from eval.policies.choice import NAMES, check, choose
-from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.parser import positive, whole
 from sinkmodel.progress import CountedProgress
@@ -44,14 +43,7 @@ EXAMPLE = "sink-eval ppl --model runs/sink --text book.txt --budget 256 --sinks 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
-    parser.add_argument(
-        "--text",
-        required=True,
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help=".txt is one document; .jsonl and .parquet have one a row (also .gz, .xz, .zst)",
-    )
+    add_text_argument(parser)
     parser.add_argument(
         "--budget", type=positive, default=256, metavar="C", help="keys a query sees, its own and the sinks counted"
     )
@@ -91,13 +83,14 @@ def run(options: argparse.Namespace) -> None:
             f"--tokens {options.tokens} does not fill --budget {options.budget}; raise one or lower the other"
         )
     _check_windows(options, sinks=0)
-    _check_files(options)
+    check_files(options.text)
+    check_output("--json", options.json)
     loaded = load(options)
     sinks = len(loaded.sink_ids)
     _check_windows(options, sinks)
     texts, documents = read_texts(loaded, options.text, options.budget, options.tokens, options.documents)
     policies = choose(options.policies, options.sinks, options.budget, sinks, options.stride)
-    _check_positions(loaded, documents, options.budget, policies)
+    check_positions(loaded, documents, options.budget, policies)
     rows = [
         measure(loaded, documents, policy, options.budget, options.chunk, f"{i}/{len(policies)} {policy.label}")
         for i, policy in enumerate(policies, 1)
@@ -120,62 +113,6 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------- what is read
-
-
-def read_texts(
-    loaded: LoadedModel, files: list[Path], budget: int, tokens: int | None, count: int | None
-) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """For each file what was taken of it, and the token ids of all documents, with the sinks in front.
-
-    A document that does not fill the budget says nothing about a policy: it is left out, and said; UserError where
-    a file has no other. One that is shorter than `tokens` counts with what it has, and that is said too.
-    """
-    from sinkmodel.files import sha256_of
-    from sinkmodel.loading import encode
-    from sinkmodel.text import read_documents
-
-    texts: list[dict[str, Any]] = []
-    documents: list[list[int]] = []
-    for file in files:
-        taken = kept = too_short = cut = longest = 0
-        for text in read_documents(file):
-            ids = encode(loaded, text, tokens)
-            longest = max(longest, len(ids))
-            if len(ids) < budget:
-                too_short += 1
-                continue
-            cut += tokens is not None and len(ids) < tokens
-            documents.append(loaded.sink_ids + ids)
-            taken, kept = taken + 1, kept + len(ids)
-            if taken == count:
-                break
-        if not taken and longest == 0:
-            raise UserError(f"{file} has no text in it; give a file with at least {budget} tokens in a document")
-        if not taken:
-            raise UserError(
-                f"{file} is shorter than the budget: its longest document has {longest} tokens, --budget is {budget}; "
-                "lower the budget or give a longer text"
-            )
-        if too_short:
-            say(f"{file}: left out {too_short} documents with fewer tokens than --budget {budget}")
-        if cut:
-            say(f"{file}: {cut} of {taken} documents have fewer than --tokens {tokens}; scored with what they have")
-        if count is not None and taken < count:
-            say(f"{file}: {taken} documents, fewer than --documents {count}")
-        texts.append({"file": str(file), "sha256": sha256_of(file), "documents": taken, "tokens": kept})
-    return texts, documents
-
-
-def _check_files(options: argparse.Namespace) -> None:
-    """Everything that can be known to fail is said before anything is computed."""
-    for file in options.text:
-        if not file.is_file():
-            what = "is a folder, not a file" if file.is_dir() else "does not exist"
-            raise UserError(f"{file} {what}; --text takes .txt, .jsonl or .parquet files")
-    check_output("--json", options.json)
-
-
 def _check_windows(options: argparse.Namespace, sinks: int) -> None:
     """A window that is read again must hold the model's own sinks, and all queries that it answers for."""
     if "recompute" not in (options.policies or ()):
@@ -189,25 +126,6 @@ def _check_windows(options: argparse.Namespace, sinks: int) -> None:
         raise UserError(
             f"--stride {options.stride} does not fit into a window of {options.budget - sinks} tokens{behind}; "
             f"use {options.budget - sinks} or less"
-        )
-
-
-def _check_positions(loaded: LoadedModel, documents: list[list[int]], budget: int, policies: list[Policy]) -> None:
-    """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one."""
-    positions = loaded.positions
-    if positions is None:
-        return
-    longest = max(len(ids) for ids in documents) - 1  # the last token is predicted, never fed
-    most = max((policy.keys_seen(longest) for policy in policies if policy.budget is not None), default=0)
-    if most > positions:
-        raise UserError(
-            f"--budget {budget} takes {most} positions and {loaded.name} was made for {positions}; "
-            f"use --budget {positions - (most - budget)} or less"
-        )
-    if longest > positions and any(policy.budget is None for policy in policies):
-        say(
-            f"dense goes on to place {longest - 1}, and {loaded.name} was made for {positions} positions: "
-            f"its row shows what happens beyond them (--tokens {positions - len(loaded.sink_ids) + 1} stays within)"
         )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from eval.policies.policy import Policy
 
 NAMES = ("dense", "window", "window-paper", "recompute", "sink", "sink-paper")
+BORROWED = 4  # first tokens that StreamingLLM keeps of a model without a sink
 
 
 def check(sinks: Sequence[int], budget: int, option: str = "--budget") -> None:

@@ -23,6 +23,7 @@ class LossHead(nn.Linear):
     """
 
     chunk: int
+    softmax: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(self, head: nn.Linear, chunk: int, compiled: bool = False):
         nn.Module.__init__(self)  # no weight of its own, not even for a moment

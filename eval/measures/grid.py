@@ -1,0 +1,258 @@
+"""`sink-eval grid`: models × S+W × budgets, with seeds as an axis: StreamingLLM's Tables 2, 3 and 6 in one run.
+
+A model is a group of twin runs, trained alike but for their seeds; a number is the mean over the runs, its interval
+Student's t over them. All numbers of a grid are means over the same targets, those that have overflowed at its largest
+budget, so that rows may be compared along every axis.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from array import array
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from eval.measures.command import MODEL_HELP, add_common_arguments, check_output, load, new_table, show, write_result
+from eval.measures.texts import add_text_argument, check_files, check_positions, check_same_tokens, read_texts
+from eval.policies.choice import check
+from sinkmodel.errors import UserError
+from sinkmodel.parser import positive, whole
+
+if TYPE_CHECKING:
+    from eval.measures.paired import Documents
+    from sinkmodel.loading import LoadedModel
+
+DESCRIPTION = "Perplexity after overflow of models × S+W × budgets, with mean and interval over twin runs."
+EXAMPLE = (
+    "sink-eval grid --models none=runs/none-1,runs/none-2 token=runs/token-1,runs/token-2 --sinks 0 1 4 "
+    "--budgets 64 256 --text books-test.jsonl"
+)
+LEVEL = 0.95
+# StreamingLLM (arXiv 2309.17453), Table 3: perplexity on the first PG-19 test book at C = 1024, by sink and S.
+PAPER = {
+    "none": {0: 27.87, 1: 18.49, 2: 18.05, 4: 18.05},
+    "zero": {0: 29214.0, 1: 19.90, 2: 18.27, 4: 18.01},
+    "token ×1": {0: 1235.0, 1: 18.01, 2: 18.01, 4: 18.02},
+    "token ×2": {0: 1262.0, 1: 25.73, 2: 18.05, 4: 18.05},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models",
+        required=True,
+        nargs="+",
+        type=_group,
+        metavar="NAME=RUN,RUN…",
+        help=f"twin runs of one kind, trained with different seeds; or one without a name: {MODEL_HELP}",
+    )
+    parser.add_argument(
+        "--sinks", type=whole, nargs="+", default=[0, 1, 2, 4], metavar="S", help="first keys that are never evicted"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=positive,
+        nargs="+",
+        default=[64, 128, 256],
+        metavar="C",
+        help="keys a query sees, the sinks counted (default: 64 128 256)",
+    )
+    add_text_argument(parser, "--texts")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="text tokens of each document (default: all)")
+    parser.add_argument(
+        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes the speed alone"
+    )
+    add_common_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    sinks, budgets = list(dict.fromkeys(options.sinks)), sorted(set(options.budgets))
+    _check(options, sinks, budgets)
+    kinds, texts, documents = _look(options, sinks, budgets)
+    scored = {name: _score(name, runs, documents, sinks, budgets, options) for name, runs in options.models}
+    rows = [
+        _row(name, kinds[name], policy, runs, documents, budgets[-1])
+        for name, of_model in scored.items()
+        for policy, runs in of_model.items()
+    ]
+    content = {
+        "command": "grid",
+        "models": dict(options.models),
+        "budgets": budgets,
+        "sinks": sinks,
+        "level": LEVEL,
+        "chunk": options.chunk,
+        "dtype": options.dtype,
+        "texts": texts,
+        "rows": rows,
+    }
+    print_table(content)
+    if options.json is not None:
+        write_result(options.json, content)
+
+
+def _group(text: str) -> tuple[str, list[str]]:
+    """The type of --models: `name=run,run` or a run alone, which is its own name."""
+    name, equals, listed = text.partition("=")
+    runs = listed.split(",") if equals else [text]
+    if not name or not all(runs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN,RUN…")
+    if len(set(runs)) < len(runs):
+        raise argparse.ArgumentTypeError(f"{text!r} has a run twice, which is not another seed")
+    return name, runs
+
+
+# ---------------------------------------------------------------------------------------------------- what is checked
+
+
+def _check(options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]) -> None:
+    check(sinks, budgets[0], "--budgets")
+    names = [name for name, _ in options.models]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--models has {twice[0]} twice; give all its runs at once, as {twice[0]}=RUN,RUN")
+    if options.tokens is not None and options.tokens <= budgets[-1] + 1:
+        raise UserError(
+            f"--tokens {options.tokens} does not overflow --budgets {budgets[-1]}; raise one or lower the other"
+        )
+    check_files(options.text)
+    check_output("--json", options.json)
+
+
+def _look(
+    options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]
+) -> tuple[dict[str, str], list[dict[str, Any]], Documents]:
+    """Load every run once before any is scored: the kind of each model, and the texts, without sinks.
+
+    UserError where runs of a model have different sinks, where models have different tokenizers or too few positions.
+    """
+    from eval.measures.paired import streaming
+
+    first: LoadedModel | None = None
+    kinds: dict[str, str] = {}
+    texts: list[dict[str, Any]] = []
+    documents: list[array[int]] = []
+    for name, runs in options.models:
+        for one in runs:
+            loaded = load(options, one)
+            kind = _kind(loaded)
+            if kinds.setdefault(name, kind) != kind:
+                raise UserError(f"--models {name} mixes sinks: {runs[0]} has {kinds[name]}, {one} has {kind}")
+            if first is None:
+                first = loaded
+                texts, read = read_texts(loaded, options.text, budgets[-1], options.tokens, None, "--budgets")
+                documents = [array("i", ids[len(loaded.sink_ids) :]) for ids in read]
+                if max(map(len, documents)) <= budgets[-1] + 1:
+                    raise UserError(
+                        f"--text is too short: no document overflows --budgets {budgets[-1]}; give one of "
+                        f"{budgets[-1] + 2} tokens or more, or lower the budgets"
+                    )
+            check_same_tokens(first, loaded, options.text)
+            check_positions(loaded, documents, budgets[-1], [streaming(max(sinks), budgets[-1])], "--budgets")
+    return kinds, texts, documents
+
+
+def _kind(loaded: LoadedModel) -> str:
+    """As PAPER names them; `none` for a vanilla model or somebody else's."""
+    from sinkmodel.sinks import kind_of
+
+    kind = kind_of(loaded.model.config)
+    return f"token ×{len(loaded.sink_ids)}" if kind == "token" else kind
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+
+
+def _score(
+    name: str,
+    runs: Sequence[str],
+    documents: Documents,
+    sinks: Sequence[int],
+    budgets: Sequence[int],
+    options: argparse.Namespace,
+) -> dict[Any, list[dict[str, Any]]]:
+    """By policy, what each run lost; one model is held at a time, and of its losses their mean alone."""
+    import torch
+
+    from eval.measures.paired import Side, after, losses, streaming
+    from eval.measures.statistics import block_stderr, mean
+
+    policies = [streaming(count, budget) for budget in budgets for count in sinks]
+    told: dict[Any, list[dict[str, Any]]] = {policy: [] for policy in policies}
+    for number, one in enumerate(runs, 1):
+        loaded = load(options, one)
+        for policy in policies:
+            task = f"run {number}/{len(runs)}, {policy.label}"
+            side = Side(name, loaded, policy.sinks)
+            late = [
+                torch.from_numpy(x) for x in after(losses(side, policy, documents, options.chunk, task), budgets[-1])
+            ]
+            nll = mean(late)
+            assert nll is not None, "documents overflow the largest budget"
+            stderr = block_stderr(late, policy.budget)
+            told[policy].append({"run": one, "nll": nll, "stderr": stderr})
+    return told
+
+
+def _row(
+    name: str, kind: str, policy: Any, runs: list[dict[str, Any]], documents: Documents, overflow: int
+) -> dict[str, Any]:
+    from eval.measures.perplexity import perplexity
+
+    nll, low, high = over_runs([one["nll"] for one in runs])
+    return {
+        "model": name,
+        "sink": kind,
+        **policy.row(max(map(len, documents))),
+        "documents": len(documents),
+        "tokens_after_overflow": sum(max(0, len(ids) - 1 - overflow) for ids in documents),
+        "nll_after_overflow": nll,
+        "nll_low": low,
+        "nll_high": high,
+        "ppl_after_overflow": perplexity(nll),
+        "ppl_low": perplexity(low),
+        "ppl_high": perplexity(high),
+        "runs": runs,
+        "paper_ppl": PAPER.get(kind, {}).get(policy.sinks),
+    }
+
+
+def over_runs(values: Sequence[float], level: float = LEVEL) -> tuple[float, float | None, float | None]:
+    """The mean over runs and Student's interval for that of all such runs; one run has none."""
+    from scipy import stats
+
+    center = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return center, None, None
+    stderr = math.sqrt(math.fsum((x - center) ** 2 for x in values) / (len(values) - 1) / len(values))
+    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * stderr
+    return center, center - reach, center + reach
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def print_table(content: dict[str, Any]) -> None:
+    """One line a model and budget, a column an S; below each model the paper's line for such a sink."""
+    table = new_table(
+        f"perplexity over tokens that have overflowed {content['budgets'][-1]}, {content['dtype']}",
+        f"S+: S first keys and C − S latest; [{100 * content['level']:g} % interval over runs]; paper: StreamingLLM, "
+        "Table 3, of another model (160M, the Pile) and another text (PG-19): compare the pattern, not the numbers",
+        ["model", "sink"],
+        ["runs", "C", *(f"{count}+" for count in content["sinks"])],
+    )
+    for name, runs in content["models"].items():
+        rows = [row for row in content["rows"] if row["model"] == name]
+        for budget in content["budgets"]:
+            cells = [_cell(row) for row in rows if row["budget"] == budget]
+            table.add_row(name, rows[0]["sink"], str(len(runs)), str(budget), *cells)
+        papers = {row["sinks"]: row["paper_ppl"] for row in rows}
+        if any(papers.values()):
+            numbers = ["–" if papers[count] is None else f"{papers[count]:,.2f}" for count in content["sinks"]]
+            table.add_row("  paper", rows[0]["sink"], "1", "1024", *numbers, style="dim")
+    show(table)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    said = f"{row['ppl_after_overflow']:,.2f}"
+    return said if row["ppl_low"] is None else f"{said} [{row['ppl_low']:,.2f}, {row['ppl_high']:,.2f}]"

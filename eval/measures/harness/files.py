@@ -1,0 +1,146 @@
+"""Local .jsonl files as tasks: one JSON object a line, whose keys say what kind of question it is.
+
+    question, choices, answer    multiple choice: `choices` two or more texts, `answer` the index of the right one (from
+                                 0) or its text; a blank stands between question and choice
+    context, continuation        is the continuation what the model would say, greedily, as in LAMBADA? It is joined to
+                                 the context as it is, so it begins with its own blank
+    text                         log-likelihood of the whole text, over as many windows as it takes
+
+Other keys are passed over. The first row says what the file is; every row is checked before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from sinkmodel.errors import UserError
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The JSON objects of a .jsonl file; UserError names the line that is none."""
+    rows = []
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}:{number}: not a JSON object; .jsonl has one object a line")
+                rows.append(row)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it first") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{number}: not a JSON object ({error}); .jsonl has one object a line") from None
+    if not rows:
+        raise UserError(f"{path} has no rows; give at least one, or take the file out of the folder")
+    return rows
+
+
+def task_config(path: Path, rows: list[Row]) -> dict[str, Any]:
+    """lm-eval's config of the task that these rows make; UserError names the first row that is not like the others."""
+    for keys, parse, config in FORMS:
+        if not rows[0].keys() >= set(keys):
+            continue
+        parsed = []
+        for number, row in enumerate(rows, 1):
+            try:
+                parsed.append(parse(row))
+            except ValueError as error:
+                raise UserError(f"{path}, row {number}: {error}; mend it or take it out") from None
+        return {**config(), **in_memory(parsed)}
+    raise UserError(
+        f"{path}: a row has the keys {', '.join(rows[0]) or '(none)'}; it needs question, choices and answer, or "
+        "context and continuation, or text"
+    )
+
+
+def in_memory(rows: list[Row]) -> dict[str, Any]:
+    """The part of a task's config that gives it these rows as its questions, without a copy on disk."""
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(rows)}
+
+    return {"custom_dataset": dataset, "test_split": "test"}
+
+
+# ----------------------------------------------------------------------------------------------------- the three forms
+
+
+def _question(row: Row) -> Row:
+    choices, answer = row.get("choices"), row.get("answer")
+    if not _is_text(row.get("question")):
+        raise ValueError("'question' is no text")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
+        raise ValueError("'choices' is not a list of two or more texts")
+    if isinstance(answer, str) and choices.count(answer) == 1:
+        answer = choices.index(answer)
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ValueError(f"'answer' is neither one of the choices nor an index from 0 to {len(choices) - 1}")
+    return {"question": row["question"], "choices": choices, "answer": answer}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _texts(*keys: str) -> Callable[[Row], Row]:
+    def parse(row: Row) -> Row:
+        for key in keys:
+            if not _is_text(row.get(key)):
+                raise ValueError(f"'{key}' is no text")
+        return {key: row[key] for key in keys}
+
+    return parse
+
+
+def _multiple_choice() -> dict[str, Any]:
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_text": itemgetter("question"),
+        "doc_to_choice": itemgetter("choices"),
+        "doc_to_target": itemgetter("answer"),
+        "metric_list": [_metric("acc", "mean", True), _metric("acc_norm", "mean", True)],
+    }
+
+
+def _continuation() -> dict[str, Any]:
+    return {
+        "output_type": "loglikelihood",
+        "doc_to_text": itemgetter("context"),
+        "doc_to_target": itemgetter("continuation"),
+        "metric_list": [_metric("acc", "mean", True), _metric("perplexity", "perplexity", False)],
+    }
+
+
+def _rolling() -> dict[str, Any]:
+    # No word_perplexity: a text without blanks would be one word, and its perplexity beyond any number.
+    return {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": itemgetter("text"),
+        "metric_list": [
+            _metric("bits_per_byte", "bits_per_byte", False),
+            _metric("byte_perplexity", "weighted_perplexity", False),
+        ],
+    }
+
+
+def _metric(name: str, aggregation: str, higher_is_better: bool) -> dict[str, Any]:
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": higher_is_better}
+
+
+FORMS: tuple[tuple[tuple[str, ...], Callable[[Row], Row], Callable[[], dict[str, Any]]], ...] = (
+    (("question", "choices", "answer"), _question, _multiple_choice),
+    (("context", "continuation"), _texts("context", "continuation"), _continuation),
+    (("text",), _texts("text"), _rolling),
+)

@@ -1,0 +1,170 @@
+"""Tasks by name: lm-eval's own, the paper's seven among them, or one for each .jsonl file of a folder.
+
+FOLDER/NAME.jsonl is the task NAME. A file named as one of the paper's seven holds the rows of that task's data set as
+they are, and is lm-eval's task, with its prompts and metrics; any other is read by `files`. A name that has no file is
+a task or group of lm-eval, whose data come from the Hub or from the copy that the Hub's client keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.measures.harness.files import Row, in_memory, read_rows, task_config
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+
+
+@dataclass(frozen=True)
+class PaperTask:
+    """A task of StreamingLLM's Table 4: zero-shot accuracy of its 160M models, trained with 0, 1 and 2 sink tokens."""
+
+    folder: str  # of lm-eval's tasks
+    keys: str  # of a row of its data set
+    questions: int  # of the split that lm-eval asks
+    accuracy: tuple[float, float, float]
+
+
+# The paper names neither lm-eval's version nor the metric; EleutherAI's results for Pythia-160M are near it in "acc".
+PAPER = {
+    "arc_challenge": PaperTask("arc", "question choices answerKey", 1172, (0.186, 0.196, 0.187)),
+    "arc_easy": PaperTask("arc", "question choices answerKey", 2376, (0.452, 0.456, 0.456)),
+    "hellaswag": PaperTask("hellaswag", "activity_label ctx_a ctx_b endings label", 10042, (0.294, 0.298, 0.296)),
+    "lambada_openai": PaperTask("lambada", "text", 5153, (0.396, 0.399, 0.375)),
+    "openbookqa": PaperTask("openbookqa", "question_stem choices answerKey", 500, (0.160, 0.166, 0.158)),
+    "piqa": PaperTask("piqa", "goal sol1 sol2 label", 1838, (0.622, 0.626, 0.643)),
+    "winogrande": PaperTask("winogrande", "sentence option1 option2 answer", 1267, (0.501, 0.508, 0.504)),
+}
+
+
+def paper_accuracy(task: str, metric: str, questions: int, sinks: int) -> float | None:
+    """What the paper has for a model with as many sink tokens, where it asked the same questions; None elsewhere."""
+    known = PAPER.get(task)
+    if known is None or metric != "acc" or questions != known.questions or sinks >= len(known.accuracy):
+        return None
+    return known.accuracy[sinks]
+
+
+def choose(tasks: list[str] | None, folder: Path | None) -> tuple[list[str], dict[str, Path]]:
+    """The names of the tasks in order, "paper" spelled out, and the files of those that have one."""
+    files: dict[str, Path] = {}
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"--data {folder} is no folder; give one with a file NAME.jsonl for each task")
+        files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+        if not files:
+            raise UserError(f"--data {folder} has no .jsonl file in it; put a file NAME.jsonl there for each task")
+    elif tasks is None:
+        raise UserError("no task is named; give --tasks, as in --tasks paper, or --data with a folder of .jsonl files")
+    if tasks is None:
+        return list(files), files
+    names = list(dict.fromkeys(name for task in tasks for name in (PAPER if task == "paper" else [task])))
+    return names, {name: files[name] for name in names if name in files}
+
+
+def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
+    """lm-eval's task objects by name, in order, with their questions read; a group gives each of its tasks.
+
+    Raises UserError for a file with a wrong row, a name that lm-eval does not know, and data that cannot be had.
+    """
+    rows = {name: read_rows(path) for name, path in files.items()}
+    ours = {name: task_config(path, rows[name]) for name, path in files.items() if name not in PAPER}
+    from lm_eval.api.task import ConfigurableTask
+
+    manager = _manager([name for name in names if name not in ours])
+    tasks: dict[str, Any] = {}
+    for name in names:
+        if name in ours:
+            with quiet():
+                tasks[name] = ConfigurableTask(config={"task": name, **ours[name]})
+        elif name in files:
+            tasks[name] = _lm_evals_on_file(manager, name, files[name], rows[name])
+        else:
+            tasks.update(_lm_evals(manager, name))
+    for name, task in tasks.items():
+        task.set_config(key="num_fewshot", value=0)
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {name} runs code that the model writes, or shows it pictures or sound; leave it out")
+    return tasks
+
+
+# ------------------------------------------------------------------------------------------------------ lm-eval's tasks
+
+
+def _manager(names: list[str]) -> Any:
+    """lm-eval's index of tasks: of the folders that the paper's need, or of all 14,000, which takes half a minute."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    if all(name in PAPER for name in names):
+        folders = [str(root / folder) for folder in sorted({PAPER[name].folder for name in names})]
+        return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
+    say("reading lm-eval's index of tasks")
+    with quiet():
+        manager = lm_eval.tasks.TaskManager()
+    for name in names:
+        if name not in manager.task_index:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            guess = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists what there is"
+            raise UserError(f"lm-eval has no task {name}, and --data no file {name}.jsonl; {guess}")
+    return manager
+
+
+def _lm_evals(manager: Any, name: str) -> dict[str, Any]:
+    say(f"loading the data of {name}")
+    try:
+        with quiet():
+            return manager.load([name])["tasks"]
+    except Exception as error:  # of data that are not there: anything, from ConnectionError to a missing package
+        raise UserError(
+            f"task {name}: its data cannot be loaded ({_first_line(error)}); load it once where there is a network and "
+            f"set HF_HOME to that copy, or give the rows of its data set as {name}.jsonl in the folder of --data"
+        ) from None
+
+
+def _lm_evals_on_file(manager: Any, name: str, path: Path, rows: list[Row]) -> Any:
+    """The task with its questions from a file; all of them are put into its prompts, to find one that does not fit."""
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in PAPER[name].keys.split() if key not in row]
+        if missing:
+            raise UserError(
+                f"{path}, row {number}: no key '{missing[0]}', which the rows of {name} have; copy them from its data "
+                "set as they are, or give the file another name"
+            )
+    spec = {"task": name, "training_split": None, "validation_split": None, **in_memory(rows)}
+    try:
+        with quiet():
+            task = manager.load([{"group": "local", "task": [spec]}])["tasks"][name]
+            task.build_all_requests()
+    except Exception as error:  # whatever a template or a function of lm-eval raises on a row that it does not expect
+        raise UserError(
+            f"{path}: lm-eval's {name} cannot read these rows ({_first_line(error)}); copy them from its data set as "
+            "they are, or give the file another name"
+        ) from None
+    return task
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160].rstrip('.;: ')}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bars, notes and retries of lm-eval and what it uses on our screen; all is put back afterwards."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

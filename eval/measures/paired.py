@@ -1,0 +1,232 @@
+"""The verdict and what stands beside it: two streams on the same targets, and how far apart their losses are.
+
+A text is x0 … x(N−1); a model puts its own k sink tokens in front, so its query at place p predicts x(p + 1 − k).
+Losses are kept by target, x1 first, whatever stands in front: index i is target x(i + 1), predicted at place k + i.
+After overflow (p ≥ C) in every model are the targets with i ≥ C, for a vanilla model has k = 0.
+
+Within one model a stream is also held to the two things that it stands for. Both are slow, so they get as many tokens
+as `beside` allows, from places spread evenly over the texts:
+
+    recompute   the window read anew, at queries far behind the start. A window of C tokens answers for its last C / 16
+                queries, which see 15 / 16 of C keys or more; windows lie C tokens apart or more
+    dense       while it lasts: stretches of text as long as the model has positions P, each a stream of its own, at the
+                queries C ≤ p < P
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from eval.measures.equivalence import Interval, Series, decide, interval, more_tokens
+from eval.measures.perplexity import perplexity
+from eval.measures.statistics import block_stderr, mean
+from eval.policies.choice import BORROWED
+from eval.policies.dense import Dense
+from eval.policies.recompute import Recompute
+from eval.policies.streaming import Streaming
+from sinkmodel.errors import UserError
+from sinkmodel.progress import CountedProgress
+
+if TYPE_CHECKING:
+    from eval.policies.policy import Policy
+    from sinkmodel.loading import LoadedModel
+
+Documents = Sequence["array[int]"]  # text tokens, no sinks
+SHARE = 16  # a window that is read anew answers for one in so many of its queries
+
+
+@dataclass(frozen=True)
+class Question:
+    """What all comparisons of one verdict have in common."""
+
+    budget: int
+    margin: float
+    level: float
+    seed: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models, and how many first tokens it keeps in the verdict."""
+
+    role: str
+    loaded: LoadedModel
+    sinks: int
+
+    @property
+    def front(self) -> list[int]:
+        return self.loaded.sink_ids
+
+
+def measure(
+    sink: Side, vanilla: Side, documents: Documents, question: Question, beside: int
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The verdict, the comparisons within each model, and a row for each stream that was scored."""
+    budget, rows, comparisons = question.budget, [], []
+    full: list[list[Series]] = []
+    for side in (sink, vanilla):
+        policy = streaming(side.sinks, budget)
+        full.append(losses(side, policy, documents, question.chunk, policy.label))
+        rows.append(stream_row(side, policy, full[-1], documents, budget))
+    names = [f"{side.role} {side.sinks}+{budget - side.sinks}" for side in (sink, vanilla)]
+    a, b = (after(scored, budget) for scored in full)
+    verdict = compared(question, names[0], names[1], a, b, budget)
+    heads = beginnings(documents, budget, beside)
+    for side, streamed in zip((sink, vanilla), full):
+        scored = {side.sinks: [part[: len(ids) - 1] for part, ids in zip(streamed, heads)]}
+        for count in sorted({0, 1, BORROWED} - {side.sinks}):
+            policy = streaming(count, budget)
+            scored[count] = losses(side, policy, heads, question.chunk, policy.label)
+            rows.append(stream_row(side, policy, scored[count], heads, budget))
+        late = {count: after(scored[count], budget) for count in scored}
+        of_four = streaming(BORROWED, budget).label
+        for count in sorted(scored.keys() - {BORROWED}, reverse=True):
+            label = streaming(count, budget).label
+            row = compared(question, label, of_four, late[count], late[BORROWED], budget)
+            comparisons.append({"model": side.role, **row})
+        comparisons.append(against_recompute(side, question, streamed, documents, beside))
+        comparisons.append(against_dense(side, question, documents, beside))
+    return verdict, comparisons, rows
+
+
+def streaming(sinks: int, budget: int) -> Streaming:
+    return Streaming("sink" if sinks else "window", sinks, budget)
+
+
+def losses(side: Side, policy: Policy, documents: Documents, chunk: int, task: str) -> list[Series]:
+    """By target: for each document of N text tokens N − 1 losses in nats, fp32. UserError names a model that fails."""
+    fed = [array("i", side.front) + ids for ids in documents]
+    with CountedProgress(f"{side.role} model, {task}", "tokens", sum(len(ids) - 1 for ids in fed)) as progress:
+        try:
+            nll = policy.score(side.loaded.model, fed, chunk, progress.add)
+        except UserError as error:
+            raise UserError(f"{side.loaded.name}: {error}") from None
+    return [part[len(side.front) :].numpy() for part in nll]
+
+
+def after(losses: Sequence[Series], budget: int) -> list[Series]:
+    """Those on targets that have overflowed in every model."""
+    return [part[budget:] for part in losses]
+
+
+def compared(
+    question: Question, first: str, second: str, a: Sequence[Series], b: Sequence[Series], block: int
+) -> dict[str, Any]:
+    """A row: the mean of a − b in nats per token, and its interval and answer; None where the texts are too few."""
+    differences = [x.astype(np.float64) - y for x, y in zip(a, b)]
+    tokens = sum(map(len, differences))
+    difference = sum(float(d.sum()) for d in differences) / tokens if tokens else None
+    row = {"comparison": f"{first} against {second}", "first": first, "second": second, "tokens": tokens}
+    found = interval(differences, block, question.level, question.seed)
+    if found is None:
+        unknown = [field.name for field in fields(Interval) if field.name not in ("mean", "tokens")]
+        return {**row, "difference": difference, "answer": None, **dict.fromkeys(unknown), "more_tokens": None}
+    known = {name: value for name, value in vars(found).items() if name not in ("mean", "tokens")}
+    more = more_tokens(found, question.margin)
+    return {**row, "difference": difference, "answer": decide(found, question.margin), **known, "more_tokens": more}
+
+
+def stream_row(
+    side: Side, policy: Policy, scored: Sequence[Series], documents: Documents, budget: int
+) -> dict[str, Any]:
+    """As a row of `ppl`, on the targets that have overflowed in both models."""
+    late = [torch.from_numpy(part) for part in after(scored, budget)]
+    nll = mean(late)
+    return {
+        "model": side.role,
+        **policy.row(max(map(len, documents)) + len(side.front) - 1),
+        "documents": len(documents),
+        "tokens": sum(len(ids) - 1 for ids in documents),
+        "tokens_after_overflow": sum(map(len, late)),
+        "nll_after_overflow": nll,
+        "ppl_after_overflow": perplexity(nll),
+        "stderr_after_overflow": block_stderr(late, budget),
+    }
+
+
+def beginnings(documents: Documents, budget: int, most: int) -> Documents:
+    """The first tokens of every document, in proportion to its length: about `most` in all, and a budget's overflow."""
+    share = min(1.0, most / sum(map(len, documents)))
+    return [ids[: max(round(share * len(ids)), 2 * budget + 1)] for ids in documents]
+
+
+# -------------------------------------------------------------------------- against what a stream stands for
+
+
+def against_recompute(
+    side: Side, question: Question, streamed: Sequence[Series], documents: Documents, beside: int
+) -> dict[str, Any]:
+    """S+W, scored in full as `streamed`, against the window read anew; `keys_seen_least` says how short a window is."""
+    window = question.budget - len(side.front)
+    answers = max(1, question.budget // SHARE)
+    policy = Recompute(len(side.front), question.budget, answers)
+    places = spread(  # (document, end): its last query predicts the token at `end`
+        [range(question.budget + answers, len(ids), question.budget) for ids in documents],
+        max(1, beside // question.budget),
+    )
+    windows = [documents[i][end - window : end + 1] for i, end in places]
+    # One causal forward over a window from scratch is what Recompute does; of its losses the last are taken.
+    anew = losses(side, Dense(), windows, question.chunk, policy.label) if windows else []
+    kept = [streamed[i][end - answers : end] for i, end in places]
+    label = streaming(side.sinks, question.budget).label
+    row = compared(
+        question,
+        label,
+        policy.label,
+        by_document(kept, places, len(documents)),
+        by_document([read[-answers:] for read in anew], places, len(documents)),
+        answers,  # a window is a block: windows lie so far apart that they share no cached key
+    )
+    return {"model": side.role, **row, "keys_seen_least": question.budget - answers + 1, "windows": len(windows)}
+
+
+def against_dense(side: Side, question: Question, documents: Documents, beside: int) -> dict[str, Any]:
+    """S+W against every key, as far as the model has positions; without numbers where it does not go beyond C."""
+    budget, positions, front = question.budget, side.loaded.positions, len(side.front)
+    policy = streaming(side.sinks, budget)
+    if positions is None or positions <= budget:
+        ends = "are not known" if positions is None else f"end at {positions}"
+        empty = compared(question, policy.label, "dense", [], [], budget)
+        return {"model": side.role, **empty, "stretches": 0, "why": f"the model's positions {ends}"}
+    length = positions - front + 1  # text tokens of a stretch; the last is predicted, never fed
+    places = spread(
+        [[start for start in range(0, len(ids), length) if len(ids) - start > budget + 1] for ids in documents],
+        max(1, beside // positions),
+    )
+    stretches = [documents[i][start : start + length] for i, start in places]
+    stream, dense = (
+        after(losses(side, p, stretches, question.chunk, f"{p.label}, stretches"), budget - front) if stretches else []
+        for p in (policy, Dense())
+    )
+    row = compared(
+        question,
+        policy.label,
+        "dense",
+        by_document(stream, places, len(documents)),
+        by_document(dense, places, len(documents)),
+        positions - budget,  # a stretch is a block
+    )
+    return {"model": side.role, **row, "stretches": len(stretches)}
+
+
+def spread(places: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:
+    """`most` of all places, evenly in the order of the texts, as (document, place); all where there are no more."""
+    every = [(i, place) for i, of_document in enumerate(places) for place in of_document]
+    if len(every) <= most:
+        return every
+    return [every[(2 * j + 1) * len(every) // (2 * most)] for j in range(most)]
+
+
+def by_document(parts: Sequence[Series], places: Sequence[tuple[int, int]], documents: int) -> list[Series]:
+    """One series a document, of the parts that came from it."""
+    grouped: list[list[Series]] = [[np.empty(0, np.float32)] for _ in range(documents)]
+    for (i, _), part in zip(places, parts):
+        grouped[i].append(part)
+    return [np.concatenate(group) for group in grouped]

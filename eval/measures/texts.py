@@ -1,0 +1,129 @@
+"""The texts that a measure reads: options for them, checks before anything is loaded, documents as token ids."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.policies.policy import Policy
+    from sinkmodel.loading import LoadedModel
+
+
+def add_text_argument(parser: argparse.ArgumentParser, *aliases: str) -> None:
+    parser.add_argument(
+        "--text",
+        *aliases,
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help=".txt is one document; .jsonl and .parquet have one a row (also .gz, .xz, .zst)",
+    )
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """UserError where a file of --text is not there: known before anything is loaded."""
+    for file in files:
+        if not file.is_file():
+            what = "is a folder, not a file" if file.is_dir() else "does not exist"
+            raise UserError(f"{file} {what}; --text takes .txt, .jsonl or .parquet files")
+
+
+def read_texts(
+    loaded: LoadedModel,
+    files: list[Path],
+    budget: int,
+    tokens: int | None,
+    count: int | None,
+    option: str = "--budget",
+) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """For each file what was taken of it, and the token ids of all documents, with the sinks in front.
+
+    A document that does not fill the budget says nothing about a policy: it is left out, and said; UserError where
+    a file has no other. One that is shorter than `tokens` counts with what it has, and that is said too.
+    """
+    from sinkmodel.files import sha256_of
+    from sinkmodel.loading import encode
+    from sinkmodel.text import read_documents
+
+    texts: list[dict[str, Any]] = []
+    documents: list[list[int]] = []
+    for file in files:
+        taken = kept = too_short = cut = longest = 0
+        for text in read_documents(file):
+            ids = encode(loaded, text, tokens)
+            longest = max(longest, len(ids))
+            if len(ids) < budget:
+                too_short += 1
+                continue
+            cut += tokens is not None and len(ids) < tokens
+            documents.append(loaded.sink_ids + ids)
+            taken, kept = taken + 1, kept + len(ids)
+            if taken == count:
+                break
+        if not taken and longest == 0:
+            raise UserError(f"{file} has no text in it; give a file with at least {budget} tokens in a document")
+        if not taken:
+            raise UserError(
+                f"{file} is shorter than the budget: its longest document has {longest} tokens, {option} is {budget}; "
+                "lower the budget or give a longer text"
+            )
+        if too_short:
+            say(f"{file}: left out {too_short} documents with fewer tokens than {option} {budget}")
+        if cut:
+            say(f"{file}: {cut} of {taken} documents have fewer than --tokens {tokens}; scored with what they have")
+        if count is not None and taken < count:
+            say(f"{file}: {taken} documents, fewer than --documents {count}")
+        texts.append({"file": str(file), "sha256": sha256_of(file), "documents": taken, "tokens": kept})
+    return texts, documents
+
+
+def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path]) -> None:
+    """UserError where two models do not cut text into the same ids, the sink tokens aside: losses belong to tokens."""
+    from sinkmodel.loading import encode
+    from sinkmodel.text import read_documents
+
+    vocabularies = [
+        {token: i for token, i in loaded.tokenizer.get_vocab().items() if i not in loaded.sink_ids}
+        for loaded in (one, other)
+    ]
+    same = vocabularies[0] == vocabularies[1]
+    for file in files if same else ():
+        beginning = next(read_documents(file), "")[:20_000]
+        same = same and encode(one, beginning) == encode(other, beginning)
+    if not same:
+        raise UserError(
+            f"{one.name} and {other.name} have different tokenizers ({len(vocabularies[0])} and {len(vocabularies[1])} "
+            "text tokens), so their losses cannot be compared; give models that were trained on the same tokens"
+        )
+
+
+def check_positions(
+    loaded: LoadedModel,
+    documents: Sequence[Sequence[int]],
+    budget: int,
+    policies: Sequence[Policy],
+    option: str = "--budget",
+) -> None:
+    """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one."""
+    positions = loaded.positions
+    if positions is None:
+        return
+    longest = max(len(ids) for ids in documents) - 1  # the last token is predicted, never fed
+    most = max((policy.keys_seen(longest) for policy in policies if policy.budget is not None), default=0)
+    if most > positions:
+        raise UserError(
+            f"{option} {budget} takes {most} positions and {loaded.name} was made for {positions}; "
+            f"use {option} {positions - (most - budget)} or less"
+        )
+    if longest > positions and any(policy.budget is None for policy in policies):
+        say(
+            f"dense goes on to place {longest - 1}, and {loaded.name} was made for {positions} positions: "
+            f"its row shows what happens beyond them (--tokens {positions - len(loaded.sink_ids) + 1} stays within)"
+        )

@@ -1,0 +1,248 @@
+"""`sink-eval zeroshot`: tasks of lm-eval, with the model's sink tokens in front of every window exactly once.
+
+Where the model has sink tokens every task is answered twice: by lm-eval's own HFLM as it is ("stock"), and by the
+adapter (`harness.adapter`), which says how the two differ. Where it has none the adapter would have nothing to put in
+front, and its numbers are stock's. No prompt shows examples, whatever a task's own default. Standard errors are
+lm-eval's: over questions, by bootstrap for a perplexity, and none for a mean over the bytes of whole texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.measures.command import (
+    MODEL_HELP,
+    add_common_arguments,
+    check_output,
+    load,
+    new_table,
+    number,
+    show,
+    write_result,
+)
+from eval.measures.harness.tasks import PAPER, choose, load_tasks, paper_accuracy, quiet
+from sinkmodel.errors import UserError
+from sinkmodel.parser import positive
+from sinkmodel.progress import Progress
+
+if TYPE_CHECKING:
+    from sinkmodel.loading import LoadedModel
+
+DESCRIPTION = "Zero-shot tasks of lm-eval, with exactly one set of sinks in front, beside what stock lm-eval gives."
+EXAMPLE = "sink-eval zeroshot --model models/sink --tasks paper"
+RESAMPLES = 1000  # of a bootstrap; lm-eval's 100,000 take minutes and change the third digit
+
+Scores = dict[tuple[str, str], tuple[float, float | None]]  # (metric, filter) -> value, standard error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help=f"names of lm-eval; paper: {', '.join(PAPER)} (default: all of --data)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="NAME.jsonl in it is the task NAME: rows of the paper's task of that name as its data set has them, or "
+        "with question, choices, answer; or context, continuation; or text",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="first questions of each task (default: all)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=4, metavar="N", help="windows in one forward; changes the speed alone"
+    )
+    add_common_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    check_output("--json", options.json)
+    names, files = choose(options.tasks, options.data)
+    import lm_eval  # noqa: F401  what is not installed is known before anything is read
+
+    tasks = load_tasks(names, files)
+    loaded = load(options)
+    models = language_models(loaded, options.batch_size)
+    for name, task in tasks.items():
+        check_room(name, task, models["stock"], len(loaded.sink_ids))
+    rows = []
+    for i, (name, task) in enumerate(tasks.items(), 1):
+        scores = {}
+        for way, lm in models.items():
+            scores[way], questions = answer(lm, name, task, options.limit, f"{i}/{len(tasks)} {name}, {way}")
+        rows += rows_of(loaded, name, questions, scores)
+    print_table(loaded, options, rows)
+    if options.json is not None:
+        write_result(options.json, result(loaded, options, files, rows))
+
+
+def language_models(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:
+    """lm-eval's view of the model: "stock", and "adapter" where there are sink tokens that it could put in front."""
+    from lm_eval.models.huggingface import HFLM
+
+    from eval.measures.harness.adapter import SinkLM
+
+    if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{loaded.name}: its tokenizer has neither a bos nor an eos token, and lm-eval needs one to score the "
+            "first token of a text; name one in tokenizer_config.json"
+        )
+    with quiet():
+        models = {"stock": HFLM(loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=batch_size)}
+        if loaded.sink_ids:
+            models["adapter"] = SinkLM(loaded, batch_size)
+    return models
+
+
+def check_room(name: str, task: Any, lm: Any, sinks: int) -> None:
+    """UserError where a model has no place left for a prompt before what a task lets it generate."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    if task.OUTPUT_TYPE != "generate_until":
+        return
+    tokens = normalize_gen_kwargs(task.config.generation_kwargs, lm.max_gen_toks)["max_gen_toks"]
+    if tokens + sinks >= lm.max_length:
+        raise UserError(
+            f"task {name} lets the model generate {tokens} tokens, and it was made for {lm.max_length} positions, "
+            "which leaves none for the question; leave the task out"
+        )
+
+
+# --------------------------------------------------------------------------------------------------- what is measured
+
+
+def answer(lm: Any, name: str, task: Any, limit: int | None, label: str) -> tuple[Scores, int]:
+    """A task's scores and its number of questions, answered by `lm`, zero-shot."""
+    from lm_eval.evaluator import evaluate
+    from transformers import set_seed
+
+    set_seed(0)  # for a task that samples
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstrap: forking a process that runs torch may hang
+    try:
+        with watched(lm.model, task, label), quiet():
+            result = evaluate(
+                lm=lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False
+            )
+    except AssertionError:
+        if not any(too_long(lm, request) for request in task.instances):
+            raise
+        raise UserError(
+            f"task {name}: an answer is longer than the {lm.max_length} positions of the model, which lm-eval does not "
+            "score; shorten it, or leave the task out"
+        ) from None
+    except OverflowError:
+        raise UserError(
+            f"task {name}: the perplexity of a continuation is too large for a number; let it be a word, not a text"
+        ) from None
+    found = result["results"][name]
+    scores: Scores = {}
+    for key, value in found.items():
+        metric, _, of_filter = key.partition(",")
+        if of_filter and not metric.endswith("_stderr") and isinstance(value, Real):
+            stderr = found.get(f"{metric}_stderr,{of_filter}")
+            scores[metric, of_filter] = float(value), float(stderr) if isinstance(stderr, Real) else None
+    return scores, result["n-samples"][name]["effective"]
+
+
+def too_long(lm: Any, request: Any) -> bool:
+    """Whether what is to be scored of a request fills more than the model's positions by itself."""
+    return request.request_type == "loglikelihood" and len(lm.tok_encode(request.args[1])) > lm.max_length
+
+
+@contextlib.contextmanager
+def watched(model: Any, task: Any, label: str) -> Iterator[None]:
+    """Progress in rows that the model reads, as lm-eval's own is silent; UserError where logits are not finite."""
+    screen, progress, rows = sys.stderr, Progress(label, "rows"), 0
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        nonlocal rows
+        if bool(output.logits.isnan().any()):
+            raise UserError(
+                f"{module.config.model_type} in {module.dtype} gives logits that are not finite; try float32"
+            )
+        rows += len(output.logits)
+        known = task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood")  # one row a request, or fewer
+        with contextlib.redirect_stderr(screen):
+            progress.update(rows, min(1.0, rows / len(task.instances)) if known else None)
+
+    hook = model.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()
+        progress.close()
+
+
+def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Scores]) -> list[dict[str, Any]]:
+    """A row for each metric of a task, as the JSON has it."""
+    from sinkmodel.sinks import IN_SOFTMAX, kind_of
+
+    as_in_paper = kind_of(loaded.model.config) not in IN_SOFTMAX
+    rows = []
+    for (metric, of_filter), (value, stderr) in scores["stock"].items():
+        adapter, adapter_stderr = scores.get("adapter", scores["stock"])[metric, of_filter]
+        rows.append(
+            {
+                "task": name,
+                "metric": metric,
+                "filter": of_filter,
+                "questions": questions,
+                "stock": value,
+                "stock_stderr": stderr,
+                "adapter": adapter,
+                "adapter_stderr": adapter_stderr,
+                "paper": paper_accuracy(name, metric, questions, len(loaded.sink_ids)) if as_in_paper else None,
+            }
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    sinks = f"{len(loaded.sink_ids)} sink tokens in front" if loaded.sink_ids else "no sink token: adapter = stock"
+    table = new_table(
+        f"{options.model}, {options.dtype}, {sinks}",
+        "±: standard error over questions; paper: StreamingLLM's Table 4, its 160M model with as many sink tokens",
+        ["task", "metric"],
+        ["questions", "stock", "±", "adapter", "±", "paper"],
+    )
+    for row in rows:
+        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
+        keys = ("stock", "stock_stderr", "adapter", "adapter_stderr")
+        numbers = [
+            *(number(row[key], ".4g" if row[key] and row[key] >= 1 else ".4f") for key in keys),
+            number(row["paper"], ".3f"),
+        ]
+        table.add_row(row["task"], metric, f"{row['questions']:,}", *numbers)
+    show(table)
+
+
+def result(
+    loaded: LoadedModel, options: argparse.Namespace, files: dict[str, Path], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    from sinkmodel.files import sha256_of
+
+    return {
+        "command": "zeroshot",
+        "model": options.model,
+        "sink_ids": loaded.sink_ids,
+        "limit": options.limit,
+        "batch_size": options.batch_size,
+        "dtype": options.dtype,
+        "device": str(loaded.model.device),
+        "lm_eval": metadata.version("lm_eval"),
+        "files": [{"task": name, "file": str(path), "sha256": sha256_of(path)} for name, path in files.items()],
+        "rows": rows,
+    }

@@ -1,0 +1,196 @@
+"""Guards the statistics of the verdict on made-up series with known answers: coverage, power, symmetry, rules."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy.signal import lfilter
+from scipy.stats import norm
+
+from eval.measures.equivalence import Interval, decide, enough, interval, more_tokens
+
+SERIES = 1000
+
+
+def autocorrelated(rng: np.random.Generator, shape: tuple[int, int], share: float = 0.5) -> np.ndarray:
+    """AR(1) with mean 0, [documents, tokens]; each keeps `share` of the one before."""
+    noise = rng.standard_normal((shape[0], shape[1] + 100))
+    return lfilter([1], [1, -share], noise, axis=1)[:, 100:]
+
+
+def coverage(
+    documents: int, tokens: int, block: int, share: float = 0.5, spread: float = 0.0, times: int = SERIES
+) -> float:
+    """How often the interval of simulated texts holds the true mean, 0; documents differ by `spread`."""
+    hits = 0
+    for seed in range(times):
+        rng = np.random.default_rng(seed)
+        series = autocorrelated(rng, (documents, tokens), share) + spread * rng.standard_normal((documents, 1))
+        found = interval(list(series), block, seed=seed, resamples=1000)
+        assert found is not None
+        hits += found.low <= 0 <= found.high
+    return hits / times
+
+
+# ------------------------------------------------------------------------------------------------ what it promises
+
+
+@pytest.mark.parametrize(("tokens", "block", "share"), [(4000, 100, 0.5), (4000, 100, 0.8), (1000, 100, 0.5)])
+def test_the_interval_of_one_text_covers_the_truth_as_often_as_it_says(tokens, block, share):
+    """A nominal 95 % on 1,000 autocorrelated series; with ten blocks too."""
+    assert 0.93 <= coverage(1, tokens, block, share) <= 0.97
+
+
+def test_blocks_are_what_makes_it_cover():
+    """Guards against the test above passing by accident: token by token the same interval is far too narrow."""
+    assert coverage(1, 1000, 1, 0.8, times=50) < 0.7
+
+
+@pytest.mark.parametrize("spread", [0.2, 1.0])
+def test_documents_that_differ_are_covered_as_a_population(spread):
+    assert 0.93 <= coverage(8, 400, 50, spread=spread) <= 0.97
+
+
+def test_noise_within_documents_is_not_counted_twice():
+    """Resampling documents and blocks as they are doubles the variance where documents are alike: 99 % coverage."""
+    assert 0.93 <= coverage(12, 400, 50) <= 0.98
+
+
+def test_documents_of_a_block_each_are_resampled_whole():
+    assert 0.93 <= coverage(20, 80, 50, spread=0.1) <= 0.97
+
+
+def test_it_is_equivalent_as_often_as_theory_says_and_seldom_at_the_margin():
+    """Power of two one-sided tests at 2.5 %: with a standard error of 0.4 margins, P(|z| ≤ 2.5 − 1.96) = 0.41."""
+    tokens, stderr, margin = 4000, 0.4, 1.0
+    answers = {0.0: [], margin: []}
+    for truth, given in answers.items():
+        for seed in range(500):
+            noise = np.random.default_rng(seed).standard_normal(tokens) * stderr * tokens**0.5
+            given.append(decide(interval([truth + noise], 20, seed=seed, resamples=500), margin))
+    assert answers[0.0].count("equivalent") / 500 == pytest.approx(2 * norm.cdf(2.5 - 1.96) - 1, abs=0.06)
+    assert answers[margin].count("equivalent") / 500 <= 0.045
+    assert answers[margin].count("worse") / 500 == pytest.approx(norm.cdf(2.5 - 1.96), abs=0.06)
+    assert "better" not in answers[margin]
+
+
+def test_exchanging_the_two_mirrors_the_interval_and_the_answer():
+    rng = np.random.default_rng(3)
+    for documents in (1, 7):
+        series = list(autocorrelated(rng, (documents, 900)) + 0.3)
+        there, back = interval(series, 60), interval([-d for d in series], 60)
+        assert (back.mean, back.low, back.high) == pytest.approx((-there.mean, -there.high, -there.low))
+        assert (decide(there, 0.01), decide(back, 0.01)) == ("worse", "better")
+
+
+def test_more_text_narrows_it_by_the_square_root():
+    rng = np.random.default_rng(5)
+    short, long = (interval(list(autocorrelated(rng, (1, tokens))), 50) for tokens in (5_000, 80_000))
+    assert (short.high - short.low) / (long.high - long.low) == pytest.approx(4, rel=0.15)
+
+
+def test_the_standard_error_is_that_of_the_model_behind_it():
+    """Guards what centring takes from few blocks, and the shrinking of document means where they do differ."""
+    blocks, documents = [], []
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        blocks.append(interval([rng.standard_normal(500)], 100, resamples=200).stderr)
+        series = rng.standard_normal((20, 200)) + 0.1 * rng.standard_normal((20, 1))
+        documents.append(interval(list(series), 20, resamples=200).stderr)
+    assert np.square(blocks).mean() == pytest.approx(1 / 500, rel=0.1)
+    assert np.square(documents).mean() == pytest.approx(0.1**2 / 20 + 1 / 4000, rel=0.1)
+
+
+def test_documents_weigh_as_much_as_they_have_tokens():
+    """Guards documents of unlike length, the long ones with another mean: the interval is about the mean of tokens."""
+    rng = np.random.default_rng(0)
+    series = [rng.standard_normal(400) + 1 for _ in range(6)] + [rng.standard_normal(100) - 1 for _ in range(18)]
+    said = interval(series, 50)
+    assert said.resampled == "documents and blocks"
+    assert (said.low + said.high) / 2 == pytest.approx(said.mean, abs=0.25 * (said.high - said.low))
+    assert said.mean == pytest.approx(600 / 4200, abs=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------ the rules
+
+
+def found(low: float, high: float, mean: float | None = None, tokens: int = 1000) -> Interval:
+    middle = (low + high) / 2 if mean is None else mean
+    return Interval(middle, low, high, 0.0, 0.95, tokens, 10, 1, "blocks", 9.0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "answer"),
+    [
+        (-0.009, 0.009, "equivalent"),
+        (0.001, 0.009, "equivalent"),  # it excludes zero, and does not matter
+        (-0.01, 0.01, "equivalent"),
+        (-0.011, -0.001, "better"),
+        (-0.5, -0.4, "better"),
+        (0.001, 0.011, "worse"),
+        (0.4, 0.5, "worse"),
+        (-0.011, 0.001, "undecided"),
+        (-0.5, 0.5, "undecided"),
+        (0.0, 0.011, "undecided"),  # an end at zero does not exclude it
+    ],
+)
+def test_the_four_answers(low, high, answer):
+    assert decide(found(low, high), 0.01) == answer
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "mean", "more"),
+    [
+        (-0.02, 0.02, 0.0, 3000),  # half as wide: four times the text
+        (-0.010, 0.014, 0.002, 1250),  # above: 0.012 must become 0.008
+        (-0.004, 0.020, 0.008, 1250),  # 0.012 must become 0.008 again, now to leave zero outside
+        (-0.005, 0.045, 0.020, 563),  # 0.025 must become 0.020: no nearer answer than that it is worse
+        (0.001, 0.011, 0.006, 0),
+    ],
+)
+def test_how_much_more_text_decides(low, high, mean, more):
+    wide = found(low, high, mean)
+    assert more_tokens(wide, 0.01) == pytest.approx(more, abs=1)
+    scale = (1000 / (1000 + more_tokens(wide, 0.01) + 2)) ** 0.5
+    then = dataclasses.replace(wide, low=mean + (wide.low - mean) * scale, high=mean + (wide.high - mean) * scale)
+    assert decide(then, 0.01) != "undecided"
+
+
+def test_what_is_resampled_depends_on_what_there_is():
+    rng = np.random.default_rng(0)
+    for lengths, block, resampled in (
+        ([600], 50, "blocks"),
+        ([300, 300, 300, 300], 50, "blocks"),
+        ([6000, 60, 60, 60, 60, 60], 50, "blocks"),  # six, but one weighs all
+        ([300] * 5, 50, "documents and blocks"),
+        ([60] * 5, 50, "documents"),
+    ):
+        series = [rng.standard_normal(n) for n in lengths]
+        said = interval(series, block)
+        assert said.resampled == resampled
+        assert (said.documents, said.tokens) == (len(lengths), sum(lengths))
+        assert said.blocks == sum(n // block for n in lengths)
+        assert said.mean == pytest.approx(np.concatenate(series).mean()), "over tokens, not over documents"
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [249], [49] * 4, [90, 90, 60]])
+def test_too_little_text_gives_no_interval(lengths):
+    assert not enough(lengths, 50)
+    assert interval([np.ones(n) for n in lengths], 50) is None
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    series = list(autocorrelated(np.random.default_rng(0), (6, 300)))
+    assert interval(series, 50, seed=1) == interval(series, 50, seed=1) != interval(series, 50, seed=2)
+
+
+def test_resampling_in_parts_changes_nothing_that_is_promised(monkeypatch):
+    """Guards texts whose draws do not fit at once."""
+    from eval.measures import equivalence
+
+    series = list(autocorrelated(np.random.default_rng(0), (6, 300)))
+    whole = interval(series, 50)
+    monkeypatch.setattr(equivalence, "AT_ONCE", 500)
+    assert interval(series, 50).low == pytest.approx(whole.low, abs=0.05 * (whole.high - whole.low))

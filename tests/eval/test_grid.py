@@ -1,0 +1,159 @@
+"""Guards `sink-eval grid`: the same targets for every cell, runs as an axis, the paper's numbers where they belong."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from scipy import stats
+
+from eval.cli import main
+from eval.measures.grid import over_runs
+from sinkmodel.checkpoint import PREFIX
+from sinkmodel.loading import encode, load_model
+from sinkmodel.sinks import SinkConfig
+from tests import tiny
+from tests.reference import streaming_nll as reference
+
+BUDGETS = (12, 20)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of each kind, by name; the second has noise on its head."""
+    folders = {}
+    for kind in ("none", "token", "zero"):
+        for number in (1, 2):
+            folder = tmp_path_factory.mktemp(f"{kind}-{number}-")
+            path = tiny.checkpoint(folder, "llama", SinkConfig(kind))
+            content = torch.load(path, weights_only=True)
+            head = content["state_dict"][PREFIX + "lm_head.weight"]
+            head += 0.1 * number * torch.randn(head.shape, generator=torch.Generator().manual_seed(number))
+            torch.save(content, path)
+            folders[f"{kind}{number}"] = folder
+    return folders
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": tiny.words(15, seed=i)}) + "\n" for i in (1, 2)))
+    return path
+
+
+def grid(capsys, *arguments) -> tuple[int, str, str]:
+    return main(["grid", *map(str, arguments)]), *capsys.readouterr()
+
+
+def test_every_cell_is_the_mean_over_runs_on_the_same_targets(runs, texts, tmp_path, capsys):
+    """Token by token: behind k sinks, and after the largest budget whatever the cell's own."""
+    arguments = ["--models", f"vanilla={runs['none1']},{runs['none2']}", f"sink={runs['token1']},{runs['token2']}",
+                 f"off-by-one={runs['zero1']}", "--sinks", 0, 1, "--budgets", *BUDGETS, "--text", texts]  # fmt: skip
+    code, out, err = grid(capsys, *arguments, "--json", tmp_path / "o.json")
+    assert code == 0, err
+    content = json.loads((tmp_path / "o.json").read_text())
+    rows = {(row["model"], row["budget"], row["sinks"]): row for row in content["rows"]}
+    names = {"vanilla": ("none1", "none2"), "sink": ("token1", "token2"), "off-by-one": ("zero1",)}
+    assert set(rows) == {(name, budget, count) for name in names for budget in BUDGETS for count in (0, 1)}
+    assert len({row["nll_after_overflow"] for row in rows.values()}) == len(rows), "else what follows proves little"
+    documents = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    for (name, budget, count), row in rows.items():
+        means = []
+        for run in names[name]:
+            loaded = load_model(str(runs[run]))
+            own = len(loaded.sink_ids)
+            late = [
+                reference(loaded.model, loaded.sink_ids + encode(loaded, text), budget, count)[own:][BUDGETS[-1] :]
+                for text in documents
+            ]
+            means.append(torch.cat(late).mean().item())
+        assert [one["nll"] for one in row["runs"]] == pytest.approx(means, abs=1e-5)
+        assert [one["run"] for one in row["runs"]] == [str(runs[run]) for run in names[name]]
+        assert row["nll_after_overflow"] == pytest.approx(sum(means) / len(means), abs=1e-5)
+        assert row["ppl_after_overflow"] == pytest.approx(math.exp(row["nll_after_overflow"]))
+        assert row["tokens_after_overflow"] == sum(map(len, late))
+        assert (row["ppl_low"] is None) == (name == "off-by-one")
+        if row["ppl_low"] is not None:
+            assert row["ppl_low"] < row["ppl_after_overflow"] < row["ppl_high"]
+            assert row["ppl_high"] == pytest.approx(math.exp(row["nll_high"]))
+    assert [(rows["vanilla", 20, s]["paper_ppl"], rows["sink", 20, s]["paper_ppl"]) for s in (0, 1)] == [
+        (27.87, 1235.0),
+        (18.49, 18.01),
+    ]
+    assert rows["off-by-one", 20, 1]["paper_ppl"] == 19.90
+    papers = [line.split() for line in out.splitlines() if line.split()[:1] == ["paper"]]
+    assert papers[0] == ["paper", "none", "1", "1024", "27.87", "18.49"]
+    assert papers[1] == ["paper", "token", "×1", "1", "1024", "1,235.00", "18.01"]
+    assert "of another model (160M, the Pile) and another text (PG-19)" in " ".join(out.split())
+
+
+def test_the_interval_over_runs_is_students():
+    """Three runs: the mean ± t(2 degrees) · s / √3, here s = 1; scipy's own says the same."""
+    assert over_runs([5.0]) == (5.0, None, None)
+    center, low, high = over_runs([1.0, 2.0, 3.0])
+    assert (center, low, high) == pytest.approx((2.0, 2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
+    values = [4.0, 4.5, 3.9, 4.4]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.9)
+    assert over_runs(values, 0.9)[1:] == pytest.approx((expected.low, expected.high))
+
+
+def test_the_same_call_gives_the_same_bytes(runs, texts, tmp_path, capsys):
+    contents = []
+    for _ in range(2):
+        grid(capsys, "--models", runs["none1"], "--sinks", 1, "--budgets", 12, "--text", texts,
+             "--json", tmp_path / "o.json")  # fmt: skip
+        contents.append(re.sub(r'"date": ".*"', "", (tmp_path / "o.json").read_text()))
+    assert contents[0] == contents[1]
+    (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert row["model"] == str(runs["none1"]), "a run alone is its own name"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"--models": ["a={none1},{none1}"]}, "has a run twice, which is not another seed"),
+        ({"--models": ["a={none1},"]}, "is not NAME=RUN,RUN"),
+        ({"--models": ["={none1}"]}, "is not NAME=RUN,RUN"),
+        ({"--models": ["a={none1}", "a={none2}"]}, "--models has a twice"),
+        ({"--models": ["a={none1},{token1}"]}, "--models a mixes sinks: .* has none, .* has token ×1"),
+        ({"--models": ["a=nowhere"]}, "nowhere is no folder"),
+        ({"--sinks": [0, 12]}, "--budgets 12 does not hold --sinks 12"),
+        ({"--budgets": [12, 300]}, "is shorter than the budget: .* --budgets is 300"),
+        ({"--tokens": [21]}, "--tokens 21 does not overflow --budgets 20"),
+        ({"--text": ["none.txt"]}, "none.txt does not exist"),
+        ({"--json": ["none/o.json"]}, "none does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_scored(runs, texts, tmp_path, capsys, changes, says):
+    given = {"--models": ["a={none1}"], "--text": [texts], "--budgets": BUDGETS, "--sinks": [1]}
+    given |= {"--json": [tmp_path / "o.json"]} | changes
+    given["--models"] = [name.format(**runs) for name in given["--models"]]
+    code, out, err = grid(capsys, *(part for key, values in given.items() for part in (key, *values)))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1, err
+    assert re.search(says, err), err
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_a_text_that_nothing_overflows_and_other_tokenizers_are_refused(runs, tmp_path, capsys, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text(tiny.words(20))
+    count = len(encode(load_model(str(runs["none1"])), text.read_text()))
+    base = ["--text", text, "--sinks", 1, "--models", runs["none1"]]
+    code, _, err = grid(capsys, *base, "--budgets", count - 1)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"no document overflows --budgets {count - 1}; give one of {count + 1} tokens or more" in err
+    assert grid(capsys, *base, "--budgets", count - 2)[0] == 0
+    text.write_text(tiny.words(200))
+    code, _, err = grid(capsys, *base, "--budgets", 64, 129)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--budgets 129 takes 129 positions" in err
+    other = tiny.tokenizer(290)
+    monkeypatch.setattr(tiny, "tokenizer", lambda: other)
+    tiny.checkpoint(tmp_path / "other", "llama", SinkConfig("none"))
+    code, _, err = grid(capsys, *base, tmp_path / "other", "--budgets", 12)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "have different tokenizers (300 and 290 text tokens)" in err

@@ -1,0 +1,346 @@
+"""Guards `sink-eval verify`: which losses are paired, the exit code, and what it says of input that is no use."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from eval.cli import main
+from eval.measures.paired import spread
+from sinkmodel.checkpoint import PREFIX
+from sinkmodel.loading import encode, load_model
+from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
+from tests import tiny
+from tests.eval.test_policies import slow_recompute
+from tests.reference import streaming_nll
+
+BUDGET = 20
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run folders of random twins, by kind of sink."""
+    folders = {}
+    for sink in (SinkConfig("none"), SinkConfig("token"), SinkConfig("token", 2), *map(SinkConfig, IN_SOFTMAX)):
+        name = sink.kind + (str(sink.count) if sink.count > 1 else "")
+        folders[name] = tmp_path_factory.mktemp(name)
+        tiny.checkpoint(folders[name], "llama", sink)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two documents of some length, and one too short."""
+    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    parts = (tiny.words(50, seed=1), "short", tiny.words(30, seed=2))
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return path
+
+
+def altered(run, folder, change) -> str:
+    """A copy of a run, with the weights of its output head changed."""
+    shutil.copytree(run, folder)
+    (path,) = (folder / "checkpoints").glob("*.ckpt")
+    content = torch.load(path, weights_only=True)
+    head = content["state_dict"][PREFIX + "lm_head.weight"]
+    content["state_dict"][PREFIX + "lm_head.weight"] = change(head)
+    torch.save(content, path)
+    return str(folder)
+
+
+_slow: dict[tuple, torch.Tensor] = {}
+
+
+def reference(loaded, ids, budget, sinks) -> torch.Tensor:
+    """Losses token by token; several tests ask for the same ones."""
+    key = loaded.name, tuple(ids), budget, sinks
+    if key not in _slow:
+        _slow[key] = streaming_nll(loaded.model, ids, budget, sinks)
+    return _slow[key]
+
+
+def verify(capsys, sink, vanilla, text, *arguments) -> tuple[int, str, str]:
+    budget = [] if "--budget" in arguments else ["--budget", BUDGET]
+    base = ["--sink", sink, "--vanilla", vanilla, *budget, "--text", text]
+    return main(["verify", *map(str, [*base, *arguments])]), *capsys.readouterr()
+
+
+def result(capsys, tmp_path, *arguments) -> dict:
+    code, _, err = verify(capsys, *arguments, "--json", tmp_path / "out.json")
+    assert code in (0, 1), err
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def documents_of(loaded, texts) -> list[list[int]]:
+    rows = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
+    return [ids for ids in (encode(loaded, row) for row in rows) if len(ids) >= BUDGET]
+
+
+# ----------------------------------------------------------------------------------------------- what is compared
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("token", 1), ("token2", 2), *((kind, 0) for kind in IN_SOFTMAX)])
+def test_the_verdict_pairs_the_same_targets_of_two_streams(runs, texts, tmp_path, capsys, kind, kept):
+    """Guards the pairing by text token behind k sinks, and which targets have overflowed in both; token by token."""
+    found = result(capsys, tmp_path, runs[kind], runs["none"], texts)
+    sink, vanilla = load_model(str(runs[kind])), load_model(str(runs["none"]))
+    differences = []
+    for ids in documents_of(vanilla, texts):
+        mine = reference(sink, sink.sink_ids + ids, BUDGET, kept)[kept:]  # on x1, x2 …
+        theirs = reference(vanilla, ids, BUDGET, 4)
+        assert len(mine) == len(theirs) == len(ids) - 1
+        differences.append((mine - theirs)[BUDGET:])
+    every = torch.cat(differences)
+    assert found["verdict"]["tokens"] == len(every) > 10 * BUDGET
+    assert found["verdict"]["difference"] == pytest.approx(every.mean().item(), abs=1e-5)
+    assert abs(every.mean()) > 1e-4, "else the line above proves little"
+    assert found["verdict"]["comparison"] == f"sink {kept}+{BUDGET - kept} against vanilla 4+16"
+    assert found["verdict"]["low"] < every.mean() < found["verdict"]["high"]
+    assert found["verdict"]["documents"] == 2
+    assert found["verdict"]["resampled"] == "blocks"
+
+
+def test_within_each_model_streams_are_compared_at_their_own_losses(runs, texts, tmp_path, capsys):
+    found = result(capsys, tmp_path, runs["token"], runs["none"], texts)
+    loaded = {"sink": load_model(str(runs["token"])), "vanilla": load_model(str(runs["none"]))}
+    rows = {(row["model"], row["first"]): row for row in found["comparisons"] if row["second"] == "sink 4+16"}
+    assert set(rows) == {(role, first) for role in loaded for first in ("sink 1+19", "window 0+20")}
+    for (role, first), row in rows.items():
+        front = loaded[role].sink_ids
+        count = 0 if first.startswith("window") else 1
+        documents = documents_of(loaded[role], texts)
+        a, b = (
+            torch.cat([reference(loaded[role], front + ids, BUDGET, s)[len(front) :][BUDGET:] for ids in documents])
+            for s in (count, 4)
+        )
+        assert row["difference"] == pytest.approx((a - b).mean().item(), abs=1e-5)
+    streams = [(row["model"], row["sinks"], row["window"], row["keys_seen"]) for row in found["rows"]]
+    assert sorted(streams) == sorted((role, s, BUDGET - s, BUDGET) for role in loaded for s in (0, 1, 4))
+    for row in found["rows"]:
+        own = loaded[row["model"]]
+        late = [
+            reference(own, own.sink_ids + ids, BUDGET, row["sinks"])[len(own.sink_ids) :][BUDGET:]
+            for ids in documents_of(own, texts)
+        ]
+        assert row["nll_after_overflow"] == pytest.approx(torch.cat(late).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("role", ["sink", "vanilla"])
+def test_recompute_stands_against_the_same_queries_of_the_stream(runs, texts, tmp_path, capsys, role):
+    """Guards the places of the windows: each answers for one query here (C / 16), with all C keys."""
+    found = result(capsys, tmp_path, runs["token"], runs["none"], texts)
+    loaded = load_model(str(runs["token" if role == "sink" else "none"]))
+    own = len(loaded.sink_ids)
+    (row,) = (row for row in found["comparisons"] if row["model"] == role and "recompute" in row["second"])
+    differences = []
+    for ids in documents_of(loaded, texts):
+        ids = loaded.sink_ids + ids
+        anew = slow_recompute(loaded.model, ids, BUDGET, own)[own:]
+        streamed = reference(loaded, ids, BUDGET, own or 4)[own:]
+        differences.append((streamed - anew)[BUDGET::BUDGET])
+    assert row["tokens"] == row["windows"] == sum(map(len, differences))
+    assert row["keys_seen_least"] == BUDGET
+    assert row["difference"] == pytest.approx(torch.cat(differences).mean().item(), abs=1e-5)
+
+
+def test_a_window_that_answers_for_several_queries_stands_against_these(runs, texts, tmp_path, capsys):
+    budget = 40
+    found = result(capsys, tmp_path, runs["token"], runs["none"], texts, "--budget", budget)
+    loaded = load_model(str(runs["token"]))
+    row = next(row for row in found["comparisons"] if "recompute" in row["second"])
+    differences = []
+    for ids in documents_of(loaded, texts):
+        ids = loaded.sink_ids + ids
+        streamed = reference(loaded, ids, budget, 1)[1:]
+        for end in range(budget + 2, len(ids) - 1, budget):  # text index of the last target of a window
+            seen = torch.tensor([[ids[0], *ids[1 + end - (budget - 1) : 1 + end]]])
+            nll = -torch.log_softmax(loaded.model(seen).logits[0], -1)
+            for back in (1, 0):
+                anew = nll[-1 - back, ids[1 + end - back]]
+                differences.append(streamed[end - back - 1] - anew)
+    assert (row["tokens"], row["keys_seen_least"]) == (len(differences), budget - 1)
+    assert row["difference"] == pytest.approx(torch.stack(differences).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("role", ["sink", "vanilla"])
+def test_dense_stands_against_a_new_stream_as_far_as_the_positions_go(runs, texts, tmp_path, capsys, role):
+    found = result(capsys, tmp_path, runs["token"], runs["none"], texts)
+    loaded = load_model(str(runs["token" if role == "sink" else "none"]))
+    own, positions = len(loaded.sink_ids), 128
+    (row,) = (row for row in found["comparisons"] if row["model"] == role and row["second"] == "dense")
+    differences = []
+    for ids in documents_of(loaded, texts):
+        length = positions - own + 1
+        for start in range(0, len(ids), length):
+            stretch = loaded.sink_ids + ids[start : start + length]
+            assert len(stretch) <= positions + 1
+            if len(ids) - start > BUDGET + 1:
+                dense = reference(loaded, stretch, 1000, 0)
+                differences.append((reference(loaded, stretch, BUDGET, own or 4) - dense)[BUDGET:])
+    assert row["stretches"] == len(differences) > 1
+    assert row["tokens"] == sum(map(len, differences))
+    assert row["difference"] == pytest.approx(torch.cat(differences).mean().item(), abs=1e-5)
+
+
+def test_dense_that_does_not_outlast_the_budget_is_a_row_without_numbers(runs, tmp_path, capsys):
+    text = tmp_path / "long.txt"
+    text.write_text(tiny.words(600))
+    found = result(capsys, tmp_path, runs["token"], runs["none"], text, "--budget", 128)
+    rows = [row for row in found["comparisons"] if row["second"] == "dense"]
+    assert [(row["difference"], row["answer"], row["why"]) for row in rows] == [
+        (None, None, "the model's positions end at 128")
+    ] * 2
+
+
+def test_what_stands_beside_the_verdict_costs_no_more_than_asked(runs, texts, tmp_path, capsys):
+    """Guards long texts: all of it for the verdict, --beside tokens for each other comparison, in all documents."""
+    found = result(capsys, tmp_path, runs["token"], runs["none"], texts, "--beside", 120)
+    full = [row for row in found["rows"] if row["sinks"] == (1 if row["model"] == "sink" else 4)]
+    part = [row for row in found["rows"] if row not in full]
+    assert all(row["tokens"] == found["texts"][0]["tokens"] - 2 > 200 for row in full)
+    assert all(row["tokens"] < 150 and row["documents"] == 2 for row in part)
+    assert [row["windows"] for row in found["comparisons"] if "recompute" in row["second"]] == [6, 6]
+    assert [row["stretches"] for row in found["comparisons"] if row["second"] == "dense"] == [1, 1]
+    assert spread([range(0, 100, 10)], 3) == [(0, 10), (0, 50), (0, 80)]
+    assert spread([[5], [], [1, 2]], 9) == [(0, 5), (2, 1), (2, 2)]
+
+
+# ------------------------------------------------------------------------------------------------------ what it answers
+
+
+def test_the_exit_code_is_the_answer(runs, texts, tmp_path, capsys):
+    """0 for equivalent and better, 1 for worse and undecided; a head that shouts loses more."""
+    loud = {kind: altered(runs[kind], tmp_path / kind, lambda head: 4 * head) for kind in ("token", "none")}
+    for sink, vanilla, margin, code, answer in (
+        (runs["token"], runs["none"], 50, 0, "equivalent"),
+        (runs["token"], runs["none"], 1e-6, 1, "undecided"),
+        (loud["token"], runs["none"], 0.01, 1, "worse"),
+        (runs["token"], loud["none"], 0.01, 0, "better"),
+    ):
+        given, out, err = verify(capsys, sink, vanilla, texts, "--margin", margin, "--json", tmp_path / "o.json")
+        verdict = json.loads((tmp_path / "o.json").read_text())["verdict"]
+        assert (given, verdict["answer"]) == (code, answer), (verdict, err)
+        assert re.search(rf"^{answer}: sink 1\+19 − vanilla 4\+16 = ", out, re.MULTILINE)
+        assert "2 documents: too few" in out
+        assert ("more tokens would decide" in out) == (verdict["more_tokens"] > 0) == (answer == "undecided")
+
+
+def test_many_documents_are_resampled_and_a_narrower_level_narrows_the_interval(runs, tmp_path, capsys):
+    text = tmp_path / "many.jsonl"
+    text.write_text("".join(json.dumps({"text": tiny.words(40, seed=i)}) + "\n" for i in range(8)))
+    wide, narrow = (
+        result(capsys, tmp_path, runs["token"], runs["none"], text, "--level", level)["verdict"]
+        for level in (0.95, 0.5)
+    )
+    assert wide["resampled"] == narrow["resampled"] == "documents and blocks"
+    assert 0.2 < (narrow["high"] - narrow["low"]) / (wide["high"] - wide["low"]) < 0.5
+
+
+def test_the_same_seed_gives_the_same_bytes(runs, texts, tmp_path, capsys):
+    def content(seed):
+        result(capsys, tmp_path, runs["token"], runs["none"], texts, "--seed", seed)
+        return re.sub(r'"date": ".*"', "", (tmp_path / "out.json").read_text())
+
+    assert content(1) == content(1)
+    assert content(1).replace('"seed": 1', "") != content(2).replace('"seed": 2', "")
+
+
+def test_texts_is_another_name_of_text(runs, texts, capsys):
+    arguments = ["--sink", runs["token"], "--vanilla", runs["none"], "--texts", texts, "--budget", BUDGET]
+    assert main(["verify", *map(str, arguments), "--margin", "50"]) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- training text
+
+
+def test_text_that_was_trained_on_is_named_and_held_out_text_is_not(tmp_path, capsys):
+    """Against the real format of prepared data, which eval reads by itself."""
+    from recipes.data.preparation import prepare
+    from recipes.data.settings import PrepareConfig
+
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held-out.jsonl"
+    parts = [tiny.words(150, seed=i) for i in range(12)]
+    train.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[:6]))
+    held_out.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts[6:]))
+    (tmp_path / "tokenizer.json").write_text(tiny.tokenizer().definition)
+    data = str(tmp_path / "data")
+    manifest = prepare(
+        PrepareConfig(data, input=str(train), test_input=str(held_out), validation_fraction=0.0,
+                      tokenizer=str(tmp_path / "tokenizer.json"), workers=1, shard_tokens=1024)
+    )  # fmt: skip
+    assert len(manifest["splits"]["train"]["shards"]) > 1
+    runs = {}
+    for seed, kind in ((1, "none"), (2, "token")):
+        runs[kind] = tmp_path / kind
+        path = tiny.checkpoint(runs[kind], "gpt_neox", SinkConfig(kind))
+        content = torch.load(path, weights_only=True)
+        fingerprint = {"fingerprint": manifest["fingerprint"]}
+        content["recipe"]["provenance"] = {"config": {"data": {"path": data}, "seed": seed}, "data": fingerprint}
+        torch.save(content, path)
+    capsys.readouterr()
+    _, _, err = verify(capsys, runs["token"], runs["none"], train, held_out, "--tokens", 60)
+    assert err.count(f"was trained on {train}: 6 of 6 documents begin as training documents do") == 2
+    assert str(held_out) not in err
+    assert "are no twins: another seed" in err
+    found = result(capsys, tmp_path, runs["token"], runs["none"], held_out)
+    (warning,) = found["warnings"]
+    assert "are no twins: another seed" in warning
+    shutil.rmtree(data)
+    assert "its training data is not where it was" in verify(capsys, runs["token"], runs["none"], train)[2]
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sink": "none", "vanilla": "token"}, "the wrong way round; exchange them"),
+        ({"sink": "none"}, "--sink .* has no sink of its own"),
+        ({"vanilla": "zero"}, r"--vanilla .* has a sink \(zero\)"),
+        ({"--budget": 4}, "--budget 4 does not hold --sinks 4"),
+        ({"--budget": 129}, "129 positions .* use --budget 128"),
+        ({"--budget": 120}, "too short for an interval: .* tokens after overflow in 2 documents; give 5 documents"),
+        ({"--budget": 3000}, "is shorter than the budget: its longest document has"),
+        ({"--tokens": 20}, "--tokens 20 does not overflow --budget 20"),
+        ({"--margin": 0}, "--margin"),
+        ({"--margin": "nan"}, "--margin"),
+        ({"--level": 95}, "no level"),
+        ({"--seed": -1}, "--seed"),
+        ({"--text": "none.txt"}, "none.txt does not exist"),
+        ({"--json": "none/out.json"}, "none does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(runs, texts, tmp_path, capsys, changes, says):
+    given = {"sink": "token", "vanilla": "none", "--text": texts, "--budget": BUDGET, "--json": tmp_path / "o.json"}
+    given |= changes
+    models = ["--sink", runs[given.pop("sink")], "--vanilla", runs[given.pop("vanilla")]]
+    code = main(["verify", *map(str, [*models, *(part for pair in given.items() for part in pair)])])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("sink-eval: ")
+    assert err.count("\n") == 1 + err.count("left out"), err
+    assert re.search(says, err), err
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_other_tokenizers_are_refused(runs, texts, tmp_path, capsys, monkeypatch):
+    other = tiny.tokenizer(290)
+    monkeypatch.setattr(tiny, "tokenizer", lambda: other)
+    tiny.checkpoint(tmp_path / "other", "llama", SinkConfig("none"))
+    code, _, err = verify(capsys, runs["token"], tmp_path / "other", texts)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "have different tokenizers (300 and 290 text tokens)" in err
+
+
+def test_a_model_whose_logits_are_no_numbers_is_named(runs, texts, tmp_path, capsys):
+    broken = altered(runs["none"], tmp_path / "broken", lambda head: head * np.nan)
+    code, out, err = verify(capsys, runs["token"], broken, texts, "--json", tmp_path / "o.json")
+    assert (code, out) == (2, "")
+    assert re.search(r"broken: llama .* gives logits that are not finite", err.splitlines()[-1])
+    assert not (tmp_path / "o.json").exists()
