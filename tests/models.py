@@ -7,6 +7,8 @@ import functools
 import torch
 import transformers
 
+from sinkmodel import architectures
+
 VOCABULARY = 61
 POSITIONS = 64
 SMALL = {
@@ -53,22 +55,31 @@ STREAMED = {  # what the streaming cache runs
     "cohere": ("Cohere", {"num_key_value_heads": 2, "logit_scale": 1.0}),
     "mpt": ("Mpt", {"max_seq_len": POSITIONS, "use_cache": True}),
 }
+IN_SOFTMAX = {  # ours: a sink in the softmax
+    f"{name}-{kind}": (f"Sink{settings[0]}", {**settings[1], "sink": {"kind": kind}})
+    for name, settings in FAMILIES.items()
+    if name in ("gpt_neox", "llama")
+    for kind in ("zero", "logit", "kv_bias")
+}
 CLASSES = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"}
 
 
 def build(family: str, **changes):
     """A new model, in eval mode; `family` is a key of a table above or the name of a transformers family (`Gemma2`)."""
-    name, settings = STREAMED.get(family, (family, {}))
+    name, settings = {**STREAMED, **IN_SOFTMAX}.get(family, (family, {}))
+    library = architectures if family in IN_SOFTMAX else transformers
     settings = {**SMALL, **settings, **changes}
     if transformers.__version__.startswith("4.") and "rope_parameters" in settings:
         settings["rope_scaling"] = settings.pop("rope_parameters")
-    config = getattr(transformers, f"{name}Config")(**settings)
+    config = getattr(library, f"{name}Config")(**settings)
     torch.manual_seed(5)
-    model = getattr(transformers, CLASSES.get(name, f"{name}ForCausalLM"))(config).eval()
+    model = getattr(library, CLASSES.get(name, f"{name}ForCausalLM"))(config).eval()
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases and norms, which start idle
+        for place, parameter in model.named_parameters():
+            if place.endswith(".sink"):  # as large as other scores and keys, and of either sign
+                parameter += torch.randn(parameter.shape, generator=generator)
+            elif parameter.ndim == 1:  # biases and norms, which start idle
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     # A stream ends when its caller says so, and `generate` shall not take a word of the text for padding.
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None

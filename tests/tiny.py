@@ -54,7 +54,7 @@ def checkpoint(folder: Path, architecture: str = "gpt_neox", sink: SinkConfig | 
     """A file as sink-pretrain writes it, with random weights; biases and norms random too, so that none is idle."""
     sink = sink or SinkConfig("token")
     text = tokenizer()
-    model = build_model(SHAPES[architecture], padded_vocabulary(text.vocabulary), seed=3)
+    model = build_model(SHAPES[architecture], padded_vocabulary(text.vocabulary), 3, sink)
     generator = torch.Generator().manual_seed(9)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)

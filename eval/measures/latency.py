@@ -26,10 +26,11 @@ from eval.measures.command import (
     show,
     write_result,
 )
-from eval.policies.choice import check, choose
+from eval.policies.choice import BORROWED, check, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.parser import positive
+from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
@@ -55,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keys a query sees, its own and the sinks counted (default: 256 512 1024 2048 4096)",
     )
     parser.add_argument(
-        "--sinks", type=positive, metavar="S", help="sinks of the policy sink (default: the model's, or 4)"
+        "--sinks",
+        type=positive,
+        metavar="S",
+        help="sinks of the policy sink (default: the model's, or 4; 0 with one in its softmax)",
     )
     parser.add_argument("--policies", nargs="+", choices=NAMES, default=list(NAMES), help="default: all of them")
     parser.add_argument(
@@ -86,7 +90,8 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     loaded = load(options) if options.shape is None else load_shape(options.shape, options.dtype, options.device)
     front = len(loaded.sink_ids)
-    sinks = options.sinks or front or 4  # StreamingLLM keeps four of a model that has no sink of its own
+    # StreamingLLM keeps four of a model that has no sink of its own.
+    sinks = options.sinks or front or (0 if kind_of(loaded.model.config) in IN_SOFTMAX else BORROWED)
     check([sinks, front], min(options.budgets), "--budgets")
     configurations = {
         budget: choose(options.policies, [sinks], budget, front) for budget in sorted(set(options.budgets))

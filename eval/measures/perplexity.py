@@ -32,6 +32,7 @@ from eval.policies.choice import NAMES, check, choose
 from sinkmodel.errors import UserError
 from sinkmodel.parser import positive, whole
 from sinkmodel.progress import CountedProgress
+from sinkmodel.sinks import kind_of
 
 if TYPE_CHECKING:
     from eval.policies.policy import Policy
@@ -173,7 +174,8 @@ def perplexity(nll: float | None) -> float | None:
 
 
 def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    sinks = f"{len(loaded.sink_ids)} sink tokens in front" if loaded.sink_ids else "no sink token"
+    kind = kind_of(loaded.model.config)
+    sinks = f"{len(loaded.sink_ids)} sink tokens in front" if loaded.sink_ids else f"sink: {kind}"
     table = new_table(
         f"{options.model}, {options.dtype}, {sinks}",
         "≥C: queries that have lost something to eviction; ±: standard error over blocks of C tokens",

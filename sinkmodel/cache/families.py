@@ -19,6 +19,7 @@ from sinkmodel.attention import SINK
 from sinkmodel.cache.saved import SAMPLE
 from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, frequencies, rotary_of, trial_keys
+from sinkmodel.sinks import kind_of
 
 BOOLEAN = ("sdpa", SINK)  # the implementations that take a mask of ours as True and False, or none
 ATTENTION = (*BOOLEAN, "eager")
@@ -146,6 +147,7 @@ def signature(config: Any) -> dict[str, Any]:
         "head_dim": getattr(config, "head_dim", None),
         "vocabulary": config.vocab_size,
         "rope": repr(getattr(config, "rope_parameters", None)),
+        "sink": kind_of(config),
     }
 
 

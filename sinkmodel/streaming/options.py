@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="C",
         help=f"slots of the cache, sinks counted (default: {BUDGET}, or what the model was made for if that is less)",
     )
-    add("--sinks", type=whole, metavar="S", help="first tokens kept for good (default: the model's own sinks, or 1)")
+    add("--sinks", type=whole, metavar="S", help="first tokens kept for good (default: the model's own, or 1)")
     add("--positions", choices=("cache", "text"), help="where a sink stands: before the window, or where it was")
     add("--max-tokens", type=whole, default=256, metavar="N", help="longest continuation of a turn (default: 256)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation; may be given again")

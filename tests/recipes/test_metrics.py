@@ -6,15 +6,18 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import brentq
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.training.callbacks.metrics import ppl
 from recipes.training.logs import COLUMNS, MetricsFile
 from recipes.training.module import sink_share
 from recipes.training.throughput import flops_per_token
+from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.models import build_model
 from sinkmodel.shapes import ModelShape
+from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from tests import tiny
 from tests.recipes.runs import train
 
@@ -28,6 +31,19 @@ class Reads(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             self.count += 1
         return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.tolist = torch.Tensor.tolist  # which no mode sees
+        torch.Tensor.tolist = lambda tensor: self.read(tensor)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.Tensor.tolist = self.tolist
+        return super().__exit__(*error)
+
+    def read(self, tensor):
+        self.count += 1
+        return self.tolist(tensor)
 
 
 def test_steps_between_two_lines_ask_nothing_of_the_device(tmp_path, monkeypatch):
@@ -45,16 +61,52 @@ def test_steps_between_two_lines_ask_nothing_of_the_device(tmp_path, monkeypatch
     assert reads(12, **(never | {"logging__every": 3})) > few > 0, "the counter counts"
 
 
-def test_share_of_an_even_spread_and_of_a_model_that_looks_at_the_first_token_only():
-    model = build_model(ModelShape(layers=2, hidden=32, heads=4, kv_heads=4, ffn=64, positions=64), 384, seed=1)
-    row = torch.randint(0, 300, (64,))
-    for layer in model.gpt_neox.layers:  # queries of nothing: every key scores alike
+def even_model(sink: SinkConfig | None = None):
+    """Queries of nothing: every key scores alike, and a sink in the softmax with them."""
+    shape = ModelShape(layers=2, hidden=32, heads=4, kv_heads=4, ffn=64, positions=64)
+    model = build_model(shape, 384, seed=1, sink=sink)
+    for layer in model.gpt_neox.layers:
         layer.attention.query_key_value.weight.data.zero_()
+    return model
+
+
+def test_share_of_an_even_spread():
+    model, row = even_model(), torch.randint(0, 300, (70,))  # cut to 64
     even = sum(1 / (i + 1) for i in range(1, 64)) / 63
-    assert sink_share(model, row, sinks=0).item() == pytest.approx(even, rel=1e-5)
-    assert sink_share(model, row, sinks=1).item() == pytest.approx(even, rel=1e-5)
-    assert sink_share(model, row, sinks=2).item() == pytest.approx(sum(2 / (i + 1) for i in range(2, 64)) / 62)
+    for sinks, share in ((0, even), (1, even), (2, sum(2 / (i + 1) for i in range(2, 64)) / 62)):
+        assert sink_share(model, row, sinks).tolist() == pytest.approx([share, 0], rel=1e-5)
     assert model.config._attn_implementation == "sdpa", "training goes on with its fast kernel"
+
+
+@pytest.mark.parametrize("kind", IN_SOFTMAX)
+def test_share_of_a_sink_in_the_softmax_is_that_of_the_sink_and_not_of_the_first_token(kind):
+    model, row = even_model(SinkConfig(kind)), torch.randint(0, 300, (64,))
+    model.set_attn_implementation(CAUSAL)
+    for layer in model.gpt_neox.layers:  # every key scores 6 · 0.5 / √8, over the dimensions that RoPE leaves alone
+        queries, keys, _ = layer.attention.query_key_value.bias.data.view(4, 3, 8).unbind(1)
+        queries[:, 2:], keys[:, 2:] = 1, 0.5
+        if kind != "zero":
+            layer.attention.sink.data[..., 2:] = -0.3
+            layer.attention.sink.data[..., :2] = {"logit": -0.3, "kv_bias": 0}[kind]
+    key = 6 * 0.5 / math.sqrt(8)
+    sink = {"zero": 0, "logit": -0.3, "kv_bias": 6 * -0.3 / math.sqrt(8)}[kind]
+    share = sum(1 / (1 + (i + 1) * math.exp(key - sink)) for i in range(1, 64)) / 63
+    assert sink_share(model, row, sinks=0).tolist() == pytest.approx([share, 0], rel=1e-5)
+    assert model.config._attn_implementation == CAUSAL
+
+
+def test_heads_whose_sink_takes_more_than_three_tenths_are_counted():
+    """Three of eight: a logit for each, by which the mean share of the sink is just above 0.3, or just below."""
+    model, row = even_model(SinkConfig("logit")), torch.randint(0, 300, (64,))
+    shares = torch.tensor([[0.31, 0.29, 0.9, 0.01], [0.29, 0.5, 0.1, 0.2]])
+    queries = torch.arange(1, 64)
+
+    def share_of(logit: float) -> float:
+        return (math.exp(logit) / (math.exp(logit) + queries + 1)).mean().item()
+
+    for layer, wanted in zip(model.gpt_neox.layers, shares.tolist()):
+        layer.attention.sink.data = torch.tensor([brentq(lambda x, w=w: share_of(x) - w, -20, 20) for w in wanted])
+    assert sink_share(model, row, sinks=0).tolist() == pytest.approx([shares.mean().item(), 3 / 8], rel=1e-4)
 
 
 def test_flops_of_pythia_160m():

@@ -1,8 +1,10 @@
-"""Guards: the export is a plain transformers model with the checkpoint's logits, and generates no sink."""
+"""Guards: the export has the checkpoint's logits, generates no sink, is plain transformers or says that it is not."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,10 +12,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.export import main
-from sinkmodel.sinks import SinkConfig, sink_ids_of
+from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, sink_ids_of
 from tests import tiny
 
-KINDS = {"vanilla": SinkConfig(), "sink": SinkConfig("token"), "two sinks": SinkConfig("token", 2)}
+PLAIN = {"vanilla": SinkConfig(), "sink": SinkConfig("token"), "two sinks": SinkConfig("token", 2)}
+KINDS = {**PLAIN, **{kind: SinkConfig(kind) for kind in IN_SOFTMAX}}
+LOADERS = """
+import sys, transformers
+for folder in sys.argv[1:]:
+    for name in ("AutoModelForCausalLM", "AutoModel", "GPTNeoXForCausalLM", "LlamaForCausalLM"):
+        try:
+            getattr(transformers, name).from_pretrained(folder)
+            print(folder, name, "LOADED")
+        except Exception as error:
+            print(folder, name, type(error).__name__, " ".join(str(error).split()))
+"""  # it has never heard of us
 
 
 @pytest.fixture(params=[(a, k) for a in tiny.SHAPES for k in KINDS], ids=lambda p: f"{p[0]}, {p[1]}", scope="module")
@@ -25,7 +38,7 @@ def exported(request, tmp_path_factory):
     return checkpoint, folder / "model", KINDS[kind]
 
 
-def test_it_loads_as_plain_transformers_with_equal_logits(exported):
+def test_it_loads_with_equal_logits(exported):
     checkpoint, folder, sink = exported
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     trained, _, sink_ids = load_checkpoint(checkpoint)
@@ -71,14 +84,49 @@ def test_left_padded_batch_generates_what_single_prompts_do(exported):
 
 
 def test_transformers_4_finds_its_own_words_in_the_config(exported):
-    _, folder, _ = exported
+    _, folder, sink = exported
     config = json.loads((folder / "config.json").read_text())
-    assert config["rope_theta"] == 10000.0
+    if sink.kind in IN_SOFTMAX:
+        assert "rope_theta" not in config, "it shall not load there"
+    else:
+        assert config["rope_theta"] == 10000.0
     if config["model_type"] == "gpt_neox":
         assert (config["rotary_pct"], config["rotary_emb_base"]) == (0.25, 10000.0)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "backend" not in settings
+
+
+def refusals(python: str, folders, place) -> dict[tuple[str, str], str]:
+    """What an interpreter without our module says to each folder and loader; it is started once."""
+    done = subprocess.run([python, "-I", "-c", LOADERS, *map(str, folders)], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
+    assert len(lines) == 4 * len(folders)
+    return {(folder, loader): said for folder, loader, said in lines}
+
+
+def softmax_exports(place) -> dict[str, tuple[str, str]]:
+    """Folder → architecture and kind."""
+    folders = {}
+    for architecture in tiny.SHAPES:
+        for kind in IN_SOFTMAX:
+            run, folder = place / f"run-{architecture}-{kind}", place / f"{architecture}-{kind}"
+            tiny.checkpoint(run, architecture, SinkConfig(kind))
+            assert main(["--checkpoint", str(run), "--output", str(folder)]) == 0
+            folders[str(folder)] = architecture, kind
+    return folders
+
+
+def test_without_our_module_nothing_loads_a_softmax_without_its_sink(tmp_path):
+    """Guards the silent loss of a sink: a loader that does not know of it must fail, and say what is missing."""
+    folders = softmax_exports(tmp_path)
+    for (folder, loader), said in refusals(sys.executable, folders, tmp_path).items():
+        assert "LOADED" not in said
+        if loader.startswith("Auto"):
+            assert f"`sink_{folders[folder][0]}`" in said
+        else:
+            assert "this model has a sink in its softmax: import sinkmodel.architectures" in said
 
 
 def test_where_it_comes_from_is_written_beside_it(exported):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sinkmodel.export import export
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
+from tests.sinkmodel.test_export import refusals, softmax_exports
 
 PROGRAM = """
 import importlib.util, json, sys, torch, transformers
@@ -85,3 +86,13 @@ def test_it_loads_in_4_57_without_us_and_computes_the_same(seen_by_4_57, case):
     with torch.no_grad():
         logits = model(**tokenizer("a b c d e f g", return_tensors="pt")).logits
     assert (torch.load(f"{folder}.logits.pt", weights_only=True) - logits).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_4_57_does_not_load_a_softmax_without_its_sink(tmp_path):
+    python = os.environ.get("TRANSFORMERS_4")
+    assert python, "set TRANSFORMERS_4 to a Python that has torch and transformers 4.57 alone; `make test` does"
+    folders = softmax_exports(tmp_path)
+    for (folder, loader), said in refusals(python, folders, tmp_path).items():
+        assert "LOADED" not in said
+        assert not loader.startswith("Auto") or f"`sink_{folders[folder][0]}`" in said
