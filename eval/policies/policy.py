@@ -27,6 +27,7 @@ How four known ones answer them:
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -97,6 +98,14 @@ class Stream(ABC):
     def feed(self, ids_BN: Tensor) -> Tensor:
         """Take the next N tokens of B streams; logits [B, V] after the last of them."""
 
+    @abstractmethod
+    def feed_all(self, ids_BN: Tensor) -> Tensor:
+        """The same, with the logits [B, N, V] after each of them."""
+
+    @abstractmethod
+    def fork(self) -> Stream:
+        """A copy that goes on by itself: what it is fed leaves no trace in this one."""
+
 
 class CachedStream(Stream):
     """A stream whose memory is a transformers cache, which alone decides what stays."""
@@ -104,11 +113,22 @@ class CachedStream(Stream):
     def __init__(self, model: Any, cache: Cache):
         self.model, self.cache = model, cache
 
-    @torch.inference_mode()
     def feed(self, ids_BN: Tensor) -> Tensor:
-        for piece_BN in ids_BN.split(PIECE, dim=1):
-            out = self.model(input_ids=piece_BN, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
+        return self._forward(ids_BN, 1)[-1][:, -1]
+
+    def feed_all(self, ids_BN: Tensor) -> Tensor:
+        return torch.cat(self._forward(ids_BN, 0), dim=1)
+
+    def fork(self) -> CachedStream:
+        return CachedStream(self.model, copy.deepcopy(self.cache))
+
+    @torch.inference_mode()
+    def _forward(self, ids_BN: Tensor, keep: int) -> list[Tensor]:
+        """Logits [B, n, V] of each piece, after its last `keep` tokens; 0: after all."""
+        return [
+            self.model(input_ids=piece_BN, past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits
+            for piece_BN in ids_BN.split(PIECE, dim=1)
+        ]
 
 
 def refuse_narrower_window(model: Any, keys: int) -> None:

@@ -10,6 +10,7 @@ function. Rows say so.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,3 +125,9 @@ class RecomputedStream(Stream):
             ids_BT = torch.cat([ids_BT[:, : self.sinks], ids_BT[:, self.sinks - self.budget :]], dim=1)
         self.ids_BT = ids_BT
         return last_logits(self.model, ids_BT, 1)[:, -1]
+
+    def feed_all(self, ids_BN: Tensor) -> Tensor:
+        return torch.stack([self.feed(ids_B1) for ids_B1 in ids_BN.split(1, dim=1)], dim=1)
+
+    def fork(self) -> RecomputedStream:
+        return copy.copy(self)  # ids are replaced at every `feed`, never written to

@@ -1,0 +1,299 @@
+"""`sink-eval streameval`: does a stream still know what it read a while ago, and does it answer as it did at first?
+
+Two tasks of StreamingLLM (arXiv 2309.17453, section 4.3), whose data and code were never released:
+
+    lines      StreamEval, Figures 8 and 9 and Table 7: a record that grows without end, with a query every 10 lines
+               about the line 20 before it; accuracy against distance and budget (`eval.measures.streams.lines`)
+    questions  Table 5: questions one after the other in one stream, against each in an empty cache; from a file, or
+               made up (`eval.measures.streams.questions`)
+
+Behind a question the right answer stays in the stream, whatever the model says. Answers are scored on copies, which
+leave no trace. Accuracy on lines is an exact match of greedy decoding; nats of the answer and its rank among other
+numbers say more of a small base model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.measures.command import (
+    MODEL_HELP,
+    add_common_arguments,
+    check_output,
+    keys_seen,
+    load,
+    new_table,
+    number,
+    show,
+    write_result,
+)
+from eval.policies.choice import BORROWED, NAMES, check, choose
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.parser import positive, whole
+
+if TYPE_CHECKING:
+    from eval.measures.streams.questions import Asked, Question
+    from eval.policies.policy import Policy
+    from sinkmodel.loading import LoadedModel
+
+DESCRIPTION = "What a stream remembers: StreamEval's lines by distance, and questions answered one after the other."
+EXAMPLE = "sink-eval streameval --model runs/sink --budgets 256 512 --distances 5 10 20 --samples 10 --queries 20"
+LINES = {"distances": [20], "every": 10, "samples": 100, "queries": 100, "distractors": 9}  # the paper's, but the last
+MADE = 1000  # questions of ours
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    parser.add_argument("--task", choices=("lines", "questions"), default="lines", help="default: lines, StreamEval")
+    parser.add_argument(
+        "--budgets",
+        type=positive,
+        nargs="+",
+        default=[1024],
+        metavar="C",
+        help="keys a query sees, its own and the sinks counted (default: 1024)",
+    )
+    parser.add_argument(
+        "--sinks",
+        type=whole,
+        nargs="+",
+        metavar="S",
+        help=f"first keys that are never evicted (default: 0 and the model's, or 0 and {BORROWED})",
+    )
+    parser.add_argument("--policies", nargs="+", choices=NAMES, help="default: window (if --sinks has a 0) and sink")
+    lines = parser.add_argument_group("lines")
+    lines.add_argument(
+        "--distances", type=positive, nargs="+", metavar="D", help="lines from the one asked for to the latest: 20"
+    )
+    lines.add_argument("--every", type=positive, metavar="N", help="lines from a query to the next: 10")
+    lines.add_argument("--samples", type=positive, metavar="N", help="streams: 100")
+    lines.add_argument(
+        "--distractors", type=positive, metavar="N", help="other numbers among which the answer has a rank: 9"
+    )
+    lines.add_argument(
+        "--rows", type=positive, default=8, metavar="N", help="streams computed together; changes the speed alone: 8"
+    )
+    questions = parser.add_argument_group("questions")
+    questions.add_argument(
+        "--file",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="rows with question, choices and answer (a number from 0, or the text), or ARC's own; else made up",
+    )
+    parser.add_argument(
+        "--queries",
+        type=positive,
+        metavar="N",
+        help=f"of each stream (lines: 100; questions: all of the file, or {MADE} made up)",
+    )
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of all that is drawn (default: 0)")
+    add_common_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from eval.measures.streams.questions import make_questions, read_questions
+
+    check(options.sinks or [0], min(options.budgets), "--budgets")
+    _settle_task(options)
+    check_output("--json", options.json)
+    asked = read_questions(options.file, options.queries) if options.file else []
+    loaded = load(options)
+    policies = _policies(options, loaded)
+    if options.task == "lines":
+        content = _run_lines(options, loaded, policies)
+    else:
+        asked = asked or make_questions(options.seed, options.queries or MADE)
+        content = _run_questions(options, loaded, policies, asked)
+    if options.json is not None:
+        head = {"command": "streameval", "model": options.model, "sink_ids": loaded.sink_ids, "task": options.task}
+        where = {"seed": options.seed, "dtype": options.dtype, "device": str(loaded.model.device)}
+        write_result(options.json, {**head, **where, **content})
+
+
+def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[Policy]) -> dict[str, Any]:
+    from eval.measures.streams.answers import measure_lines
+    from eval.measures.streams.lines import Record
+
+    record = Record(loaded)
+    samples = {
+        distance: [
+            record.sample(options.seed, n, distance, options.every, options.queries, options.distractors)
+            for n in range(options.samples)
+        ]
+        for distance in dict.fromkeys(options.distances)
+    }
+    _check_positions(loaded, policies, max(streams[0][-1].place for streams in samples.values()) + record.answer_tokens)
+    rows: list[dict[str, Any]] = []
+    for policy in policies:
+        for distance, streams in samples.items():
+            label = f"{len(rows) + 1}/{len(policies) * len(samples)} {policy.label}, {distance} lines back"
+            row = measure_lines(loaded.model, policy, streams, options.rows, label)
+            rows.append({**row, "distance": distance})
+    least, most = record.line_tokens(max(samples), options.every, options.queries)
+    content = {
+        **{key: getattr(options, key) for key in ("every", "samples", "queries", "distractors")},
+        "line_tokens_least": least,
+        "line_tokens_most": most,
+        "answer_tokens": record.answer_tokens,
+        "rows": rows,
+    }
+    print_lines(options, content)
+    return content
+
+
+def _run_questions(
+    options: argparse.Namespace, loaded: LoadedModel, policies: list[Policy], questions: list[Question]
+) -> dict[str, Any]:
+    from eval.measures.streams.answers import measure_questions
+    from eval.measures.streams.questions import in_tokens
+    from eval.policies.dense import Dense
+    from sinkmodel.files import sha256_of
+
+    asked = [in_tokens(loaded, question) for question in questions]
+    _check_questions(loaded, policies, asked)
+    rows: list[dict[str, Any]] = []
+    for policy in (None, *policies):
+        label = f"{len(rows) + 1}/{len(policies) + 1} {policy.label if policy else 'one-shot'}"
+        alone = rows[0]["right"] if rows else None
+        rows.append(measure_questions(loaded, policy or Dense(), asked, alone, label))
+    content = {
+        "file": None if options.file is None else str(options.file),
+        "sha256": None if options.file is None else sha256_of(options.file),
+        "questions": len(asked),
+        "rows": rows,
+    }
+    print_questions(options, content)
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------- what is checked
+
+
+def _settle_task(options: argparse.Namespace) -> None:
+    """Defaults of the task; UserError for options of the other one."""
+    if options.task == "lines":
+        if options.file is not None:
+            raise UserError("--file has questions; add --task questions")
+        for name, value in LINES.items():
+            if getattr(options, name) is None:
+                setattr(options, name, value)
+        return
+    for name in LINES.keys() - {"queries"}:
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is for --task lines; leave it out")
+
+
+def _policies(options: argparse.Namespace, loaded: LoadedModel) -> list[Policy]:
+    """Rows for all budgets; what has none comes once."""
+    front = len(loaded.sink_ids)
+    sinks = options.sinks if options.sinks is not None else [0, front or BORROWED]
+    smallest = min(options.budgets)
+    check(sinks, smallest, "--budgets")
+    if "recompute" in (options.policies or ()) and smallest <= front:
+        raise UserError(
+            f"--budgets {smallest} leaves no window behind the model's {front} sink tokens; "
+            f"make it at least {front + 1}"
+        )
+    policies = [p for budget in dict.fromkeys(options.budgets) for p in choose(options.policies, sinks, budget, front)]
+    without_budget = [policy for policy in policies if policy.budget is None][:1]
+    return without_budget + [policy for policy in policies if policy.budget is not None]
+
+
+def _check_questions(loaded: LoadedModel, policies: list[Policy], questions: list[Asked]) -> None:
+    """Every question must fit into the model; what does not fit into a budget is said."""
+    lengths = [len(question.prompt) + max(map(len, question.choices)) for question in questions]
+    longest = max(lengths)
+    room = None if loaded.positions is None else loaded.positions - len(loaded.sink_ids)
+    if room is not None and longest > room:
+        raise UserError(
+            f"question {lengths.index(longest) + 1} takes {longest} tokens with its longest choice, and {loaded.name} "
+            f"has positions for {room}; shorten it or leave it out"
+        )
+    for policy in policies:
+        if policy.window is not None and longest > policy.window:
+            cut = sum(length > policy.window for length in lengths)
+            say(
+                f"{policy.label}: {cut} of {len(lengths)} questions are longer than the window and lose their beginning"
+            )
+    whole = len(loaded.sink_ids) + sum(len(question.prompt) + len(question.right) for question in questions)
+    _check_positions(loaded, policies, whole)
+
+
+def _check_positions(loaded: LoadedModel, policies: list[Policy], longest: int) -> None:
+    """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one."""
+    from eval.policies.policy import refuse_narrower_window
+
+    for policy in policies:
+        keys = policy.keys_seen(longest)
+        if policy.budget is None:
+            refuse_narrower_window(loaded.model, keys)
+        if loaded.positions is None or keys <= loaded.positions:
+            continue
+        if policy.budget is not None:
+            raise UserError(
+                f"{policy.label} takes {keys} positions and {loaded.name} was made for {loaded.positions}; use "
+                f"--budgets {loaded.positions - (keys - policy.budget)} or less"
+            )
+        say(
+            f"{policy.label} goes on to place {longest - 1}, and {loaded.name} was made for {loaded.positions} "
+            "positions: its rows show what happens beyond them (fewer --queries stay within)"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def print_lines(options: argparse.Namespace, content: dict[str, Any]) -> None:
+    tokens = span(content["line_tokens_least"], content["line_tokens_most"])
+    table = new_table(
+        f"{options.model}, {options.dtype}: {content['samples']} samples × {content['queries']} queries, one every "
+        f"{content['every']} lines of {tokens} tokens",
+        "back: from the line asked for to the end of the answer; kept: queries whose line is whole in the cache till "
+        f"then; accuracy: greedy decoding gives the answer, {content['answer_tokens']} tokens; nats: of the answer; "
+        f"rank: among it and {content['distractors']} others, by chance {content['distractors'] / 2 + 1:g}; "
+        "±: standard error over samples",
+        ["policy"],
+        ["keys seen", "lines back", "tokens back", "kept", "accuracy", "±", "nats", "±", "rank", "±", "tokens/s"],
+    )
+    for row in content["rows"]:
+        table.add_row(
+            row["label"],
+            keys_seen(row),
+            str(row["distance"]),
+            span(row["tokens_back_least"], row["tokens_back_most"]),
+            f"{row['kept']:.0%}",
+            *(number(row[key], ".4f") for key in ("accuracy", "accuracy_stderr")),
+            *(number(row[key], ".3f") for key in ("nll", "nll_stderr", "rank", "rank_stderr")),
+            f"{row['tokens_per_second']:,.0f}",
+        )
+    show(table)
+
+
+def print_questions(options: argparse.Namespace, content: dict[str, Any]) -> None:
+    table = new_table(
+        f"{options.model}, {options.dtype}: {content['questions']} questions, {content['file'] or 'made up'}",
+        "one-shot: each question in an empty cache; the others: one after the other in one stream, each with its right "
+        "answer behind it; accuracy: the choice with the highest log-likelihood a character; − one-shot: question by "
+        "question; nats: of the right choice; ±: standard error over questions",
+        ["policy"],
+        ["keys seen", "tokens", "accuracy", "±", "− one-shot", "±", "nats", "±", "tokens/s"],
+    )
+    for row in content["rows"]:
+        table.add_row(
+            row["label"],
+            keys_seen(row),
+            f"{row['tokens']:,}",
+            *(number(row[key], ".4f") for key in ("accuracy", "accuracy_stderr")),
+            number(row["difference"], "+.4f"),
+            number(row["difference_stderr"], ".4f"),
+            *(number(row[key], ".3f") for key in ("nll", "nll_stderr")),
+            f"{row['tokens_per_second']:,.0f}",
+        )
+    show(table)
+
+
+def span(least: int, most: int) -> str:
+    return f"{most}" if least == most else f"{least}–{most}"

@@ -1,0 +1,172 @@
+"""What a stream says of answers: their nats under teacher forcing, and which the model would have given.
+
+Candidates are scored on copies of the stream, one after the other, in batches of one shape: what they are fed leaves no
+trace, and equal candidates get equal nats. A copy costs a pass over the cache, which is little beside the text between
+two queries; candidates as rows of one batch would hold a cache for each of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eval.measures.statistics import block_stderr, by_position, mean
+from eval.measures.streams.questions import BETWEEN, Asked
+from sinkmodel.errors import UserError
+from sinkmodel.loading import encode
+from sinkmodel.progress import CountedProgress
+from sinkmodel.scoring import nll_of
+
+if TYPE_CHECKING:
+    from eval.measures.streams.lines import Query
+    from eval.policies.policy import Policy, Stream
+    from sinkmodel.loading import LoadedModel
+
+BINS = 20  # along a stream
+
+
+# --------------------------------------------------------------------------------------------------------------- lines
+
+
+def measure_lines(
+    model: Any, policy: Policy, samples: Sequence[Sequence[Query]], rows: int, label: str
+) -> dict[str, Any]:
+    """One row: means over all queries of all samples, and their standard errors, for which a sample is one block."""
+    queries = [query for sample in samples for query in sample]
+    started = time.perf_counter()
+    with CountedProgress(label, "queries", len(queries)) as progress:
+        right, nll, rank = ask_lines(model, policy, samples, rows, progress.add)
+    seconds = time.perf_counter() - started
+    result = policy.row(max(query.place for query in queries) + 1)
+    for name, parts in (("accuracy", right), ("nll", nll), ("rank", rank)):
+        result |= {name: mean(parts), f"{name}_stderr": block_stderr(parts, len(samples[0]))}
+    return {
+        **result,
+        "tokens_back_least": min(query.back for query in queries),
+        "tokens_back_most": max(query.back for query in queries),
+        "kept": sum(kept(query, policy) for query in queries) / len(queries),
+        "accuracy_by_query": by_position([(0, part) for part in right], BINS),
+        "tokens_per_second": sum(len(query.fed) for query in queries) / seconds,
+    }
+
+
+def ask_lines(
+    model: Any, policy: Policy, samples: Sequence[Sequence[Query]], rows: int, on_queries: Callable[[int], None]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Put every query of every sample; `rows` samples at a time are rows of one batch.
+
+    Gives, with one fp32 tensor [queries] a sample: 1 where greedy decoding would have given the answer, else 0; the
+    nats of the whole answer; its rank among the candidates.
+    """
+    right: list[Tensor] = []
+    nll: list[Tensor] = []
+    rank: list[Tensor] = []
+    for start in range(0, len(samples), rows):
+        stream, answers = policy.stream(model), []
+        for queries in zip(*samples[start : start + rows]):  # the first of each sample, the second, …
+            first_RV = stream.feed(torch.tensor([query.fed for query in queries], device=model.device))
+            candidates_RKA = torch.tensor([query.candidates for query in queries], device=model.device)
+            scored = [answer_nll(stream, first_RV, ids_RA) for ids_RA in candidates_RKA.unbind(1)]
+            nll_RK = torch.stack([nll_RA.sum(1) for nll_RA, _ in scored], dim=1)
+            greedy_R = scored[0][1].all(1)
+            answers.append(torch.stack([greedy_R.float(), nll_RK[:, 0], rank_of_first(nll_RK)]).cpu())
+            on_queries(len(queries))
+        for kind, found_RQ in zip((right, nll, rank), torch.stack(answers, dim=2)):
+            kind += found_RQ.unbind()
+    return right, nll, rank
+
+
+def rank_of_first(nll_RK: Tensor) -> Tensor:
+    """The rank of column 0 among all, [R] from 1, the likeliest, to K; of equals it has the middle."""
+    first_R1, others_RK = nll_RK[:, :1], nll_RK[:, 1:]
+    return 1 + (others_RK < first_R1).sum(1) + (others_RK == first_R1).sum(1) / 2
+
+
+def kept(query: Query, policy: Policy) -> bool:
+    """Whether nothing of the line that a query asks for is evicted before the last token of the answer is predicted."""
+    window = policy.keys_seen(sys.maxsize) - policy.sinks
+    return query.back - max(0, policy.sinks - query.line) <= window  # what stands among the sinks stays
+
+
+# ----------------------------------------------------------------------------------------------------------- questions
+
+
+def measure_questions(
+    loaded: LoadedModel, policy: Policy, questions: Sequence[Asked], alone: list[int] | None, label: str
+) -> dict[str, Any]:
+    """One row: of a stream, with its difference to one-shot, question by question; or, `alone` None, one-shot itself.
+
+    `alone` has a 1 for each question that one-shot got right, else a 0.
+    """
+    started = time.perf_counter()
+    with CountedProgress(label, "questions", len(questions)) as progress:
+        right, nll, lengths = ask_questions(loaded, policy, questions, alone is None, progress.add)
+    seconds = time.perf_counter() - started
+    result = policy.row(max(lengths))
+    if alone is None:
+        result |= {"policy": "one-shot", "label": "one-shot"}
+    difference = None if alone is None else right - torch.tensor(alone)
+    for name, part in (("accuracy", right), ("difference", difference), ("nll", nll)):
+        result[name] = None if part is None else mean([part])
+        result[f"{name}_stderr"] = None if part is None else block_stderr([part], 1)
+    return {
+        **result,
+        "tokens": sum(lengths) if alone is None else lengths[-1],
+        "right": right.int().tolist(),
+        "tokens_per_second": (sum(lengths) if alone is None else lengths[-1]) / seconds,
+    }
+
+
+def ask_questions(
+    loaded: LoadedModel, policy: Policy, questions: Sequence[Asked], one_shot: bool, on_question: Callable[[int], None]
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Choose among the choices by log-likelihood a character, as lm-eval's acc_norm does for ARC.
+
+    One after the other in one stream, each followed by its right answer; or `one_shot`, each in a stream of its own,
+    behind the model's sinks alone. Gives, for each question: 1 where the choice was right, else 0; the nats of the
+    right choice; how many tokens its stream had been fed.
+    """
+    model, between = loaded.model, encode(loaded, BETWEEN)
+    right: list[float] = []
+    nll: list[float] = []
+    lengths: list[int] = []
+    for question in questions:
+        if one_shot or not lengths:
+            stream, fed, length = policy.stream(model), list(loaded.sink_ids), 0
+        fed = fed + question.prompt
+        length += len(fed)
+        first_1V = stream.feed(torch.tensor([fed], device=model.device))
+        nats = [
+            answer_nll(stream, first_1V, torch.tensor([choice], device=model.device))[0].sum().item()
+            for choice in question.choices
+        ]
+        a_character = [value / count for value, count in zip(nats, question.characters)]
+        right.append(float(a_character.index(min(a_character)) == question.answer))
+        nll.append(nats[question.answer])
+        lengths.append(length)
+        fed = question.right + between
+        on_question(1)
+    return torch.tensor(right), torch.tensor(nll), lengths
+
+
+# ----------------------------------------------------------------------------------------------------------------- both
+
+
+def answer_nll(stream: Stream, first_RV: Tensor, ids_RA: Tensor) -> tuple[Tensor, Tensor]:
+    """−log p of each token of an answer, and whether it is the likeliest, [R, A] both; the stream stays as it is.
+
+    `first_RV` are the stream's logits after the question. Greedy decoding gives the answer exactly where each of its
+    tokens is the likeliest after those before it, so that nothing needs to be generated.
+    """
+    logits_RAV = first_RV[:, None]
+    if ids_RA.shape[1] > 1:
+        logits_RAV = torch.cat([logits_RAV, stream.fork().feed_all(ids_RA[:, :-1])], dim=1)
+    nll_RA = nll_of(logits_RAV, ids_RA)
+    if not bool(torch.isfinite(nll_RA).all()):
+        raise UserError("the model gives logits that are not finite; try --dtype float32")
+    return nll_RA, logits_RAV.argmax(-1) == ids_RA

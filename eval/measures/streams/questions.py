@@ -1,0 +1,130 @@
+"""Questions with choices: read from a .jsonl file, or made up; and how they are put to a base model.
+
+    {"question": "What colour is the sky?", "choices": ["blue", "green"], "answer": 0}
+
+`answer` is the number of the right choice, from 0, or its text. ARC's own rows are read too: `choices` as
+{"text": […], "label": […]}, and `answerKey`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkmodel.errors import UserError
+
+if TYPE_CHECKING:
+    from sinkmodel.loading import LoadedModel
+
+NAMES = "Anna Ben Clara David Emma Frank Grace Henry Julia Kate Leo Mary Nick Peter Rose Sam Tom Will"
+COLOURS = "red blue green yellow black white brown pink grey purple orange golden"
+THINGS = "ball book box car chair coat cup dog flower hat horse house key kite lamp ship shoe table"
+PEOPLE = 4  # in a question of ours, and so its choices
+BETWEEN = "\n\n"  # behind an answer in a stream
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    choices: list[str]
+    answer: int  # which of them is right
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question in tokens; the choices may differ in length."""
+
+    prompt: list[int]
+    choices: list[list[int]]
+    characters: list[int]  # of each choice, by which its log-likelihood is divided
+    answer: int
+
+    @property
+    def right(self) -> list[int]:
+        return self.choices[self.answer]
+
+
+def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+    """The first `limit` questions of a .jsonl file; UserError with the line that is not one."""
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}; --file takes a .jsonl file of questions")
+    questions: list[Question] = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    questions.append(_question(line, f"{path}:{number}"))
+                if len(questions) == limit:
+                    break
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it first") from None
+    if not questions:
+        raise UserError(f"{path} holds no question; give one a line, with the keys question, choices and answer")
+    return questions
+
+
+def _question(line: str, where: str) -> Question:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a JSON object ({error}); .jsonl has one object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object; give one with the keys question, choices and answer")
+    for key, others in (("question", ()), ("choices", ()), ("answer", ("answerKey",))):
+        if not any(name in row for name in (key, *others)):
+            there = ", ".join(map(str, list(row)[:8])) or "nothing"
+            raise UserError(f"{where}: no key '{key}' (there is {there}); each line needs question, choices and answer")
+    text, choices = row["question"], row["choices"]
+    labels: list[Any] = []
+    if isinstance(choices, dict):
+        labels, choices = choices.get("label") or [], choices.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: the question has no text; give one")
+    if not isinstance(choices, list) or not all(isinstance(x, str) and x.strip() for x in choices):
+        raise UserError(f"{where}: the choices are no list of texts; give at least two, none of them empty")
+    if len(choices) < 2:
+        raise UserError(f"{where}: {len(choices)} choices; give at least two to choose among")
+    answer = row.get("answer", row.get("answerKey"))
+    names = labels if answer in labels else choices
+    if answer in names:
+        answer = names.index(answer)
+    elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise UserError(
+            f"{where}: the answer {answer!r} is none of the choices; give its number, 0 to {len(choices) - 1}, or text"
+        )
+    return Question(text.strip(), [x.strip() for x in choices], answer)
+
+
+def make_questions(seed: int, count: int) -> list[Question]:
+    """Questions that hold their own answer, so that a small base model can do better than one in four.
+
+    "Anna has a red ball, Ben has a black key, … What colour is the key?"
+    """
+    rng = random.Random(f"questions {seed}")
+    questions = []
+    for _ in range(count):
+        people, things = rng.sample(NAMES.split(), PEOPLE), rng.sample(THINGS.split(), PEOPLE)
+        colours, answer = rng.sample(COLOURS.split(), PEOPLE), rng.randrange(PEOPLE)
+        owns = [f"{who} has {_a(colour)} {what}" for who, colour, what in zip(people, colours, things)]
+        text = f"{', '.join(owns[:-1])} and {owns[-1]}. What colour is the {things[answer]} of {people[answer]}?"
+        choices = sorted(colours)
+        questions.append(Question(text, choices, choices.index(colours[answer])))
+    return questions
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def in_tokens(loaded: LoadedModel, question: Question) -> Asked:
+    """As lm-eval puts ARC: `Question: …` and `Answer:`, and a choice is what it adds to the tokens of these."""
+    from sinkmodel.loading import encode
+
+    text = f"Question: {question.text}\nAnswer:"
+    prompt = encode(loaded, text)
+    choices = [encode(loaded, f"{text} {choice}")[len(prompt) :] for choice in question.choices]
+    return Asked(prompt, choices, [len(choice) for choice in question.choices], question.answer)
