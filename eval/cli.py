@@ -11,11 +11,11 @@ from sinkmodel.parser import OneLineParser
 MEASURES = {
     "ppl": "eval.measures.perplexity",
     "latency": "eval.measures.latency",
-    "verify": "eval.measures.verify",
-    "grid": "eval.measures.grid",
-    "sinks": "eval.measures.sinks",
-    "streameval": "eval.measures.streameval",
-    "zeroshot": "eval.measures.zeroshot",
+    "verify": "eval.measures.verdict.verify",
+    "grid": "eval.measures.verdict.grid",
+    "sinks": "eval.measures.attention.sinks",
+    "streameval": "eval.measures.streams.streameval",
+    "zeroshot": "eval.measures.harness.zeroshot",
     "report": "eval.report.report",
 }
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.signal import lfilter
 from scipy.stats import norm
 
-from eval.measures.equivalence import Interval, decide, enough, interval, more_tokens
+from eval.measures.verdict.equivalence import Interval, decide, enough, interval, more_tokens
 
 SERIES = 1000
 
@@ -188,7 +188,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 
 def test_resampling_in_parts_changes_nothing_that_is_promised(monkeypatch):
     """Guards texts whose draws do not fit at once."""
-    from eval.measures import equivalence
+    from eval.measures.verdict import equivalence
 
     series = list(autocorrelated(np.random.default_rng(0), (6, 300)))
     whole = interval(series, 50)

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from eval.cli import main
-from eval.measures.grid import over_runs
+from eval.measures.verdict.grid import over_runs
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.loading import encode, load_model
 from sinkmodel.sinks import SinkConfig

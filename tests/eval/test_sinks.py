@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from eval.cli import main
-from eval.measures import sinks as command
-from eval.measures.attention import Tally, alpha, born, largest, layer_sums, results, shares
-from eval.measures.sequences import in_turns, pieces, read_sequences
+from eval.measures.attention import sinks as command
+from eval.measures.attention.sequences import in_turns, pieces, read_sequences
+from eval.measures.attention.shares import Tally, alpha, born, largest, layer_sums, results, shares
 from sinkmodel.architectures import attentions_of
 from sinkmodel.errors import UserError
 from sinkmodel.loading import encode, load_model

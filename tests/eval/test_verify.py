@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eval.cli import main
-from eval.measures.paired import spread
+from eval.measures.verdict.paired import spread
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.loading import encode, load_model
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig

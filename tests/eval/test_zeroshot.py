@@ -20,7 +20,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
 from eval.cli import main
-from eval.measures import zeroshot
+from eval.measures.harness import zeroshot
 from eval.measures.harness.adapter import SinkLM, windows
 from eval.measures.harness.files import in_memory
 from eval.measures.harness.tasks import PAPER, choose, load_tasks, paper_accuracy

@@ -2,8 +2,8 @@
 
 The sink metric is that of Gu et al. (arXiv 2410.10781): α_k is the mean over queries i ≥ k of A[i, k], and a head has a
 sink at k in a sequence where α_k > ε. It is given for the first text token and for what the model has as a sink: tokens
-in front, or a column of the softmax, whose α is the mean share that all queries give it. `eval.measures.attention` has
-the numbers, `eval.measures.sequences` says which texts are read, `sinkmodel.maps` where the maps come from.
+in front, or a column of the softmax, whose α is the mean share that all queries give it. `shares` has the numbers,
+`sequences` says which texts are read, `sinkmodel.maps` where the maps come from.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def run(options: argparse.Namespace) -> None:
     checkpoints = _checkpoints(Path(options.model)) if options.checkpoints else {}
     if options.maps is not None:
         import eval.report.maps  # noqa: F401  # a missing matplotlib is said now, not after the measurement
-    from eval.measures.attention import results
-    from eval.measures.sequences import read_sequences
+    from eval.measures.attention.sequences import read_sequences
+    from eval.measures.attention.shares import results
 
     name = str(next(iter(checkpoints))) if checkpoints else options.model
     loaded = load(options, name)
@@ -186,7 +186,7 @@ def measure(loaded: LoadedModel, sequences: list[list[int]], epsilon: float, lab
     """Of each layer the means over sequences of `layer_sums`. Raises UserError for a model that cannot be watched."""
     import torch
 
-    from eval.measures.attention import Tally
+    from eval.measures.attention.shares import Tally
     from sinkmodel.maps import watch
 
     model = loaded.model
@@ -224,7 +224,7 @@ def _run_checkpoints(
     sequences: list[list[int]],
 ) -> dict[str, Any]:
     """A row a checkpoint, its layers in it, and when the sink is born. `loaded` is the first of them."""
-    from eval.measures.attention import born, results
+    from eval.measures.attention.shares import born, results
 
     rows: list[dict[str, Any]] = []
     for i, (path, (step, tokens)) in enumerate(checkpoints.items(), 1):
@@ -260,7 +260,7 @@ def _columns(has_sink: bool) -> list[str]:
 
 
 def _cells(row: dict[str, Any], has_sink: bool) -> list[str]:
-    from eval.measures.attention import MEASURED
+    from eval.measures.attention.shares import MEASURED
 
     names = [name for name in MEASURED if has_sink or not name.startswith("sink")]
     return [number(row[name], "0.1%" if name.endswith("heads") else "0.3f") for name in names]

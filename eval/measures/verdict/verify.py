@@ -2,7 +2,7 @@
 
 The sink model streams with its own sinks, 1+(C−1), a vanilla model with the four that StreamingLLM keeps, 4+(C−4), over
 the same text; the answer is about the paired difference of their losses on the tokens that have overflowed in both
-(design, decision 9): *equivalent*, *better*, *worse* or *undecided* (`eval.measures.equivalence.decide`).
+(design, decision 9): *equivalent*, *better*, *worse* or *undecided* (`eval.measures.verdict.equivalence.decide`).
 
 One interval gives all four answers. It is two-sided at --level, so that "equivalent" is two one-sided tests, each at
 half of what is left: 2.5 % at the level of 0.95, stricter than the customary 5 %, which --level 0.9 gives.
@@ -32,7 +32,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.parser import positive, whole
 
 if TYPE_CHECKING:
-    from eval.measures.paired import Documents
+    from eval.measures.verdict.paired import Documents
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = (
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         )
     check_files(options.text)
     check_output("--json", options.json)
-    from eval.measures.paired import Question, Side, measure, streaming
+    from eval.measures.verdict.paired import Question, Side, measure, streaming
 
     loaded = load(options, options.sink)
     sink = Side("sink", loaded, len(loaded.sink_ids))
@@ -167,7 +167,7 @@ def _check_pair(sink: LoadedModel, vanilla: LoadedModel) -> None:
 
 def _check_length(documents: Documents, budget: int) -> None:
     """Whether there is enough text for an interval, known before anything is scored."""
-    from eval.measures.equivalence import BLOCKS, DOCUMENTS, enough
+    from eval.measures.verdict.equivalence import BLOCKS, DOCUMENTS, enough
 
     lengths = [max(0, len(ids) - 1 - budget) for ids in documents]
     if not enough(lengths, budget):
@@ -180,7 +180,7 @@ def _check_length(documents: Documents, budget: int) -> None:
 
 def _warnings(options: argparse.Namespace, texts: Sequence[dict[str, Any]], documents: Documents) -> list[str]:
     """What the models' provenance says against trusting the answer."""
-    from eval.measures.training_text import not_twins, provenance_of, trained_on
+    from eval.measures.verdict.training_text import not_twins, provenance_of, trained_on
 
     provenances = {name: provenance_of(name) for name in (options.sink, options.vanilla)}
     warnings = []

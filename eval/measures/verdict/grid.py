@@ -20,7 +20,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.parser import positive, whole
 
 if TYPE_CHECKING:
-    from eval.measures.paired import Documents
+    from eval.measures.verdict.paired import Documents
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = "Perplexity after overflow of models × S+W × budgets, with mean and interval over twin runs."
@@ -126,7 +126,7 @@ def _look(
 
     UserError where runs of a model have different sinks, where models have different tokenizers or too few positions.
     """
-    from eval.measures.paired import streaming
+    from eval.measures.verdict.paired import streaming
 
     first: LoadedModel | None = None
     kinds: dict[str, str] = {}
@@ -174,8 +174,8 @@ def _score(
     """By policy, what each run lost; one model is held at a time, and of its losses their mean alone."""
     import torch
 
-    from eval.measures.paired import Side, after, losses, streaming
     from eval.measures.statistics import block_stderr, mean
+    from eval.measures.verdict.paired import Side, after, losses, streaming
 
     policies = [streaming(count, budget) for budget in budgets for count in sinks]
     told: dict[Any, list[dict[str, Any]]] = {policy: [] for policy in policies}

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from eval.measures.equivalence import Interval, Series, decide, interval, more_tokens
 from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, mean
+from eval.measures.verdict.equivalence import Interval, Series, decide, interval, more_tokens
 from eval.policies.choice import BORROWED
 from eval.policies.dense import Dense
 from eval.policies.recompute import Recompute
