@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,23 +27,20 @@ def locked(folder: Path) -> Iterator[None]:
 
     Two locks in the one file `.lock`. A record lock, which goes with the process that took it, however that ends, and
     which no child inherits. And, as such locks do not reach other machines on every file system, who holds it, with the
-    file's time as a sign of life: of a holder elsewhere that gives none, the folder is taken over, and at once where
-    that was this same SLURM job, before it was put back into the queue.
+    file's time as a sign of life: a holder elsewhere is waited for until it gives one, and is refused, or has been
+    silent for DEAD seconds, and the folder is taken over; at once where that was this same SLURM job, before it was put
+    back into the queue.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise _taken(folder, _holder(file)) from None
-        except OSError:  # a file system without record locks
-            pass
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise _taken(folder, {})  # its last holder removed the file between our opening and our locking it
-        _refuse_the_living(folder, file)
+    for _ in range(10):
+        if (file := _take(folder)) is not None:
+            break
+    else:
+        raise _taken(folder, {})
+    with file:
         mine = _describe()
         file.truncate(0)
         file.write(json.dumps(mine))
@@ -57,15 +55,53 @@ def locked(folder: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def _refuse_the_living(folder: Path, file: TextIO) -> None:
-    """Raises UserError where a process on another machine holds the folder, and lives."""
+def _take(folder: Path) -> TextIO | None:
+    """The lock file, which is ours now; None where its last holder has removed it meanwhile, and there is a new one."""
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context((folder / LOCK).open("a+", encoding="utf-8"))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise _taken(folder, _holder(file)) from None
+        except OSError:  # a file system without record locks
+            pass
+        if not _in_place(folder, file) or not _outlived(folder, file):
+            return None
+        opened.pop_all()
+        return file
+
+
+def _in_place(folder: Path, file: TextIO) -> bool:
+    """Whether others who open the lock open this file."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat())
+    return False
+
+
+def _outlived(folder: Path, file: TextIO) -> bool:
+    """Wait until no process on another machine holds the folder; False where it has let go of it by itself.
+
+    Raises UserError once it gives a sign of life. So a job that is submitted in place of one whose node has died waits
+    for the folder, where it would have ended.
+    """
     holder, here = _holder(file), _describe()
     if not holder or holder.get("host") == here["host"] or (here["job"] and holder.get("job") == here["job"]):
-        return
-    silent = _now(folder) - os.fstat(file.fileno()).st_mtime
-    if silent < DEAD:
-        raise _taken(folder, holder, f"; should it be dead, the folder is free in {DEAD - silent:.0f} s")
+        return True
+    last, waiting = os.fstat(file.fileno()).st_mtime, False
+    while (silent := _now(folder) - last) < DEAD:
+        if not waiting:
+            waiting = True
+            say(
+                f"{folder} is held by {_name(holder)}, silent for {silent:.0f} s: waiting for a sign of life, "
+                f"{DEAD - silent:.0f} s at most"
+            )
+        time.sleep(BEAT / 20)
+        if not _in_place(folder, file):
+            return False
+        if os.fstat(file.fileno()).st_mtime != last:
+            raise _taken(folder, holder)
     say(f"{folder} was held by {_name(holder)}, silent for {silent / 60:.0f} minutes: taking it over")
+    return True
 
 
 def _beat(folder: Path, file: TextIO, mine: dict[str, Any], ended: threading.Event) -> None:
@@ -99,8 +135,8 @@ def _name(holder: dict[str, Any]) -> str:
     return f"process {holder['pid']} on {holder['host']}{job}" if "pid" in holder else "another process"
 
 
-def _taken(folder: Path, holder: dict[str, Any], more: str = "") -> UserError:
-    return UserError(f"{_name(holder)} is writing to {folder}; wait for it or take another folder{more}")
+def _taken(folder: Path, holder: dict[str, Any]) -> UserError:
+    return UserError(f"{_name(holder)} is writing to {folder}; wait for it or take another folder")
 
 
 def _now(folder: Path) -> float:

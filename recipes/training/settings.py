@@ -79,7 +79,8 @@ class TrainingSettings:
         strategy: how several processes share the work: `auto` (ddp where there are several), `ddp`, `fsdp2`, or
             `deepspeed_stage_0` to `3`. Any of them goes on from a checkpoint of any other.
         devices: processes on each node, one a GPU; null is all that srun or torchrun started, else one.
-        timeout: seconds without a finished step, or in one collective, after which the run is taken for hung and ends.
+        timeout: seconds without a finished step, or in one collective, after which the run is taken for hung and ends;
+            also how long the ranks wait for rank 0 while it compares large data with its checksums.
         precision: `auto` (bf16 autocast on a GPU, fp32 on a CPU), `bf16` or `fp32`.
         compile: compile the inner model.
         head_chunk: places whose logits exist at a time.

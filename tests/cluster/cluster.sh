@@ -71,7 +71,8 @@ MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 
-# Decide often, preempt by partition, and find a dead node within seconds instead of minutes.
+# Decide often, preempt by partition, and find a dead node within seconds instead of minutes. A job is put back into the
+# queue where it has asked for it: not every site does so by default.
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
@@ -79,6 +80,7 @@ SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
+JobRequeue=0
 KillWait=5
 MinJobAge=3600
 SlurmdTimeout=10

@@ -63,13 +63,18 @@ def test_two_nodes_train_together_and_each_says_how_it_is(cluster, undisturbed):
 
 def test_a_job_at_its_time_limit_saves_and_goes_on_by_itself(cluster, data, undisturbed, tmp_path):
     """Risk: the limit comes unannounced, or the job saves and is not put back into the queue."""
-    job = started(cluster, data, tmp_path / "run", "--time=1", "--signal=USR1@20")
-    # A minute is the shortest limit, and a fast machine would be done by then: the ranks stand still until the signal
-    # comes, after 40 seconds or, as SLURM looks twice a minute, before. It wakes them; should it not, CONT does.
+    job = started(cluster, data, tmp_path / "run", "--signal=USR1@20")
+    # A fast machine would be done before any limit: the ranks stand still from here on. SLURM counts limits in minutes
+    # and looks twice a minute, so that it needs 50 seconds to send the signal in time. It wakes them; should it not,
+    # CONT does.
     cluster.command("scancel", "--signal=STOP", job)
-    cluster.wait_until(lambda: cluster.show(job)["Restarts"] == "1" or cluster.seconds(job) >= 45, job)
+    limit = (cluster.seconds(job) + 50) // 60 + 1
+    cluster.command("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    cluster.wait_until(lambda: cluster.show(job)["Restarts"] == "1" or cluster.seconds(job) >= 60 * limit - 10, job)
     if cluster.show(job)["Restarts"] == "0":
         cluster.command("scancel", "--signal=CONT", job)
+    cluster.wait_until(lambda: cluster.show(job)["Restarts"] == "1", job)
+    cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # once is enough
     assert_went_on(cluster, job, tmp_path / "run", undisturbed)
     assert "SIGUSR1: saving at the end of this step" in cluster.log(job)
 
@@ -79,6 +84,7 @@ def test_scancel_with_a_signal_saves_and_requeues(cluster, data, undisturbed, tm
     job = started(cluster, data, tmp_path / "run")
     cluster.command("scancel", "--signal=USR1", job)
     assert_went_on(cluster, job, tmp_path / "run", undisturbed)
+    assert f"job {job} is back in the queue" in cluster.log(job), "by rank 0, not by the script"
 
 
 def test_preemption_loses_nothing(cluster, data, undisturbed, tmp_path):

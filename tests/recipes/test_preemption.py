@@ -11,6 +11,7 @@ import pytest
 
 from recipes.training.callbacks.preemption import requeue
 from recipes.training.processes import signals
+from tests.recipes.runs import start_process, wait_for_checkpoint
 
 
 def test_within_the_block_a_signal_is_noted_and_nothing_else(capfd):
@@ -102,6 +103,22 @@ def test_where_it_cannot_be_put_back_the_user_is_told_what_to_do(scontrol, capsy
     monkeypatch.setenv("PATH", "")
     requeue()
     assert "submit it again: it goes on where it stopped" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGINT, False)])
+def test_a_run_that_was_stopped_asks_for_the_queue_when_it_is_saved(data, scontrol, tmp_path, number, requeued):
+    """Risk: it ends for good; or what its user has stopped comes back."""
+    run = tmp_path / "run"
+    process = start_process(data, run, schedule__steps=100_000)
+    wait_for_checkpoint(process, run, 7)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, said
+    assert (scontrol / "calls").exists() == requeued
+    if requeued:
+        assert calls(scontrol) == ["show job 17", "requeue 17"]
+        assert said.index("stopped at step") < said.index("job 17 is back in the queue")
 
 
 def test_outside_of_slurm_there_is_no_queue(scontrol, monkeypatch):

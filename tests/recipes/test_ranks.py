@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -57,8 +59,6 @@ SRUN = {
 
 
 def test_srun_and_what_it_says_is_said_in_torchs_words_too(said):
-    import os
-
     tell(said, **SRUN)
     assert find_world() == World(6, 8, 2, 4)
     assert os.environ["MASTER_ADDR"] == "gpu07"
@@ -68,8 +68,6 @@ def test_srun_and_what_it_says_is_said_in_torchs_words_too(said):
 
 
 def test_an_address_that_the_site_gives_is_kept(said):
-    import os
-
     tell(said, **SRUN, MASTER_ADDR="10.0.0.7", MASTER_PORT="5000")
     find_world()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "5000")
@@ -155,6 +153,47 @@ def alive(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def test_a_signal_before_a_rank_can_note_it_waits_until_then(program, tmp_path):
+    """Risk: it ends the rank, by default, where it should save and go back to the queue."""
+    module = program(
+        f"open(f'{tmp_path}/started{{rank}}', 'w').close(); time.sleep(0.5)\n"
+        "from recipes.training.processes import signals\n"
+        f"with signals.noted(): open(f'{tmp_path}/told{{rank}}', 'w').write(str(signals.received))"
+    )
+
+    def interrupt() -> None:
+        while not all((tmp_path / f"started{rank}").exists() for rank in range(2)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=interrupt).start()
+    assert launch(module, [], 2) == 0
+    assert [(tmp_path / f"told{rank}").read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what_rank_1_does", "said_of_it"),
+    [("os._exit(7)", "own log; go on"), ("time.sleep(5)", "or they need longer than training.timeout")],
+)
+def test_a_rank_that_is_lost_while_the_run_starts_is_said(program, tmp_path, what_rank_1_does, said_of_it):
+    """Risk: the others end in a traceback of gloo's, which says nothing of what to do."""
+    module = program(
+        "from recipes.training.processes import ranks\n"
+        "from sinkmodel.errors import UserError\n"
+        "ranks.join(ranks.find_world(), -58.0, 'cpu')\n"  # two seconds
+        f"if rank == 1: {what_rank_1_does}\n"
+        "try: ranks.from_first(lambda: 1)\n"
+        f"except UserError as error: open('{tmp_path}/told', 'a').write(f'{{error.exit_code}} {{error}}')\n"
+        "ranks.leave(0)"
+    )
+    launch(module, [], 2)
+    told = (tmp_path / "told").read_text()
+    assert told.startswith("1 rank 0 on ")
+    assert "has lost the others (" in told
+    assert said_of_it in told
 
 
 @pytest.mark.slow

@@ -179,6 +179,22 @@ def test_a_rank_that_hangs_ends_the_run_in_bounded_time(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_deepspeeds_own_group_of_processes_waits_as_long_as_ours(data, tmp_path):
+    """Risk: a step that may take an hour ends at the half hour, or the ten minutes, that torch gives a new group."""
+    program = (
+        "import sys, torch, torch.distributed as dist\n"
+        "from recipes.pretrain import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "groups = list(dist.distributed_c10d._world.pg_map)\n"
+        "print(*(group._get_backend(torch.device('cpu')).options._timeout for group in groups))"
+    )
+    settings = QUICK | {"schedule__steps": 1, "training__timeout": 3600, "training__strategy": "deepspeed_stage_2"}
+    words = [sys.executable, "-c", program, *arguments(data, tmp_path / "run", **settings)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["1:01:00 1:01:00"], done.stderr
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_rank_0_stops_all_and_is_said_once(data, tmp_path):
     run = tmp_path / "run"
     words = arguments(data, run, **(QUICK | {"schedule__steps": 100_000, "training__devices": 2}))

@@ -47,7 +47,7 @@ def launch(module: str, argv: list[str], processes: int) -> int:
                     [sys.executable, "-m", module, *argv],
                     env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=_before_it_starts,
                 )
             )
         for number in list(early):  # what came before there was somebody to pass it on to
@@ -93,7 +93,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _die_with_parent() -> None:
-    """On Linux the kernel kills a rank whose launcher has died, however that happened."""
+def _before_it_starts() -> None:
+    """In the new rank. Signals wait until it can note them (`signals.noted`): by default they would end it.
+
+    On Linux the kernel kills a rank whose launcher has died, however that happened.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import sys
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +21,9 @@ from sinkmodel.console import be_silent
 from sinkmodel.errors import UserError
 
 T = TypeVar("T")
+
+# What gloo and NCCL say where a rank has gone, if not by the type of the error.
+LOST = re.compile(r"closed by peer|Connection re(set|fused)|Broken pipe|[Tt]imed out|no longer|Socket closed|NCCL")
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,11 @@ def _tasks_per_node(said: str) -> int:
     return counts.pop()
 
 
+def longest_wait(timeout: float) -> timedelta:
+    """Of one collective, where a step has `timeout` seconds: the watchdog comes first, as it can say more."""
+    return timedelta(seconds=timeout + 60)
+
+
 def join(world: World, timeout: float, device: str) -> None:
     """Meet the other processes. A collective that waits a minute longer than `timeout` seconds ends the process."""
     if dist.is_initialized():
@@ -75,7 +85,7 @@ def join(world: World, timeout: float, device: str) -> None:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
-    limit = timedelta(seconds=timeout + 60)  # the watchdog comes first: it can say more
+    limit = longest_wait(timeout)
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -127,8 +137,7 @@ def agree(action: Callable[[], T]) -> T:
         failure = (str(error), error.exit_code)
     except OSError as error:  # a folder that one may not write to …
         failure = (str(error), 2)
-    failures: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure and (*failure, socket.gethostname()))
+    failures = _from_all(failure and (*failure, socket.gethostname()))
     failed = [(rank, *what) for rank, what in enumerate(failures) if what]
     if failed:
         rank, message, code, host = failed[0]
@@ -147,7 +156,8 @@ def from_first(action: Callable[[], T]) -> T:
             outcome[0] = action()
 
     agree(on_first)
-    dist.broadcast_object_list(outcome)
+    with others_may_be_lost():
+        dist.broadcast_object_list(outcome)
     return outcome[0]
 
 
@@ -155,8 +165,7 @@ def refuse_unequal(what: dict[str, Any], remedy: str) -> None:
     """Raises UserError, on all ranks, naming the first key whose value is not the same on all of them."""
     if not _several():
         return
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (what, socket.gethostname()))
+    everywhere = _from_all((what, socket.gethostname()))
     first = everywhere[0][0]
     for rank, (theirs, host) in enumerate(everywhere):
         for key in sorted(first.keys() | theirs.keys()):
@@ -173,6 +182,34 @@ def mean(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
+
+
+@contextlib.contextmanager
+def others_may_be_lost() -> Iterator[None]:
+    """Another rank's end reaches this one as an error of the network, in the middle of some collective: say so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "NCCL" in str(error):
+            traceback.print_exc()  # it has more to say than that somebody is gone
+        if not _several() or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        late = "; or they need longer than training.timeout, as for checksums of large data (data.verify)"
+        raise UserError(
+            f"rank {dist.get_rank()} on {socket.gethostname()} has lost the others ({first}); what ended them stands "
+            f"above or in their own log{late if 'imed out' in first else ''}; go on with the same command",
+            exit_code=1,
+            heard=True,
+        ) from None
+
+
+def _from_all(what: Any) -> list[Any]:
+    """What every rank has given, in the order of the ranks."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    with others_may_be_lost():
+        dist.all_gather_object(everywhere, what)
+    return everywhere
 
 
 def _several() -> bool:

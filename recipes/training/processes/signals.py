@@ -36,6 +36,7 @@ def noted() -> Iterator[None]:
     received, training = None, False
     before = {number: signal.signal(number, _note) for number in NUMBERS}
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)  # our launcher has them wait until here
         yield
     except StoppedAtOnce:
         raise KeyboardInterrupt from None

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from recipes.training.processes.ranks import World
+from recipes.training.processes.ranks import World, longest_wait
 from recipes.training.settings import TrainingSettings
 from sinkmodel.errors import UserError
 
@@ -47,7 +48,7 @@ def resolve_strategy(settings: TrainingSettings, world: World) -> str:
 
 def build_strategy(name: str, world: World, settings: TrainingSettings, clip: float) -> Strategy | str:
     """The Lightning strategy of that name; `one` leaves it to Lightning."""
-    timeout = timedelta(seconds=settings.timeout)
+    timeout = longest_wait(settings.timeout)
     if name == "one":
         return "auto"
     if name == "ddp":
@@ -139,8 +140,12 @@ class WholeDeepSpeed(DeepSpeedStrategy):
 
     def _initialize_deepspeed_train(self, model: torch.nn.Module) -> None:
         """The engine makes its fp32 weights of the module's behind their rounding to bf16: give it those before it."""
+        from deepspeed.utils import groups
+
         initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         super()._initialize_deepspeed_train(model)
+        # Gradients travel in a group that DeepSpeed has made for itself, with torch's own limit.
+        _set_pg_timeout(self._timeout, groups._clone_world_group())
         if self.precision_plugin.precision == "bf16-mixed":
             self._set_weights(initial)
 

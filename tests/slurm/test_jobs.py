@@ -1,0 +1,271 @@
+"""Guards: what the sbatch files ask of SLURM, and what their scripts do with it; without a cluster, its words doubled.
+
+tests/cluster submits the same files to a real one, where a line that only a larger cluster needs would not be missed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
+ARRAYS, TRAINING = {"twins.sbatch", "eval.sbatch"}, {"pretrain.sbatch", "twins.sbatch"}
+
+
+def asked_of_slurm(script: str) -> dict[str, str]:
+    """The lines #SBATCH of a file; `--requeue` has no value."""
+    lines = re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", (ROOT / "slurm" / script).read_text(), re.M)
+    assert len(lines) == len(dict(lines))
+    return dict(lines)
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_every_job_comes_back_and_keeps_its_log(script):
+    """Risk: a site that does not requeue by default (JobRequeue=0) loses the job, or a restart overwrites the log."""
+    asked = asked_of_slurm(script)
+    assert asked["requeue"] == ""
+    assert asked["open-mode"] == "append"
+    assert asked["output"] == ("%x-%A-%a.out" if script in ARRAYS else "%x-%j.out"), "one file a job, or a task"
+    assert ("array" in asked) == (script in ARRAYS)
+    assert asked.keys().isdisjoint({"account", "partition", "qos", "constraint", "gres", "gpus-per-node"}), "the site's"
+
+
+@pytest.mark.parametrize("script", sorted(TRAINING))
+def test_training_has_whole_nodes_and_five_minutes_to_save(script):
+    """Risk: the signal goes to the script alone (`B:`), or comes too late; another job takes the node's memory."""
+    asked = asked_of_slurm(script)
+    assert asked["signal"] == "USR1@300"
+    assert (asked["exclusive"], asked["mem"], asked["nodes"]) == ("", "0", "1")
+
+
+@pytest.mark.parametrize("script", sorted(ARRAYS))
+def test_an_array_needs_no_option_to_be_one(script):
+    assert asked_of_slurm(script)["array"] == {"twins.sbatch": "0-1", "eval.sbatch": "0-7"}[script]
+
+
+# ------------------------------------------------------------------------------------------------ the scripts, run here
+
+STAND_IN = r"""#!/bin/bash
+name=${0##*/}
+printf '%s\0' "$name" "$@" >>"$DOUBLES/calls" && printf '\0' >>"$DOUBLES/calls"
+if [ "$name" = srun ]; then
+  while [[ $1 == --* ]]; do shift; done
+  [ "$1" = bash ] && exit "${NODES_SAY:-0}"
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS" >>"$DOUBLES/threads"
+  exec "$@"
+elif [ "$name" = scontrol ] && [ "$1" = show ]; then
+  echo "JobId=17 ${JOB:-JobState=RUNNING PreemptTime=None}"
+elif [ "$name" = sink-export ]; then
+  mkdir "$4"
+elif [ "$name" = sink-eval ]; then
+  [[ $3 != */${BROKEN:-none} ]] || exit 1
+  echo '{"rows": [{"policy": "sink", "nll": 1.5}]}' >"${!#}"
+elif [ "$name" = sink-pretrain ]; then
+  [ -z "${SIGNAL:-}" ] || { kill -s "$SIGNAL" $PPID && sleep 0; }
+  exit "${CODE:-0}"
+fi
+"""
+DOUBLED = (
+    *("srun", "scontrol", "sleep", "timeout", "hf"),
+    *("sink-pretrain", "sink-prepare", "sink-export", "sink-eval"),
+)
+
+
+@dataclass
+class Job:
+    folder: Path
+
+    def run(self, script: str, *arguments: str, **environment: object) -> subprocess.CompletedProcess:
+        """As SLURM's batch step would: a job of two nodes, eight processes each."""
+        (self.folder / "calls").write_text("")
+        told = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SINK_", "OMP_"))}
+        told |= {"PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        told |= {"DOUBLES": str(self.folder), "SINK_SITE": str(self.folder / "site.sh")}
+        told |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2"}
+        told |= {"SLURM_CPUS_ON_NODE": "96", **{key: str(value) for key, value in environment.items()}}
+        # A copy, run from elsewhere, is what SLURM runs.
+        copy = self.folder / "slurm_script"
+        copy.write_text((ROOT / "slurm" / script).read_text())
+        return subprocess.run(
+            ["bash", copy, *arguments], env=told, cwd=self.folder, capture_output=True, text=True, timeout=60
+        )
+
+    def calls(self, name: str) -> list[list[str]]:
+        """The words behind every call of a program, in order."""
+        calls = [call.split("\0") for call in (self.folder / "calls").read_text().split("\0\0")]
+        return [words[1:] for words in calls if words[0] == name]
+
+    def requeued(self) -> bool:
+        return ["requeue", "17"] in self.calls("scontrol")
+
+
+@pytest.fixture
+def job(tmp_path):
+    for name in DOUBLED:
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "timeout").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    (tmp_path / "site.sh").write_text("SINK_TASKS_PER_NODE=8\nSINK_PREFIX=() SINK_SRUN=()\n")
+    return Job(tmp_path)
+
+
+def test_a_process_a_gpu_with_its_share_of_the_cores_and_all_end_with_one(job):
+    """Risk: ranks that live wait for one that has died, or each starts as many threads as the node has cores."""
+    prefix = "SINK_PREFIX=(env IN=container) SINK_SRUN=(--container-image='an image')"
+    (job.folder / "site.sh").write_text(f"SINK_TASKS_PER_NODE=8\n{prefix}\n")
+    assert job.run("pretrain.sbatch", "--output", "a folder").returncode == 0
+    nodes, start = job.calls("srun")
+    assert nodes[:3] == ["--overlap", "--ntasks=2", "--ntasks-per-node=1"]
+    assert start == [
+        *("--kill-on-bad-exit=1", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12"),
+        *("--container-image=an image", "env", "IN=container", "sink-pretrain", "--output", "a folder"),
+    ]
+    assert (job.folder / "threads").read_text() == "OMP_NUM_THREADS=12\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "requeued"),
+    [
+        (0, {}, False),
+        (2, {"SINK_SHORTEST_RUN": 0}, False),  # another start would not mend it
+        (1, {"SINK_SHORTEST_RUN": 0}, False),  # and a failure of the program would come again
+        (138, {"SINK_SHORTEST_RUN": 0}, True),  # rank 0 had no scontrol
+        (143, {"SINK_SHORTEST_RUN": 0}, True),
+        (143, {}, False),  # srun's own SIGTERM: one process cannot start, and never will
+        (143, {"JOB": "JobState=RUNNING PreemptTime=2030-01-01T00:00:00"}, True),  # SLURM wants the nodes
+        (143, {"SINK_SHORTEST_RUN": 0, "JOB": "JobState=CANCELLED PreemptTime=None"}, False),
+        (138, {"SINK_SHORTEST_RUN": 0, "JOB": "JobState=PENDING PreemptTime=None"}, False),  # rank 0 has done it
+        (137, {"NODES_SAY": 1}, True),  # a node has died unnoticed
+        (1, {"NODES_SAY": 1}, True),
+        (2, {"NODES_SAY": 1}, False),
+    ],
+)
+def test_a_job_goes_back_to_the_queue_where_another_start_would_help(job, code, environment, requeued):
+    """Risk: a job that was stopped ends for good, or one that always fails is tried for ever."""
+    done = job.run("pretrain.sbatch", CODE=code, **environment)
+    assert (done.returncode, job.requeued()) == (code, requeued), done.stderr
+    waits = [int(seconds) for (seconds,) in job.calls("sleep")]
+    # For SLURM to end the script, behind its requeueing; and before, to notice the node by itself.
+    assert waits == ([900, 600] if requeued and "NODES_SAY" in environment else [600] if requeued else [])
+
+
+@pytest.mark.parametrize("number", ["USR1", "TERM"])
+def test_the_script_outlives_a_signal_that_is_for_the_program(job, number):
+    """Risk: the script dies first, and with it the save."""
+    done = job.run("pretrain.sbatch", CODE=138, SIGNAL=number, SINK_SHORTEST_RUN=0)
+    assert (done.returncode, job.requeued()) == (138, True), done.stderr
+
+
+def trained(job, *arguments: str, **environment: object) -> list[str]:
+    """Kind, seed and folder of the last words of sink-pretrain."""
+    done = job.run("twins.sbatch", "runs/twins", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    ((*_, config, kind, seed_option, seed, output_option, output),) = [
+        words[words.index("sink-pretrain") + 1 :] for words in job.calls("srun") if "sink-pretrain" in words
+    ]
+    assert (config, seed_option, output_option) == ("--config", "--seed", "--output")
+    return [kind, seed, output]
+
+
+def test_twins_are_an_array_over_kinds_and_seeds(job):
+    """Risk: tasks of the array train the same twin, or miss one, or a folder is not what it is called."""
+    told = [trained(job, "--config=tiny", SLURM_ARRAY_TASK_ID=task) for task in range(4)]
+    assert told == [
+        ["sink-none", "1234", "runs/twins/none-seed1234"],
+        ["sink-token", "1234", "runs/twins/token-seed1234"],
+        ["sink-none", "1235", "runs/twins/none-seed1235"],
+        ["sink-token", "1235", "runs/twins/token-seed1235"],
+    ]
+    kinds = ["none", "token", "zero", "logit", "kv_bias"]
+    changed = {"SINK_KINDS": " ".join(kinds), "SINK_FIRST_SEED": 7}
+    told = [trained(job, "--config=tiny", SLURM_ARRAY_TASK_ID=task, **changed) for task in range(10)]
+    assert told == [[f"sink-{kind}", str(seed), f"runs/twins/{kind}-seed{seed}"] for seed in (7, 8) for kind in kinds]
+
+
+def test_no_argument_makes_two_twins_alike(job):
+    """Risk: a --seed or --output among the arguments wins over the task's own."""
+    words = ("--seed", "1", "--output", "one", "--config", "sink-token")
+    assert trained(job, *words, SLURM_ARRAY_TASK_ID=0) == ["sink-none", "1234", "runs/twins/none-seed1234"]
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    run = tmp_path / "a run"
+    (run / "checkpoints").mkdir(parents=True)
+    for step in (5, 10, 20, 40, 100):
+        (run / "checkpoints" / f"step{step}.ckpt").touch()
+    return run
+
+
+def task_of(task: int, first: int, last: int, count: int) -> dict[str, int]:
+    array = {"ID": task, "MIN": first, "MAX": last, "COUNT": count}
+    return {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+
+
+def exported(job) -> list[str]:
+    """Steps, in order."""
+    return [Path(words[1]).stem for words in job.calls("sink-export")]
+
+
+@pytest.mark.parametrize(("first", "tasks"), [(0, 1), (0, 2), (0, 8), (1, 3)])
+def test_the_tasks_of_the_evaluation_share_the_checkpoints(job, run_folder, tmp_path, first, tasks):
+    """Risk: a checkpoint is left out or done twice, when the array is smaller, larger or starts elsewhere."""
+    folder, seen = tmp_path / "ppl", []
+    last = first + tasks - 1
+    for task in range(first, last + 1):
+        told = task_of(task, first, last, tasks)
+        done = job.run("eval.sbatch", str(run_folder), str(folder), "--text", "a book", **told)
+        assert done.returncode == 0, done.stderr
+        seen += exported(job)
+        for words in job.calls("sink-eval"):
+            assert words[:5] == ["ppl", "--model", words[2], "--text", "a book"]
+            assert words[5:] == ["--json", f"{folder / Path(words[2]).name}.json"]
+    assert sorted(seen) == sorted(f"step{step}" for step in (5, 10, 20, 40, 100))
+    assert [line.split(",")[0] for line in (folder / "table.csv").read_text().splitlines()[1:]] == [
+        *("5", "10", "20", "40", "100")
+    ]
+    assert not list((folder / "models").iterdir())
+
+
+def test_one_checkpoint_that_fails_costs_its_own_result_and_is_done_again(job, run_folder, tmp_path):
+    """Risk: the job counts as completed; or the others are lost, or made once more."""
+    words = ("eval.sbatch", str(run_folder), str(tmp_path / "ppl"), "--text", "book")
+    done = job.run(*words, **task_of(0, 0, 0, 1), BROKEN="step20")
+    assert done.returncode == 1
+    assert "step 20 has no result" in done.stderr
+    assert exported(job) == ["step5", "step10", "step20", "step40", "step100"]
+    assert (tmp_path / "ppl" / "table.csv").read_text().count("\n") == 5
+    assert job.run(*words, **task_of(0, 0, 0, 1)).returncode == 0
+    assert exported(job) == ["step20"]
+
+
+def test_an_evaluation_whose_array_has_gaps_is_refused(job, run_folder, tmp_path):
+    """Risk: --array=0,2,5 leaves checkpoints out, and nobody is told."""
+    done = job.run("eval.sbatch", str(run_folder), str(tmp_path / "ppl"), "--text", "book", **task_of(2, 0, 5, 3))
+    assert done.returncode == 2
+    assert "takes an array without gaps" in done.stderr
+    assert not (tmp_path / "ppl").exists()
+
+
+def test_a_number_of_workers_that_is_typed_wins_over_that_of_the_cores(job):
+    assert job.run("prepare.sbatch", "--workers", "3", "--input", "a file", SLURM_CPUS_PER_TASK=32).returncode == 0
+    assert job.calls("sink-prepare") == [["--workers", "32", "--workers", "3", "--input", "a file"]]
+
+
+def test_push_exports_once_and_uploads_that_folder(job, tmp_path):
+    """Risk: a job that comes back fails on the folder that it has made, or uploads another."""
+    run = tmp_path / "run"
+    run.mkdir()
+    folder = run / "export-me-sink"
+    assert job.run("push.sbatch", str(run), "me/sink", "--dtype", "bfloat16").returncode == 0
+    assert job.calls("sink-export") == [["--checkpoint", str(run), "--output", str(folder), "--dtype", "bfloat16"]]
+    assert job.calls("hf") == [["upload", "me/sink", str(folder), "."]]
+    assert job.run("push.sbatch", str(run), "me/sink").returncode == 0
+    assert (job.calls("sink-export"), job.calls("hf")) == ([], [["upload", "me/sink", str(folder), "."]])
