@@ -11,12 +11,13 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 OLD    := 4.57.6
 PLAIN  := .venv-transformers-$(OLD)
 
-.PHONY: help demo test test-fast test-cluster lint format bench clean
+.PHONY: help demo test test-fast test-cluster test-browser lint format bench clean
 
 help:
 	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
 	@echo "make test    all tests; make test-fast leaves out the slow ones"
 	@echo "make test-cluster   the SLURM jobs on a throw-away cluster (Debian or Ubuntu; about 8 minutes)"
+	@echo "make test-browser   the report's page in headless Chromium"
 	@echo "make lint    ruff and mypy; make format puts the code in form"
 	@echo "make bench   speeds as ratios against named baselines"
 	@echo "make clean   remove the environments and the demo's output"
@@ -45,12 +46,17 @@ test: $(VENV)/.ready $(PLAIN)/.ready
 	TRANSFORMERS_4=$(abspath $(PLAIN))/bin/python $(BIN)/python -m pytest
 
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -m "not slow and not cluster and not browser"
 
 # Real SLURM on this machine, started and ended by the tests; where it cannot be installed this fails.
 test-cluster: $(VENV)/.ready
 	tests/cluster/cluster.sh install
 	$(BIN)/python -m pytest -m cluster tests/cluster
+
+# The report in headless Chromium; where it cannot be installed this fails.
+test-browser: $(VENV)/.ready
+	tests/eval/browser.sh
+	$(BIN)/python -m pytest -m browser tests/eval
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import atomic_file, sha256_of
 from sinkmodel.sinks import SinkConfig, write_sink
 from sinkmodel.tokenizer import TextTokenizer, load_tokenizer
@@ -142,13 +142,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist") from None
     except NOT_A_CHECKPOINT as error:
         raise UserError(
-            f"{path} is not a complete checkpoint of sink-pretrain ({_first_line(error)}); take another of the run"
+            f"{path} is not a complete checkpoint of sink-pretrain ({first_line(error)}); take another of the run"
         ) from None
     return checkpoint
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:120]
 
 
 def load_model_of(checkpoint: dict[str, Any], path: Path) -> PreTrainedModel:
@@ -162,7 +158,7 @@ def load_model_of(checkpoint: dict[str, Any], path: Path) -> PreTrainedModel:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except NOT_A_CHECKPOINT as error:
-        raise UserError(f"{path} has a model config that transformers cannot build ({_first_line(error)})") from None
+        raise UserError(f"{path} has a model config that transformers cannot build ({first_line(error)})") from None
     needed = recipe.tokenizer.vocabulary + recipe.sink.tokens
     if needed > model.config.vocab_size:
         raise UserError(

@@ -25,6 +25,7 @@ EXTRAS = {
     "rich": "eval",
     "scipy": "eval",
     "matplotlib": "plots",
+    "jinja2": "plots",
     "lm_eval": "zeroshot",
     "gguf": "demo",
     "accelerate": "demo",

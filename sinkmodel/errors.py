@@ -1,4 +1,9 @@
-"""The one error that means: the input is wrong, and here is what to do."""
+"""The one error that means: the input is wrong, and here is what to do; and words that several such errors share."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
 
 
 class UserError(Exception):
@@ -11,3 +16,16 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 2, heard: bool = False):
         super().__init__(" ".join(message.split()))
         self.exit_code, self.heard = exit_code, heard
+
+
+def not_finite(model: Any, what: str = "logits") -> UserError:
+    """The error to raise for a transformers model whose numbers are NaN or beyond its dtype."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    remedy = "its weights are damaged: export or copy it again" if dtype == "float32" else "try float32"
+    return UserError(f"{model.config.model_type} in {dtype} gives {what} that are not finite; {remedy}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, to stand in a message of ours: its first line, cut at a word."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return textwrap.shorten(lines[0], 200, placeholder=" …").rstrip(".;: ")

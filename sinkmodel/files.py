@@ -79,6 +79,9 @@ def _raise_if_disk_is_full(error: Exception, path: Path) -> None:
 def refuse_if_occupied(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already holds something else; choose another output folder or remove it")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{path} cannot be made: {there} is a file; choose another output folder")
 
 
 def sync(path: Path) -> None:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from sinkmodel.checkpoint import load_checkpoint
-from sinkmodel.errors import UserError
-from sinkmodel.sinks import sink_ids_of
+from sinkmodel.errors import UserError, first_line
+from sinkmodel.sinks import check_record, sink_ids_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,10 +77,12 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
             "use the tokenizer that the model was trained with"
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "meta":
+        raise UserError("device 'meta' has shapes and no numbers; use cpu, or a GPU")
     try:
         model = model.to(device=device, dtype=getattr(torch, dtype or "float32")).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the model cannot be moved to device {device!r}: {_first_line(error)}") from None
+        raise UserError(f"the model cannot be moved to device {device!r}: {first_line(error)}") from None
     return LoadedModel(model, tokenizer, sink_ids, name)
 
 
@@ -124,7 +126,7 @@ def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:
             )
         except Exception as error:  # of a damaged file: anything, from OSError to struct.error
             raise UserError(
-                f"{label} cannot be loaded as a causal language model: {_first_line(error)}; "
+                f"{label} cannot be loaded as a causal language model: {first_line(error)}; "
                 f"transformers needs {needs}, so copy or export it again"
             ) from None
         missing = sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", [])]
@@ -138,9 +140,13 @@ def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **tokenizer_at)
         except Exception as error:
             raise UserError(
-                f"{label} has no tokenizer that can be read: {_first_line(error)}; put its tokenizer.json and "
+                f"{label} has no tokenizer that can be read: {first_line(error)}; put its tokenizer.json and "
                 "tokenizer_config.json beside the weights"
             ) from None
+    try:
+        check_record(model.config)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from None
     return model, tokenizer, sink_ids_of(model.config)
 
 
@@ -158,11 +164,6 @@ def _gguf_in_package(name: str) -> Path | None:
     if not found[0].is_file():
         raise UserError(f"{found[0]} is missing; install {name} again")
     return found[0]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0][:200].rstrip(".;: ")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import math
 import sys
 from typing import NoReturn
 
@@ -45,3 +47,18 @@ def positive(text: str) -> int:
     if whole(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return int(text)
+
+
+def real(text: str) -> float:
+    """The type of an option: 0, 0.5, 3 …"""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+
+
+def share(text: str) -> float:
+    """The type of an option: from 0 to below 1."""
+    if not real(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
+    return float(text)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, not_finite
 from sinkmodel.sinks import kind_of
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # one set of frequencies for all lengths
@@ -90,6 +90,8 @@ def rotary_of(model: Any, run: Callable[..., Any] | None = None) -> Rotary:
     inv_freq, limit = frequencies(model)
     shift = max(1, min(PROBE_SHIFT, (limit or 2 * PROBE_SHIFT) - 1))
     near, far = ([layer.keys for layer in trial_keys(model, run, offset)] for offset in (0, shift))
+    if not all(bool(torch.isfinite(key).all()) for key in near):
+        raise not_finite(model, "keys")
     tolerance = 1e-3 if near[0].dtype == torch.float32 else 0.05  # a wrong layout is off by a third and more
     understood = 0  # layers, from the first on
     for interleaved in (False, True):

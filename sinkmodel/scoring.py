@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sinkmodel.band import Band, banded
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, not_finite
 
 CHUNK = 256
 ROWS_AT_ONCE = 1024  # queries of all documents together in one forward; its logits take ROWS_AT_ONCE × V
@@ -94,7 +94,7 @@ def _score(
                 if on_chunk is not None:
                     on_chunk(stop - start)
     if not all(bool(torch.isfinite(x).all()) for x in nll):
-        raise UserError(f"{model.config.model_type} in {model.dtype} gives logits that are not finite; try float32")
+        raise not_finite(model)
     return nll
 
 

@@ -56,7 +56,7 @@ def padded_vocabulary(text_vocabulary: int) -> int:
 
 def kind_of(config: Any) -> str:
     """The kind of sink that a model's config tells of; "none" for a vanilla model or somebody else's."""
-    return (getattr(config, "sink", None) or {}).get("kind", "none")
+    return _record(config).get("kind", "none")
 
 
 def sinks_to_keep(config: Any) -> int:
@@ -71,5 +71,18 @@ def write_sink(config: Any, sink: SinkConfig, token_ids: list[int]) -> None:
 
 def sink_ids_of(config: Any) -> list[int]:
     """The ids that stand in front of every text of this model; empty for a vanilla model or somebody else's."""
-    record = getattr(config, "sink", None) or {}
-    return list(record.get("token_ids", []))
+    return list(_record(config).get("token_ids", []))
+
+
+def check_record(config: Any) -> None:
+    """UserError where a config tells of a sink that is none of ours: a file from a stranger, or a damaged one."""
+    kind, ids = kind_of(config), _record(config).get("token_ids", [])
+    if kind not in KINDS:
+        raise UserError(f"the config has a sink of kind {kind!r}; known are {', '.join(KINDS)}, so export it again")
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or (kind == "token") != bool(ids):
+        raise UserError(f"the config has a sink of kind {kind!r} with the token ids {ids!r}; export the model again")
+
+
+def _record(config: Any) -> dict[str, Any]:
+    record = getattr(config, "sink", None)
+    return record if isinstance(record, dict) else {}

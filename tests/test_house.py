@@ -72,7 +72,7 @@ def test_help_shows_an_example(command):
         ("recipes.prepare", ["--help"], "jsonargparse", "train"),
         ("recipes.pretrain", ["--help"], "yaml", "train"),
         ("recipes.pretrain", ["--output=x", "--data.path=x"], "lightning", "train"),
-        ("eval.cli", ["report", "--ppl", "x.json", "--output", "y"], "matplotlib", "plots"),
+        ("eval.cli", ["report", "--json", "x.json", "--output", "y"], "matplotlib", "plots"),
         ("eval.cli", ["zeroshot", "--model", "x", "--tasks", "piqa"], "lm_eval", "zeroshot"),
     ],
 )
@@ -94,6 +94,7 @@ def test_the_wheel_holds_the_rooms_and_the_configs_and_works_away_from_the_check
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"sinkmodel/export.py", "recipes/pretrain.py", "eval/cli.py", "recipes/configs/models/tiny.yaml"} <= names
+    assert {"eval/report/templates/page.html", "eval/report/templates/page.css"} <= names
     assert (
         not {name.split("/")[0] for name in names}
         - {"sinkmodel", "recipes", "eval"}

@@ -97,5 +97,8 @@ def number(value: float | None, form: str) -> str:
 
 def keys_seen(row: dict[str, Any]) -> str:
     """How many keys a query saw: one number, or a range where windows answer for several queries."""
-    least, most = row.get("keys_seen_least", row["keys_seen"]), row["keys_seen"]
+    return span(row.get("keys_seen_least", row["keys_seen"]), row["keys_seen"])
+
+
+def span(least: int, most: int) -> str:
     return f"{most}" if least == most else f"{least}–{most}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from eval.policies.policy import Policy, Stream, refuse_narrower_window
-from sinkmodel.errors import UserError
+from sinkmodel.errors import not_finite
 from sinkmodel.scoring import dense_nll, nll_of
 
 TOKENS_AT_ONCE = 8192  # of all windows in one forward
@@ -97,7 +97,7 @@ def recompute_nll(
             nll[document][first:end] = nll_BN[row, most - (end - first) :]
         on_chunk(sum(end - first for _, first, end in batch))
     if not all(bool(torch.isfinite(x).all()) for x in nll):
-        raise UserError(f"{model.config.model_type} in {model.dtype} gives logits that are not finite; try float32")
+        raise not_finite(model)
     return nll
 
 

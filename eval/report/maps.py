@@ -67,7 +67,7 @@ def draw_maps(path: Path, means: list[dict[str, Tensor]], heads: list[tuple[int,
         for row, name, limits in ((0, "weight", (0, 1)), (1, "score", (None, None))):
             axis = axes[2 * band + row, column]
             axis.set_visible(True)
-            _draw_map(axis, _with_sink(mean, name, head), limits, sinks, "sink_weight" in mean)
+            paint_map(axis, _with_sink(mean, name, head), limits, sinks, "sink_weight" in mean)
             axis.set(title="" if row else f"layer {layer}, head {head}")
             axis.set(ylabel="" if column else f"{'logit' if row else 'weight'}, by query")
     figure.savefig(path, dpi=130, format="png")
@@ -84,7 +84,8 @@ def _with_sink(mean: dict[str, Tensor], name: str, head: int) -> list[list[float
     return shown
 
 
-def _draw_map(axis: Axes, rows: list[list[float]], limits: tuple, sinks: int, in_softmax: bool) -> None:
+def paint_map(axis: Axes, rows: list[list[float]], limits: tuple, sinks: int, in_softmax: bool) -> None:
+    """One map; `sinks` tokens in front, or one in the softmax, which is the first column, are called S."""
     image = axis.imshow(rows, cmap=COLOURS, vmin=limits[0], vmax=limits[1])
     axis.figure.colorbar(image, ax=axis, shrink=0.75, aspect=14).ax.tick_params(labelsize=7)
     places = range(0, len(rows), 5)

@@ -1,120 +1,219 @@
-"""The pictures of a report. Colours are Okabe and Ito's, which the colour-blind can tell apart."""
+"""What the figures of a report draw: each function paints one kind of figure on an Axes."""
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-COLUMNS = 2
+from eval.report.blocks import LONGEST, stream_name
+from eval.report.charts import (
+    COLOURS,
+    GRID,
+    INK,
+    MARKERS,
+    SIZE,
+    STYLE,
+    draw_lines,
+    look,
+    plain,
+    scale_values,
+    shown,
+    ticks_at,
+    tokens_axis,
+)
 
-
-def draw(path: Path, curves: dict[str, list], measured: list[dict[str, Any]]) -> None:
-    """One panel with the loss curves, then one a model with its perplexity by position, two in a row."""
-    panels = bool(curves) + len(measured)
-    columns = min(COLUMNS, panels)
-    lines = -(-panels // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4 * lines), squeeze=False, layout="constrained")
-    rest = list(axes.flat)
-    if curves:
-        draw_losses(rest.pop(0), curves)
-    for content in measured:
-        draw_positions(rest.pop(0), content)
-    for axis in rest:
-        axis.set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def draw_losses(axis: Axes, curves: dict[str, list]) -> None:
-    """Training loss as a line, validation loss as points, over tokens; on the targets that twins share."""
-    for colour, width, (name, points) in zip(itertools.cycle(COLOURS), _widths(len(curves)), curves.items()):
-        train = [(tokens, loss) for _, tokens, loss, _ in points if loss is not None]
-        validation = [(tokens, loss) for _, tokens, _, loss in points if loss is not None]
-        axis.plot(*zip(*train), color=colour, linewidth=width, label=f"{name}, training")
-        if validation:
-            size = 2 + 2 * width
-            axis.plot(*zip(*validation), "o", color=colour, markersize=size, label=f"{name}, validation")
-    axis.set(title="Loss of the twins", xlabel="tokens", ylabel="nats per token")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
-    _finish(axis)
+Lines = dict[str, list[tuple[float, "float | None"]]]
+DODGE = 0.025  # between lines, of a step of the x axis, so that their intervals stand beside each other
+SHADE: dict[str, Any] = {"color": COLOURS[5], "alpha": 0.22, "linewidth": 0}
 
 
-def draw_positions(axis: Axes, content: dict[str, Any]) -> None:
-    """Perplexity by place in the stream, one line a policy, with the first overflow marked."""
+def paint_intervals(axis: Axes, rows: Sequence[dict[str, Any]], margin: float) -> None:
+    """Paired differences as intervals against the ±margin, which is shaded; the first, the verdict, thick."""
+    axis.axvspan(-margin, margin, **SHADE)
+    axis.axvline(0, color=GRID, linewidth=0.8)
+    for place, row in enumerate(rows):
+        colour, thick = (INK, 3.2) if place == 0 else (COLOURS[0], 1.6)
+        axis.plot([row["low"], row["high"]], [-place, -place], color=colour, linewidth=thick, solid_capstyle="butt")
+        axis.plot([row["difference"]], [-place], MARKERS[3 if place == 0 else 0], color=colour, markersize=6)
+        said = shown(row["name"], 2 * LONGEST) + ("" if place else ": the verdict")
+        axis.annotate(said, (0.01, -place), xycoords=("axes fraction", "data"), xytext=(0, 8), fontsize=8.5,
+                      textcoords="offset points", fontweight="normal" if place else "bold")  # fmt: skip
+    axis.set_ylim(-len(rows) + 0.5, 0.75)
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel(f"difference in nats per token (shaded: ±{margin:g}, does not matter)")
+
+
+def paint_losses(axis: Axes, training: Lines, validation: Lines) -> None:
+    """Training loss as lines, validation loss as hollow markers, on the targets that twins share."""
+    draw_lines(axis, training, markers=1)
+    for index, points in enumerate(validation.values()):
+        known = [(x, y) for x, y in points if y is not None]
+        if known:
+            style = look(index)
+            axis.plot(*zip(*known), style["marker"], color=style["color"], markerfacecolor="none", markersize=6)
+    tokens_axis(axis)
+    axis.set_ylabel("nats per token (hollow: held out)")
+
+
+def paint_over_tokens(axis: Axes, lines: Lines, label: str) -> None:
+    draw_lines(axis, lines)
+    tokens_axis(axis)
+    axis.set_ylabel(label)
+    axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # a marker at zero is whole
+
+
+def paint_positions(axis: Axes, content: dict[str, Any]) -> None:
+    """Perplexity by place in the stream, a line a policy; what lies behind the first eviction is shaded."""
+    lines: Lines = {}
+    for row in content["rows"]:
+        name = stream_name(row)
+        name = name if name not in lines else f"{row['policy']} {name}"
+        lines[name] = [((first + last) / 2, _perplexity(nll)) for first, last, nll in row["by_position"]]
+    draw_lines(axis, lines, markers=6)
+    scale_values(axis, _values(lines))
+    axis.set_ylabel("perplexity")
+    end = max((last for row in content["rows"] for _, last, _ in row["by_position"]), default=0)
+    if end > content["budget"]:
+        axis.axvspan(content["budget"], end, color=GRID, alpha=0.1, linewidth=0)
+        axis.axvline(content["budget"], color=INK, linestyle=":", linewidth=1)
+        axis.annotate(
+            "overflow: keys are evicted →",
+            (content["budget"], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -1),
+            textcoords="offset points",
+            va="top",
+            fontsize=8.5,
+        )
+    axis.set_xlabel("place in the stream (tokens)")
+    axis.margins(y=0.14)
+    axis.xaxis.set_major_formatter(plain)
+
+
+def paint_budgets(axis: Axes, lines: dict[str, list[tuple[float, float | None, float | None, float | None]]]) -> None:
+    """Perplexity over budget or sinks, as (x, value, low, high), with intervals where there are."""
+    logarithmic = all(x > 0 for points in lines.values() for x, *_ in points)
+    moved: dict[str, list[tuple[float, float | None, float | None, float | None]]] = {}
+    for index, (name, points) in enumerate(lines.items()):
+        shift = DODGE * (index - (len(lines) - 1) / 2)
+        moved[name] = [(x * 2**shift if logarithmic else x + shift, y, low, high) for x, y, low, high in points]
+    draw_lines(axis, {name: [(x, y) for x, y, _, _ in points] for name, points in moved.items()})
+    for index, points in enumerate(moved.values()):
+        for x, _, low, high in points:
+            if low is not None and high is not None:
+                axis.plot([x, x], [low, high], color=look(index)["color"], linewidth=1)
+    scale_values(axis, [v for points in lines.values() for p in points for v in p[1:] if v is not None])
+    axis.set_ylabel("perplexity")
+
+
+def paint_heads(axis: Axes, rows: Sequence[dict[str, Any]], name: str) -> None:
+    """A map of layers and their heads, from 0 to 1."""
+    values: list[list[float]] = [
+        [math.nan if head[name] is None else head[name] for head in row["heads"]] for row in rows
+    ]
+    image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="none")
+    axis.figure.colorbar(image, ax=axis, aspect=14, shrink=0.9).outline.set_visible(False)
+    axis.set(xlabel="head", ylabel="layer")
+    axis.set_xticks(range(0, max(map(len, values)), -(-max(map(len, values)) // 12)))
+    axis.set_yticks(range(0, len(values), -(-len(values) // 12)))
+    axis.spines[:].set_visible(False)
+
+
+def paint_layers(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """The shares of attention on sink, first text token and all the rest, layer by layer."""
+    kinds = [kind for kind in ("sink", "first", "rest") if any(row[f"{kind}_share"] is not None for row in rows)]
+    draw_lines(axis, {f"on {kind}": [(row["layer"], row[f"{kind}_share"]) for row in rows] for kind in kinds})
+    axis.set(xlabel="layer", ylabel="share of attention", ylim=(-0.03, 1.03))
+    axis.set_xticks([row["layer"] for row in rows][:: -(-len(rows) // 12)])
+
+
+def paint_births(
+    axis: Axes, lines: Lines, births: Sequence[tuple[float, float] | None], thresholds: set[float]
+) -> None:
+    """Heads with a sink over training; a ring where the sink is born."""
+    paint_over_tokens(axis, lines, "share of heads with a sink")
+    for threshold in sorted(thresholds):
+        axis.axhline(threshold, color=GRID, linestyle=":", linewidth=1)
+    for index, birth in enumerate(births):
+        if birth is not None:
+            ring: dict[str, Any] = {"markerfacecolor": "none", "markersize": 13, "markeredgewidth": 1.6}
+            axis.plot(*birth, "o", color=look(index)["color"], **ring)
+            axis.annotate("born", birth, xytext=(8, 7), textcoords="offset points", fontsize=8.5)
+
+
+def paint_scores(axis: Axes, tasks: Sequence[str], scores: dict[str, list[tuple[float, float | None] | None]]) -> None:
+    """A line of points a task, one point a model with its standard error."""
+    for index, (name, points) in enumerate(scores.items()):
+        style = look(index)
+        shift = (index - (len(scores) - 1) / 2) * 0.7 / max(1, len(scores))
+        known = [(p[0], -row - shift, p[1]) for row, p in enumerate(points) if p is not None]
+        for value, y, stderr in known:
+            if stderr is not None:
+                axis.plot([value - stderr, value + stderr], [y, y], color=style["color"], linewidth=1)
+        axis.plot([x for x, _, _ in known], [y for _, y, _ in known], style["marker"], color=style["color"],
+                  markersize=5, label=shown(name))  # fmt: skip
+    axis.set_yticks([-row for row in range(len(tasks))], [shown(task) for task in tasks])
+    axis.grid(True, axis="x")
+    axis.set_xlabel("accuracy (± one standard error)")
+
+
+def paint_latency(axis: Axes, content: dict[str, Any]) -> None:
+    """Milliseconds a token over the budget, a line a policy, p99 dotted above it."""
     rows = content["rows"]
-    for colour, width, row in zip(itertools.cycle(COLOURS), _widths(len(rows)), rows):
-        places = [(first + last) / 2 for first, last, _ in row["by_position"]]
-        perplexities = [math.exp(min(nll, 700)) for _, _, nll in row["by_position"]]
-        short = f"{row['sinks']}+{row['window']}" if row["policy"] in ("window", "sink") else None
-        axis.plot(places, perplexities, color=colour, linewidth=width, label=short or row.get("label", row["policy"]))
-    axis.axvline(content["budget"], color="grey", linestyle=":", linewidth=1)
-    axis.annotate(
-        "first eviction",
-        (content["budget"], 0),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, 4),
-        textcoords="offset points",
-        fontsize=8,
-        color="grey",
-    )
-    axis.set(title=f"{Path(content['model']).name}, budget {content['budget']}", xlabel="place in the stream")
-    axis.set(ylabel="perplexity", yscale="log")
-    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        ticks(lambda value, _: f"{value:g}")
-    axis.tick_params(axis="y", which="minor", labelsize=7)
-    _finish(axis)
+    _draw_times(axis, rows, "budget", "policy")
+    axis.set_xlabel("keys that a query sees")
+    scale_values(axis, [row["ms_per_token"] for row in rows if row["ms_per_token"] is not None])
+    ticks_at(axis, sorted({row["budget"] for row in rows}))
+
+
+def paint_stream(axis: Axes, content: dict[str, Any]) -> None:
+    """Milliseconds a token along one stream, from zero."""
+    _draw_times(axis, content["stream"], "seen", "label")
+    tokens_axis(axis)
+    axis.set_xlabel("tokens seen")
+    axis.set_ylim(bottom=0)
 
 
 def draw_latency(path: Path, content: dict[str, Any]) -> None:
-    """Milliseconds a token over the budget, one line a policy; beside it, if measured, along the stream, from zero."""
+    """What `sink-eval latency --plot` draws: a step over budgets; beside it, if measured, along the stream."""
     panels = 1 + bool(content["stream"])
-    figure, axes = plt.subplots(1, panels, figsize=(6.4 * panels, 4), squeeze=False, layout="constrained")
-    first = axes[0, 0]
-    first.set(title=f"A decoding step, {Path(content['model']).name}", xlabel="keys that a query sees")
-    first.set(xscale="log", yscale="log")
-    first.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    _draw_times(first, content["rows"], "budget", "policy")
-    first.set_xticks(sorted({row["budget"] for row in content["rows"]}))
-    if content["stream"]:
-        second = axes[0, 1]
-        second.set(title="Along a stream", xlabel="tokens seen")
-        _draw_times(second, content["stream"], "seen", "label")
-        second.set_ylim(bottom=0)
-    figure.savefig(path, dpi=130, format="png")
-    plt.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE[0] * panels, SIZE[1] + 0.4), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        paint_latency(axes[0], content)
+        axes[0].set_title(f"A decoding step, {shown(Path(content['model']).name)}")
+        if content["stream"]:
+            paint_stream(axes[1], content)
+            axes[1].set_title("Along a stream")
+        for axis in axes:
+            axis.legend()
+        figure.savefig(path, dpi=130, format="png", facecolor="white")
 
 
-def _draw_times(axis: Axes, rows: list[dict[str, Any]], x: str, line: str) -> None:
-    """ms a token over row[x], one line for each row[line], with its p99 dotted."""
-    for colour, name in zip(itertools.cycle(COLOURS), dict.fromkeys(row[line] for row in rows)):
-        points = [(row[x], row["ms_per_token"], row["ms_per_token_p99"]) for row in rows if row[line] == name]
-        places, middle, slowest = zip(*points)
-        axis.plot(places, middle, "o-", color=colour, markersize=4, label=name)
-        axis.plot(places, slowest, ":", color=colour, linewidth=1)
-    axis.set(ylabel="ms a token (dotted: p99)")
-    axis.minorticks_off()
-    for ticks in (axis.xaxis.set_major_formatter, axis.yaxis.set_major_formatter):
-        ticks(lambda value, _: f"{value:,.10g}")
-    _finish(axis)
+def _draw_times(axis: Axes, rows: Sequence[dict[str, Any]], x: str, line: str) -> None:
+    names = list(dict.fromkeys(row[line] for row in rows))
+    for form in ("ms_per_token", "ms_per_token_p99"):
+        lines = {name: [(row[x], row[form]) for row in rows if row[line] == name] for name in names}
+        if form == "ms_per_token":
+            draw_lines(axis, lines)
+            continue
+        for index, points in enumerate(lines.values()):
+            known = [(x, y) for x, y in points if y is not None]
+            if known:
+                axis.plot(*zip(*known), ":", color=look(index)["color"], linewidth=0.8)
+    axis.set_ylabel("ms a token (thin dots: p99)")
 
 
-def _widths(count: int) -> list[float]:
-    """The first line broad, the last one thin: lines that lie on each other all show."""
-    return [1.0 + 2.5 * (count - 1 - i) / max(1, count - 1) for i in range(count)]
+def _perplexity(nll: float | None) -> float | None:
+    return None if nll is None else math.exp(min(nll, 700.0))
 
 
-def _finish(axis: Axes) -> None:
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(y=0.15)
-    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper right")
+def _values(lines: Lines) -> list[float]:
+    return [y for points in lines.values() for _, y in points if y is not None]

@@ -1,89 +1,107 @@
-"""`sink-eval report`: the loss curves of runs and their perplexity by position, as one picture with its numbers."""
+"""`sink-eval report`: what was trained and measured, as one HTML page and as Markdown for a model card.
+
+    report.html   verdict first; stands alone: no script, and nothing is asked of any server
+    report.md     the same
+    figures/      every figure as PNG, its numbers as CSV
+
+The same input gives the same bytes. `inputs` says what is read, `sections/` what is shown of it, `page` how.
+"""
 
 from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.files import atomic_folder, read_json
+from sinkmodel.files import atomic_folder, refuse_if_occupied
 
-DESCRIPTION = "Draw the loss curves of training runs and the perplexity by position that `sink-eval ppl` measured."
-Point = tuple[int, int, "float | None", "float | None"]  # step, tokens, twin_loss, val_loss
-ROW = {"policy", "sinks", "window", "by_position"}  # keys of a row of sink-eval ppl --json that are drawn
-EXAMPLE = "sink-eval report --runs runs/vanilla runs/sink --ppl vanilla.json sink.json --output runs/report"
+if TYPE_CHECKING:
+    from eval.report.blocks import Chart, Section
+    from eval.report.inputs import Inputs
+
+DESCRIPTION = "A page with the verdict and all that was measured beside it: report.html, report.md, figures as CSV."
+EXAMPLE = "sink-eval report --run runs/none runs/token --json verify.json grid.json ppl.json --output report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", nargs="+", type=Path, default=[], metavar="RUN", help="folders of sink-pretrain")
     parser.add_argument(
-        "--ppl", nargs="+", type=Path, default=[], metavar="FILE", help="what sink-eval ppl --json wrote"
+        "--run", nargs="+", type=Path, default=[], metavar="RUN", help="folders of sink-pretrain: twins"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--json",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="what sink-eval ppl, verify, grid, sinks, streameval, zeroshot or latency wrote with --json",
+    )
+    parser.add_argument(
+        "--maps", nargs="+", type=Path, default=[], metavar="FOLDER", help="what sink-eval sinks --maps made"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder to make")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write `report.png`, `loss.csv` and `positions.csv`. Raises UserError for a file that is not what it should be."""
-    if not options.runs and not options.ppl:
-        raise UserError("nothing to draw; give --runs, --ppl or both")
-    curves = dict(zip(labels(options.runs), map(read_losses, options.runs)))
-    measured = [read_ppl(file) for file in options.ppl]
-    from eval.report.plots import draw
+    """Write the report. Raises UserError for a file that is not what it should be, before anything is drawn."""
+    if not options.run and not options.json and not options.maps:
+        raise UserError("nothing to report; give --run, --json or --maps")
+    refuse_if_occupied(options.output)
+    from eval.report.blocks import Chart
+    from eval.report.inputs import Inputs, read_maps, read_result, read_runs
+    from eval.report.page import html, markdown
 
+    inputs = Inputs(
+        read_runs(options.run), [read_result(path) for path in options.json], list(map(read_maps, options.maps))
+    )
+    sections = make_sections(inputs)
     with atomic_folder(options.output) as folder:
-        if curves:
-            write_csv(
-                folder / "loss.csv",
-                ["run", "step", "tokens", "twin_loss", "val_loss"],
-                [[name, *point] for name, points in curves.items() for point in points],
-            )
-        if measured:
-            write_csv(
-                folder / "positions.csv",
-                ["model", "policy", "sinks", "window", "first", "last", "nll"],
-                [
-                    [content["model"], row["policy"], row["sinks"], row["window"], *bin_]
-                    for content in measured
-                    for row in content["rows"]
-                    for bin_ in row["by_position"]
-                ],
-            )
-        draw(folder / "report.png", curves, measured)
-    say(f"wrote {options.output / 'report.png'}")
+        (folder / "figures").mkdir()
+        for section in sections:
+            for block in section.blocks:
+                if isinstance(block, Chart):
+                    _write_chart(folder, block)
+        (folder / "report.html").write_text(html(sections), encoding="utf-8")
+        (folder / "report.md").write_text(markdown(sections), encoding="utf-8")
+    say(f"wrote {options.output / 'report.html'} and report.md")
 
 
-def labels(runs: list[Path]) -> list[str]:
-    """The names of the run folders; their paths where two have one name."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run) for run in runs]
+def make_sections(inputs: Inputs) -> list[Section]:
+    """What is there, in the order of a reader's questions; what is not there is said at the end."""
+    from eval.report.sections import attention, perplexity, provenance, tasks, training, verdict
+
+    shown = [
+        verdict.section,
+        perplexity.grid,
+        training.section,
+        perplexity.positions,
+        perplexity.budgets,
+        attention.layers,
+        attention.births,
+        attention.maps,
+        tasks.zeroshot,
+        tasks.streameval,
+        tasks.latency,
+    ]
+    made = [section for show in shown if (section := show(inputs)) is not None]
+    there = [section.key for section in made]
+    if "verdict" not in there:
+        made.insert(0, provenance.no_verdict())
+    return [
+        section for section in (*made, provenance.missing(there), provenance.section(inputs)) if section is not None
+    ]
 
 
-def read_losses(run: Path) -> list[Point]:
-    """The losses that twins share, of a run's metrics.csv: training, and validation where it was measured."""
-    from sinkmodel.checkpoint import read_metrics
-
-    rows = read_metrics(run)
-    if not rows:
-        raise UserError(f"{run} has no metrics.csv with a line in it; give the folder of a run of sink-pretrain")
-    return [(int(row["step"]), int(row["tokens"]), _loss(row["twin_loss"]), _loss(row["val_loss"])) for row in rows]
+def _write_chart(folder: Path, chart: Chart) -> None:
+    for path, panel in chart.files:
+        (folder / path).write_bytes(panel.png)
+    write_csv(folder / chart.csv, chart.columns, chart.rows)
 
 
-def _loss(text: str) -> float | None:
-    return float(text) if text else None
-
-
-def read_ppl(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    rows = content.get("rows") if isinstance(content, dict) and content.get("command") == "ppl" else None
-    if not rows or not {"model", "budget"} <= content.keys() or not all(row.keys() >= ROW for row in rows):
-        raise UserError(f"{path} is not a result of sink-eval ppl --json")
-    return content
-
-
-def write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
 import os
 import sys
 from pathlib import Path
 
 from sinkmodel.errors import UserError
-from sinkmodel.parser import OneLineParser, positive, whole
+from sinkmodel.parser import OneLineParser, positive, real, whole
 
 NAME = "sink-stream"
 DESCRIPTION = """\
@@ -58,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--positions", choices=("cache", "text"), help="where a sink stands: before the window, or where it was")
     add("--max-tokens", type=whole, default=256, metavar="N", help="longest continuation of a turn (default: 256)")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation; may be given again")
-    add("--temperature", type=_number, metavar="T", help="default: 0, the likeliest token; 1 with --top-k or --top-p")
+    add("--temperature", type=real, metavar="T", help="default: 0, the likeliest token; 1 with --top-k or --top-p")
     add("--top-k", type=positive, metavar="K", help="draw from the K likeliest tokens")
-    add("--top-p", type=_number, metavar="P", help="draw from the likeliest tokens that have P of the probability")
+    add("--top-p", type=real, metavar="P", help="draw from the likeliest tokens that have P of the probability")
     add("--seed", type=whole, default=0, metavar="N", help="of the draws (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--device", help="default: a GPU where there is one")
@@ -88,10 +86,3 @@ def _check(options: argparse.Namespace) -> None:
         folder = options.save.absolute().parent
         if options.save.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"--save {options.save} cannot be written; give a file in a folder that can")
-
-
-def _number(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")

@@ -401,6 +401,7 @@ def bad(tmp_path):
         (["--model", "BAD/none"], "none is no folder"),
         (["--json", "BAD/none/o.json"], "none does not exist"),
         (["--maps", "BAD/folder"], "folder already holds something else"),
+        (["--maps", "BAD/short.txt/maps"], "maps cannot be made: .*short.txt is a file"),
         (["--heads", "0.1"], "--heads says what --maps draws"),
         (["--maps", "BAD/m", "--heads", "0"], "'0' is not LAYER.HEAD"),
         (["--maps", "BAD/m", "--heads", "0.4"], "--heads 0.4: .* has layers 0 to 1 with heads 0 to 3"),

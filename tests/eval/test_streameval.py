@@ -196,7 +196,7 @@ def test_streams_follow_from_the_seed_and_are_of_equal_length(loaded, record):
 
 
 def test_more_lines_than_numbers_are_refused(record):
-    with pytest.raises(UserError, match=r"a stream of 20001 lines needs more numbers .* lower --queries"):
+    with pytest.raises(UserError, match="20001 lines and 9 distractors needs more numbers .* lower --queries"):
         record.sample(0, 0, 1, 10_000, 2, 9)
 
 
@@ -369,6 +369,12 @@ def test_files_are_read_as_we_write_them_and_as_arc_does(tmp_path):
     assert read_questions(file, 2) == expected[:2]
 
 
+def test_half_a_surrogate_pair_is_a_character_that_a_tokenizer_takes(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "a \\ud800?", "choices": ["\\udc00", "\\ud83d\\ude00"], "answer": 0}')
+    assert read_questions(file) == [Question("a \ufffd?", ["\ufffd", "\U0001f600"], 0)]
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -395,6 +401,11 @@ GOOD = '{"question": "a?", "choices": ["b", "c"], "answer": 0}\n'
         ('{"question": "a?", "choices": ["b", "c"], "answer": true}', "the answer True"),
         ('{"question": "a?", "choices": ["b", "c"], "answer": null}', "the answer None"),
         ('{"question": "a?", "choices": ["b", "c"], "answer": "d"}', "the answer 'd'"),
+        ('{"question": "a?", "choices": {"text": ["b", "c"], "label": 5}, "answer": 0}', "labels are no list"),
+        (
+            '{"question": "a?", "choices": {"text": ["b", "c"], "label": ["A", "B", "C"]}, "answer": "C"}',
+            "one for each of 2",
+        ),
         (b"caf\xe9", "is not UTF-8"),
         (GOOD.replace("a?", "a? " * 80), "question 1 takes 179 tokens with its longest choice, and .* for 126"),
     ],
@@ -415,6 +426,8 @@ def test_a_bad_file_is_one_line(runs, tmp_path, capsys, content, says):
         (["--budgets", 4, 64], "--budgets 4 does not hold --sinks 4"),
         (["--budgets", 2, "--sinks", 0, "--policies", "recompute"], "--budgets 2 leaves no window .* at least 3"),
         (["--budgets", 129], "window 0.129 takes 129 positions and .* was made for 128; use --budgets 128 or less"),
+        (["--budgets", 100_000], "was made for 128; use --budgets 128 or less"),  # more than the stream is long
+        (["--budgets", 64, "--distractors", 20_000], "20000 distractors needs more numbers"),
         (["--file", "none.jsonl"], "--file has questions; add --task questions"),
         (["--task", "questions", "--file", "none.jsonl"], "none.jsonl does not exist"),
         (["--task", "questions", "--distances", 5], "--distances is for --task lines"),

@@ -13,6 +13,7 @@ import torch
 from eval.cli import main
 from eval.measures.verdict.paired import spread
 from sinkmodel.checkpoint import PREFIX
+from sinkmodel.export import export
 from sinkmodel.loading import encode, load_model
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from tests import tiny
@@ -344,3 +345,13 @@ def test_a_model_whose_logits_are_no_numbers_is_named(runs, texts, tmp_path, cap
     assert (code, out) == (2, "")
     assert re.search(r"broken: llama .* gives logits that are not finite", err.splitlines()[-1])
     assert not (tmp_path / "o.json").exists()
+
+
+def test_a_provenance_that_is_no_object_is_refused(runs, texts, tmp_path, capsys):
+    export(runs["token"], tmp_path / "m")
+    (tmp_path / "m" / "training.json").write_text("[1]")
+    capsys.readouterr()
+    code, out, err = verify(capsys, tmp_path / "m", runs["none"], texts)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 + err.count("left out")
+    assert "training.json is not a JSON object; export the model again" in err

@@ -519,6 +519,7 @@ def bad(tmp_path):
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin" / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}')
     (tmp_path / "empty").mkdir()
+    (tmp_path / "inner" / "folder.jsonl").mkdir(parents=True)
     return tmp_path
 
 
@@ -530,6 +531,7 @@ def bad(tmp_path):
         (["--data", "BAD/nothing"], "nothing.jsonl has no rows"),
         (["--data", "BAD/broken"], "broken.jsonl:2: not a JSON object"),
         (["--data", "BAD/list"], "list.jsonl:1: not a JSON object"),
+        (["--data", "BAD/inner"], "folder.jsonl is a folder, not a file"),
         (["--data", "BAD/latin"], "latin.jsonl is not UTF-8"),
         (["--data", "BAD/keys"], "keys.jsonl: a row has the keys prompt; it needs question, choices and answer, or"),
         (
@@ -591,7 +593,10 @@ def test_a_data_set_that_cannot_be_reached_is_one_line(runs, capsys, monkeypatch
 
 @pytest.mark.parametrize(
     ("scale", "says"),
-    [(math.nan, "logits that are not finite; try float32"), (1e3, "the perplexity of a continuation is too large")],
+    [
+        (math.nan, "in float32 gives logits that are not finite; its weights are damaged"),
+        (1e3, "the perplexity of a continuation is too large"),
+    ],
 )
 def test_numbers_that_are_none_are_one_line(runs, data, tmp_path, capsys, monkeypatch, scale, says):
     """Guards against an accuracy of argmaxes over NaN, and a traceback from a perplexity above e^709."""

@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys):
         (["--checkpoint", strange, "--output", tmp_path / "x"], "a model config that transformers cannot build"),
         (["--checkpoint", future, "--output", tmp_path / "x"], "format 99, this program reads 1"),
         (["--checkpoint", checkpoint, "--step", 7, "--output", tmp_path / "x"], "is one checkpoint"),
-        (["--checkpoint", checkpoint, "--output", checkpoint / "x"], "step7.ckpt: file exists"),
+        (["--checkpoint", checkpoint, "--output", checkpoint / "x"], "step7.ckpt is a file; choose another"),
         (["--checkpoint", empty, "--output", tmp_path / "x"], "holds no checkpoints"),
         (["--checkpoint", tmp_path / "no", "--output", tmp_path / "x"], "does not exist"),
         (["--checkpoint", tmp_path / "run", "--step", 3, "--output", tmp_path / "x"], "has no checkpoint of step 3"),

@@ -143,7 +143,24 @@ def test_a_folder_without_tokenizer_and_one_with_another(exported):
     assert "no tokenizer" in refusal(exported)
 
 
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"kind": "pool", "token_ids": [300]}, "a sink of kind 'pool'"),
+        ({"kind": "token", "token_ids": "abc"}, "the token ids 'abc'"),
+        ({"kind": "token", "token_ids": [-1]}, "token ids [-1]"),
+        ({"kind": "token", "token_ids": []}, "token ids []"),
+        ({"kind": "none", "token_ids": [300]}, "token ids [300]"),
+    ],
+)
+def test_a_sink_that_is_none_of_ours_is_not_taken_for_one(exported, record, says):
+    config = json.loads((exported / "config.json").read_text()) | {"sink": record}
+    (exported / "config.json").write_text(json.dumps(config))
+    assert says in refusal(exported)
+
+
 def test_a_device_that_is_not_there(run):
+    assert "device 'meta' has shapes and no numbers" in refusal(run, device="meta")
     assert "cannot be moved to device 'nowhere'" in refusal(run, device="nowhere")
 
 

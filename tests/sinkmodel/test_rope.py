@@ -87,3 +87,10 @@ def test_another_kind_of_scaling_is_refused():
     model.model.rotary_emb.rope_type = "spiral"
     with pytest.raises(UserError, match="'llama' has rotary scaling 'spiral'"):
         rotary_of(model)
+
+
+def test_damaged_weights_are_not_called_another_layout():
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match="keys that are not finite; its weights are damaged"):
+        rotary_of(model)

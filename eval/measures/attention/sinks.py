@@ -9,7 +9,6 @@ in front, or a column of the softmax, whose α is the mean share that all querie
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,9 @@ from eval.measures.command import (
 )
 from eval.measures.texts import add_text_argument, check_files
 from sinkmodel.console import say
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, not_finite
 from sinkmodel.files import atomic_folder, refuse_if_occupied
-from sinkmodel.parser import positive
+from sinkmodel.parser import positive, share
 from sinkmodel.progress import CountedProgress
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=positive, default=64, metavar="T", help="tokens of each, sinks counted (default: 64)"
     )
     parser.add_argument(
-        "--epsilon", type=_share, default=0.3, metavar="E", help="α above which a head has a sink (default: 0.3)"
+        "--epsilon", type=share, default=0.3, metavar="E", help="α above which a head has a sink (default: 0.3)"
     )
     parser.add_argument(
         "--maps", type=Path, metavar="FOLDER", help="folder to make, with the averaged maps of the first 16 places"
@@ -67,21 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--born",
-        type=_share,
+        type=share,
         metavar="SHARE",
         help=f"of heads: a sink is born where it stays above (with --checkpoints; default: {BORN})",
     )
     add_common_arguments(parser)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
-    return value
 
 
 def _head(text: str) -> tuple[int, int]:
@@ -201,7 +190,7 @@ def measure(loaded: LoadedModel, sequences: list[list[int]], epsilon: float, lab
     if not all(
         bool(torch.isfinite(mean[name]).all()) for mean in means for name in ("peak", "first_alpha", "key_norm")
     ):
-        raise UserError(f"{loaded.name} in {model.dtype} gives attention that is not finite; try float32")
+        raise UserError(f"{loaded.name}: {not_finite(model, 'attention maps')}")
     return means
 
 

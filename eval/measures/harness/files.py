@@ -11,37 +11,13 @@ Other keys are passed over. The first row says what the file is; every row is ch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from eval.measures.rows import Row
 from sinkmodel.errors import UserError
-
-Row = dict[str, Any]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The JSON objects of a .jsonl file; UserError names the line that is none."""
-    rows = []
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: not a JSON object; .jsonl has one object a line")
-                rows.append(row)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it first") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not a JSON object ({error}); .jsonl has one object a line") from None
-    if not rows:
-        raise UserError(f"{path} has no rows; give at least one, or take the file out of the folder")
-    return rows
 
 
 def task_config(path: Path, rows: list[Row]) -> dict[str, Any]:

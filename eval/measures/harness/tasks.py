@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.measures.harness.files import Row, in_memory, read_rows, task_config
+from eval.measures.harness.files import in_memory, task_config
+from eval.measures.rows import Row, read_rows
 from sinkmodel.console import say
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
 
     Raises UserError for a file with a wrong row, a name that lm-eval does not know, and data that cannot be had.
     """
-    rows = {name: read_rows(path) for name, path in files.items()}
+    rows = {name: [row for _, row in read_rows(path)] for name, path in files.items()}
+    for name, of_task in rows.items():
+        if not of_task:
+            raise UserError(f"{files[name]} has no rows; give at least one, or take the file out of the folder")
     ours = {name: task_config(path, rows[name]) for name, path in files.items() if name not in PAPER}
     from lm_eval.api.task import ConfigurableTask
 
@@ -123,7 +127,7 @@ def _lm_evals(manager: Any, name: str) -> dict[str, Any]:
             return manager.load([name])["tasks"]
     except Exception as error:  # of data that are not there: anything, from ConnectionError to a missing package
         raise UserError(
-            f"task {name}: its data cannot be loaded ({_first_line(error)}); load it once where there is a network and "
+            f"task {name}: its data cannot be loaded ({_named(error)}); load it once where there is a network and "
             f"set HF_HOME to that copy, or give the rows of its data set as {name}.jsonl in the folder of --data"
         ) from None
 
@@ -144,15 +148,14 @@ def _lm_evals_on_file(manager: Any, name: str, path: Path, rows: list[Row]) -> A
             task.build_all_requests()
     except Exception as error:  # whatever a template or a function of lm-eval raises on a row that it does not expect
         raise UserError(
-            f"{path}: lm-eval's {name} cannot read these rows ({_first_line(error)}); copy them from its data set as "
+            f"{path}: lm-eval's {name} cannot read these rows ({_named(error)}); copy them from its data set as "
             "they are, or give the file another name"
         ) from None
     return task
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:160].rstrip('.;: ')}" if lines else type(error).__name__
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from eval.measures.command import (
     write_result,
 )
 from eval.measures.harness.tasks import PAPER, choose, load_tasks, paper_accuracy, quiet
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, not_finite
 from sinkmodel.parser import positive
 from sinkmodel.progress import Progress
 
@@ -167,9 +167,7 @@ def watched(model: Any, task: Any, label: str) -> Iterator[None]:
     def after(module: Any, args: Any, output: Any) -> None:
         nonlocal rows
         if bool(output.logits.isnan().any()):
-            raise UserError(
-                f"{module.config.model_type} in {module.dtype} gives logits that are not finite; try float32"
-            )
+            raise not_finite(module)
         rows += len(output.logits)
         known = task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood")  # one row a request, or fewer
         with contextlib.redirect_stderr(screen):
@@ -211,7 +209,8 @@ def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Sc
 
 
 def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    sinks = f"{len(loaded.sink_ids)} sink tokens in front" if loaded.sink_ids else "no sink token: adapter = stock"
+    count = len(loaded.sink_ids)
+    sinks = f"{count} sink token{'s' * (count > 1)} in front" if count else "no sink token: adapter = stock"
     table = new_table(
         f"{options.model}, {options.dtype}, {sinks}",
         "±: standard error over questions; paper: StreamingLLM's Table 4, its 160M model with as many sink tokens",

@@ -168,5 +168,5 @@ def answer_nll(stream: Stream, first_RV: Tensor, ids_RA: Tensor) -> tuple[Tensor
         logits_RAV = torch.cat([logits_RAV, stream.fork().feed_all(ids_RA[:, :-1])], dim=1)
     nll_RA = nll_of(logits_RAV, ids_RA)
     if not bool(torch.isfinite(nll_RA).all()):
-        raise UserError("the model gives logits that are not finite; try --dtype float32")
+        raise UserError("the model gives logits that are not finite; try --dtype float32, or copy the model again")
     return nll_RA, logits_RAV.argmax(-1) == ids_RA

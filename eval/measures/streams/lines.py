@@ -88,8 +88,9 @@ class Record:
         count = last_line(distance, every, queries) + 1
         if count + distractors > len(self.contents):
             raise UserError(
-                f"a stream of {count} lines needs more numbers than the {len(self.contents)} that there are of one "
-                "length; lower --queries, --every or --distances"
+                f"a stream of {count} lines and {distractors} distractors needs more numbers than the "
+                f"{len(self.contents)} that there are of one length; lower --queries, --every, --distances or "
+                "--distractors"
             )
         self._number_lines(count)
         drawn = rng.sample(self.contents, count + distractors)

@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.measures.rows import Row, read_rows
 from sinkmodel.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,31 +50,13 @@ class Asked:
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a .jsonl file; UserError with the line that is not one."""
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}; --file takes a .jsonl file of questions")
-    questions: list[Question] = []
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    questions.append(_question(line, f"{path}:{number}"))
-                if len(questions) == limit:
-                    break
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason}); convert it first") from None
+    questions = [_question(row, f"{path}:{number}") for number, row in islice(read_rows(path), limit)]
     if not questions:
         raise UserError(f"{path} holds no question; give one a line, with the keys question, choices and answer")
     return questions
 
 
-def _question(line: str, where: str) -> Question:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a JSON object ({error}); .jsonl has one object a line") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object; give one with the keys question, choices and answer")
+def _question(row: Row, where: str) -> Question:
     for key, others in (("question", ()), ("choices", ()), ("answer", ("answerKey",))):
         if not any(name in row for name in (key, *others)):
             there = ", ".join(map(str, list(row)[:8])) or "nothing"
@@ -88,6 +71,8 @@ def _question(line: str, where: str) -> Question:
         raise UserError(f"{where}: the choices are no list of texts; give at least two, none of them empty")
     if len(choices) < 2:
         raise UserError(f"{where}: {len(choices)} choices; give at least two to choose among")
+    if labels and (not isinstance(labels, list) or len(labels) != len(choices)):
+        raise UserError(f"{where}: the labels are no list with one for each of {len(choices)} choices; mend it")
     answer = row.get("answer", row.get("answerKey"))
     names = labels if answer in labels else choices
     if answer in names:

@@ -15,6 +15,7 @@ numbers say more of a small base model.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from eval.measures.command import (
     new_table,
     number,
     show,
+    span,
     write_result,
 )
 from eval.policies.choice import BORROWED, NAMES, check, choose
@@ -233,9 +235,10 @@ def _check_positions(loaded: LoadedModel, policies: list[Policy], longest: int) 
         if loaded.positions is None or keys <= loaded.positions:
             continue
         if policy.budget is not None:
+            beyond = policy.keys_seen(sys.maxsize) - policy.budget  # of a full cache, as this one need not be
             raise UserError(
                 f"{policy.label} takes {keys} positions and {loaded.name} was made for {loaded.positions}; use "
-                f"--budgets {loaded.positions - (keys - policy.budget)} or less"
+                f"--budgets {loaded.positions - beyond} or less"
             )
         say(
             f"{policy.label} goes on to place {longest - 1}, and {loaded.name} was made for {loaded.positions} "
@@ -293,7 +296,3 @@ def print_questions(options: argparse.Namespace, content: dict[str, Any]) -> Non
             f"{row['tokens_per_second']:,.0f}",
         )
     show(table)
-
-
-def span(least: int, most: int) -> str:
-    return f"{most}" if least == most else f"{least}–{most}"

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sinkmodel.errors import UserError
+
 HEAD = 64  # a document is known by its first tokens; no more are compared
 AT_ONCE = 1 << 20  # training documents looked at together
 
@@ -22,7 +24,10 @@ def provenance_of(name: str) -> dict[str, Any]:
 
     path = Path(name)
     if (path / PROVENANCE).is_file():
-        return read_json(path / PROVENANCE)
+        said = read_json(path / PROVENANCE)
+        if not isinstance(said, dict):
+            raise UserError(f"{path / PROVENANCE} is not a JSON object; export the model again")
+        return said
     if (path / "checkpoints").is_dir() or path.suffix == ".ckpt":
         recipe = Recipe.from_dict(read_checkpoint(find_checkpoint(path))["recipe"])
         return {"step": recipe.step, "tokens": recipe.tokens, **recipe.provenance}

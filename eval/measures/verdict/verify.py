@@ -29,7 +29,7 @@ from eval.measures.texts import add_text_argument, check_files, check_positions,
 from eval.policies.choice import BORROWED, check
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.parser import positive, whole
+from sinkmodel.parser import positive, real, whole
 
 if TYPE_CHECKING:
     from eval.measures.verdict.paired import Documents
@@ -50,14 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--margin",
-        type=_above_zero,
+        type=_margin,
         default=0.01,
         metavar="NATS",
         help="differences in nats per token that do not matter (default: 0.01)",
     )
     parser.add_argument(
         "--level",
-        type=_share,
+        type=_level,
         default=0.95,
         metavar="P",
         help="of the two-sided interval (default: 0.95); 0.9 makes equivalence two one-sided tests at the usual 5 %%",
@@ -128,21 +128,16 @@ def run(options: argparse.Namespace) -> int:
     return 0 if verdict["answer"] in ("equivalent", "better") else 1
 
 
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
+def _margin(text: str) -> float:
+    if real(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return float(text)
 
 
-def _share(text: str) -> float:
-    value = _above_zero(text)
-    if not 0.5 <= value < 1:
+def _level(text: str) -> float:
+    if not 0.5 <= real(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no level; give one from 0.5 to below 1, as 0.95")
-    return value
+    return float(text)
 
 
 # ------------------------------------------------------------------------------------------------------ what is checked
@@ -259,4 +254,4 @@ def in_words(verdict: dict[str, Any], margin: float) -> str:
         said += f"\n{documents}: too few, or too unlike in length, to resample; it speaks of these texts, not of others"
     if verdict["more_tokens"]:
         said += f"\nabout {verdict['more_tokens']:,} more tokens would decide, if the difference stayed as it is"
-    return said
+    return f"{said}\nit speaks of these two runs; twins of other seeds may differ by more: sink-eval grid takes several"

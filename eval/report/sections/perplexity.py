@@ -1,0 +1,195 @@
+"""Perplexity under streaming caches: the grid, by place in the stream, against the budget."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from eval.report.blocks import Chart, Section, Table, between, figure, short_names, stream_name
+from eval.report.charts import panel, shown, ticks_at
+from eval.report.inputs import Inputs
+from eval.report.plots import paint_budgets, paint_positions
+
+Points = list[tuple[float, "float | None", "float | None", "float | None"]]  # x, perplexity, its interval
+
+
+def grid(inputs: Inputs) -> Section | None:
+    """`sink-eval grid`: models × S+W × budgets, the paper's numbers below where it has them."""
+    found = inputs.of("grid")
+    made = Section("grid", "The grid")
+    for number, content in enumerate(found, 1):
+        made.blocks.append(_grid_table(content))
+        made.blocks.append(_grid_chart(content, number))
+    return made if found else None
+
+
+def _grid_table(content: dict[str, Any]) -> Table:
+    rows, has_paper = [], False
+    for name in dict.fromkeys(row["model"] for row in content["rows"]):
+        of_model = [row for row in content["rows"] if row["model"] == name]
+        for budget in content["budgets"]:
+            cells = {row["sinks"]: _cell(row) for row in of_model if row["budget"] == budget}
+            runs = str(max(len(row["runs"]) for row in of_model))
+            rows.append(
+                [name, of_model[0]["sink"], runs, str(budget), *(cells.get(count, "–") for count in content["sinks"])]
+            )
+        papers = {row["sinks"]: row["paper_ppl"] for row in of_model}
+        if any(value is not None for value in papers.values()):
+            has_paper = True
+            numbers = [figure(papers.get(count)) for count in content["sinks"]]
+            rows.append([f"{name}: the paper's", of_model[0]["sink"], "1", "1024", *numbers])
+    caption = (
+        f"Perplexity over tokens that have overflowed the largest budget; {100 * content['level']:g} % interval over "
+    )
+    caption += "runs with different seeds. S+: S first keys and C − S latest."
+    if has_paper:
+        caption += (
+            " The paper's: StreamingLLM (arXiv 2309.17453), Table 3, another model (160M, the Pile) and another text "
+            "(PG-19): compare the pattern, not the numbers."
+        )
+    return Table(
+        ["model", "sink", "runs", "C", *(f"{count}+" for count in content["sinks"])], rows, words=2, caption=caption
+    )
+
+
+def _cell(row: dict[str, Any]) -> str:
+    said = figure(row["ppl_after_overflow"])
+    return said if row["ppl_low"] is None else f"{said} {between(row['ppl_low'], row['ppl_high'], ',.2f')}"
+
+
+def _grid_chart(content: dict[str, Any], number: int) -> Chart:
+    """Against the budget, a panel a model; of one budget, against S, a line a model."""
+    rows = content["rows"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    against_budget = len(content["budgets"]) > 1
+    if against_budget:
+        figures = {
+            name: {f"{count}+": _points(rows, "budget", model=name, sinks=count) for count in content["sinks"]}
+            for name in models
+        }
+    else:
+        figures = {"": {name: _points(rows, "sinks", model=name) for name in models}}
+    panels = []
+    for title, lines in figures.items():
+        label = "budget C (keys)" if against_budget else f"S sinks, C = {content['budgets'][0]}"
+        alt = f"{title + ': ' if title else ''}perplexity after overflow over {label}; {extremes(lines)}"
+        panels.append(panel(alt, functools.partial(_paint, lines=lines, label=label, title=title)))
+    keys = ["model", "sink", "sinks", "budget", "ppl_after_overflow", "ppl_low", "ppl_high", "paper_ppl"]
+    caption = "Perplexity after overflow against " + ("the budget." if against_budget else "the number of sinks.")
+    return Chart(f"grid-{number}", panels, keys, [[row[key] for key in keys] for row in rows], caption)
+
+
+def _points(rows: list[dict[str, Any]], x: str, **wanted: Any) -> Points:
+    return [
+        (row[x], row["ppl_after_overflow"], row["ppl_low"], row["ppl_high"])
+        for row in rows
+        if all(row[key] == value for key, value in wanted.items())
+    ]
+
+
+def _paint(axis: Any, lines: dict[str, Points], label: str, title: str) -> None:
+    paint_budgets(axis, lines)
+    places = sorted({x for points in lines.values() for x, *_ in points})
+    ticks_at(axis, places)
+    axis.set(xlabel=label, title=shown(title))
+
+
+def extremes(lines: dict[str, Points]) -> str:
+    """The lowest and highest value of all lines, in words."""
+    values = [(value, name) for name, points in lines.items() for _, value, *_ in points if value is not None]
+    if not values:
+        return "nothing was measured"
+    (low, of_low), (high, of_high) = min(values), max(values)
+    return f"lowest {figure(low)} ({of_low}), highest {figure(high)} ({of_high})"
+
+
+# -------------------------------------------------------------------------------------------------------- of one model
+
+
+def positions(inputs: Inputs) -> Section | None:
+    """`sink-eval ppl`, by place in the stream."""
+    found = inputs.of("ppl")
+    if not found:
+        return None
+    names = short_names(content["model"] for content in found)
+    made = Section("positions", "Perplexity by position")
+    panels = []
+    for content in found:
+        title = f"{names[content['model']]}, budget {content['budget']}"
+        lines: dict[str, Points] = {stream_name(row): _total(row) for row in content["rows"]}
+        alt = f"{title}: perplexity by place in the stream; overall {extremes(lines)}"
+        panels.append(panel(alt, functools.partial(_paint_positions, content=content, title=title)))
+    header = ["model", "budget", "policy", "sinks", "window", "first", "last", "nll"]
+    numbers = [
+        [content["model"], content["budget"], row["policy"], row["sinks"], row["window"], *bin_]
+        for content in found
+        for row in content["rows"]
+        for bin_ in row["by_position"]
+    ]
+    caption = "Shaded: from the first eviction on. Means over the texts, in bins."
+    made.blocks.append(Chart("perplexity-by-position", panels, header, numbers, caption))
+    made.blocks.append(
+        Table(
+            ["model", "policy", "C", "tokens", "nats", "perplexity", "nats ≥C", "±", "perplexity ≥C"],
+            [
+                [
+                    names[content["model"]],
+                    stream_name(row),
+                    str(content["budget"]),
+                    figure(row["tokens"], ",.0f"),
+                    figure(row["nll"], ".4f"),
+                    figure(_perplexity(row["nll"])),
+                    figure(row["nll_after_overflow"], ".4f"),
+                    figure(row["stderr_after_overflow"], ".4f"),
+                    figure(_perplexity(row["nll_after_overflow"])),
+                ]
+                for content in found
+                for row in content["rows"]
+            ],
+            words=2,
+            caption="≥C: queries that have lost something to eviction; ±: standard error over blocks of C tokens.",
+        )
+    )
+    return made
+
+
+def _total(row: dict[str, Any]) -> Points:
+    return [(0, _perplexity(row["nll"]), None, None)]
+
+
+def _paint_positions(axis: Any, content: dict[str, Any], title: str) -> None:
+    paint_positions(axis, content)
+    axis.set_title(shown(title))
+
+
+def budgets(inputs: Inputs) -> Section | None:
+    """Results of `sink-eval ppl` of one model at several budgets."""
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for content in inputs.of("ppl"):
+        by_model.setdefault(content["model"], []).append(content)
+    several = {name: of for name, of in by_model.items() if len({content["budget"] for content in of}) > 1}
+    if not several:
+        return None
+    panels, numbers = [], []
+    names = short_names(several)
+    for name, of_model in several.items():
+        lines: dict[str, Points] = {}
+        for content in sorted(of_model, key=lambda content: content["budget"]):
+            for row in content["rows"]:
+                nll, stderr = row["nll_after_overflow"], row["stderr_after_overflow"]
+                low, high = (None if None in (nll, stderr) else nll + side * 1.96 * stderr for side in (-1, 1))
+                policy = f"{row['sinks']}+" if row["policy"] in ("sink", "window") else row["policy"]
+                point = (content["budget"], *map(_perplexity, (nll, low, high)))
+                lines.setdefault(policy, []).append(point)
+                numbers.append([name, policy, *point])
+        alt = f"{names[name]}: perplexity after overflow over the budget; {extremes(lines)}"
+        panels.append(panel(alt, functools.partial(_paint, lines=lines, label="budget C (keys)", title=names[name])))
+    header = ["model", "policy", "budget", "ppl_after_overflow", "low", "high"]
+    caption = "Bars: ± 1.96 standard errors. Each budget over the queries that it evicted for."
+    chart = Chart("perplexity-by-budget", panels, header, numbers, caption)
+    return Section("budgets", "Perplexity against budget", [chart])
+
+
+def _perplexity(nll: float | None) -> float | None:
+    return None if nll is None else math.exp(min(nll, 700.0))

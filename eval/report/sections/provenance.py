@@ -1,0 +1,145 @@
+"""What a report rests on: the commands, the texts, the training runs, the versions; and what it lacks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from eval.report.blocks import Code, Note, Section, Table
+from eval.report.inputs import Inputs, Run
+
+ELSEWHERE = "sink-eval sinks --model runs/{} --text books-test.jsonl"
+# What a section is made from: (section, what it shows, how to get it). None: the example of the measure of that name.
+SOURCES = (
+    ("verdict", "the verdict", "verify", None),
+    ("grid", "the grid", "grid", None),
+    ("training", "loss curves of twins", None, "sink-eval report --run runs/none runs/token --output report"),
+    ("positions", "perplexity by position", "ppl", None),
+    ("budgets", "perplexity against budget", "ppl", "sink-eval ppl, once for each of several --budget"),
+    ("attention", "share of attention by layer and head", "sinks", ELSEWHERE.format("token")),
+    ("births", "when the sink is born", "sinks", ELSEWHERE.format("token") + " --checkpoints"),
+    ("maps", "attention maps", None, ELSEWHERE.format("token") + " --maps maps; then sink-eval report --maps maps"),
+    ("zeroshot", "zero-shot tasks", "zeroshot", None),
+    ("streameval", "what a stream remembers", "streameval", None),
+    ("latency", "latency", "latency", None),
+)
+
+
+def missing(there: Iterable[str]) -> Section | None:
+    """What this report does not show, and the command that would measure it."""
+    there = set(there)
+    if "grid" in there:
+        there.add("budgets")
+    rows = [
+        [shows, example or f"{_example(command)} --json {command}.json"]
+        for key, shows, command, example in SOURCES
+        if key not in there
+    ]
+    if not rows:
+        return None
+    caption = "Give what they write to sink-eval report --json, beside what is here."
+    return Section("missing", "Not in this report", [Table(["what", "the command that makes it"], rows, 2, caption)])
+
+
+def no_verdict() -> Section:
+    """Stands where the verdict would."""
+    text = f"Nobody has compared a sink model with its vanilla twin here. {_example('verify')} --json verify.json does."
+    return Section("verdict", "The verdict", [Note(text, "open", "No verdict yet")])
+
+
+def _example(command: str | None) -> str:
+    from eval.cli import MEASURES
+
+    assert command is not None
+    return importlib.import_module(MEASURES[command]).EXAMPLE
+
+
+def section(inputs: Inputs) -> Section:
+    """Files with their digests, what made them, texts, and the runs' configs."""
+    made = Section("provenance", "Provenance")
+    if inputs.results:
+        keys = ("dtype", "device", "date")
+        rows = [
+            [
+                result.path.name,
+                f"sink-eval {result.command}",
+                *(_said(result.content.get(key)) for key in keys),
+                _versions(result.content.get("versions")),
+                result.sha256[:16],
+            ]
+            for result in inputs.results
+        ]
+        columns = ["file", "command", "dtype", "device", "date", "versions", "sha256"]
+        made.blocks.append(
+            Table(columns, rows, words=len(columns), caption="Results, and the first 16 digits of their sha256.")
+        )
+        commands = "\n".join(command_of(result.content) for result in inputs.results)
+        made.blocks.append(Code("Commands, as far as the results tell", commands))
+    texts: dict[tuple[str, str], list[str]] = {}
+    for result in inputs.results:
+        for text in (*result.content.get("texts", ()), *result.content.get("files", ())):
+            texts.setdefault((text["file"], text["sha256"]), []).append(result.command)
+    if texts:
+        rows = [[file, ", ".join(dict.fromkeys(used)), digest] for (file, digest), used in texts.items()]
+        made.blocks.append(Table(["text", "read by", "sha256"], rows, words=3))
+    if inputs.runs:
+        columns = ["run", "folder", "data fingerprint", "training tokens", "git commit", "versions"]
+        made.blocks.append(Table(columns, list(map(_run_row, inputs.runs)), words=len(columns)))
+    made.blocks += [Code(f"{run.name}: config.yaml", run.config) for run in inputs.runs if run.config]
+    return made
+
+
+def _run_row(run: Run) -> list[str]:
+    told = run.provenance
+    data = told.get("data")
+    data = data if isinstance(data, dict) else {}
+    said = [_said(value) for value in (data.get("fingerprint"), data.get("train_tokens"), told.get("git_commit"))]
+    return [run.name, str(run.path), *said, _versions(told.get("versions"))]
+
+
+def _said(value: Any) -> str:
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _versions(value: Any) -> str:
+    return ", ".join(f"{name} {version}" for name, version in value.items()) if isinstance(value, dict) else "–"
+
+
+def command_of(content: dict[str, Any]) -> str:
+    """The command that made a result. Options that its file does not hold, as --tokens, are not in it."""
+    command = content["command"]
+    words: list[Any] = ["sink-eval", command]
+    for option in OPTIONS[command]:
+        name = option.replace("-", "_")
+        value = [text["file"] for text in content.get("texts", ())] if option == "text" else content.get(name)
+        if command == "grid" and option == "models" and isinstance(value, dict):
+            value = [f"{name}={','.join(map(str, runs))}" for name, runs in value.items() if isinstance(runs, list)]
+        if value is None or value == []:
+            continue
+        words += [f"--{option}", *(value if isinstance(value, list) else [value])]
+    if command == "sinks" and "born" in content:
+        words.append("--checkpoints")
+    for option, key in ROWS_TELL.get(command, {}).items():
+        values = list(dict.fromkeys(row.get(key) for row in content["rows"] if row.get(key) is not None))
+        words += [f"--{option}", *values] if values else []
+    return " ".join(shlex.quote(word if isinstance(word, str) else json.dumps(word)) for word in words)
+
+
+OPTIONS = {
+    "ppl": ("model", "text", "budget", "chunk", "dtype"),
+    "verify": ("sink", "vanilla", "text", "budget", "margin", "level", "seed", "chunk", "dtype"),
+    "grid": ("models", "sinks", "budgets", "text", "chunk", "dtype"),
+    "sinks": ("model", "text", "sequences", "length", "epsilon", "dtype"),
+    "streameval": ("model", "task", "every", "samples", "queries", "distractors", "file", "seed", "dtype"),
+    "zeroshot": ("model", "limit", "batch-size", "dtype"),
+    "latency": ("model", "dtype", "threads"),
+}
+ROWS_TELL = {
+    "ppl": {"policies": "policy", "sinks": "sinks"},
+    "streameval": {"budgets": "budget", "distances": "distance"},
+    "zeroshot": {"tasks": "task"},
+    "latency": {"budgets": "budget", "policies": "policy"},
+}

@@ -1,0 +1,67 @@
+"""Training: the loss curves of twins, and where their attention goes meanwhile."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from eval.report.blocks import Chart, Section, Table, figure
+from eval.report.charts import panel
+from eval.report.inputs import Inputs, Run
+from eval.report.plots import paint_losses, paint_over_tokens
+
+COLUMNS = ("step", "tokens", "twin_loss", "val_loss", "sink_share", "sink_heads")
+
+
+def section(inputs: Inputs) -> Section | None:
+    runs = inputs.runs
+    if not runs:
+        return None
+    training, validation = ({run.name: _line(run, of) for run in runs} for of in ("twin_loss", "val_loss"))
+    alt = "Loss over tokens, training and held out; at the end " + "; ".join(map(_end, runs))
+    panels = [panel(alt, functools.partial(paint_losses, training=training, validation=validation))]
+    for column, label in (
+        ("sink_share", "share of attention on place 0"),
+        ("sink_heads", "share of heads with a sink"),
+    ):
+        lines = {run.name: line for run in runs if (line := _line(run, column))}
+        if lines:
+            ends = "; ".join(f"{name} {figure(line[-1][1], '.3f')}" for name, line in lines.items())
+            alt = f"{label[0].upper()}{label[1:]} over tokens; at the end {ends}"
+            panels.append(panel(alt, functools.partial(paint_over_tokens, lines=lines, label=label)))
+    numbers = [[run.name, *(_written(point.get(column)) for column in COLUMNS)] for run in runs for point in run.points]
+    caption = "Loss of the twins on the targets that both have."
+    chart = Chart("training", panels, ["run", *COLUMNS], numbers, caption)
+    table = Table(
+        ["run", "steps", "tokens", "training loss", "held-out loss", "attention on place 0", "heads with a sink"],
+        [
+            [
+                run.name,
+                f"{max(point['step'] or 0 for point in run.points):,.0f}",
+                f"{max(point['tokens'] or 0 for point in run.points):,.0f}",
+                *(figure(_last(run, column), ".4f") for column in ("twin_loss", "val_loss")),
+                *(figure(_last(run, column), ".3f") for column in ("sink_share", "sink_heads")),
+            ]
+            for run in runs
+        ],
+        caption="The last of each, in nats per token and as shares. Training loss is that of the last batches.",
+    )
+    return Section("training", "Training of the twins", [chart, table])
+
+
+def _line(run: Run, column: str) -> list[tuple[float, float | None]]:
+    """(tokens, value) where there is one."""
+    return [(point["tokens"] or 0, point[column]) for point in run.points if point.get(column) is not None]
+
+
+def _last(run: Run, column: str) -> float | None:
+    return next((y for _, y in reversed(_line(run, column))), None)
+
+
+def _end(run: Run) -> str:
+    return f"{run.name} {figure(_last(run, 'twin_loss'), '.3f')} and {figure(_last(run, 'val_loss'), '.3f')} nats"
+
+
+def _written(value: float | None) -> Any:
+    """Steps and tokens without a point."""
+    return int(value) if value is not None and value == int(value) else value

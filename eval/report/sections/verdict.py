@@ -1,0 +1,109 @@
+"""The answer of `sink-eval verify`: is one trained sink worth four borrowed ones?"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from eval.report.blocks import Chart, Note, Section, Table, between, figure, short_names, stream_name
+from eval.report.charts import SIZE, panel
+from eval.report.inputs import Inputs
+from eval.report.plots import paint_intervals
+
+TITLE = "The verdict"
+TONES = {"equivalent": "good", "better": "good", "worse": "bad", "undecided": "open"}
+MEANING = {
+    "equivalent": "the whole interval lies within the margin: the difference is too small to matter",
+    "better": "the whole interval lies below zero, and not within the margin: the trained sink loses less",
+    "worse": "the whole interval lies above zero, and not within the margin: the trained sink loses more",
+    "undecided": "the interval holds zero and a difference that would matter",
+}
+
+
+def section(inputs: Inputs) -> Section | None:
+    found = inputs.of("verify")
+    if not found:
+        return None
+    made = Section("verdict", TITLE)
+    for number, content in enumerate(found, 1):
+        _add(made, content, number)
+    return made
+
+
+def _add(made: Section, content: dict[str, Any], number: int) -> None:
+    verdict, names = content["verdict"], short_names([content["sink"], content["vanilla"]])
+    answer = verdict["answer"] if verdict["answer"] in TONES else "undecided"
+    made.blocks.append(Note(sentence(content), TONES[answer], answer.capitalize()))
+    made.blocks += [Note(warning, "warning", "Warning") for warning in content["warnings"]]
+    roles = {"sink": names[content["sink"]], "vanilla": names[content["vanilla"]], "both": "both"}
+    rows = [{"model": "both", **verdict}, *content["comparisons"]]
+    drawn = [
+        {**row, "name": f"{row['first']} − {row['second']}" + ("" if row is rows[0] else f", {row['model']}")}
+        for row in rows
+        if None not in (row["low"], row["high"], row["difference"])
+    ]
+    if drawn and drawn[0]["model"] == "both":
+        alt = f"Intervals of {len(drawn)} paired differences against the margin. {sentence(content)}"
+        size = (SIZE[0], 0.9 + 0.42 * len(drawn))
+        paint = functools.partial(paint_intervals, rows=drawn, margin=content["margin"])
+        keys = ["model", "first", "second", "tokens", "difference", "low", "high", "answer"]
+        values = [[row[key] for key in keys] for row in rows]
+        caption = f"{100 * content['level']:g} % intervals of first − second; left of zero the first loses less."
+        made.blocks.append(Chart(f"verdict-{number}", [panel(alt, paint, size)], keys, values, caption))
+    made.blocks.append(
+        Table(
+            ["model", "first", "second", "tokens", "difference", "interval", "answer"],
+            [
+                [
+                    roles.get(row["model"], row["model"]),
+                    row["first"],
+                    row["second"],
+                    figure(row["tokens"], ",.0f"),
+                    figure(row["difference"], "+.4f"),
+                    between(row["low"], row["high"], "+.4f"),
+                    str(row["answer"] or row.get("why") or "too little text"),
+                ]
+                for row in rows
+            ],
+            words=3,
+            caption="Paired differences in nats per token on the same tokens, after overflow; recompute and dense at "
+            "places spread over the texts. They speak of these two runs: twins of other seeds may differ by more.",
+        )
+    )
+    made.blocks.append(
+        Table(
+            ["model", "policy", "nats per token", "± standard error"],
+            [
+                [
+                    roles.get(row["model"], row["model"]),
+                    stream_name(row),
+                    figure(row["nll_after_overflow"], ".4f"),
+                    figure(row["stderr_after_overflow"], ".4f"),
+                ]
+                for row in content["rows"]
+            ],
+            words=2,
+            caption=f"Losses after overflow at a budget of {content['budget']} keys.",
+        )
+    )
+
+
+def sentence(content: dict[str, Any]) -> str:
+    """The verdict in one sentence, then what it rests on, and what would decide."""
+    verdict, margin = content["verdict"], content["margin"]
+    if None in (verdict["low"], verdict["high"], verdict["difference"], margin):
+        return f"{content['sink']} against {content['vanilla']}: too little text for an interval, so nobody can say."
+    difference = verdict["difference"]
+    more = "less" if difference < 0 else "more"
+    said = (
+        f"At a budget of {content['budget']} keys {content['sink']} ({verdict['first']}) loses {abs(difference):.4f} "
+        f"nats per token {more} than {content['vanilla']} ({verdict['second']}); {100 * content['level']:g} % interval "
+        f"{between(verdict['low'], verdict['high'], '+.4f')}, margin ±{margin:g}, {figure(verdict['tokens'], ',.0f')} "
+        f"tokens of {verdict['documents']} document{'s' if verdict['documents'] != 1 else ''}"
+    )
+    said += f": {MEANING[verdict['answer']]}." if verdict["answer"] in MEANING else "."
+    if verdict["resampled"] == "blocks":
+        said += " Too few documents to resample: it speaks of these texts, not of others."
+    if verdict["more_tokens"]:
+        said += f" About {verdict['more_tokens']:,.0f} more tokens would decide, if the difference stayed as it is."
+    return said
