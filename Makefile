@@ -10,6 +10,8 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 # The oldest transformers that exported models must load in, alone with torch.
 OLD    := 4.57.6
 PLAIN  := .venv-transformers-$(OLD)
+# Two test files at a time, each of one thread.
+BOTH   := --numprocesses 2 --dist loadfile
 
 .PHONY: help demo test test-fast test-cluster test-browser lint format bench clean
 
@@ -43,10 +45,10 @@ $(PLAIN)/.ready: constraints.txt
 	@touch $@
 
 test: $(VENV)/.ready $(PLAIN)/.ready
-	TRANSFORMERS_4=$(abspath $(PLAIN))/bin/python $(BIN)/python -m pytest
+	TRANSFORMERS_4=$(abspath $(PLAIN))/bin/python $(BIN)/python -m pytest $(BOTH)
 
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not cluster and not browser"
+	$(BIN)/python -m pytest -m "not slow and not cluster and not browser" $(BOTH)
 
 # Real SLURM on this machine, started and ended by the tests; where it cannot be installed this fails.
 test-cluster: $(VENV)/.ready
