@@ -128,11 +128,15 @@ def _with_column(q: Tensor, k: Tensor, v: Tensor, score_BHT: Tensor, mask: Tenso
 
 def _has_kernel(q: Tensor, v: Tensor) -> bool:
     """Whether a fused kernel gives lse here. Sizes are those that PyTorch itself sends to them without padding."""
-    if q.device.type == "cpu":
-        return q.shape[-1] == v.shape[-1]
+    device, size = q.device.type, q.shape[-1]
+    if size != v.shape[-1]:
+        return False
+    if device == "cpu":
+        return True
     if q.dtype == torch.float32 and torch.compiler.is_compiling():
         return False  # its gradients came out wrong on an H100 (torch 2.11), those of eager fp32 and of bf16 right
-    return q.device.type == "cuda" and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    known = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return device == "cuda" and known and size % 8 == 0 and size <= 256
 
 
 class _Renormalised(torch.autograd.Function):
