@@ -228,6 +228,12 @@ HARMLESS = {
 }  # fmt: skip
 
 
+def requests(attention_mask: Tensor | None, others: dict[str, Any]) -> list[str]:
+    """The names of what an attention function of ours was asked for and does not do."""
+    asked = [name for name, x in others.items() if name not in HARMLESS and x is not None and x is not False]
+    return asked + ["attention_mask"] * (attention_mask is not None)
+
+
 def _attention(
     module: Any,
     query: Tensor,
@@ -243,9 +249,7 @@ def _attention(
     band = _ACTIVE.get()
     if band is None:
         raise RuntimeError(f"the attention {ATTENTION!r} works inside of streaming_nll only")
-    asked = [name for name, x in kwargs.items() if name not in HARMLESS and x is not None and x is not False]
-    asked += ["attention_mask"] if attention_mask is not None else []
-    asked += ["dropout"] if dropout else []
+    asked = requests(attention_mask, kwargs) + ["dropout"] * bool(dropout)
     if sliding_window is not None and sliding_window < band.budget:
         raise UserError(
             f"model type {band.kind!r} has a sliding window of {sliding_window} of its own, "

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.utils import logging
 
 from sinkmodel.attention import sink_scores
-from sinkmodel.band import HARMLESS
+from sinkmodel.band import requests
 from sinkmodel.errors import UserError
 
 WATCHED = "sinkmodel_watched"
@@ -104,8 +104,7 @@ def _attention(
     visitor = _VISITOR.get()
     if visitor is None:
         raise RuntimeError(f"the attention {WATCHED!r} works inside of watch only")
-    asked = [name for name, x in kwargs.items() if name not in HARMLESS and x is not None and x is not False]
-    asked += ["attention_mask"] if attention_mask is not None else []
+    asked = requests(attention_mask, kwargs)
     asked += [] if getattr(module, "is_causal", True) else ["keys behind the query"]
     if sliding_window is not None and sliding_window < query.shape[2]:
         raise UserError(
