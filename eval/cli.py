@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+from eval.measures.command import command_line
 from sinkmodel.console import command
 from sinkmodel.parser import OneLineParser
 
@@ -33,7 +34,9 @@ def main(argv: list[str]) -> int | None:
         prog=f"sink-eval {argv[0]}", description=module.DESCRIPTION, epilog=f"example: {module.EXAMPLE}"
     )
     module.add_arguments(parser)
-    return module.run(parser.parse_args(argv[1:]))
+    options = parser.parse_args(argv[1:])
+    options.command_line = command_line(argv)
+    return module.run(options)
 
 
 if __name__ == "__main__":

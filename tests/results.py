@@ -9,6 +9,7 @@ from typing import Any
 
 TEXT = {"file": "books.jsonl", "sha256": "ab" * 32, "documents": 3, "tokens": 3000}
 WHEN = {"date": "2026-01-02T03:04:05+00:00", "versions": {"python": "3.11", "torch": "2.13"}}
+VERIFY = "sink-eval verify --sink runs/token --vanilla runs/none --text 'my books.jsonl' --budget 8"
 OF_ATTENTION = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
 
 
@@ -56,6 +57,7 @@ def verify(answer: str = "equivalent") -> dict[str, Any]:
     ]
     return {
         "command": "verify",
+        "command_line": VERIFY,
         "sink": "runs/token",
         "vanilla": "runs/none",
         "budget": 8,

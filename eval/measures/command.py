@@ -6,7 +6,9 @@ import argparse
 import datetime
 import os
 import platform
+import shlex
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +55,10 @@ def load(options: argparse.Namespace, name: str | None = None) -> LoadedModel:
         patience.cancel()
 
 
-def write_result(path: Path, content: dict[str, Any]) -> None:
-    """The JSON of the design ("Commands"), with when it was measured and by what."""
+def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
+    """The JSON of the design ("Commands") to --json, if given, with the command line, when and by what."""
+    if options.json is None:
+        return
     import torch
     import transformers
 
@@ -66,8 +70,17 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
         "transformers": transformers.__version__,
     }
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_json(path, {**content, "date": date, "versions": versions})
-    say(f"wrote {path}")
+    write_json(options.json, {**content, "command_line": options.command_line, "date": date, "versions": versions})
+    say(f"wrote {options.json}")
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """What was typed, for the result file, without where that file is: the same measurement, the same bytes."""
+    words = list(argv)
+    while "--json" in words:
+        place = words.index("--json")
+        del words[place : place + 2]
+    return shlex.join(["sink-eval", *(word for word in words if not word.startswith("--json="))])
 
 
 def new_table(title: str, caption: str, first: list[str], numbers: list[str]) -> Table:

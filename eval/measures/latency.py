@@ -122,8 +122,7 @@ def run(options: argparse.Namespace) -> None:
         "stream": stream,
     }
     print_tables(content)
-    if options.json is not None:
-        write_result(options.json, content)
+    write_result(options, content)
     if options.plot is not None:
         from eval.report.plots import draw_latency
         from sinkmodel.files import atomic_file

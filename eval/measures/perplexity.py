@@ -97,21 +97,18 @@ def run(options: argparse.Namespace) -> None:
         for i, policy in enumerate(policies, 1)
     ]
     print_table(loaded, options, rows)
-    if options.json is not None:
-        write_result(
-            options.json,
-            {
-                "command": "ppl",
-                "model": options.model,
-                "sink_ids": loaded.sink_ids,
-                "budget": options.budget,
-                "chunk": options.chunk,
-                "dtype": options.dtype,
-                "device": str(loaded.model.device),
-                "texts": texts,
-                "rows": rows,
-            },
-        )
+    content = {
+        "command": "ppl",
+        "model": options.model,
+        "sink_ids": loaded.sink_ids,
+        "budget": options.budget,
+        "chunk": options.chunk,
+        "dtype": options.dtype,
+        "device": str(loaded.model.device),
+        "texts": texts,
+        "rows": rows,
+    }
+    write_result(options, content)
 
 
 def _check_windows(options: argparse.Namespace, sinks: int) -> None:

@@ -20,6 +20,7 @@ DIFFERENCE = {**_each(TEXT, "first", "second"), **_each(NUMBER, "tokens", "diffe
 OF_ATTENTION = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
 TIMES = _each(NUMBER, "ms_per_token", "ms_per_token_p99")
 RATIO = _each(NUMBER, "value", "low", "high")
+EVERY = {"command_line?": TEXT}  # in the result of every command
 # A list has one form for all that it holds, a tuple one for each; a name with "?" may be missing. What was measured
 # may be None: it was not, or is no number.
 FORMS: dict[str, dict[str, Any]] = {
@@ -41,9 +42,17 @@ FORMS: dict[str, dict[str, Any]] = {
         "budget": COUNT,
         "texts": TEXTS,
         "warnings": [TEXT],
-        "verdict": {**DIFFERENCE, **_each(NUMBER, "more_tokens", "documents"), "resampled": ANY},
+        "verdict": {
+            **DIFFERENCE,
+            **_each(NUMBER, "more_tokens", "documents", "stderr_runs?", "stderr_texts?"),
+            "runs?": COUNT,
+            "resampled": ANY,
+        },
+        "pairs?": [{**_each(TEXT, "sink", "vanilla"), **DIFFERENCE}],
         "comparisons": [{"model": TEXT, "why?": TEXT, **DIFFERENCE}],
-        "rows": [{"model": TEXT, **POLICY, **_each(NUMBER, "nll_after_overflow", "stderr_after_overflow")}],
+        "rows": [
+            {"model": TEXT, "run?": TEXT, **POLICY, **_each(NUMBER, "nll_after_overflow", "stderr_after_overflow")}
+        ],
     },
     "grid": {
         **_each([COUNT], "budgets", "sinks"),

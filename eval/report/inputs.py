@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.blocks import short_names
-from eval.report.forms import FORMS, clean, mismatch
+from eval.report.forms import EVERY, FORMS, clean, mismatch
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json, sha256_of
 
@@ -69,7 +69,7 @@ def read_result(path: Path) -> Result:
     if not isinstance(command, str) or command not in FORMS:
         known = ", ".join(FORMS)
         raise UserError(f"{path} is not a result of sink-eval --json: its command is {command!r}, not one of {known}")
-    if found := mismatch(FORMS[command], content):
+    if found := mismatch({**EVERY, **FORMS[command]}, content):
         raise UserError(f"{path} is not what sink-eval {command} --json writes: {found}; measure it again")
     if not content["rows"]:
         raise UserError(f"{path} has no rows: nothing was measured; measure it again with sink-eval {command}")

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy.signal import lfilter
-from scipy.stats import norm
+from scipy.stats import norm, t
 
-from eval.measures.verdict.equivalence import Interval, decide, enough, interval, more_tokens
+from eval.measures.verdict.equivalence import Interval, decide, enough, interval, more_tokens, over_runs
 
 SERIES = 1000
 
@@ -56,6 +56,36 @@ def test_documents_that_differ_are_covered_as_a_population(spread):
 def test_noise_within_documents_is_not_counted_twice():
     """Resampling documents and blocks as they are doubles the variance where documents are alike: 99 % coverage."""
     assert 0.93 <= coverage(12, 400, 50) <= 0.98
+
+
+@pytest.mark.parametrize(("runs", "between"), [(3, 0.3), (5, 0.05), (3, 0.0)])
+def test_runs_that_differ_are_covered_as_a_population(runs, between):
+    """Every run reads the same texts: what these have in common and what seeds change are both in the interval."""
+    hits = alone = 0
+    times = 400
+    for seed in range(times):
+        rng = np.random.default_rng(seed)
+        texts = autocorrelated(rng, (8, 200)) + 0.2 * rng.standard_normal((8, 1))
+        every = [texts + autocorrelated(rng, (8, 200)) + between * rng.standard_normal() for _ in range(runs)]
+        of_texts = interval(list(np.mean(every, axis=0)), 25, seed=seed, resamples=500)
+        both = over_runs(of_texts, [run.mean() for run in every])
+        hits += both.low <= 0 <= both.high
+        alone += of_texts.low <= 0 <= of_texts.high
+    assert 0.93 <= hits / times <= (0.98 if between == 0.3 else 1)
+    assert between < 0.3 or alone / times < 0.8, "else the texts alone would do"
+
+
+def test_the_errors_of_runs_and_texts_are_added_as_squares():
+    texts = found(-0.2, 0.2)
+    texts = dataclasses.replace(texts, stderr=0.1, freedom=50.0)
+    both = over_runs(texts, [-0.3, 0.0, 0.3])
+    assert (both.runs, both.stderr_runs, both.stderr_texts) == (3, pytest.approx(0.3 / 3**0.5), 0.1)
+    assert both.stderr == pytest.approx((0.03 + 0.01) ** 0.5)
+    freedom = 0.04**2 / (0.03**2 / 2 + 0.01**2 / 50)
+    assert both.freedom == pytest.approx(freedom)
+    assert both.high - both.mean == both.mean - both.low == pytest.approx(0.2 * t.ppf(0.975, freedom))
+    assert over_runs(texts, [0.1]) == texts
+    assert more_tokens(both, 0.01) == 0
 
 
 def test_documents_of_a_block_each_are_resampled_whole():

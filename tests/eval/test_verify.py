@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from eval.cli import main
+from eval.measures.command import command_line
 from eval.measures.verdict.paired import spread
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.export import export
@@ -245,10 +247,78 @@ def test_many_documents_are_resampled_and_a_narrower_level_narrows_the_interval(
 def test_the_same_seed_gives_the_same_bytes(runs, texts, tmp_path, capsys):
     def content(seed):
         result(capsys, tmp_path, runs["token"], runs["none"], texts, "--seed", seed)
-        return re.sub(r'"date": ".*"', "", (tmp_path / "out.json").read_text())
+        return re.sub(r'"(date|command_line)": ".*"', "", (tmp_path / "out.json").read_text())
 
     assert content(1) == content(1)
     assert content(1).replace('"seed": 1', "") != content(2).replace('"seed": 2', "")
+
+
+def test_a_result_tells_the_command_line_but_not_where_it_was_written(runs, texts, tmp_path, capsys):
+    line = result(capsys, tmp_path, runs["token"], runs["none"], texts, "--seed", 3)["command_line"]
+    assert (
+        line == f"sink-eval verify --sink {runs['token']} --vanilla {runs['none']} --budget 20 --text {texts} --seed 3"
+    )
+    assert command_line(["ppl", "--json=a", "--text", "my book"]) == "sink-eval ppl --text 'my book'"
+
+
+def test_several_pairs_answer_for_other_seeds(runs, texts, tmp_path, capsys):
+    """Guards the pairing in order, the mean over runs, and an interval that holds both errors."""
+    twins = {
+        (kind, scale): altered(runs[kind], tmp_path / f"{kind}{scale}", lambda head, scale=scale: scale * head)
+        for kind in ("token", "none")
+        for scale in (0.8, 1.2)
+    }
+    alone = [
+        result(capsys, tmp_path, twins["token", a], twins["none", b], texts)["verdict"]
+        for a, b in ((0.8, 0.8), (1.2, 1.2))
+    ]
+    arguments = [
+        "--sink",
+        twins["token", 0.8],
+        twins["token", 1.2],
+        "--vanilla",
+        twins["none", 0.8],
+        twins["none", 1.2],
+    ]
+    main(["verify", *map(str, [*arguments, "--text", texts, "--budget", BUDGET, "--json", tmp_path / "pairs.json"])])
+    out, _ = capsys.readouterr()
+    found = json.loads((tmp_path / "pairs.json").read_text())
+    verdict = found["verdict"]
+    assert [row["difference"] for row in found["pairs"]] == [one["difference"] for one in alone]
+    assert [(row["low"], row["high"]) for row in found["pairs"]] == [(one["low"], one["high"]) for one in alone]
+    assert verdict["difference"] == pytest.approx(np.mean([one["difference"] for one in alone]))
+    assert verdict["stderr_runs"] == pytest.approx(abs(alone[0]["difference"] - alone[1]["difference"]) / 2)
+    assert verdict["stderr"] == pytest.approx(np.hypot(verdict["stderr_runs"], verdict["stderr_texts"]))
+    assert (verdict["runs"], alone[0]["runs"]) == (2, 1)
+    assert re.search(r"of 2 pairs of runs; standard error over runs \d", out)
+    assert {(row["model"], row["run"]) for row in found["rows"]} == {
+        ("sink" if kind == "token" else "vanilla", name) for (kind, _), name in twins.items()
+    }
+    assert {row["runs"] for row in found["comparisons"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("sink", "vanilla", "says"),
+    [
+        (["token", "token2"], ["none"], "--sink has 2 models and --vanilla has 1; give pairs"),
+        (["token", "token"], ["none", "neox"], "--sink .* twice, which is not another seed"),
+        (["token", "token2"], ["none", "copy"], "differ in their sinks"),
+        (["token", "long"], ["none", "copy"], r"differ in their positions \(128 and 64\)"),
+    ],
+)
+def test_pairs_that_answer_no_one_question_are_one_line(
+    runs, texts, tmp_path, capsys, monkeypatch, sink, vanilla, says
+):
+    shutil.copytree(runs["none"], tmp_path / "copy")
+    short = dataclasses.replace(tiny.SHAPES["llama"], positions=64)
+    monkeypatch.setitem(tiny.SHAPES, "llama", short)
+    tiny.checkpoint(tmp_path / "long", "llama", SinkConfig("token"))
+    known = {**runs, "neox": tmp_path / "neox", "copy": tmp_path / "copy", "long": tmp_path / "long"}
+    arguments = ["--sink", *(known[name] for name in sink), "--vanilla", *(known[name] for name in vanilla)]
+    code = main(["verify", *map(str, arguments), "--text", str(texts), "--budget", str(BUDGET)])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert re.search(says, err), err
 
 
 def test_texts_is_another_name_of_text(runs, texts, capsys):

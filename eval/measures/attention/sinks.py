@@ -112,8 +112,7 @@ def run(options: argparse.Namespace) -> None:
         print_layers(content)
         if options.maps is not None:
             _write_maps(options.maps, means, heads, len(loaded.sink_ids))
-    if options.json is not None:
-        write_result(options.json, content)
+    write_result(options, content)
 
 
 # ---------------------------------------------------------------------------------------------------- what is checked

@@ -82,8 +82,7 @@ def run(options: argparse.Namespace) -> None:
             scores[way], questions = answer(lm, name, task, options.limit, f"{i}/{len(tasks)} {name}, {way}")
         rows += rows_of(loaded, name, questions, scores)
     print_table(loaded, options, rows)
-    if options.json is not None:
-        write_result(options.json, result(loaded, options, files, rows))
+    write_result(options, result(loaded, options, files, rows))
 
 
 def language_models(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:

@@ -109,10 +109,9 @@ def run(options: argparse.Namespace) -> None:
     else:
         asked = asked or make_questions(options.seed, options.queries or MADE)
         content = _run_questions(options, loaded, policies, asked)
-    if options.json is not None:
-        head = {"command": "streameval", "model": options.model, "sink_ids": loaded.sink_ids, "task": options.task}
-        where = {"seed": options.seed, "dtype": options.dtype, "device": str(loaded.model.device)}
-        write_result(options.json, {**head, **where, **content})
+    head = {"command": "streameval", "model": options.model, "sink_ids": loaded.sink_ids, "task": options.task}
+    where = {"seed": options.seed, "dtype": options.dtype, "device": str(loaded.model.device)}
+    write_result(options, {**head, **where, **content})
 
 
 def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[Policy]) -> dict[str, Any]:

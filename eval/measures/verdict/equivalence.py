@@ -12,6 +12,11 @@ stretched by what centring took from them (Davison & Hinkley 1997, section 3.8; 
 Few blocks or documents vary less in the bootstrap than in life: the interval is stretched from the normal quantile to
 Student's at their degrees of freedom (after Hesterberg 2015, section 5.3).
 
+Several pairs of twin runs that read the same texts differ by their seeds as well. The differences are averaged over the
+pairs, which gives an interval as above, for these runs on other texts; the spread of the pairs' means tells what other
+runs would give on these texts. The two errors are added as squares, with Student's quantile at Satterthwaite's degrees
+of freedom (`over_runs`). The noise within a pair is in both, so the interval is rather too wide than too narrow.
+
 With fewer than DOCUMENTS documents of weight σ²_u cannot be told; then blocks alone are resampled, and the interval
 speaks of these documents, not of others.
 """
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -50,6 +55,9 @@ class Interval:
     documents: int
     resampled: Literal["documents and blocks", "documents", "blocks"]
     freedom: float  # degrees of freedom of Student's quantile
+    runs: int = 1  # pairs of twins
+    stderr_runs: float | None = None  # of the mean over runs, as other runs on these texts would vary
+    stderr_texts: float | None = None  # … as these runs on other texts would
 
 
 def interval(
@@ -95,6 +103,29 @@ def interval(
     )
 
 
+def over_runs(found: Interval, means: Sequence[float]) -> Interval:
+    """The interval for other runs on other texts, of `found` for the mean over runs and each run's mean difference."""
+    if len(means) < 2:
+        return found
+    of_texts = found.stderr**2
+    of_runs = float(np.var(means, ddof=1)) / len(means)
+    stderr = math.sqrt(of_texts + of_runs)
+    if not stderr:
+        return replace(found, runs=len(means), stderr_runs=0.0, stderr_texts=0.0)
+    freedom = stderr**4 / (of_texts**2 / found.freedom + of_runs**2 / (len(means) - 1))
+    reach = float(stats.t.ppf((1 + found.level) / 2, freedom)) * stderr
+    return replace(
+        found,
+        low=found.mean - reach,
+        high=found.mean + reach,
+        stderr=stderr,
+        freedom=freedom,
+        runs=len(means),
+        stderr_runs=math.sqrt(of_runs),
+        stderr_texts=found.stderr,
+    )
+
+
 def enough(lengths: Sequence[int], block: int) -> bool:
     """Whether series of these lengths give an interval: by their documents, or by the blocks within them."""
     length = np.array([n for n in lengths if n], dtype=np.float64)
@@ -106,8 +137,8 @@ def enough(lengths: Sequence[int], block: int) -> bool:
 def decide(found: Interval, margin: float) -> Answer:
     """The answer to "is a worth b", for differences of losses a − b: exactly one of four, in this order.
 
-    equivalent   the whole interval lies within ±margin, though it may exclude zero: too small a difference to matter.
-                 This is two one-sided tests (Schuirmann 1987), each at (1 − level) / 2
+    equivalent   the whole interval lies within ±margin, though it may exclude zero: too small a difference to
+                 matter. This is two one-sided tests (Schuirmann 1987), each at (1 − level) / 2
     better       the whole interval lies below zero, and not within the margin: a loses less
     worse        the whole interval lies above zero, and not within the margin
     undecided    zero is in the interval, and so is a difference that would matter
@@ -125,9 +156,9 @@ def more_tokens(found: Interval, margin: float) -> int:
     """How many more tokens of such text would decide, if the mean stayed where it is; 0 where it is decided.
 
     The interval shrinks about the mean as one over the square root of the tokens; it decides as soon as it lies within
-    the margin, or leaves zero outside.
+    the margin, or leaves zero outside. Of several runs 0 as well: it is mostly their spread that leaves it open.
     """
-    if decide(found, margin) != "undecided":
+    if found.runs > 1 or decide(found, margin) != "undecided":
         return 0
     below, above = found.mean - found.low, found.high - found.mean
     within = min((margin + found.mean) / below, (margin - found.mean) / above)  # the scale that brings it within

@@ -88,8 +88,7 @@ def run(options: argparse.Namespace) -> None:
         "rows": rows,
     }
     print_table(content)
-    if options.json is not None:
-        write_result(options.json, content)
+    write_result(options, content)
 
 
 def _group(text: str) -> tuple[str, list[str]]:

@@ -25,7 +25,7 @@ import torch
 
 from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, mean
-from eval.measures.verdict.equivalence import Interval, Series, decide, interval, more_tokens
+from eval.measures.verdict.equivalence import Interval, Series, decide, interval, more_tokens, over_runs
 from eval.policies.choice import BORROWED
 from eval.policies.dense import Dense
 from eval.policies.recompute import Recompute
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from eval.policies.policy import Policy
     from sinkmodel.loading import LoadedModel
 
-Documents = Sequence["array[int]"]  # text tokens, no sinks
+Documents = Sequence[array]  # text tokens as integers, no sinks
 SHARE = 16  # a window that is read anew answers for one in so many of its queries
 
 
@@ -65,11 +65,30 @@ class Side:
         return self.loaded.sink_ids
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two streams on the same targets.
+
+    Attributes:
+        model: whose streams they are; `both` where each model has one.
+        differences: the losses of the first less those of the second, one series a document.
+        block: tokens of a block of the bootstrap.
+        more: what else its row says.
+    """
+
+    model: str
+    first: str
+    second: str
+    differences: list[Series]
+    block: int
+    more: dict[str, Any]
+
+
 def measure(
     sink: Side, vanilla: Side, documents: Documents, question: Question, beside: int
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The verdict, the comparisons within each model, and a row for each stream that was scored."""
-    budget, rows, comparisons = question.budget, [], []
+) -> tuple[list[Pair], list[dict[str, Any]]]:
+    """The pair that the verdict is about, then those within each model; and a row for each stream that was scored."""
+    budget, rows, pairs = question.budget, [], []
     full: list[list[Series]] = []
     for side in (sink, vanilla):
         policy = streaming(side.sinks, budget)
@@ -77,7 +96,7 @@ def measure(
         rows.append(stream_row(side, policy, full[-1], documents, budget))
     names = [f"{side.role} {side.sinks}+{budget - side.sinks}" for side in (sink, vanilla)]
     a, b = (after(scored, budget) for scored in full)
-    verdict = compared(question, names[0], names[1], a, b, budget)
+    pairs.append(paired("both", names[0], names[1], a, b, budget))
     heads = beginnings(documents, budget, beside)
     for side, streamed in zip((sink, vanilla), full):
         scored = {side.sinks: [part[: len(ids) - 1] for part, ids in zip(streamed, heads)]}
@@ -89,11 +108,10 @@ def measure(
         of_four = streaming(BORROWED, budget).label
         for count in sorted(scored.keys() - {BORROWED}, reverse=True):
             label = streaming(count, budget).label
-            row = compared(question, label, of_four, late[count], late[BORROWED], budget)
-            comparisons.append({"model": side.role, **row})
-        comparisons.append(against_recompute(side, question, streamed, documents, beside))
-        comparisons.append(against_dense(side, question, documents, beside))
-    return verdict, comparisons, rows
+            pairs.append(paired(side.role, label, of_four, late[count], late[BORROWED], budget))
+        pairs.append(against_recompute(side, question, streamed, documents, beside))
+        pairs.append(against_dense(side, question, documents, beside))
+    return pairs, rows
 
 
 def streaming(sinks: int, budget: int) -> Streaming:
@@ -116,21 +134,39 @@ def after(losses: Sequence[Series], budget: int) -> list[Series]:
     return [part[budget:] for part in losses]
 
 
-def compared(
-    question: Question, first: str, second: str, a: Sequence[Series], b: Sequence[Series], block: int
-) -> dict[str, Any]:
-    """A row: the mean of a − b in nats per token, and its interval and answer; None where the texts are too few."""
-    differences = [x.astype(np.float64) - y for x, y in zip(a, b)]
-    tokens = sum(map(len, differences))
-    difference = sum(float(d.sum()) for d in differences) / tokens if tokens else None
-    row = {"comparison": f"{first} against {second}", "first": first, "second": second, "tokens": tokens}
-    found = interval(differences, block, question.level, question.seed)
+def paired(
+    model: str, first: str, second: str, a: Sequence[Series], b: Sequence[Series], block: int, **more: Any
+) -> Pair:
+    return Pair(model, first, second, [x.astype(np.float64) - y for x, y in zip(a, b)], block, more)
+
+
+def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
+    """A row: the mean of first − second in nats per token, its interval and answer; None where the texts are too few.
+
+    Args:
+        runs: the same comparison, on the same targets, of each pair of twin runs.
+    """
+    one = runs[0]
+    means = [sum(float(d.sum()) for d in run.differences) for run in runs]
+    tokens = sum(map(len, one.differences))
+    means = [total / tokens for total in means] if tokens else []
+    row = {
+        "model": one.model,
+        "comparison": f"{one.first} against {one.second}",
+        "first": one.first,
+        "second": one.second,
+        "tokens": tokens,
+        "difference": sum(means) / len(means) if means else None,
+    }
+    over = [np.mean(series, axis=0) for series in zip(*(run.differences for run in runs))]
+    found = interval(over, one.block, question.level, question.seed)
     if found is None:
-        unknown = [field.name for field in fields(Interval) if field.name not in ("mean", "tokens")]
-        return {**row, "difference": difference, "answer": None, **dict.fromkeys(unknown), "more_tokens": None}
+        unknown = [field.name for field in fields(Interval) if field.name not in ("mean", "tokens", "runs")]
+        return {**row, "answer": None, **dict.fromkeys(unknown), "runs": len(runs), "more_tokens": None, **one.more}
+    found = over_runs(found, means)
     known = {name: value for name, value in vars(found).items() if name not in ("mean", "tokens")}
     more = more_tokens(found, question.margin)
-    return {**row, "difference": difference, "answer": decide(found, question.margin), **known, "more_tokens": more}
+    return {**row, "answer": decide(found, question.margin), **known, "more_tokens": more, **one.more}
 
 
 def stream_row(
@@ -141,6 +177,7 @@ def stream_row(
     nll = mean(late)
     return {
         "model": side.role,
+        "run": side.loaded.name,
         **policy.row(max(map(len, documents)) + len(side.front) - 1),
         "documents": len(documents),
         "tokens": sum(len(ids) - 1 for ids in documents),
@@ -162,7 +199,7 @@ def beginnings(documents: Documents, budget: int, most: int) -> Documents:
 
 def against_recompute(
     side: Side, question: Question, streamed: Sequence[Series], documents: Documents, beside: int
-) -> dict[str, Any]:
+) -> Pair:
     """S+W, scored in full as `streamed`, against the window read anew; `keys_seen_least` says how short a window is."""
     window = question.budget - len(side.front)
     answers = max(1, question.budget // SHARE)
@@ -176,25 +213,26 @@ def against_recompute(
     anew = losses(side, Dense(), windows, question.chunk, policy.label) if windows else []
     kept = [streamed[i][end - answers : end] for i, end in places]
     label = streaming(side.sinks, question.budget).label
-    row = compared(
-        question,
+    return paired(
+        side.role,
         label,
         policy.label,
         by_document(kept, places, len(documents)),
         by_document([read[-answers:] for read in anew], places, len(documents)),
         answers,  # a window is a block: windows lie so far apart that they share no cached key
+        keys_seen_least=question.budget - answers + 1,
+        windows=len(windows),
     )
-    return {"model": side.role, **row, "keys_seen_least": question.budget - answers + 1, "windows": len(windows)}
 
 
-def against_dense(side: Side, question: Question, documents: Documents, beside: int) -> dict[str, Any]:
+def against_dense(side: Side, question: Question, documents: Documents, beside: int) -> Pair:
     """S+W against every key, as far as the model has positions; without numbers where it does not go beyond C."""
     budget, positions, front = question.budget, side.loaded.positions, len(side.front)
     policy = streaming(side.sinks, budget)
     if positions is None or positions <= budget:
         ends = "are not known" if positions is None else f"end at {positions}"
-        empty = compared(question, policy.label, "dense", [], [], budget)
-        return {"model": side.role, **empty, "stretches": 0, "why": f"the model's positions {ends}"}
+        why = f"the model's positions {ends}"
+        return paired(side.role, policy.label, "dense", [], [], budget, stretches=0, why=why)
     length = positions - front + 1  # text tokens of a stretch; the last is predicted, never fed
     places = spread(
         [[start for start in range(0, len(ids), length) if len(ids) - start > budget + 1] for ids in documents],
@@ -205,15 +243,15 @@ def against_dense(side: Side, question: Question, documents: Documents, beside: 
         after(losses(side, p, stretches, question.chunk, f"{p.label}, stretches"), budget - front) if stretches else []
         for p in (policy, Dense())
     )
-    row = compared(
-        question,
+    return paired(
+        side.role,
         policy.label,
         "dense",
         by_document(stream, places, len(documents)),
         by_document(dense, places, len(documents)),
         positions - budget,  # a stretch is a block
+        stretches=len(stretches),
     )
-    return {"model": side.role, **row, "stretches": len(stretches)}
 
 
 def spread(places: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:

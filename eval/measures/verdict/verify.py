@@ -6,6 +6,9 @@ the same text; the answer is about the paired difference of their losses on the 
 
 One interval gives all four answers. It is two-sided at --level, so that "equivalent" is two one-sided tests, each at
 half of what is left: 2.5 % at the level of 0.95, stricter than the customary 5 %, which --level 0.9 gives.
+
+Given several pairs of twin runs, trained alike but for their seeds, the interval is for other runs as well as for other
+texts; without it a verdict speaks of two checkpoints alone.
 """
 
 from __future__ import annotations
@@ -32,18 +35,33 @@ from sinkmodel.errors import UserError
 from sinkmodel.parser import positive, real, whole
 
 if TYPE_CHECKING:
-    from eval.measures.verdict.paired import Documents
+    from eval.measures.verdict.paired import Documents, Side
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = (
     """Is one trained sink worth four borrowed ones? Exit code 0: equivalent or better; 1: worse or undecided."""
 )
-EXAMPLE = "sink-eval verify --sink runs/token --vanilla runs/none --text books-test.jsonl --budget 256"
+EXAMPLE = (
+    "sink-eval verify --sink runs/token-1 runs/token-2 --vanilla runs/none-1 runs/none-2 --text books-test.jsonl "
+    "--budget 256"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sink", required=True, metavar="NAME", help=f"the model with a sink: {MODEL_HELP}")
-    parser.add_argument("--vanilla", required=True, metavar="NAME", help="its twin without one")
+    parser.add_argument(
+        "--sink",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help=f"the model with a sink, or several, one a seed: {MODEL_HELP}",
+    )
+    parser.add_argument(
+        "--vanilla",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help="its twin without one, or several, in the same order",
+    )
     add_text_argument(parser, "--texts")
     parser.add_argument(
         "--budget", type=positive, default=256, metavar="C", help="keys a query sees, the sinks counted"
@@ -83,48 +101,49 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(
             f"--tokens {options.tokens} does not overflow --budget {options.budget}; raise one or lower the other"
         )
+    _check_names(options.sink, options.vanilla)
     check_files(options.text)
     check_output("--json", options.json)
-    from eval.measures.verdict.paired import Question, Side, measure, streaming
+    from eval.measures.verdict.paired import Question, answered, measure
 
-    loaded = load(options, options.sink)
-    sink = Side("sink", loaded, len(loaded.sink_ids))
-    vanilla = Side("vanilla", load(options, options.vanilla), BORROWED)
-    _check_pair(sink.loaded, vanilla.loaded)
-    check([sink.sinks], options.budget)
-    check_same_tokens(sink.loaded, vanilla.loaded, options.text)
-    texts, ids = read_texts(vanilla.loaded, options.text, options.budget, options.tokens, None)
-    documents = [array("i", document) for document in ids]
-    del ids
-    for side in (sink, vanilla):
-        check_positions(side.loaded, documents, options.budget, [streaming(side.sinks, options.budget)])
-    _check_length(documents, options.budget)
+    names = list(zip(options.sink, options.vanilla))
+    sides, texts, documents = _look(options, names)
     warnings = _warnings(options, texts, documents)
     for warning in warnings:
         say(f"warning: {warning}")
     question = Question(options.budget, options.margin, options.level, options.seed, options.chunk)
-    verdict, comparisons, rows = measure(sink, vanilla, documents, question, options.beside)
+    runs, rows = [], []
+    for place, pair in enumerate(names):
+        if place > 0:
+            sides = _load(options, *pair)
+        if len(names) > 1:
+            say(f"pair {place + 1}/{len(names)}: {pair[0]} and {pair[1]}")
+        of_run, of_streams = measure(*sides, documents, question, options.beside)
+        runs.append(of_run)
+        rows += of_streams
+    verdict, *comparisons = (answered(question, same) for same in zip(*runs))
+    each = [{"sink": a, "vanilla": b, **answered(question, run[:1])} for (a, b), run in zip(names, runs)]
     content = {
         "command": "verify",
-        "sink": options.sink,
-        "vanilla": options.vanilla,
-        "sink_ids": sink.front,
+        "sink": ", ".join(options.sink),
+        "vanilla": ", ".join(options.vanilla),
+        "sink_ids": sides[0].front,
         "budget": options.budget,
         "margin": options.margin,
         "level": options.level,
         "seed": options.seed,
         "chunk": options.chunk,
         "dtype": options.dtype,
-        "device": str(sink.loaded.model.device),
+        "device": str(sides[0].loaded.model.device),
         "texts": texts,
         "warnings": warnings,
         "verdict": verdict,
+        "pairs": each,
         "comparisons": comparisons,
         "rows": rows,
     }
     print_tables(content)
-    if options.json is not None:
-        write_result(options.json, content)
+    write_result(options, content)
     return 0 if verdict["answer"] in ("equivalent", "better") else 1
 
 
@@ -141,6 +160,64 @@ def _level(text: str) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------ what is checked
+
+
+def _check_names(sinks: Sequence[str], vanillas: Sequence[str]) -> None:
+    if len(sinks) != len(vanillas):
+        raise UserError(
+            f"--sink has {len(sinks)} models and --vanilla has {len(vanillas)}; give pairs of twins in the same order"
+        )
+    for option, names in (("--sink", sinks), ("--vanilla", vanillas)):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{option} has {twice[0]} twice, which is not another seed")
+
+
+def _look(
+    options: argparse.Namespace, names: Sequence[tuple[str, str]]
+) -> tuple[tuple[Side, Side], list[dict[str, Any]], Documents]:
+    """Load every pair once before any is scored, the first at last: it, and the texts, without sinks."""
+    from eval.measures.verdict.paired import streaming
+
+    texts: list[dict[str, Any]] = []
+    documents: list[array[int]] = []
+    alike: tuple[Side, Side] | None = None
+    for pair in reversed(names):
+        sides = sink, vanilla = _load(options, *pair)
+        _check_pair(sink.loaded, vanilla.loaded)
+        check([sink.sinks], options.budget)
+        alike = alike or sides
+        for side, other in zip(sides, alike):
+            _check_alike(side.loaded, other.loaded)
+            check_same_tokens(side.loaded, alike[1].loaded, options.text)
+        if not documents:
+            texts, ids = read_texts(vanilla.loaded, options.text, options.budget, options.tokens, None)
+            documents = [array("i", document) for document in ids]
+        for side in sides:
+            check_positions(side.loaded, documents, options.budget, [streaming(side.sinks, options.budget)])
+    _check_length(documents, options.budget)
+    return sides, texts, documents
+
+
+def _load(options: argparse.Namespace, sink: str, vanilla: str) -> tuple[Side, Side]:
+    from eval.measures.verdict.paired import Side
+
+    loaded = load(options, sink)
+    return Side("sink", loaded, len(loaded.sink_ids)), Side("vanilla", load(options, vanilla), BORROWED)
+
+
+def _check_alike(one: LoadedModel, other: LoadedModel) -> None:
+    """Runs of several seeds answer one question: the same sinks, and positions, which say where `dense` ends."""
+    from sinkmodel.sinks import kind_of
+
+    for what, ask in (
+        ("sinks", lambda loaded: (kind_of(loaded.model.config), len(loaded.sink_ids))),
+        ("positions", lambda loaded: loaded.positions),
+    ):
+        if ask(one) != ask(other):
+            raise UserError(
+                f"{one.name} and {other.name} differ in their {what} ({ask(one)} and {ask(other)}); give runs "
+                "that were trained alike but for their seeds"
+            )
 
 
 def _check_pair(sink: LoadedModel, vanilla: LoadedModel) -> None:
@@ -177,10 +254,11 @@ def _warnings(options: argparse.Namespace, texts: Sequence[dict[str, Any]], docu
     """What the models' provenance says against trusting the answer."""
     from eval.measures.verdict.training_text import not_twins, provenance_of, trained_on
 
-    provenances = {name: provenance_of(name) for name in (options.sink, options.vanilla)}
+    provenances = {name: provenance_of(name) for name in (*options.sink, *options.vanilla)}
     warnings = []
-    if ways := not_twins(*(provenances[name] for name in (options.sink, options.vanilla))):
-        warnings.append(f"{options.sink} and {options.vanilla} are no twins: {', '.join(ways)}")
+    for sink, vanilla in zip(options.sink, options.vanilla):
+        if ways := not_twins(provenances[sink], provenances[vanilla]):
+            warnings.append(f"{sink} and {vanilla} are no twins: {', '.join(ways)}")
     for name, provenance in provenances.items():
         if not provenance.get("data"):
             continue
@@ -208,12 +286,13 @@ def print_tables(content: dict[str, Any]) -> None:
     table = new_table(
         f"C = {content['budget']}, {content['dtype']}, after overflow",
         "±: standard error over blocks of C tokens",
-        ["model", "policy"],
+        ["model", "run", "policy"],
         ["keys seen", "texts", "tokens", "nll ≥C", "± ≥C", "ppl ≥C"],
     )
     for row in content["rows"]:
         table.add_row(
             row["model"],
+            row["run"],
             row["label"],
             str(row["keys_seen"]),
             str(row["documents"]),
@@ -223,17 +302,18 @@ def print_tables(content: dict[str, Any]) -> None:
         )
     show(table)
     table = new_table(
-        f"paired differences in nats per token, {100 * content['level']:g} % intervals",
+        f"paired differences in nats per token, {100 * content['level']:g} % intervals"
+        + (f", over {verdict['runs']} pairs of runs" if verdict["runs"] > 1 else ""),
         f"first − second: below zero the first loses less; equivalent: within ±{content['margin']:g}; "
         "recompute and dense: at places spread over the texts",
         ["model", "first", "second"],
         ["tokens", "difference", "interval", "answer"],
     )
-    for row in [{"model": "both", **verdict}, *content["comparisons"]]:
-        names = [row["first"], row["second"]]
+    for row in [verdict, *each_pair(content), *content["comparisons"]]:
         table.add_row(
             row["model"],
-            *names,
+            row["first"],
+            row["second"],
             f"{row['tokens']:,}",
             number(row["difference"], "+.4f"),
             f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["low"] is not None else "–",
@@ -241,6 +321,12 @@ def print_tables(content: dict[str, Any]) -> None:
         )
     show(table)
     print(in_words(verdict, content["margin"]))
+
+
+def each_pair(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The verdict of each pair of runs, as rows of the comparisons; none where there is one pair alone."""
+    pairs = content.get("pairs", [])
+    return [{**row, "first": row["sink"], "second": row["vanilla"]} for row in pairs if len(pairs) > 1]
 
 
 def in_words(verdict: dict[str, Any], margin: float) -> str:
@@ -254,4 +340,10 @@ def in_words(verdict: dict[str, Any], margin: float) -> str:
         said += f"\n{documents}: too few, or too unlike in length, to resample; it speaks of these texts, not of others"
     if verdict["more_tokens"]:
         said += f"\nabout {verdict['more_tokens']:,} more tokens would decide, if the difference stayed as it is"
-    return f"{said}\nit speaks of these two runs; twins of other seeds may differ by more: sink-eval grid takes several"
+    if verdict["runs"] == 1:
+        return f"{said}\nit speaks of these two runs; twins of other seeds may differ by more: give several of each"
+    runs, texts = verdict["stderr_runs"], verdict["stderr_texts"]
+    return (
+        f"{said}\nof {verdict['runs']} pairs of runs; standard error over runs {runs:.4f}, over texts {texts:.4f}: "
+        f"more {'pairs' if runs > texts else 'texts'} would narrow it most"
+    )

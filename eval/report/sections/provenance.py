@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,8 +74,8 @@ def section(inputs: Inputs) -> Section:
         made.blocks.append(
             Table(columns, rows, words=len(columns), caption="Results, and the first 16 digits of their sha256.")
         )
-        commands = "\n".join(command_of(result.content) for result in inputs.results)
-        made.blocks.append(Code("Commands, as far as the results tell", commands))
+        commands = [result.content.get("command_line", f"sink-eval {result.command} …") for result in inputs.results]
+        made.blocks.append(Code("Commands", "\n".join(commands)))
     texts: dict[tuple[str, str], list[str]] = {}
     for result in inputs.results:
         for text in (*result.content.get("texts", ()), *result.content.get("files", ())):
@@ -106,40 +104,3 @@ def _said(value: Any) -> str:
 
 def _versions(value: Any) -> str:
     return ", ".join(f"{name} {version}" for name, version in value.items()) if isinstance(value, dict) else "–"
-
-
-def command_of(content: dict[str, Any]) -> str:
-    """The command that made a result. Options that its file does not hold, as --tokens, are not in it."""
-    command = content["command"]
-    words: list[Any] = ["sink-eval", command]
-    for option in OPTIONS[command]:
-        name = option.replace("-", "_")
-        value = [text["file"] for text in content.get("texts", ())] if option == "text" else content.get(name)
-        if command == "grid" and option == "models" and isinstance(value, dict):
-            value = [f"{name}={','.join(map(str, runs))}" for name, runs in value.items() if isinstance(runs, list)]
-        if value is None or value == []:
-            continue
-        words += [f"--{option}", *(value if isinstance(value, list) else [value])]
-    if command == "sinks" and "born" in content:
-        words.append("--checkpoints")
-    for option, key in ROWS_TELL.get(command, {}).items():
-        values = list(dict.fromkeys(row.get(key) for row in content["rows"] if row.get(key) is not None))
-        words += [f"--{option}", *values] if values else []
-    return " ".join(shlex.quote(word if isinstance(word, str) else json.dumps(word)) for word in words)
-
-
-OPTIONS = {
-    "ppl": ("model", "text", "budget", "chunk", "dtype"),
-    "verify": ("sink", "vanilla", "text", "budget", "margin", "level", "seed", "chunk", "dtype"),
-    "grid": ("models", "sinks", "budgets", "text", "chunk", "dtype"),
-    "sinks": ("model", "text", "sequences", "length", "epsilon", "dtype"),
-    "streameval": ("model", "task", "every", "samples", "queries", "distractors", "file", "seed", "dtype"),
-    "zeroshot": ("model", "limit", "batch-size", "dtype"),
-    "latency": ("model", "dtype", "threads"),
-}
-ROWS_TELL = {
-    "ppl": {"policies": "policy", "sinks": "sinks"},
-    "streameval": {"budgets": "budget", "distances": "distance"},
-    "zeroshot": {"tasks": "task"},
-    "latency": {"budgets": "budget", "policies": "policy"},
-}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from eval.measures.verdict.verify import each_pair
 from eval.report.blocks import Chart, Note, Section, Table, between, figure, short_names, stream_name
 from eval.report.charts import SIZE, panel
 from eval.report.inputs import Inputs
@@ -31,12 +32,13 @@ def section(inputs: Inputs) -> Section | None:
 
 
 def _add(made: Section, content: dict[str, Any], number: int) -> None:
-    verdict, names = content["verdict"], short_names([content["sink"], content["vanilla"]])
+    verdict, pairs = content["verdict"], each_pair(content)
+    names = short_names([content["sink"], content["vanilla"], *(row.get("run", "") for row in content["rows"])])
     answer = verdict["answer"] if verdict["answer"] in TONES else "undecided"
     made.blocks.append(Note(sentence(content), TONES[answer], answer.capitalize()))
     made.blocks += [Note(warning, "warning", "Warning") for warning in content["warnings"]]
     roles = {"sink": names[content["sink"]], "vanilla": names[content["vanilla"]], "both": "both"}
-    rows = [{"model": "both", **verdict}, *content["comparisons"]]
+    rows = [{"model": "both", **verdict}, *({"model": "both", **row} for row in pairs), *content["comparisons"]]
     drawn = [
         {**row, "name": f"{row['first']} − {row['second']}" + ("" if row is rows[0] else f", {row['model']}")}
         for row in rows
@@ -67,7 +69,8 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
             ],
             words=3,
             caption="Paired differences in nats per token on the same tokens, after overflow; recompute and dense at "
-            "places spread over the texts. They speak of these two runs: twins of other seeds may differ by more.",
+            "places spread over the texts. "
+            + ("" if pairs else "They speak of these two runs: twins of other seeds may differ by more."),
         )
     )
     made.blocks.append(
@@ -75,7 +78,7 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
             ["model", "policy", "nats per token", "± standard error"],
             [
                 [
-                    roles.get(row["model"], row["model"]),
+                    names.get(row.get("run", ""), "") or roles.get(row["model"], row["model"]),
                     stream_name(row),
                     figure(row["nll_after_overflow"], ".4f"),
                     figure(row["stderr_after_overflow"], ".4f"),
@@ -104,6 +107,11 @@ def sentence(content: dict[str, Any]) -> str:
     said += f": {MEANING[verdict['answer']]}." if verdict["answer"] in MEANING else "."
     if verdict["resampled"] == "blocks":
         said += " Too few documents to resample: it speaks of these texts, not of others."
+    if verdict.get("runs", 1) > 1:
+        said += (
+            f" Over {verdict['runs']} pairs of runs; standard error over runs {figure(verdict['stderr_runs'], '.4f')}, "
+            f"over texts {figure(verdict['stderr_texts'], '.4f')}."
+        )
     if verdict["more_tokens"]:
         said += f" About {verdict['more_tokens']:,.0f} more tokens would decide, if the difference stayed as it is."
     return said
