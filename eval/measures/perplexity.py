@@ -27,7 +27,7 @@ from eval.measures.command import (
 )
 from eval.measures.meters import PeakMemory
 from eval.measures.statistics import block_stderr, by_position, mean
-from eval.measures.texts import add_text_argument, check_files, check_positions, read_texts
+from eval.measures.texts import add_text_argument, check_files, check_positions, fed, read_texts
 from eval.policies.choice import NAMES, check, choose
 from sinkmodel.errors import UserError
 from sinkmodel.parser import positive, whole
@@ -91,7 +91,8 @@ def run(options: argparse.Namespace) -> None:
     _check_windows(options, sinks)
     texts, documents = read_texts(loaded, options.text, options.budget, options.tokens, options.documents)
     policies = choose(options.policies, options.sinks, options.budget, sinks, options.stride)
-    check_positions(loaded, documents, options.budget, policies)
+    within = f"--tokens {(loaded.positions or 0) - sinks + 1} stays within"
+    check_positions(loaded, fed(documents), policies, within=within)
     rows = [
         measure(loaded, documents, policy, options.budget, options.chunk, f"{i}/{len(policies)} {policy.label}")
         for i, policy in enumerate(policies, 1)

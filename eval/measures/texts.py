@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,25 +106,31 @@ def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path
 
 
 def check_positions(
-    loaded: LoadedModel,
-    documents: Sequence[Sequence[int]],
-    budget: int,
-    policies: Sequence[Policy],
-    option: str = "--budget",
+    loaded: LoadedModel, longest: int, policies: Sequence[Policy], option: str = "--budget", within: str = ""
 ) -> None:
-    """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one."""
+    """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one.
+
+    Args:
+        longest: places that are fed, of the longest stream.
+        option: of the budget; within: how the stream is kept within the positions, said after dense.
+    """
     positions = loaded.positions
-    if positions is None:
-        return
-    longest = max(len(ids) for ids in documents) - 1  # the last token is predicted, never fed
-    most = max((policy.keys_seen(longest) for policy in policies if policy.budget is not None), default=0)
-    if most > positions:
-        raise UserError(
-            f"{option} {budget} takes {most} positions and {loaded.name} was made for {positions}; "
-            f"use {option} {positions - (most - budget)} or less"
-        )
-    if longest > positions and any(policy.budget is None for policy in policies):
+    for policy in policies:
+        keys = policy.keys_seen(longest)
+        if positions is None or keys <= positions:
+            continue
+        if policy.budget is not None:
+            beyond = policy.keys_seen(sys.maxsize) - policy.budget  # of a full cache, as this one need not be
+            raise UserError(
+                f"{policy.label} takes {keys} positions and {loaded.name} was made for {positions}; use {option} "
+                f"{positions - beyond} or less"
+            )
         say(
-            f"dense goes on to place {longest - 1}, and {loaded.name} was made for {positions} positions: "
-            f"its row shows what happens beyond them (--tokens {positions - len(loaded.sink_ids) + 1} stays within)"
+            f"{policy.label} goes on to place {longest - 1}, and {loaded.name} was made for {positions} positions: "
+            f"its rows show what happens beyond them{within and f' ({within})'}"
         )
+
+
+def fed(documents: Sequence[Sequence[int]]) -> int:
+    """Places that are fed of the longest document, the sinks in front; its last token is predicted, never fed."""
+    return max(map(len, documents)) - 1

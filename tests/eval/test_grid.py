@@ -150,7 +150,7 @@ def test_a_text_that_nothing_overflows_and_other_tokenizers_are_refused(runs, tm
     text.write_text(tiny.words(200))
     code, _, err = grid(capsys, *base, "--budgets", 64, 129)
     assert (code, err.count("\n")) == (2, 1)
-    assert "--budgets 129 takes 129 positions" in err
+    assert "sink 1+128 takes 129 positions" in err
     other = tiny.tokenizer(290)
     monkeypatch.setattr(tiny, "tokenizer", lambda: other)
     tiny.checkpoint(tmp_path / "other", "llama", SinkConfig("none"))

@@ -248,7 +248,7 @@ def bad(tmp_path):
         (["--model", "BAD/folder"], "no config.json"),
         (["--json", "BAD/none/out.json"], "none does not exist"),
         (["--json", "BAD/folder"], "is a folder"),
-        (["--budget", 129, "--sinks", 1, "--tokens", 140], "--budget 129 takes 129 positions .* use --budget 128"),
+        (["--budget", 129, "--sinks", 1, "--tokens", 140], "sink 1.128 takes 129 positions .* use --budget 128"),
         (["--policies", "snapkv"], "snapkv"),
         (["--stride", 2], "--stride is for recompute alone"),
         (["--policies", "recompute", "--stride", 25], "--stride 25 does not fit into a window of 24 tokens; use 24"),

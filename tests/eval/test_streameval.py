@@ -432,6 +432,7 @@ def test_a_bad_file_is_one_line(runs, tmp_path, capsys, content, says):
         (["--task", "questions", "--file", "none.jsonl"], "none.jsonl does not exist"),
         (["--task", "questions", "--distances", 5], "--distances is for --task lines"),
         (["--task", "questions", "--samples", 5], "--samples is for --task lines"),
+        (["--task", "questions", "--rows", 5], "--rows is for --task lines"),
         (["--distances", 0], "--distances"),
         (["--queries", "many"], "--queries"),
         (["--policies", "snapkv"], "snapkv"),

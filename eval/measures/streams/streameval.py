@@ -15,7 +15,6 @@ numbers say more of a small base model.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from eval.measures.command import (
     span,
     write_result,
 )
+from eval.measures.texts import check_positions
 from eval.policies.choice import BORROWED, NAMES, check, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "What a stream remembers: StreamEval's lines by distance, and questions answered one after the other."
 EXAMPLE = "sink-eval streameval --model runs/sink --budgets 256 512 --distances 5 10 20 --samples 10 --queries 20"
-LINES = {"distances": [20], "every": 10, "samples": 100, "queries": 100, "distractors": 9}  # the paper's, but the last
+# The paper's, but for what only ranks an answer or changes the speed.
+LINES = {"distances": [20], "every": 10, "samples": 100, "queries": 100, "distractors": 9, "rows": 8}
 MADE = 1000  # questions of ours
 
 
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--distractors", type=positive, metavar="N", help="other numbers among which the answer has a rank: 9"
     )
     lines.add_argument(
-        "--rows", type=positive, default=8, metavar="N", help="streams computed together; changes the speed alone: 8"
+        "--rows", type=positive, metavar="N", help="streams computed together; changes the speed alone: 8"
     )
     questions = parser.add_argument_group("questions")
     questions.add_argument(
@@ -126,7 +127,7 @@ def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[
         ]
         for distance in dict.fromkeys(options.distances)
     }
-    _check_positions(loaded, policies, max(streams[0][-1].place for streams in samples.values()) + record.answer_tokens)
+    _check_stream(loaded, policies, max(streams[0][-1].place for streams in samples.values()) + record.answer_tokens)
     rows: list[dict[str, Any]] = []
     for policy in policies:
         for distance, streams in samples.items():
@@ -220,29 +221,16 @@ def _check_questions(loaded: LoadedModel, policies: list[Policy], questions: lis
                 f"{policy.label}: {cut} of {len(lengths)} questions are longer than the window and lose their beginning"
             )
     whole = len(loaded.sink_ids) + sum(len(question.prompt) + len(question.right) for question in questions)
-    _check_positions(loaded, policies, whole)
+    _check_stream(loaded, policies, whole)
 
 
-def _check_positions(loaded: LoadedModel, policies: list[Policy], longest: int) -> None:
-    """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one."""
+def _check_stream(loaded: LoadedModel, policies: list[Policy], places: int) -> None:
     from eval.policies.policy import refuse_narrower_window
 
     for policy in policies:
-        keys = policy.keys_seen(longest)
         if policy.budget is None:
-            refuse_narrower_window(loaded.model, keys)
-        if loaded.positions is None or keys <= loaded.positions:
-            continue
-        if policy.budget is not None:
-            beyond = policy.keys_seen(sys.maxsize) - policy.budget  # of a full cache, as this one need not be
-            raise UserError(
-                f"{policy.label} takes {keys} positions and {loaded.name} was made for {loaded.positions}; use "
-                f"--budgets {loaded.positions - beyond} or less"
-            )
-        say(
-            f"{policy.label} goes on to place {longest - 1}, and {loaded.name} was made for {loaded.positions} "
-            "positions: its rows show what happens beyond them (fewer --queries stay within)"
-        )
+            refuse_narrower_window(loaded.model, policy.keys_seen(places))
+    check_positions(loaded, places, policies, "--budgets", "fewer --queries stay within")
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from eval.measures.command import MODEL_HELP, add_common_arguments, check_output, load, new_table, show, write_result
-from eval.measures.texts import add_text_argument, check_files, check_positions, check_same_tokens, read_texts
+from eval.measures.texts import add_text_argument, check_files, check_positions, check_same_tokens, fed, read_texts
 from eval.policies.choice import check
 from sinkmodel.errors import UserError
 from sinkmodel.parser import positive, whole
@@ -147,7 +147,7 @@ def _look(
                         f"{budgets[-1] + 2} tokens or more, or lower the budgets"
                     )
             check_same_tokens(first, loaded, options.text)
-            check_positions(loaded, documents, budgets[-1], [streaming(max(sinks), budgets[-1])], "--budgets")
+            check_positions(loaded, fed(documents), [streaming(max(sinks), budgets[-1])], "--budgets")
     return kinds, texts, documents
 
 

@@ -28,7 +28,7 @@ from eval.measures.command import (
     show,
     write_result,
 )
-from eval.measures.texts import add_text_argument, check_files, check_positions, check_same_tokens, read_texts
+from eval.measures.texts import add_text_argument, check_files, check_positions, check_same_tokens, fed, read_texts
 from eval.policies.choice import BORROWED, check
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -193,7 +193,7 @@ def _look(
             texts, ids = read_texts(vanilla.loaded, options.text, options.budget, options.tokens, None)
             documents = [array("i", document) for document in ids]
         for side in sides:
-            check_positions(side.loaded, documents, options.budget, [streaming(side.sinks, options.budget)])
+            check_positions(side.loaded, fed(documents), [streaming(side.sinks, options.budget)])
     _check_length(documents, options.budget)
     return sides, texts, documents
 
