@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,9 +23,12 @@ import torch
 
 from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError, first_line
-from sinkmodel.sinks import check_record, sink_ids_of
+from sinkmodel.sinks import SinkConfig, check_record, sink_ids_of, write_sink
+from sinkmodel.streaming.incremental import TextEncoder
 
 DTYPES = ("float32", "bfloat16", "float16")
+PIECE = 1 << 18  # characters that a tokenizer sees at a time
+SPARE = 64  # tokens before a cut that it might touch
 
 
 @dataclass
@@ -90,17 +94,23 @@ def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int
     """The first `limit` tokens of a text, without sinks; text that spells a special token stays text.
 
     A prefix of the text is enough for a prefix of the tokens: it grows until it gives some more than are wanted, since
-    a cut touches the last few only.
+    a cut touches the last few only. A long text goes through the tokenizer in pieces: what one keeps of a token while
+    it works is some hundred bytes.
     """
-    wanted = len(text) if limit is None else limit + 64
-    characters = 6 * wanted
-    while True:
-        ids = loaded.tokenizer(
-            text[:characters], add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
-        if characters >= len(text) or len(ids) >= wanted:
+    encoder = TextEncoder(loaded.tokenizer)
+    characters = len(text) if limit is None else min(6 * (limit + SPARE), len(text))
+    while characters <= PIECE:
+        ids = encoder.whole(text[:characters])
+        if characters == len(text) or (limit is not None and len(ids) >= limit + SPARE):
             return ids[:limit]
-        characters *= 2
+        characters = min(2 * characters, len(text))
+    kept = array("i")
+    for start in range(0, len(text), PIECE):
+        kept.extend(encoder.push(text[start : start + PIECE]))
+        if limit is not None and len(kept) >= limit:
+            return kept[:limit].tolist()
+    kept.extend(encoder.flush())
+    return kept[:limit].tolist()
 
 
 def _from_gguf(path: Path) -> tuple[Any, Any, list[int]]:
@@ -109,9 +119,13 @@ def _from_gguf(path: Path) -> tuple[Any, Any, list[int]]:
             metadata.version(package)
         except metadata.PackageNotFoundError:
             raise UserError(
-                f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[demo]'"
+                f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[gguf]'"
             ) from None
-    return _from_transformers(str(path.parent), gguf_file=path.name)
+    model, tokenizer, _ = _from_transformers(str(path.parent), gguf_file=path.name)
+    sink = SinkConfig("token")
+    if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
+        write_sink(model.config, sink, [tokenizer.bos_token_id])
+    return model, tokenizer, sink_ids_of(model.config)
 
 
 def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from eval.measures.command import (
@@ -132,7 +133,7 @@ def _check_windows(options: argparse.Namespace, sinks: int) -> None:
 
 
 def measure(
-    loaded: LoadedModel, documents: list[list[int]], policy: Policy, budget: int, chunk: int, label: str
+    loaded: LoadedModel, documents: Sequence[Sequence[int]], policy: Policy, budget: int, chunk: int, label: str
 ) -> dict[str, Any]:
     """One row of the table; its keys are those of the JSON in design.md, "Commands"."""
     sinks = len(loaded.sink_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def read_texts(
     tokens: int | None,
     count: int | None,
     option: str = "--budget",
-) -> tuple[list[dict[str, Any]], list[list[int]]]:
+) -> tuple[list[dict[str, Any]], list[array[int]]]:
     """For each file what was taken of it, and the token ids of all documents, with the sinks in front.
 
     A document that does not fill the budget says nothing about a policy: it is left out, and said; UserError where
@@ -54,7 +55,7 @@ def read_texts(
     from sinkmodel.text import read_documents
 
     texts: list[dict[str, Any]] = []
-    documents: list[list[int]] = []
+    documents: list[array[int]] = []
     for file in files:
         taken = kept = too_short = cut = longest = 0
         for text in read_documents(file):
@@ -64,7 +65,7 @@ def read_texts(
                 too_short += 1
                 continue
             cut += tokens is not None and len(ids) < tokens
-            documents.append(loaded.sink_ids + ids)
+            documents.append(array("i", [*loaded.sink_ids, *ids]))
             taken, kept = taken + 1, kept + len(ids)
             if taken == count:
                 break

@@ -44,14 +44,15 @@ class TextEncoder:
         if not cut:
             return []
         new, self.pending = self.pending[:cut], self.pending[cut:]
-        before, ids = self._encode(self.context), self._encode(self.context + new)
-        ids = ids[len(before) :] if ids[: len(before)] == before else self._encode(new)
+        before, ids = self.whole(self.context), self.whole(self.context + new)
+        ids = ids[len(before) :] if ids[: len(before)] == before else self.whole(new)
         recent = (self.context + new)[-CONTEXT:]
         first = BORDER.search(recent)
         self.context = recent[first.start() :] if first else ""
         return ids
 
-    def _encode(self, text: str) -> list[int]:
+    def whole(self, text: str) -> list[int]:
+        """The ids of a text of its own."""
         if not text:
             return []
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids

@@ -82,6 +82,20 @@ def test_a_cut_inside_of_a_word_does_not_reach_the_tokens():
         assert encode(loaded, " ".join(words), limit) == words[:limit]
 
 
+@pytest.mark.parametrize("limit", [None, 1, 700, 1900])
+def test_a_long_text_goes_through_the_tokenizer_in_pieces(run, monkeypatch, limit):
+    """Guards memory that grows with a text; the tokens are those of the whole."""
+    loaded, text = load_model(str(run)), tiny.words(3000)
+    whole = encode(loaded, text)
+    assert len(whole) > 1900
+    read = []
+    tokenizer = loaded.tokenizer
+    loaded.tokenizer = lambda text, **kwargs: read.append(len(text)) or tokenizer(text, **kwargs)
+    monkeypatch.setattr("sinkmodel.loading.PIECE", 1000)
+    assert encode(loaded, text, limit) == whole[:limit]
+    assert max(read) < 1200
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 

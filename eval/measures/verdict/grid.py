@@ -140,7 +140,7 @@ def _look(
             if first is None:
                 first = loaded
                 texts, read = read_texts(loaded, options.text, budgets[-1], options.tokens, None, "--budgets")
-                documents = [array("i", ids[len(loaded.sink_ids) :]) for ids in read]
+                documents = [ids[len(loaded.sink_ids) :] for ids in read]
                 if max(map(len, documents)) <= budgets[-1] + 1:
                     raise UserError(
                         f"--text is too short: no document overflows --budgets {budgets[-1]}; give one of "

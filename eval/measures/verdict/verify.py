@@ -190,8 +190,7 @@ def _look(
             _check_alike(side.loaded, other.loaded)
             check_same_tokens(side.loaded, alike[1].loaded, options.text)
         if not documents:
-            texts, ids = read_texts(vanilla.loaded, options.text, options.budget, options.tokens, None)
-            documents = [array("i", document) for document in ids]
+            texts, documents = read_texts(vanilla.loaded, options.text, options.budget, options.tokens, None)
         for side in sides:
             check_positions(side.loaded, fed(documents), [streaming(side.sinks, options.budget)])
     _check_length(documents, options.budget)
