@@ -34,6 +34,8 @@ SETTINGS = {
     "logging.every": 5,
     "sink.kind": "token",
 }
+STEPS = 20
+QUICK = {"schedule__steps": STEPS, "checkpoints__every": 3, "training__timeout": 60}  # on several processes
 CLOCK = ("tokens_per_second", "mfu")  # what no two runs have in common
 
 
@@ -55,6 +57,14 @@ def start_process(data: Path, output: Path, **changes: object) -> subprocess.Pop
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+def complete(data: Path, run: Path, processes: int = 2, **changes: object) -> str:
+    """Run to the end on `processes` of this machine; what was said."""
+    process = start_process(data, run, **(QUICK | {"training__devices": processes} | changes))
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+    return said
 
 
 def wait_for_checkpoint(process: subprocess.Popen, run: Path, at_least: int) -> None:
