@@ -13,7 +13,7 @@ PLAIN  := .venv-transformers-$(OLD)
 # Two test files at a time, each of one thread.
 BOTH   := --numprocesses 2 --dist loadfile
 
-.PHONY: help demo test test-fast test-cluster test-browser lint format bench clean
+.PHONY: help demo test test-fast test-cluster test-browser lint format docs bench clean
 
 help:
 	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-cluster   the SLURM jobs on a throw-away cluster (Debian or Ubuntu; about 8 minutes)"
 	@echo "make test-browser   the report's page in headless Chromium"
 	@echo "make lint    ruff and mypy; make format puts the code in form"
+	@echo "make docs    the API reference from the docstrings, in build/docs"
 	@echo "make bench   speeds as ratios against named baselines"
 	@echo "make clean   remove the environments and the demo's output"
 
@@ -69,6 +70,11 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Whatever the tool warns of, and every name that leads nowhere, fails it.
+docs: $(VENV)/.ready
+	rm -rf build/docs
+	$(BIN)/python docs/reference.py build/docs
+
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.prepare
 	$(BIN)/python -m bench.scoring
@@ -77,10 +83,11 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.saving
+	$(BIN)/python -m bench.export
 	$(BIN)/python -m bench.scaling
 
 clean:
-	rm -rf $(VENV) $(PLAIN) $(DEMO)
+	rm -rf $(VENV) $(PLAIN) $(DEMO) build/docs
 
 # ---------------------------------------------------------------------------------------------------------------- demo
 # Each step is a file that the next one needs, so that a demo that was stopped goes on where it was.

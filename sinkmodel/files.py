@@ -15,7 +15,10 @@ from typing import Any
 from sinkmodel.errors import UserError
 
 # What safetensors says, and torch.save in two ways, where a write comes back short.
-FULL_IN_OTHER_WORDS = ("No space left on device", "PytorchStreamWriter failed writing", ". unexpected pos ")
+FULL_IN_OTHER_WORDS = (
+    *("No space left on device", "File too large"),
+    *("PytorchStreamWriter failed writing", ". unexpected pos "),
+)
 
 
 @contextlib.contextmanager

@@ -132,7 +132,10 @@ def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
-    needs = "a sound file" if "gguf_file" in where else "a config.json that it knows and complete .safetensors weights"
+    if "gguf_file" in where:
+        needs = "a whole file of an architecture that it reads from GGUF (of ours llama, not gpt_neox)"
+    else:
+        needs = "a config.json that it knows and complete .safetensors weights"
     with contextlib.nullcontext() if not where.keys() - {"use_safetensors"} else _quiet():  # the Hub may take long
         try:
             model, report = AutoModelForCausalLM.from_pretrained(

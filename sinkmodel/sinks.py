@@ -16,11 +16,12 @@ RESERVED_ROWS = 16  # vocabulary rows kept free of text in every model, so that 
 class SinkConfig:
     """What a model has for attention that has nowhere to go.
 
-    none     a vanilla model
-    token    `count` trainable tokens in front of every sample (StreamingLLM, section 3.3)
-    zero     a key and a value of zeros: softmax-off-by-one (StreamingLLM, section 3.3, "zero sink")
-    logit    one learned number a head in place of the key's score (gpt-oss)
-    kv_bias  a learned key a layer and KV head, rotated never, its value zero (Gu et al., arXiv 2410.10781)
+    Args:
+        kind: `none`, a vanilla model; `token`, trainable tokens in front of every sample (StreamingLLM, section 3.3);
+            `zero`, a key and a value of zeros, softmax-off-by-one (its "zero sink"); `logit`, one learned number a head
+            in place of the key's score (gpt-oss); `kv_bias`, a learned key a layer and KV head, never rotated, its
+            value zero (Gu et al., arXiv 2410.10781).
+        count: how many tokens of the kind `token`; every other sink stands alone.
     """
 
     kind: str = "none"

@@ -131,7 +131,7 @@ class DocumentReader:
             raise UserError(f"{where}: not a JSON object ({error}); .jsonl has one object a line") from None
         text = row.get(self.text_key) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{where}: no text under the key '{self.text_key}'{_others(row)}; set text_key or mend it")
+            raise UserError(f"{where}: no text under the key '{self.text_key}'{_others(row)}; {self._remedy()}")
         if b"\\u" in line:  # an escape may be half of a surrogate pair, which is no character: U+FFFD, as decoders do
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text
@@ -145,7 +145,7 @@ class DocumentReader:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 if self.text_key not in file.schema_arrow.names:
                     names = dict.fromkeys(file.schema_arrow.names)
-                    raise UserError(f"{self.path}: no column '{self.text_key}'{_others(names)}; set text_key")
+                    raise UserError(f"{self.path}: no column '{self.text_key}'{_others(names)}; {self._remedy()}")
                 for group in range(file.metadata.num_row_groups):
                     if row + file.metadata.row_group(group).num_rows <= skip:
                         row += file.metadata.row_group(group).num_rows
@@ -194,6 +194,9 @@ class DocumentReader:
                     yield from _read_blocks(raw)
             except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
                 raise UserError(f"{self.path} is cut short or damaged ({error}); copy or download it again") from None
+
+    def _remedy(self) -> str:
+        return f"rename the text to '{self.text_key}', or give sink-prepare its name as --text_key"
 
     def _undecodable(self, where: str, error: UnicodeDecodeError) -> UserError:
         return UserError(

@@ -1,11 +1,10 @@
-"""Guards: imports run downward only, the library does not pull in the training stack, and the wheel is whole."""
+"""Guards: imports run downward only, and the library does not pull in the training stack."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -45,11 +44,13 @@ def test_every_module_says_first_what_it_is_for():
 
 
 COMMANDS = [
-    *("sink-prepare", "sink-pretrain", "sink-export", "sink-stream"),
+    "sink-log",
+    *("sink-prepare", "sink-pretrain", "sink-export", "sink-push", "sink-stream"),
     *(
         "sink-eval ppl",
         "sink-eval latency",
         "sink-eval verify",
+        "sink-eval grid",
         "sink-eval sinks",
         "sink-eval streameval",
         "sink-eval zeroshot",
@@ -63,7 +64,7 @@ def test_help_shows_an_example(command):
     script, *rest = command.split()
     done = subprocess.run([Path(sys.executable).with_name(script), *rest, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{command} --" in done.stdout.split("xample:", 1)[1]
+    assert f"{command} --" in done.stdout.split("xample", 1)[1]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,7 @@ def test_help_shows_an_example(command):
         ("recipes.prepare", ["--help"], "jsonargparse", "train"),
         ("recipes.pretrain", ["--help"], "yaml", "train"),
         ("recipes.pretrain", ["--output=x", "--data.path=x"], "lightning", "train"),
+        ("recipes.publish", ["--model", ".", "--repo", "me/x"], "huggingface_hub", "hub"),
         ("eval.cli", ["report", "--json", "x.json", "--output", "y"], "matplotlib", "plots"),
         ("eval.cli", ["zeroshot", "--model", "x", "--tasks", "piqa"], "lm_eval", "zeroshot"),
     ],
@@ -85,33 +87,3 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, modul
     assert f"the package {package} is not installed" in done.stderr.splitlines()[-1]
     assert f"sinkmodel[{extra}]" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_the_rooms_and_the_configs_and_works_away_from_the_checkout(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"sinkmodel/export.py", "recipes/pretrain.py", "eval/cli.py", "recipes/configs/models/tiny.yaml"} <= names
-    assert {"eval/report/templates/page.html", "eval/report/templates/page.css"} <= names
-    assert (
-        not {name.split("/")[0] for name in names}
-        - {"sinkmodel", "recipes", "eval"}
-        - {f"{wheel.name.split('-')[0]}-{wheel.name.split('-')[1]}.dist-info"}
-    )
-    away = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(away)
-    program = (
-        "import recipes, sys; assert recipes.__file__.startswith(sys.argv[1]), recipes.__file__;"
-        "from recipes.config import find_config; print(find_config('pythia-160m'))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(away)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(away), "PATH": ""},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(away / "recipes" / "configs" / "models" / "pythia-160m.yaml")

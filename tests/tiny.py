@@ -50,11 +50,18 @@ def tokenizer(vocabulary: int = 300) -> TextTokenizer:
     return TextTokenizer(backend.to_str(), eos_id=0, pad_id=1)
 
 
-def checkpoint(folder: Path, architecture: str = "gpt_neox", sink: SinkConfig | None = None, step: int = 7) -> Path:
+def checkpoint(
+    folder: Path,
+    architecture: str | ModelShape = "gpt_neox",
+    sink: SinkConfig | None = None,
+    step: int = 7,
+    text: TextTokenizer | None = None,
+) -> Path:
     """A file as sink-pretrain writes it, with random weights; biases and norms random too, so that none is idle."""
     sink = sink or SinkConfig("token")
-    text = tokenizer()
-    model = build_model(SHAPES[architecture], padded_vocabulary(text.vocabulary), 3, sink)
+    text = text or tokenizer()
+    shape = SHAPES[architecture] if isinstance(architecture, str) else architecture
+    model = build_model(shape, padded_vocabulary(text.vocabulary), 3, sink)
     generator = torch.Generator().manual_seed(9)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -14,15 +14,10 @@ from typing import Any
 
 import torch
 
-import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
-from sinkmodel.attention import SINK
 from sinkmodel.cache.saved import SAMPLE
 from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, frequencies, rotary_of, trial_keys
 from sinkmodel.sinks import kind_of
-
-BOOLEAN = ("sdpa", SINK)  # the implementations that take a mask of ours as True and False, or none
-ATTENTION = (*BOOLEAN, "eager")
 
 ABSOLUTE = (
     *("biogpt", "codegen2", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "imagegpt", "openai-gpt", "opt", "transfo-xl"),

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
-from sinkmodel.cache.families import ATTENTION, BOOLEAN, sample_of, signature, traits_of
+import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
+from sinkmodel.attention import SINK
+from sinkmodel.cache.families import sample_of, signature, traits_of
 from sinkmodel.cache.pieces import Piece, plan
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import kind_of
@@ -26,6 +28,8 @@ from sinkmodel.sinks import kind_of
 if TYPE_CHECKING:
     from sinkmodel.cache.streaming_cache import StreamingCache
 
+BOOLEAN = ("sdpa", SINK)  # the implementations that take a mask of ours as True and False, or none
+ATTENTION = (*BOOLEAN, "eager")
 LONGEST_JOINED = 512  # queries of one joined piece; shorter where each brings many sinks along
 
 

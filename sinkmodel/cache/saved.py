@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from sinkmodel.checkpoint import NOT_A_CHECKPOINT
 from sinkmodel.errors import UserError
 
 FORMAT = "sinkmodel-stream-1"
@@ -19,6 +18,8 @@ TENSORS = ("keys", "values", "sink_keys")  # where there are rows
 
 def read_state(path: Path) -> dict[str, Any]:
     """The content of a file that `StreamingCache.save` wrote; UserError where it is none, or damaged."""
+    from sinkmodel.checkpoint import NOT_A_CHECKPOINT  # with all of transformers' modelling code
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

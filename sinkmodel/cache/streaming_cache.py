@@ -25,7 +25,6 @@ from torch import Tensor
 from transformers import Cache
 
 from sinkmodel.cache.families import Traits, check_config, signature
-from sinkmodel.cache.feeding import attach
 from sinkmodel.cache.pieces import Piece, Ring
 from sinkmodel.cache.saved import FORMAT, NUMBERS, ROWS, TENSORS, check_state, read_state, settings_of
 from sinkmodel.cache.slots import StreamingLayer
@@ -92,6 +91,9 @@ class StreamingCache(Cache):
         self.ring = Ring(self.slots, sinks, text=positions == "text", ordered=self.config.model_type == "mpt")
         super().__init__(layers=[StreamingLayer() for _ in range(self.config.num_hidden_layers)])
         self._forget()
+        # Here, since it brings transformers' modelling code: who has a model has that, who only imports us has not.
+        from sinkmodel.cache.feeding import attach
+
         attach(model_or_config)
 
     @property

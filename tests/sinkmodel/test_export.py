@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sinkmodel.checkpoint import load_checkpoint
+from sinkmodel.checkpoint import load_checkpoint, load_model_of, read_checkpoint, weights_of
 from sinkmodel.export import main
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, sink_ids_of
 from tests import tiny
@@ -50,6 +50,17 @@ def test_it_loads_with_equal_logits(exported):
         ours, theirs = trained(**batch).logits, model(**batch).logits
     assert torch.equal(ours, theirs)
     assert ours.std() > 0.1, "logits of nothing would be equal too"
+
+
+def test_the_weights_are_those_of_the_file_neither_drawn_nor_copied(tmp_path):
+    """Guards seconds and a second copy of the model in memory: bench.export has the numbers."""
+    file = tiny.checkpoint(tmp_path / "run")
+    content = read_checkpoint(file)
+    before = torch.get_rng_state()
+    model = load_model_of(content, file)
+    assert torch.equal(torch.get_rng_state(), before)
+    mapped = {weight.data_ptr() for weight in weights_of(content).values()}
+    assert {weight.data_ptr() for weight in model.parameters()} <= mapped
 
 
 def test_generation_emits_neither_sink_nor_padding_nor_unused_ids(exported):

@@ -5,10 +5,6 @@ TRANSFORMERS_4 names the Python of an environment with torch and transformers 4.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sinkmodel.export import export
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
+from tests.plain import told, transformers_4
 from tests.sinkmodel.test_export import refusals, softmax_exports
 
 PROGRAM = """
@@ -51,18 +48,12 @@ CASES = [(architecture, name) for architecture in tiny.SHAPES for name in SINKS]
 @pytest.fixture(scope="module")
 def seen_by_4_57(tmp_path_factory):
     """All exports, looked at in one process of the other environment."""
-    python = os.environ.get("TRANSFORMERS_4")
-    assert python, "set TRANSFORMERS_4 to a Python that has torch and transformers 4.57 alone; `make test` does"
     place = tmp_path_factory.mktemp("exports")
     folders = {}
     for i, (architecture, name) in enumerate(CASES):
         checkpoint = tiny.checkpoint(place / f"run{i}", architecture, SINKS[name])
         folders[architecture, name] = export(checkpoint, place / f"model{i}")
-    done = subprocess.run(
-        [python, "-I", "-c", PROGRAM, *map(str, folders.values())], capture_output=True, text=True, cwd=place
-    )
-    assert done.returncode == 0, done.stderr
-    version, ours, seen = json.loads(done.stdout)
+    version, ours, seen = told(transformers_4(), PROGRAM, *folders.values(), place=place)
     assert version.startswith("4.57.")
     assert not ours
     return {case: (folder, seen[str(folder)]) for case, folder in folders.items()}
@@ -90,9 +81,7 @@ def test_it_loads_in_4_57_without_us_and_computes_the_same(seen_by_4_57, case):
 
 @pytest.mark.slow
 def test_4_57_does_not_load_a_softmax_without_its_sink(tmp_path):
-    python = os.environ.get("TRANSFORMERS_4")
-    assert python, "set TRANSFORMERS_4 to a Python that has torch and transformers 4.57 alone; `make test` does"
     folders = softmax_exports(tmp_path)
-    for (folder, loader), said in refusals(python, folders, tmp_path).items():
+    for (folder, loader), said in refusals(transformers_4(), folders, tmp_path).items():
         assert "LOADED" not in said
         assert not loader.startswith("Auto") or f"`sink_{folders[folder][0]}`" in said

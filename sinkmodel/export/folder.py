@@ -1,4 +1,4 @@
-"""`sink-export`: a training checkpoint becomes a model folder that plain transformers loads, 4.57 and 5.x alike."""
+"""A checkpoint as a model folder that plain transformers loads, 4.57 and 5.x alike."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint, verify
-from sinkmodel.console import command, say
 from sinkmodel.files import atomic_folder, refuse_if_occupied
-from sinkmodel.loading import DTYPES
-from sinkmodel.parser import OneLineParser
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from sinkmodel.tokenizer import TextTokenizer, save_tokenizer
 
@@ -75,23 +72,3 @@ def _write_for_transformers_4(path: Path) -> None:
         config["rotary_pct"] = rope["partial_rotary_factor"]
         config["rotary_emb_base"] = rope["rope_theta"]
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@command("sink-export")
-def main(argv: list[str]) -> None:
-    parser = OneLineParser(
-        prog="sink-export",
-        description="Turn a training checkpoint into a model folder for AutoModelForCausalLM and AutoTokenizer.",
-        epilog="Example:\n  sink-export --checkpoint runs/sink --output models/sink",
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a run folder or a checkpoint file")
-    parser.add_argument("--output", type=Path, required=True, help="the model folder to write; must not exist yet")
-    parser.add_argument("--step", type=int, help="of a run folder: the checkpoint of this step (default: the newest)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
-    options = parser.parse_args(argv)
-    folder = export(options.checkpoint, options.output, options.dtype, options.step)
-    say(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

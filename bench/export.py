@@ -1,0 +1,103 @@
+"""How long the export of a 160M model takes, and how far it fills the memory, as ratios to its weights.
+
+    python -m bench.export [--folder DIR]
+
+Pythia-160M's shape with random weights, as sink-pretrain writes it: weights and two moments in fp32, 1.9 GB, and its
+checksum, which the export checks. Each export is a process of its own. Seconds are from its first line to its end,
+imports and all, and as a ratio to writing the same weights with safetensors alone; memory is the peak of resident
+memory (Linux) above what the imports take, over the weights as they were trained (fp32). Pages of the checkpoint, which
+is mapped, are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from sinkmodel.checkpoint import PREFIX, Recipe, write_manifest
+from sinkmodel.files import sha256_of, sync
+from sinkmodel.models import build_model
+from sinkmodel.shapes import ModelShape
+from sinkmodel.sinks import SinkConfig
+from sinkmodel.tokenizer import TextTokenizer
+
+ROWS = 50_304
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import PreTrainedModel
+import sinkmodel.export.folder, sinkmodel.export.gguf_file
+from eval.measures.meters import PeakMemory, memory_now
+from sinkmodel.export import main
+
+device = torch.device("cpu")
+torch.set_num_threads(1)
+before, watch = memory_now(device), PeakMemory(device)
+assert main(sys.argv[1:]) == 0
+print(json.dumps(watch.peak() - before))
+"""
+
+
+def write_checkpoint(run: Path) -> dict[str, torch.Tensor]:
+    """`run/checkpoints/step1.ckpt` with its checksum; the weights, for the baseline."""
+    names = {f"t{i}": i for i in range(ROWS - 27)}  # as many ids as Pythia has
+    backend = Tokenizer(models.BPE(vocab=names, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = build_model(ModelShape(), ROWS, seed=0)
+    weights = model.state_dict()
+    text = TextTokenizer(backend.to_str(), eos_id=0)
+    recipe = Recipe(model.config.to_dict(), SinkConfig("token"), text, 1, 1, {})
+    moments = {number: {"exp_avg": w.clone(), "exp_avg_sq": w.clone()} for number, w in enumerate(weights.values())}
+    path = run / "checkpoints" / "step1.ckpt"
+    path.parent.mkdir(parents=True)
+    state = {PREFIX + name: weight for name, weight in weights.items()}
+    torch.save({"state_dict": state, "recipe": recipe.to_dict(), "optimizer_states": [{"state": moments}]}, path)
+    write_manifest(path.parent, path.name, sha256_of(path))
+    return weights
+
+
+def children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's folder for such files)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as place:
+        folder = Path(place)
+        weights = write_checkpoint(folder / "run")
+        size = sum(weight.nbytes for weight in weights.values())
+        start = time.perf_counter()
+        save_file(weights, folder / "plain.safetensors")
+        sync(folder / "plain.safetensors")
+        alone = time.perf_counter() - start
+        for form, dtype in (("transformers", "float32"), ("transformers", "bfloat16"), ("gguf", "float32")):
+            output = folder / f"{form}-{dtype}{'.gguf' if form == 'gguf' else ''}"
+            argv = ["--checkpoint", folder / "run", "--output", output, "--format", form, "--dtype", dtype]
+            start, used = time.perf_counter(), children_seconds()
+            done = subprocess.run([sys.executable, "-c", PROGRAM, *argv], capture_output=True, text=True, check=True)
+            seconds, used = time.perf_counter() - start, children_seconds() - used
+            grown = json.loads(done.stdout.splitlines()[-1])
+            print(
+                f"export: {form} in {dtype} takes {seconds:.1f} s ({used:.1f} s of a CPU), ratio {seconds / alone:.1f} "
+                f"to writing the weights alone ({alone:.1f} s); memory {grown / size:.2f} x the weights "
+                f"({size / 1e6:.0f} MB)",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""`sink-export`: a training checkpoint becomes what other programs load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sinkmodel.console import command, say
+from sinkmodel.errors import UserError
+from sinkmodel.parser import OneLineParser
+
+FORMATS = ("transformers", "gguf", "custom_generate")
+DTYPES = ("float32", "bfloat16", "float16")
+EXAMPLE = """Examples:
+  sink-export --checkpoint runs/sink --output models/sink
+  sink-export --checkpoint runs/sink --output models/sink.gguf --format gguf
+  sink-export --output models/streaming --format custom_generate"""
+DESCRIPTION = """Turn a training checkpoint into what other programs load:
+  transformers     a model folder for AutoModelForCausalLM and AutoTokenizer
+  gguf             one file for llama.cpp
+or write, of no checkpoint,
+  custom_generate  a folder for the Hub with which model.generate(custom_generate=…) streams any model"""
+
+
+@command("sink-export")
+def main(argv: list[str]) -> None:
+    parser = OneLineParser(prog="sink-export", description=DESCRIPTION, epilog=EXAMPLE)
+    parser.add_argument("--checkpoint", type=Path, help="a run folder or a checkpoint file")
+    parser.add_argument("--output", type=Path, required=True, help="the folder or file to write; must not exist yet")
+    parser.add_argument("--format", choices=FORMATS, default="transformers", help="(default: transformers)")
+    parser.add_argument("--step", type=int, help="of a run folder: the checkpoint of this step (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    options = parser.parse_args(argv)
+    if (options.output.suffix == ".gguf") != (options.format == "gguf"):
+        raise UserError(f"--output is {options.output}: with --format gguf it ends in .gguf, and else it does not")
+    if (options.checkpoint is None) != (options.format == "custom_generate"):
+        parser.error("--checkpoint is what to export, except with --format custom_generate, which is of no model")
+    if options.format == "custom_generate":
+        from sinkmodel.export.streaming_code import export_streaming_code
+
+        folder = export_streaming_code(options.output)
+        say(f"wrote {folder}; put it on the Hub with: hf upload ORG/NAME {folder}")
+    elif options.format == "gguf":
+        from sinkmodel.export.gguf_file import export_gguf
+
+        file = export_gguf(options.checkpoint, options.output, options.dtype, options.step)
+        say(f"wrote {file}; load it with llama.cpp, or any program that is built on it")
+    else:
+        from sinkmodel.export.folder import export
+
+        folder = export(options.checkpoint, options.output, options.dtype, options.step)
+        say(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")

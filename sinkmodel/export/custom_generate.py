@@ -1,0 +1,222 @@
+"""`model.generate(..., custom_generate="ORG/NAME", trust_remote_code=True)`: text without end at constant cost.
+
+Works with the decoders of transformers that have rotary positions (RoPE), of this repository or of any other; needs
+nothing but torch and transformers (4.57 or 5).
+
+    model.generate(**inputs, max_new_tokens=10_000, custom_generate="ORG/NAME", trust_remote_code=True, budget=1024)
+
+    budget  C, the keys that each token sees in each layer, its own counted (default: 1024)
+    sinks   S of them are the first tokens of the text (default: the sink tokens of a model that has some, else 1);
+            the other C - S are the latest
+
+It is the cache of StreamingLLM (Xiao et al., 2309.17453, section 3.2): the sinks stand right before the window, turned
+there from their original keys; keys of the window stay as the model rotated them. The result is that of a text fed
+token by token. Sampling, stopping, streamers and left padding are those of `generate`. Positions grow with the text,
+and in fp32 the angles of RoPE with them lose some digits beyond 100,000 tokens. `sinkmodel.StreamingCache` counts anew
+now and then, is faster, takes more models, and streams further than what `generate` returns.
+
+Shapes: B rows, N tokens of a piece, C budget, S sinks, K keys, G KV heads, D size of a head.
+"""
+
+import inspect
+
+import torch
+from transformers import DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput
+
+PIECE = 64  # tokens of a long prompt that are fed at a time, each with sinks at a turn of its own
+SHIFT = 37  # positions between the two trials
+
+
+def generate(model, *args, budget=1024, sinks=None, streamer=None, **kwargs):
+    """`model.generate` with a streaming cache; ValueError for what would not be exact."""
+    config = model.config.get_text_config()
+    record = getattr(config, "sink", None) or {}
+    if record.get("kind") in ("zero", "logit", "kv_bias"):
+        raise ValueError("the sink of this model is in its softmax: use past_key_values=sinkmodel.StreamingCache(...)")
+    sinks = (record.get("count") or 1) if sinks is None else sinks
+    if not 0 <= sinks < budget:
+        raise ValueError(f"a budget of {budget} does not hold {sinks} sinks and the current token")
+    native = getattr(config, "sliding_window", None)
+    if native is not None and native < budget:
+        raise ValueError(f"this model has a sliding window of {native} of its own: choose a budget of at most that")
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"attention {model.config._attn_implementation!r} takes no mask: load the model with 'sdpa'")
+    for name in ("past_key_values", "inputs_embeds", "assistant_model"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} does not go with this custom_generate")
+    turns = turns_of(model)
+
+    # The streamer comes from here: transformers tells it of the prompt, and does not hand it on.
+    def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
+        if (generation_config.num_beams or 1) > 1:
+            raise ValueError("beam search does not go with this custom_generate: use num_beams=1")
+        stream = Stream(model, budget, sinks, turns, input_ids, inputs.get("attention_mask"))
+        return continued(stream, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+
+    settings = {**kwargs, "streamer": streamer, "custom_generate": decode, "use_cache": True}
+    return type(model).generate(model, *args, **settings)  # the model's own may be this very function
+
+
+def continued(stream, ids, logits_processor, stopping_criteria, generation_config, streamer):
+    """Token after token until all rows have ended: [B, prompt + new], as `generate` of transformers gives them."""
+    pad = generation_config._pad_token_tensor
+    going = torch.ones(len(ids), dtype=torch.long, device=ids.device)
+    new = ids
+    while going.any():
+        scores = logits_processor(ids, stream.feed(new).to(torch.float32, copy=True))
+        if generation_config.do_sample:
+            new = torch.multinomial(scores.softmax(-1), num_samples=1)
+        else:
+            new = scores.argmax(-1, keepdim=True)
+        if pad is not None:
+            new = new * going[:, None] + pad * (1 - going[:, None])
+        ids = torch.cat([ids, new], dim=1)
+        if streamer is not None:
+            streamer.put(new[:, 0].cpu())
+        going = going & ~stopping_criteria(ids, None)
+    if streamer is not None:
+        streamer.end()
+    return GenerateDecoderOnlyOutput(sequences=ids) if generation_config.return_dict_in_generate else ids
+
+
+class Stream:
+    """The keys of B texts: the originals of their sinks, and the window, in columns that all rows share."""
+
+    def __init__(self, model, budget, sinks, turns, prompt, mask):
+        self.model, self.sinks, self.window, self.turns = model, sinks, budget - sinks, turns
+        self.columns = 0  # that were fed so far
+        mask = torch.ones_like(prompt) if mask is None else mask
+        self.pads = (mask == 0).sum(1, keepdim=True)  # [B, 1]
+        if not torch.equal(mask != 0, torch.arange(mask.shape[1], device=mask.device) >= self.pads):
+            raise ValueError("pads must be on the left: tokenizer.padding_side = 'left'")
+        self.layers = None  # one (sink keys, sink values, window keys, window values) each
+        accepted = inspect.signature(model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def feed(self, ids):
+        """Logits [B, V] behind the last of the tokens [B, N]."""
+        logits = None
+        while ids.shape[1]:
+            # Never more than the window, so that no sink leaves it in the piece that it comes with.
+            count = self.window - self.columns if self.columns < self.window else min(PIECE, self.window)
+            logits = self._piece(ids[:, :count])
+            ids = ids[:, count:]
+        return logits
+
+    def _piece(self, ids):
+        """A few tokens at once, each of which sees what it would see alone."""
+        column = self.columns + torch.arange(ids.shape[1], device=ids.device)
+        token_BN = column - self.pads  # counted from the first of the row; below 0 for pads
+        delta_BN = (token_BN - (self.sinks + self.window - 1)).clamp(min=0)
+        if bool((delta_BN == delta_BN[:, :1]).all()):
+            delta_BN = delta_BN[:, :1]  # one set of sinks for all tokens of the piece
+        cache = DynamicCache()
+        for index, (sink_keys, sink_values, keys, values) in enumerate(self.layers or ()):
+            turned = self.turns[index](sink_keys[:, :, None], delta_BN[:, None, :, None]).flatten(2, 3)
+            repeated = sink_values.repeat(1, 1, delta_BN.shape[1], 1)
+            cache.update(torch.cat([turned, keys], dim=2), torch.cat([repeated, values], dim=2), index)
+        mask_BNK = self._mask(token_BN, delta_BN.shape[1])
+        scores = torch.zeros(mask_BNK.shape, dtype=self.model.dtype, device=ids.device)
+        output = self.model(
+            input_ids=ids,
+            position_ids=token_BN.clamp(min=0),
+            attention_mask=scores.masked_fill(~mask_BNK, torch.finfo(scores.dtype).min)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            **self.last_only,
+        )
+        self._keep(cache, token_BN)
+        return output.logits[:, -1]
+
+    def _mask(self, token_BN, sets):
+        """Who sees whom, [B, N, K]: `sets` sets of sinks, the window as it was, the piece itself."""
+        count = token_BN.shape[1]
+        query = token_BN[:, :, None]
+        held = min(self.columns, self.window - 1)
+        key = torch.arange(-held, count, device=token_BN.device) + token_BN[:, :1]  # [B, held + N], as tokens
+        key = key[:, None]
+        latest = (key >= 0) & (key <= query) & (key > query - self.window)
+        latest |= (key == query) & (query < 0)  # a pad sees itself: no row of nothing
+        # A sink is seen in the window for as long as that has it, and here from then on.
+        sink = torch.arange(self.sinks if self.layers else 0, device=token_BN.device)
+        behind = sink <= query - self.window
+        own = torch.eye(count, dtype=torch.bool, device=token_BN.device) if sets > 1 else behind.new_ones(count, 1)
+        return torch.cat([(own[:, :, None] & behind[:, :, None]).flatten(2), latest], dim=2)
+
+    def _keep(self, cache, token_BN):
+        """The sinks among the new keys as originals, and the latest keys as the window of the next piece."""
+        count = token_BN.shape[1]
+        row, column = ((token_BN >= 0) & (token_BN < self.sinks)).nonzero(as_tuple=True)
+        before, self.layers = self.layers, []
+        for index, layer in enumerate(cache.layers):
+            both = []
+            for old, x in enumerate((layer.keys, layer.values)):
+                new = x[:, :, -count:]
+                first = before[index][old] if before else new.new_zeros(*new.shape[:2], self.sinks, new.shape[3])
+                if len(row):
+                    first[row, :, token_BN[row, column]] = new[row, :, column]
+                both.append((first, x[:, :, x.shape[2] - min(self.columns + count, self.window - 1) :]))
+            (sink_keys, keys), (sink_values, values) = both
+            self.layers.append((sink_keys, sink_values, keys, values))
+        self.columns += count
+
+
+# ---------------------------------------------------------------------------------------------- how a model turns keys
+
+
+@torch.no_grad()
+def turns_of(model):
+    """A function (keys [..., D], positions [...]) -> keys for each layer, found by trying: ValueError where none fits.
+
+    The model is run on one token at two positions. Turned by their difference, the key at the first must be the key at
+    the second: by halves (Llama, GPT-NeoX), by neighbours (Cohere), or in a layer without RoPE not at all.
+    """
+    kind = model.config.model_type
+    rotary = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
+    if not rotary or any(not torch.equal(module.inv_freq, rotary[0].inv_freq) for module in rotary):
+        raise ValueError(f"a {kind!r} model has no rotary positions that are the same in all layers")
+    if any(getattr(module, "rope_type", "default") in ("dynamic", "longrope") for module in rotary):
+        raise ValueError(f"this {kind!r} model has other frequencies for long texts: its keys cannot be turned")
+    inv_freq = rotary[0].inv_freq.double().cpu()
+    tokens = torch.arange(1, 9, device=model.device)[:, None]  # a token a row: what it sees is itself alone
+    trials = []
+    for position in (0, SHIFT):
+        cache = DynamicCache()
+        model(input_ids=tokens, position_ids=torch.full_like(tokens, position), past_key_values=cache, use_cache=True)
+        trials.append([layer.keys for layer in cache.layers])
+    if len(trials[0]) != model.config.get_text_config().num_hidden_layers:
+        raise ValueError(f"a {kind!r} model has layers that keep no keys of their own")
+    tolerance = 1e-3 if trials[0][0].dtype == torch.float32 else 0.05
+    turns = []
+    for near, far in zip(*trials):
+        for pairs in ("halves", "neighbours", None):
+            turn = turn_by(inv_freq, pairs)
+            moved = turn(near, torch.full((1, 1, 1), SHIFT)).float()
+            if (moved - far.float()).norm() < tolerance * far.float().norm():
+                turns.append(turn)
+                break
+        else:
+            raise ValueError(f"a {kind!r} model rotates its keys in a way that is not known here")
+    return turns
+
+
+def turn_by(inv_freq, pairs):
+    """Moves keys [..., D] on by positions [...] (both broadcast): angles in fp64, products in fp32, one rounding."""
+
+    def turn(keys, positions):
+        if pairs is None:
+            return keys.expand(torch.broadcast_shapes(keys.shape, (*positions.shape, 1)))
+        angle = positions.cpu().double()[..., None] * inv_freq
+        cos, sin = angle.cos().float().to(keys.device), angle.sin().float().to(keys.device)
+        half, x = len(inv_freq), keys.float()
+        if pairs == "halves":
+            a, b = x[..., :half], x[..., half : 2 * half]
+        else:
+            a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        a, b = a * cos - b * sin, b * cos + a * sin
+        turned = torch.cat([a, b], dim=-1) if pairs == "halves" else torch.stack([a, b], dim=-1).flatten(-2)
+        rest = x[..., 2 * half :]
+        return torch.cat([turned, rest.expand(*turned.shape[:-1], rest.shape[-1])], dim=-1).to(keys.dtype)
+
+    return turn
