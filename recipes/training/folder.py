@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,7 +15,7 @@ import yaml
 
 from recipes.config import dump_config, flatten
 from recipes.data.datamodule import TextDataModule
-from recipes.data.shards import TokenSplit
+from recipes.data.shards import TokenSplit, read_manifest
 from recipes.training.processes.ranks import World
 from recipes.training.settings import PretrainConfig
 from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, read_checkpoint, verify, weights_of
@@ -96,11 +98,26 @@ def write_folder(run: Path, config: PretrainConfig) -> None:
 def provenance_of(config: PretrainConfig, train: TokenSplit, world: World) -> dict[str, Any]:
     return {
         "config": asdict(config),
-        "data": {"fingerprint": train.fingerprint, "train_tokens": train.tokens},
+        "data": {
+            "source": read_manifest(Path(config.data.path)).get("source"),  # files, or a data set and its commit
+            "fingerprint": train.fingerprint,
+            "train_tokens": train.tokens,
+        },
         "processes": world.size,
+        "nodes": world.nodes,
+        "hardware": _hardware(config.training.device),
         "git_commit": _git_commit(),
         "versions": {name: version(name) for name in ("sinkmodel", "torch", "transformers", "lightning")},
     }
+
+
+def _hardware(device: str) -> str:
+    """What this process computes on, by its maker's name; a run that goes on elsewhere has the last of them."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.+)$", about.read_text(), re.MULTILINE) if about.exists() else None
+    return name[1].strip() if name else f"CPU, {platform.machine()}"
 
 
 def _git_commit() -> str | None:

@@ -13,6 +13,7 @@ from recipes.data.datamodule import plan_batches
 from recipes.data.rows import RowLayout
 from recipes.data.shards import open_split, read_manifest
 from recipes.training.folder import check_folder, starting_point
+from recipes.training.logs.build import rehearse as rehearse_logging
 from recipes.training.loss import LossHead
 from recipes.training.settings import PretrainConfig
 from recipes.training.throughput import PEAKS, flops_per_token
@@ -36,6 +37,7 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     layout.check("train")
     plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, processes)
     check_folder(run, config)
+    logging = rehearse_logging(config)
     start = starting_point(run) if run.exists() else None
     rows = config.model.vocabulary or padded_vocabulary(read_manifest(data)["tokenizer"]["vocabulary"])
     model = build_model(config.model, rows, config.seed, config.sink)
@@ -56,6 +58,7 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
         ("time", f"{tokens / (speed * processes) / 3600:,.1f} hours, without saving and validation"),
         ("checkpoint", f"{_gigabytes(size)} each, {files} at a time at most: {_gigabytes(size * files)}"),
         ("disk", f"{_gigabytes(free)} free for {run}"),
+        ("logging", logging),
         ("folder", f"{run} goes on from {start.name}" if start else f"{run} starts anew"),
     ]  # fmt: skip
     for name, text in everything:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import WandbLogger
 
 from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
 from recipes.data.shards import TokenSplit, open_split, read_manifest
 from recipes.training.callbacks.preemption import requeue
 from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
+from recipes.training.logs.build import refuse_what_is_not_installed
 from recipes.training.module import SinkLanguageModel
 from recipes.training.processes import signals
 from recipes.training.processes.ranks import (
@@ -100,7 +99,9 @@ def pretrain(config: PretrainConfig) -> int:
             compile_model=config.training.compile,
         )
         from_first(lambda: write_folder(run, config))
-        trainer, stop, writer = build_trainer(run, config, strategy, world, plan, module, datamodule, start)
+        total, body = count_parameters(model)
+        shown = {**provenance, "parameters": total, "parameters_without_embeddings": body}
+        trainer, stop, writer = build_trainer(run, config, strategy, world, plan, module, datamodule, start, shown)
         _introduce(run, config, strategy, world, model, train, plan, start)
         with others_may_be_lost():
             try:
@@ -109,9 +110,6 @@ def pretrain(config: PretrainConfig) -> int:
                 from_first(writer.finish)
                 raise
             from_first(writer.finish)  # a rank that left now would take rank 0 along, in the middle of a save
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # the process may end without ceremony
     if stop.agreed is not None and trainer.global_step < steps:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; go on with the same command, or with:")
         say(f"  sink-pretrain --config {run / 'config.yaml'}")
@@ -135,8 +133,7 @@ def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
-    if config.logging.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError("logging.wandb is true, but wandb is not installed; pip install 'sinkmodel[wandb]'")
+    refuse_what_is_not_installed(config)
     if config.training.devices not in (None, world.local_size):
         raise UserError(
             f"training.devices is {config.training.devices}, but {world.local_size} processes were started on each "

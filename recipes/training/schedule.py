@@ -10,7 +10,7 @@ from sinkmodel.errors import UserError
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """Defaults: Pythia's.
+    """The learning rate over the steps. Defaults: Pythia's.
 
     Args:
         kind: `cosine` (Pythia's) or `wsd` (warm-up, stable, decay).

@@ -18,7 +18,8 @@ PYTHIA_EARLY = (0, *(2**i for i in range(10)))  # 0, 1, 2, 4 … 512
 
 @dataclass(frozen=True)
 class DataSettings:
-    """
+    """The prepared text, and how it is read.
+
     Args:
         path: folder that sink-prepare wrote.
         sequence: length of a row in tokens, sinks included.
@@ -44,11 +45,12 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Defaults: Pythia-160M's.
+    """AdamW. Defaults: Pythia-160M's.
 
     Args:
         lr: peak learning rate.
         betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
         weight_decay: decoupled, on every matrix, embeddings included; never on norms and biases.
         clip: largest norm of the gradient over all parameters; 0 leaves it as it is.
     """
@@ -71,7 +73,8 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """
+    """Batch, devices and precision.
+
     Args:
         batch_tokens: tokens of one optimiser step, sinks included, over all processes.
         micro_rows: rows that go through the model at a time in one process; the accumulation follows from it.
@@ -118,7 +121,8 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """
+    """How often held-out text is scored, and how much of it.
+
     Args:
         every: steps between measurements.
         rows: how many rows of the validation split are scored, from its start.
@@ -134,7 +138,8 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """
+    """When a checkpoint is written, and which ones stay.
+
     Args:
         every: steps between checkpoints.
         keep: how many of the latest to keep.
@@ -164,16 +169,21 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    """
+    """Where the numbers of a run go.
+
     Args:
-        every: steps between logged lines.
-        wandb: log to Weights & Biases as well (`WANDB_MODE=offline` works).
-        project, name: of the wandb run; the name is the output folder's unless given.
+        every: steps between lines of metrics.csv, which is always written.
+        wandb: log to Weights & Biases as well, online or, with `WANDB_MODE=offline`, for `wandb sync` later; twins
+            share a group, and tags tell sink, model and data.
+        tensorboard: write the same curves to `tensorboard/` in the output folder.
+        project: of the wandb run.
+        name: of the wandb run; the output folder's unless given.
         spike: standard deviations above the running mean of the loss from which on a step is reported, with its rows.
     """
 
     every: int = 10
     wandb: bool = False
+    tensorboard: bool = False
     project: str = "sinkmodel"
     name: str | None = None
     spike: float = 6.0
@@ -187,7 +197,8 @@ class LoggingSettings:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """
+    """A run of sink-pretrain: all that decides it, and where it is written.
+
     Args:
         output: the run folder; a run that stopped there goes on.
         seed: of the initial weights and of the order of the data.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import uuid
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, WandbLogger
 
-from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, TextDataModule
 from recipes.training.callbacks.checkpoints import BackgroundCheckpointIO, Checkpoints
 from recipes.training.callbacks.health import Health
@@ -23,14 +20,13 @@ from recipes.training.callbacks.progress import Progress
 from recipes.training.callbacks.steps import StepMeans
 from recipes.training.callbacks.validation import Validation
 from recipes.training.callbacks.watchdog import Watchdog
-from recipes.training.logs import MetricsFile
+from recipes.training.logs.build import build_loggers
 from recipes.training.module import SinkLanguageModel
-from recipes.training.processes.ranks import World, from_first
+from recipes.training.processes.ranks import World, agree, from_first
 from recipes.training.processes.strategies import build_strategy
 from recipes.training.settings import PretrainConfig
 from recipes.training.throughput import flops_per_token, peak_flops
 from sinkmodel.checkpoint import Recipe, read_checkpoint
-from sinkmodel.files import write_json
 
 
 def build_trainer(
@@ -42,6 +38,7 @@ def build_trainer(
     module: SinkLanguageModel,
     datamodule: TextDataModule,
     start: Path | None,
+    provenance: dict[str, Any],
 ) -> tuple[Trainer, StopOnSignal, BackgroundCheckpointIO]:
     """The trainer of this rank, the callback that knows whether the run was asked to stop, and who writes its files."""
     on_gpu, half = config.training.device == "cuda", config.training.precision == "bf16"
@@ -59,6 +56,8 @@ def build_trainer(
         flops_per_token(module.model, config.data.sequence),
         from_first(lambda: peak_flops(torch.device(config.training.device), torch.bfloat16 if half else torch.float32)),
     )
+    step = 0 if start is None else _step_of(start)
+    loggers = agree(lambda: build_loggers(run, config, provenance, step) if world.rank == 0 else [])
     trainer = Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         strategy=build_strategy(strategy, world, config.training, config.optimizer.clip),
@@ -79,7 +78,7 @@ def build_trainer(
             Validation(config.validation.every, metrics, watchdog),
             Checkpoints(run, config.checkpoints, steps, writer, health),
         ],
-        logger=_build_loggers(run, config, 0 if start is None else _step_of(start)) if world.rank == 0 else [],
+        logger=loggers,
         plugins=[writer, LightningEnvironment() if strategy == "one" else TorchElasticEnvironment()],
         default_root_dir=run,
         enable_checkpointing=False,
@@ -115,24 +114,3 @@ def _quieten() -> None:
 
 def _step_of(checkpoint: Path) -> int:
     return Recipe.from_dict(read_checkpoint(checkpoint)["recipe"]).step
-
-
-def _build_loggers(run: Path, config: PretrainConfig, step: int) -> list[Logger]:
-    metrics = MetricsFile(run / "metrics.csv")
-    metrics.rewind(step)
-    loggers: list[Logger] = [metrics]
-    if config.logging.wandb:
-        identity = run / "checkpoints" / "wandb.json"  # one wandb run, however often it is resumed
-        if not identity.exists():
-            write_json(identity, {"id": uuid.uuid4().hex[:8]})
-        loggers.append(
-            WandbLogger(
-                project=config.logging.project,
-                name=config.logging.name or run.name,
-                id=yaml.safe_load(identity.read_text(encoding="utf-8"))["id"],
-                resume="allow",
-                save_dir=run,
-                config=flatten(config),
-            )
-        )
-    return loggers

@@ -14,7 +14,7 @@ from recipes.training.processes.launch import free_port
 from sinkmodel.checkpoint import checkpoint_steps
 from tests import tiny
 from tests.kills import children_of, kill_again_and_again
-from tests.recipes.runs import QUICK, arguments, complete, start_process, wait_for_checkpoint
+from tests.recipes.runs import QUICK, arguments, start_process, wait_for_checkpoint
 
 
 @pytest.mark.slow
@@ -35,13 +35,6 @@ def test_a_signal_that_reaches_one_rank_only_stops_all_at_the_same_step_saved(da
     assert f"stopped at step {max(checkpoint_steps(run))} of 100000" in said
     assert said.count("stopped at step") == 1
     assert "Traceback" not in said
-
-
-@pytest.mark.slow
-def test_several_ranks_are_one_wandb_run(data, tmp_path):
-    complete(data, tmp_path / "run", schedule__steps=6, logging__wandb=True)
-    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
-    assert (tmp_path / "run" / "checkpoints" / "wandb.json").exists()
 
 
 @pytest.mark.slow

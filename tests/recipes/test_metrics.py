@@ -10,7 +10,7 @@ from scipy.optimize import brentq
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipes.training.callbacks.metrics import ppl
-from recipes.training.logs import COLUMNS, MetricsFile
+from recipes.training.logs.metrics_file import COLUMNS, MetricsFile
 from recipes.training.module import sink_share
 from recipes.training.throughput import flops_per_token
 from sinkmodel.attention import CAUSAL

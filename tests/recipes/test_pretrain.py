@@ -251,19 +251,6 @@ def test_a_full_disk_is_said_and_the_previous_checkpoint_stays(data, tmp_path, c
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["SHA256SUMS", "step7.ckpt"]
 
 
-@pytest.mark.slow
-def test_wandb_offline_keeps_one_run_over_a_resume(data, tmp_path):
-    run = tmp_path / "run"
-    process = start_process(data, run, logging__wandb=True)
-    wait_for_checkpoint(process, run, 7)
-    process.kill()
-    process.wait()
-    train(data, run, logging__wandb=True)
-    folders = list((run / "wandb").glob("offline-run-*"))
-    assert len(folders) == 2, "offline, each start has a folder"
-    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1, "of one run"
-
-
 def test_bad_input_is_one_line_and_writes_nothing(data, undisturbed, tmp_path, capsys):
     altered = tiny.prepared(tmp_path / "altered")
     shard = altered / "train-00000.bin"

@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 class MetricsFile(Logger):
-    """One line a call, numbers in full precision, written at once.
+    """One line a call, numbers in full precision, written at once. Always there: what every other logger is made from.
 
     Lightning's CSVLogger starts its file anew on resume; this one drops only the lines behind the step resumed from,
     so that a run that was killed leaves the same file as one that was not.

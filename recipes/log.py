@@ -1,0 +1,68 @@
+"""`sink-log`: what was measured of a run, and the curves that it lacks, to wandb and TensorBoard."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from sinkmodel.console import command, say
+from sinkmodel.errors import UserError
+from sinkmodel.parser import OneLineParser
+
+DESCRIPTION = """\
+Log to the run's own page in wandb and its TensorBoard folder, behind training or between two jobs: the results of
+sink-eval, attention maps, a report, checkpoints. Curves that are missing there, of a run that was trained without, or
+whose logger failed, are taken from its metrics.csv."""
+EXAMPLE = """Example:
+  sink-log --run runs/sink --results verify.json sinks.json --maps maps --report report"""
+TARGETS = ("wandb", "tensorboard")
+
+
+@command("sink-log")
+def main(argv: list[str]) -> None:
+    parser = OneLineParser("sink-log", DESCRIPTION, EXAMPLE)
+    parser.add_argument("--run", required=True, type=Path, help="a folder of sink-pretrain")
+    parser.add_argument("--to", nargs="+", choices=TARGETS, help="(default: what the run was trained with)")
+    parser.add_argument("--results", nargs="+", type=Path, default=[], metavar="FILE", help="of sink-eval … --json")
+    parser.add_argument(
+        "--maps", nargs="+", type=Path, default=[], metavar="FOLDER", help="of sink-eval sinks --maps, a name for each"
+    )
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="of sink-eval report; to wandb alone")
+    parser.add_argument("--checkpoints", action="store_true", help="keep them as artifacts; to wandb alone")
+    options = parser.parse_args(argv)
+    if not (options.run / "config.yaml").is_file():
+        raise UserError(f"{options.run} has no config.yaml; give the folder of a run of sink-pretrain")
+    from recipes.config import load_config
+    from recipes.training.logs.measured import read_measured
+    from recipes.training.settings import PretrainConfig
+    from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics
+    from sinkmodel.locks import locked
+
+    config = load_config(PretrainConfig, [f"--config={options.run / 'config.yaml'}"], DESCRIPTION, EXAMPLE)
+    targets = options.to or [name for name in TARGETS if getattr(config.logging, name)]
+    if not targets:
+        raise UserError(f"{options.run} was trained with neither of wandb and TensorBoard; say which with --to")
+    if targets == ["tensorboard"] and (options.report or options.checkpoints):
+        raise UserError("--report and --checkpoints are for wandb; TensorBoard has no place for them")
+    logging = replace(config.logging, wandb="wandb" in targets, tensorboard="tensorboard" in targets)
+    steps = checkpoint_steps(options.run)
+    if not steps:
+        raise UserError(f"{options.run} has no checkpoint yet; log what was measured of one")
+    config = replace(config, logging=logging)
+    measured = read_measured(options.results, options.maps, options.report, steps if options.checkpoints else {})
+    from recipes.training.logs.build import build_mirrors, refuse_what_is_not_installed
+
+    refuse_what_is_not_installed(config)
+    recipe = Recipe.from_dict(read_checkpoint(steps[max(steps)])["recipe"])
+    with locked(options.run):
+        for mirror in build_mirrors(options.run, config, recipe.provenance, resuming=False):
+            mirror.catch_up(read_metrics(options.run))
+            mirror.try_to(lambda mirror=mirror: mirror.show(measured), "at what was measured")  # type: ignore[misc]
+            mirror.finalize("success")
+            if mirror.failed:
+                raise UserError(f"not all was logged to {mirror.title}; the line above says why", exit_code=1)
+            say(f"{mirror.title} has {options.run} up to step {read_metrics(options.run)[-1]['step']}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

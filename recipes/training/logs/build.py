@@ -1,0 +1,75 @@
+"""Which loggers a run has: metrics.csv always; wandb and TensorBoard where they are asked for, imported only then."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from recipes.config import dump_config
+from recipes.training.logs.metrics_file import MetricsFile
+from recipes.training.logs.mirror import Mirror
+from recipes.training.logs.names import group_of, tags_of
+from recipes.training.settings import PretrainConfig
+from sinkmodel.checkpoint import read_metrics
+from sinkmodel.errors import UserError
+
+
+def build_loggers(run: Path, config: PretrainConfig, provenance: dict[str, Any], step: int) -> list[Logger]:
+    """The loggers of rank 0, level with `step`, that of the checkpoint that training goes on from, or 0.
+
+    Raises UserError where a run that has not begun cannot log as it was asked to.
+    """
+    metrics = MetricsFile(run / "metrics.csv")
+    metrics.rewind(step)
+    mirrors = build_mirrors(run, config, provenance, resuming=step > 0)
+    for mirror in mirrors:
+        mirror.catch_up(read_metrics(run))
+    return [metrics, *mirrors]
+
+
+def build_mirrors(run: Path, config: PretrainConfig, provenance: dict[str, Any], resuming: bool) -> list[Mirror]:
+    """wandb and TensorBoard, as `config.logging` asks for them, before they are brought level.
+
+    Args:
+        provenance: what `recipes.training.folder.provenance_of` gives, and what else is known of the run.
+    """
+    mirrors: list[Mirror] = []
+    if config.logging.tensorboard:
+        from recipes.training.logs.tensorboard_files import TensorBoardFiles
+
+        mirrors.append(TensorBoardFiles(run, dump_config(config)))
+    if config.logging.wandb:
+        from recipes.training.logs.wandb_run import WandbRun
+
+        settings = asdict(config)
+        shown = {**provenance, **settings, "data": {**settings["data"], **provenance["data"]}}
+        shown.pop("config", None)
+        group = group_of(config, provenance["data"]["fingerprint"])
+        mirrors.append(WandbRun(run, config.logging, resuming, config.schedule.steps, shown, group, tags_of(config)))
+    return mirrors
+
+
+def refuse_what_is_not_installed(config: PretrainConfig) -> None:
+    """Raises UserError for a logger whose package is missing; none of them is needed to train."""
+    for package in ("wandb", "tensorboard"):
+        if getattr(config.logging, package) and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"logging.{package} is true, but {package} is not installed; pip install 'sinkmodel[{package}]'"
+            )
+
+
+def rehearse(config: PretrainConfig) -> str:
+    """What a run will log to, in words, for `--dry-run`; raises UserError for what `build_loggers` would refuse."""
+    refuse_what_is_not_installed(config)
+    told = ["metrics.csv"]
+    if config.logging.tensorboard:
+        told.append(f"tensorboard --logdir {config.output}")
+    if config.logging.wandb:
+        from recipes.training.logs.wandb_run import check_wandb
+
+        told.append(f"wandb ({check_wandb()}), project {config.logging.project}, tags {', '.join(tags_of(config))}")
+    return "; ".join(told)

@@ -1,0 +1,92 @@
+"""What was measured of a run after its training: results, attention maps, a report; read for any logger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sinkmodel.errors import UserError
+from sinkmodel.files import read_json
+
+Cell = float | str | None
+VERDICT = ("answer", "first", "second", "difference", "low", "high", "tokens")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file that `sink-eval QUESTION --json` wrote, rows of plain values as a table."""
+
+    path: Path
+    question: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    verdict: dict[str, Cell]
+
+    @property
+    def title(self) -> str:
+        return f"{self.question}/{self.path.stem}"
+
+    def markdown(self) -> str:
+        """The table; before it the verdict, if there is one."""
+        head: list[list[Cell]] = [[*self.columns], ["---"] * len(self.columns)]
+        lines = [" | ".join(map(_cell, row)) for row in (*head, *self.rows)]
+        said = ", ".join(f"{name} {_cell(value)}" for name, value in self.verdict.items())
+        return "\n".join([said, "", *(f"| {line} |" for line in lines)])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """
+    Args:
+        maps: folders that `sink-eval sinks --maps` made.
+        report: the folder that `sink-eval report` made.
+        checkpoints: by step, to be kept as artifacts.
+    """
+
+    results: list[Result] = field(default_factory=list)
+    maps: list[Path] = field(default_factory=list)
+    report: Path | None = None
+    checkpoints: dict[int, Path] = field(default_factory=dict)
+
+
+def read_measured(
+    results: Sequence[Path], maps: Sequence[Path], report: Path | None, checkpoints: dict[int, Path]
+) -> Measured:
+    """Raises UserError for a file or folder that is not what it should be."""
+    for folder in maps:
+        if not (folder / "maps.png").is_file():
+            raise UserError(f"{folder} has no maps.png; give a folder that sink-eval sinks --maps made")
+    if report is not None and not (report / "report.html").is_file():
+        raise UserError(f"{report} has no report.html; give the folder that sink-eval report made")
+    _refuse_namesakes([path.stem for path in results], "--results")
+    _refuse_namesakes([folder.name for folder in maps], "--maps")
+    return Measured([read_result(path) for path in results], list(maps), report, checkpoints)
+
+
+def _refuse_namesakes(names: list[str], option: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two of {option} are called {name}, and would be one panel; rename one of them")
+
+
+def read_result(path: Path) -> Result:
+    content = read_json(path)
+    question, rows = (content.get(name) if isinstance(content, dict) else None for name in ("command", "rows"))
+    if not isinstance(question, str) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is not a result of sink-eval --json; give a file that it wrote")
+    columns = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if _plain(row.get(name) for row in rows)
+    ]
+    verdict = content.get("verdict") or {}
+    told = {name: verdict[name] for name in VERDICT if name in verdict} if isinstance(verdict, dict) else {}
+    return Result(path, question, columns, [[row.get(name) for name in columns] for row in rows], told)
+
+
+def _plain(values: Any) -> bool:
+    return all(value is None or isinstance(value, (int, float, str)) for value in values)
+
+
+def _cell(value: Cell) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,46 @@
+"""Names by which a reader of many runs finds twins at a glance: a group that they share, tags in which they differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from recipes.config import flatten
+from recipes.training.folder import FREE_GROUPS, FREE_TO_CHANGE
+from recipes.training.settings import PretrainConfig
+from sinkmodel.sinks import SinkConfig
+
+WHERE = 24  # letters of a data folder's name; wandb takes 64 for a tag
+
+
+def tags_of(config: PretrainConfig) -> list[str]:
+    """Sink, model and data, as in `["sink-token", "gpt_neox-12x768", "fineweb-edu"]`."""
+    return [_sink(config.sink), _shape(config), _data(config)]
+
+
+def group_of(config: PretrainConfig, fingerprint: str) -> str:
+    """`gpt_neox-12x768-fineweb-edu-1a2b3c4d`: the digits are of all that decides what a run computes, its sink aside.
+
+    Args:
+        fingerprint: of the data; where the folder stands is no part of it.
+    """
+    deciding = {
+        key: value
+        for key, value in flatten(config).items()
+        if key not in FREE_TO_CHANGE and not key.startswith((*FREE_GROUPS, "sink."))
+    }
+    digest = hashlib.sha256(json.dumps([fingerprint, deciding], sort_keys=True).encode()).hexdigest()
+    return f"{_shape(config)}-{_data(config)}-{digest[:8]}"
+
+
+def _sink(sink: SinkConfig) -> str:
+    return f"sink-{sink.kind}" + (f"-{sink.count}" if sink.tokens > 1 else "")
+
+
+def _shape(config: PretrainConfig) -> str:
+    return f"{config.model.architecture}-{config.model.layers}x{config.model.hidden}"
+
+
+def _data(config: PretrainConfig) -> str:
+    return Path(config.data.path).absolute().name[:WHERE]

@@ -1,0 +1,79 @@
+"""Guards: `sink-log` brings what was measured, and the curves that it lacks, to a run's page; bad input is one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from recipes.log import main as log
+from tests.recipes.logged import expected_points, logged_steps, points, records_of
+from tests.recipes.runs import train
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A result with a verdict, maps and a report, as sink-eval writes them."""
+    rows = [{"model": "runs/sink", "sinks": 1, "nll_after_overflow": 3.25, "by_position": [[0, 1, 3.5]]}]
+    verdict = {"answer": "equivalent", "difference": -0.001, "low": -0.004, "high": 0.002, "resampled": {}}
+    (tmp_path / "verify.json").write_text(json.dumps({"command": "verify", "rows": rows, "verdict": verdict}))
+    for name in ("maps", "report"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (8, 4), (0, 32, 77)).save(tmp_path / "maps" / "maps.png")
+    (tmp_path / "report" / "report.html").write_text("<h1>equivalent</h1>")
+    return ["--results", str(tmp_path / "verify.json"), "--maps", str(tmp_path / "maps")]
+
+
+@pytest.mark.slow
+def test_what_was_measured_goes_to_the_runs_own_page_and_its_lacking_curves_with_it(data, tmp_path, measured, capsys):
+    """The run was trained without either logger."""
+    run = train(data, tmp_path / "run")
+    words = ["--run", str(run), *measured, "--report", str(tmp_path / "report"), "--checkpoints"]
+    assert log([*words, "--to", "wandb", "tensorboard"]) == 0
+    assert logged_steps(run) == [*range(5, 41, 5), 41]
+    shown = {tuple(item.nested_key): json.loads(item.value_json) for item in records_of(run, "history")[-1].item}
+    assert shown["maps/maps", "_type"] == "image-file"
+    assert (shown["maps/maps", "width"], shown["maps/maps", "height"]) == (8, 4)
+    assert (shown["verify/verify", "nrows"], shown["verify/verify", "ncols"]) == (1, 3), "plain values alone"
+    assert shown["report", "_type"] == "html-file"
+    artifacts = {(artifact.type, alias) for artifact in records_of(run, "artifact") for alias in artifact.aliases}
+    assert {("model", f"step{step}") for step in (28, 35, 40)} < artifacts
+    assert {("evaluation", "latest"), ("report", "latest")} < artifacts
+    told = {
+        item.key or item.nested_key[0]: item.value_json
+        for record in records_of(run, "summary")
+        for item in record.update
+    }
+    assert json.loads(told["verdict"]) == {"answer": "equivalent", "difference": -0.001, "low": -0.004, "high": 0.002}
+    assert points(run) == expected_points(run)
+    board = EventAccumulator(str(run / "tensorboard" / "measured")).Reload()
+    assert board.Images("maps/maps")[0].width == 8
+    (text,) = board.Tensors("verify/verify/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    assert table.splitlines()[0] == "answer equivalent, difference -0.001, low -0.004, high 0.002"
+    assert table.splitlines()[-1] == "| runs/sink | 1 | 3.25 |"
+    assert "wandb has" in capsys.readouterr().err
+
+
+def test_what_cannot_be_logged_is_one_line(data, tmp_path, measured, capsys):
+    run = train(data, tmp_path / "run", schedule__steps=10)
+    (tmp_path / "other.json").write_text("[]")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["--run", str(tmp_path)], "has no config.yaml"),
+        (["--run", str(run), *measured], "was trained with neither of wandb and TensorBoard; say which with --to"),
+        (["--run", str(run), "--to", "tensorboard", "--checkpoints"], "are for wandb"),
+        (["--run", str(run), "--to", "tensorboard", "--results", str(tmp_path / "other.json")], "is not a result of"),
+        (["--run", str(run), "--to", "tensorboard", "--maps", str(tmp_path / "empty")], "has no maps.png"),
+        (["--run", str(run), "--to", "wandb", "--report", str(tmp_path / "empty")], "has no report.html"),
+        (["--run", str(run), "--to", "tensorboard", "--maps", *2 * [str(tmp_path / "maps")]], "are called maps"),
+    ]
+    capsys.readouterr()
+    for words, told in cases:
+        assert log(words) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert told in said
+    assert not (run / "tensorboard").exists()
+    assert not (run / "wandb").exists()
