@@ -9,6 +9,7 @@ import pytest
 
 from sinkmodel.checkpoint import checkpoint_steps
 from tests import tiny
+from tests.hub import TOKEN, serving_hub
 from tests.recipes.runs import arguments, assert_same_run, train
 
 pytestmark = pytest.mark.cluster
@@ -73,19 +74,20 @@ def test_prepare_makes_shards_that_pretrain_reads(cluster, tmp_path):
     assert splits["validation"]["documents"] == 1
 
 
-def test_push_uploads_the_exported_folder(cluster, twins, tmp_path):
-    """Risk: something else than the model folder goes to the Hub, or to another name; `hf` is a stand-in here."""
-    stand_in, site = tmp_path / "bin" / "hf", tmp_path / "site.sh"
-    stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/said\nls "$3" > {tmp_path}/files\n')
-    stand_in.chmod(0o755)
-    site.write_text(f'{cluster.site.read_text()}export PATH="{stand_in.parent}:$PATH"\n')
-    words = [str(twins / "token-seed1234"), "me/sink", "--dtype", "bfloat16"]
-    cluster.finish(cluster.submit("push.sbatch", words, f"--export=ALL,SINK_SITE={site}"))
-    command, name, folder, inside = (tmp_path / "said").read_text().split()
-    assert (command, name, inside) == ("upload", "me/sink", ".")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set((tmp_path / "files").read_text().split())
-    assert (
-        json.loads((twins / "token-seed1234" / folder.split("/")[-1] / "config.json").read_text())["dtype"]
-        == "bfloat16"
-    )
+def test_push_brings_the_run_to_the_hub(cluster, twins, tmp_path):
+    """Risk: another run goes there, or under another name; or the job does not find its way, or its token."""
+    with serving_hub() as hub:
+        told = "".join(f"export {name}={value}\n" for name, value in {**hub.environment, "HF_TOKEN": TOKEN}.items())
+        site = tmp_path / "site.sh"
+        site.write_text(cluster.site.read_text() + told)
+        words = [str(twins / "token-seed1234"), "me/sink", "--dtype", "bfloat16"]
+        job = cluster.submit("push.sbatch", words, f"--export=ALL,SINK_SITE={site}")
+        cluster.finish(job)
+        repository = hub.repositories["me/sink"]
+        assert repository.branches.keys() == {"main", "step14", "step28", "step40"}
+        for branch, step in (("main", 40), ("step14", 14)):
+            files = repository.files(branch)
+            assert json.loads(files["training.json"].content)["step"] == step
+            assert json.loads(files["config.json"].content)["dtype"] == "bfloat16"
+        assert f"{hub.endpoint}/me/sink" in cluster.log(job)
+        assert TOKEN not in cluster.log(job)

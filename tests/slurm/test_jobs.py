@@ -73,8 +73,8 @@ elif [ "$name" = sink-pretrain ]; then
 fi
 """
 DOUBLED = (
-    *("srun", "scontrol", "sleep", "timeout", "hf"),
-    *("sink-pretrain", "sink-prepare", "sink-export", "sink-eval"),
+    *("srun", "scontrol", "sleep", "timeout"),
+    *("sink-pretrain", "sink-prepare", "sink-export", "sink-eval", "sink-push"),
 )
 
 
@@ -259,13 +259,17 @@ def test_a_number_of_workers_that_is_typed_wins_over_that_of_the_cores(job):
     assert job.calls("sink-prepare") == [["--workers", "32", "--workers", "3", "--input", "a file"]]
 
 
-def test_push_exports_once_and_uploads_that_folder(job, tmp_path):
-    """Risk: a job that comes back fails on the folder that it has made, or uploads another."""
-    run = tmp_path / "run"
-    run.mkdir()
-    folder = run / "export-me-sink"
-    assert job.run("push.sbatch", str(run), "me/sink", "--dtype", "bfloat16").returncode == 0
-    assert job.calls("sink-export") == [["--checkpoint", str(run), "--output", str(folder), "--dtype", "bfloat16"]]
-    assert job.calls("hf") == [["upload", "me/sink", str(folder), "."]]
-    assert job.run("push.sbatch", str(run), "me/sink").returncode == 0
-    assert (job.calls("sink-export"), job.calls("hf")) == ([], [["upload", "me/sink", str(folder), "."]])
+def test_push_pushes_the_run_with_the_options_that_are_given(job, tmp_path):
+    """Risk: an option is lost on its way, or a folder with a blank in its name is two."""
+    run = f"{tmp_path}/a run"
+    assert job.run("push.sbatch", run, "me/sink", "--dtype", "bfloat16", "--follow").returncode == 0
+    assert job.calls("sink-push") == [["--run", run, "--repo", "me/sink", "--dtype", "bfloat16", "--follow"]]
+    assert "ntasks=1" in " ".join(job.calls("srun")[0])
+
+
+@pytest.mark.parametrize("words", [[], ["a run"], ["a run", "sink"]])
+def test_push_without_a_name_on_the_hub_is_refused(job, words):
+    done = job.run("push.sbatch", *words)
+    assert done.returncode == 2
+    assert "push.sbatch takes a run folder and the model's name on the Hub, USER/NAME" in done.stderr
+    assert job.calls("srun") == []

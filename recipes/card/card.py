@@ -1,0 +1,184 @@
+"""The model card: README.md of a model folder, written from what is known of the model, and again at every push.
+
+    write_card(Path("models/sink"), repository="org/sink", run=Path("runs/sink"), report=Path("report"))
+
+`facts` says what the model is and how it was trained, `results` and `report` what was measured, `metadata` what the
+Hub reads of it. What somebody wrote by hand stays: the text between two comments, and the metadata that is a choice.
+The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.card import curve
+from recipes.card.facts import PROVENANCE, Facts, gather
+from recipes.card.markdown import EMPTY, escaped, front_matter, split_by_hand
+from recipes.card.metadata import metadata
+from recipes.card.report import TRAINING, Report, read_report
+from recipes.card.results import Measured, read_results
+from recipes.card.rows import citation, model_rows, training_rows
+from sinkmodel.errors import UserError
+from sinkmodel.files import atomic_file, read_json
+
+README = "README.md"
+
+
+@dataclass(frozen=True)
+class Card:
+    text: str
+    facts: Facts
+    report: Report
+    draws_curve: bool  # its own, where no report has one
+
+    def write(self, folder: Path) -> None:
+        """README.md, the last, and the figures that it shows; what else stands in `folder` is left alone."""
+        self.report.copy_figures(folder)
+        if self.draws_curve:
+            curve.draw(folder / curve.PATH, self.facts.points)
+        with atomic_file(folder / README) as aside:
+            aside.write_bytes(self.text.encode("utf-8"))
+
+
+def write_card(
+    folder: Path,
+    *,
+    repository: str,
+    run: Path | None = None,
+    report: Path | None = None,
+    results: Sequence[Path] = (),
+    previous: str | None = None,
+    output: Path | None = None,
+) -> None:
+    """Write README.md and figures/ into a model folder, or into `output`, which exists.
+
+    Args:
+        folder: what sink-export wrote.
+        repository: ORG/NAME, for the examples.
+        run: the run that trained it, for the loss curve.
+        report: a folder of sink-eval report, for the card's results.
+        results: files of sink-eval --json, for the metadata, and for a table where there is no report.
+        previous: the card on the Hub, whose hand-written section is kept; else that of README.md in the folder.
+
+    Raises UserError for input that is not what it should be, before anything is written.
+    """
+    made = make_card(folder, repository=repository, run=run, report=report, results=results, previous=previous)
+    made.write(folder if output is None else output)
+
+
+def make_card(
+    folder: Path,
+    *,
+    repository: str,
+    run: Path | None = None,
+    report: Path | None = None,
+    results: Sequence[Path] = (),
+    previous: str | None = None,
+) -> Card:
+    """The same, and nothing is written."""
+    facts = gather(folder, repository, run)
+    shown = Report() if report is None else read_report(report)
+    measured = read_results(results, own_names(folder, facts, run))
+    old, by_hand = _kept(folder / README, previous)
+    draws = TRAINING not in shown.sections and bool(curve.lines_of(facts.points))
+    body = render(facts, shown, measured, by_hand, curve.alternative(facts.points) if draws else None, old)
+    return Card(body, facts, shown, draws)
+
+
+def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], bool]:
+    """Whether a name in a result means this model: its repository, its folder or a copy of it, its checkpoint.
+
+    A run means its last checkpoint, so its name is that of the model alone where this is the last.
+    """
+    names, places = {facts.repository}, {folder.resolve()}
+    if run is not None and isinstance(facts.training.get("checkpoint"), str):
+        places.add((run / "checkpoints" / facts.training["checkpoint"]).resolve())
+    if facts.complete:
+        names |= {facts.output} if facts.output else set()
+        places |= {run.resolve()} if run is not None else set()
+
+    def own(name: str) -> bool:
+        if name in names or Path(name).resolve() in places:
+            return True
+        copy = Path(name) / PROVENANCE
+        return copy.is_file() and read_json(copy) == facts.training
+
+    return own
+
+
+def _kept(here: Path, previous: str | None) -> tuple[dict[str, Any], str]:
+    """(metadata, hand-written section) of the card before this one, which is that of the Hub where there is one.
+
+    UserError where both the one here and the one on the Hub have a section, and not the same: one would be lost.
+    """
+    try:
+        local = here.read_bytes().decode("utf-8") if here.is_file() else None
+    except UnicodeDecodeError:
+        raise UserError(f"{here} is not text in UTF-8; repair or remove it") from None
+    cards = {"the card on the Hub": previous, str(here): local}
+    sections = [split_by_hand(card, where) for where, card in cards.items() if card is not None]
+    written = [section for section in sections if section.strip()]
+    if len(set(written)) > 1:
+        raise UserError(
+            f"{here} and the card on the Hub have different hand-written sections; put both into the one on the Hub "
+            f"and delete {here}"
+        )
+    newest = previous if previous is not None else local
+    return {} if newest is None else front_matter(newest), [*written, *sections, EMPTY][0]
+
+
+def render(
+    facts: Facts,
+    report: Report,
+    measured: Sequence[Measured],
+    by_hand: str = EMPTY,
+    curve_alternative: str | None = None,
+    old: dict[str, Any] | None = None,
+) -> str:
+    """The card's text: metadata as YAML, then Markdown.
+
+    Args:
+        curve_alternative: the words for the loss curve, where the card shows one of its own.
+        old: the metadata of the card before this one.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("recipes.card"),
+        autoescape=False,  # it is Markdown, not HTML: `md` escapes
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"md": escaped, "n": "{:,}".format}
+    data = metadata(facts, measured, old or {})
+    return environment.get_template("card.md.jinja").render(
+        metadata=data.to_yaml(line_break="\n"),
+        licence=data.license,
+        licence_name=data.get("license_name"),
+        licence_link=data.get("license_link"),
+        facts=facts,
+        model=model_rows(facts),
+        training=training_rows(facts),
+        measured=measured,
+        sections={title: text for title, text in report.sections.items() if title != TRAINING},
+        curves=report.sections.get(TRAINING),
+        curve=None if curve_alternative is None else f"![{escaped(curve_alternative)}]({curve.PATH})",
+        compared=_compared(report, measured),
+        tasks=_has_tasks(report, measured),
+        by_hand=by_hand,
+        citation=citation(facts.training),
+    )
+
+
+def _compared(report: Report, measured: Sequence[Measured]) -> bool:
+    there = report.sections.get("The verdict", "No verdict yet")
+    return "No verdict yet" not in there or any(one.metric == "nll_difference" for one in measured)
+
+
+def _has_tasks(report: Report, measured: Sequence[Measured]) -> bool:
+    return "Zero-shot tasks" in report.sections or any("zero-shot" in one.what for one in measured)

@@ -1,0 +1,53 @@
+"""A report of `sink-eval report`, as a part of a card: its own Markdown, and the figures that this shows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sinkmodel.errors import UserError
+
+TRAINING = "Training of the twins"
+LEFT_OUT = ("Not in this report",)  # commands for who measures, not for who reads
+FIGURE = re.compile(r"\]\((figures/[\w.-]+)\)")
+# A run's config.yaml, folded; it names folders of whose machine it was, and training.json has the model's own.
+CONFIG = re.compile(r"<details><summary>[^\n]*config\.yaml</summary>\n\n(`{3,})\n.*?\n\1\n\n</details>\n*", re.DOTALL)
+
+
+@dataclass
+class Report:
+    folder: Path | None = None
+    sections: dict[str, str] = field(default_factory=dict)  # title -> Markdown
+
+    @property
+    def figures(self) -> list[str]:
+        return list(dict.fromkeys(path for text in self.sections.values() for path in FIGURE.findall(text)))
+
+    def copy_figures(self, folder: Path) -> None:
+        """Into `folder`/figures, where the Markdown looks for them."""
+        assert self.folder is not None or not self.figures
+        for path in self.figures:
+            (folder / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.folder / path, folder / path)  # type: ignore[operator]
+
+
+def read_report(folder: Path) -> Report:
+    """Raises UserError where the folder is no report, or a figure of it is missing."""
+    path = folder / "report.md"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} has no report.md; give a folder that sink-eval report made") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text; make the report again with sink-eval report") from None
+    parts = re.split(r"^## (.+)\n", CONFIG.sub("", text), flags=re.MULTILINE)
+    sections = {title: body.strip() for title, body in zip(parts[1::2], parts[2::2]) if title not in LEFT_OUT}
+    if not sections:
+        raise UserError(f"{path} has no section; make the report again with sink-eval report")
+    report = Report(folder, sections)
+    for figure in report.figures:
+        if not (folder / figure).is_file():
+            raise UserError(f"{folder} lacks {figure}, which report.md shows; make the report again")
+    return report

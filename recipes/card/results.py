@@ -1,0 +1,183 @@
+"""What `sink-eval … --json` says of this model: rows of a table, and the card's `model-index`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.files import read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+IN_REPORT_ALONE = ("sinks", "streameval", "latency")
+Own = Callable[[str], bool]  # whether a name in a result means this model
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number, on one text or task.
+
+    Args:
+        metric: its type in the model index.
+        what: in words: which cache, over which tokens.
+        text: names of files, or a task.
+        revision: which text it was: the beginning of its SHA-256.
+        low, high: an interval of `level`; None where there is none.
+        more: what else the model index should have.
+    """
+
+    metric: str
+    what: str
+    text: str
+    revision: str | None
+    value: float
+    low: float | None = None
+    high: float | None = None
+    level: float = 0.95
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def said(self) -> tuple[str, str]:
+        """Value and interval as a table has them."""
+        form = "+.4f" if self.metric == "nll_difference" else ",.2f" if "perplexity" in self.metric else ".4f"
+        value, *limits = (
+            "" if x is None else format(x, form).replace("-", "−") for x in (self.value, self.low, self.high)
+        )
+        return value, f"{100 * self.level:g} %: [{', '.join(limits)}]" if all(limits) else "–"
+
+    def in_index(self) -> EvalResult:
+        from huggingface_hub import EvalResult
+
+        interval = {} if self.low is None else {"low": _short(self.low), "high": _short(self.high), "level": self.level}
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type=self.text,
+            dataset_name=self.text,
+            dataset_revision=self.revision,
+            metric_type=self.metric,
+            metric_name=self.what,
+            metric_value=_short(self.value),
+            metric_args={**self.more, **interval} or None,
+        )
+
+
+def read_results(paths: Sequence[Path], own: Own) -> list[Measured]:
+    """The numbers of this model in the files, each once; what is of other models is left out, and said.
+
+    Raises UserError for a file that `sink-eval --json` did not write.
+    """
+    found: dict[tuple[str, ...], Measured] = {}
+    for path in paths:
+        content = read_json(path)
+        command = content.get("command") if isinstance(content, dict) else None
+        if command in IN_REPORT_ALONE:
+            say(f"{path}: sink-eval {command} has its place in a report alone; give it to sink-eval report")
+            continue
+        if not isinstance(command, str) or command not in READERS:
+            raise UserError(f"{path} is not a result of sink-eval --json: its command is {command!r}")
+        try:
+            of_file = [one for one in READERS[command](content, own) if math.isfinite(one.value)]
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{path} is not what sink-eval {command} --json writes; measure it again") from None
+        if not of_file:
+            say(f"{path} tells of other models than this one, by their names: nothing of it is on the card")
+        for one in of_file:
+            found[one.metric, one.what, one.text, one.revision or ""] = one
+    return list(found.values())
+
+
+# --------------------------------------------------------------------------------------------------------- each command
+
+
+def _ppl(content: dict[str, Any], own: Own) -> Iterator[Measured]:
+    if own(content["model"]):
+        for row in content["rows"]:
+            yield from _perplexity(content, row, row["nll_after_overflow"], row["stderr_after_overflow"])
+
+
+def _grid(content: dict[str, Any], own: Own) -> Iterator[Measured]:
+    """Of a model's runs with several seeds, the one that this is: its own losses, not their mean."""
+    for row in content["rows"]:
+        for run in row["runs"]:
+            if own(run["run"]):
+                yield from _perplexity(content, row, run.get("nll"), run.get("stderr"), max(content["budgets"]))
+
+
+def _verify(content: dict[str, Any], own: Own) -> Iterator[Measured]:
+    said = content["verdict"]
+    pairs = content.get("pairs") or [content]  # which results of older versions lack: one pair alone
+    if any(own(pair["sink"]) for pair in pairs) and said["difference"] is not None:
+        what = f"{said['first']} − {said['second']}, nats per token after overflow"
+        what += f", over {len(pairs)} pairs of runs" if len(pairs) > 1 else ""
+        limits = {"low": said["low"], "high": said["high"], "level": content["level"]}
+        more = {"answer": said["answer"], "margin": content["margin"], "tokens": said["tokens"]}
+        what += f", margin ±{content['margin']:g}: {said['answer']}"
+        yield Measured("nll_difference", what, *_text(content), said["difference"], **limits, more=more)
+    for row in content["rows"]:
+        if own(row["run"] if "run" in row else content[row["model"]]):
+            yield from _perplexity(content, row, row["nll_after_overflow"], row["stderr_after_overflow"])
+
+
+def _zeroshot(content: dict[str, Any], own: Own) -> Iterator[Measured]:
+    if not own(content["model"]):
+        return
+    files = {file["task"]: file["sha256"][:16] for file in content.get("files", ())}
+    for row in content["rows"]:
+        if row["adapter"] is None:
+            continue
+        of_filter = "" if row["filter"] == "none" else f", {row['filter']}"
+        limit = f", the first {row['questions']} questions" if content.get("limit") else ""
+        low, high = (
+            None if row["adapter_stderr"] is None else row["adapter"] + side * row["adapter_stderr"]
+            for side in (-1.96, 1.96)
+        )
+        metric = {"acc": "accuracy"}.get(row["metric"], row["metric"])
+        what = f"{row['metric']}{of_filter}, zero-shot{limit}"
+        more = {"questions": row["questions"]}
+        yield Measured(metric, what, row["task"], files.get(row["task"]), row["adapter"], low, high, more=more)
+
+
+READERS: dict[str, Callable[[dict[str, Any], Own], Iterator[Measured]]] = {
+    "verify": _verify,
+    "grid": _grid,
+    "ppl": _ppl,
+    "zeroshot": _zeroshot,
+}
+
+
+def _perplexity(
+    content: dict[str, Any], row: dict[str, Any], nll: float | None, stderr: float | None, overflow: int | None = None
+) -> Iterator[Measured]:
+    """exp(nll) and exp(nll ± 1.96 standard errors), over tokens behind place `overflow`: the budget unless given."""
+    if nll is None:
+        return
+    split = "" if row.get("window") is None else f" {row['sinks']}+{row['window']}"
+    label = row.get("label") or row["policy"] + split  # which results of older versions lack
+    count = row.get("tokens_after_overflow")  # other numbers of tokens of a text are other tokens
+    behind = f"tokens that overflow {overflow or content['budget']}"
+    what = f"perplexity, {label}, {behind if count is None else f'{count:,} {behind}'}"
+    low, high = (None, None) if stderr is None else (_exp(nll - 1.96 * stderr), _exp(nll + 1.96 * stderr))
+    more = {"nll": _short(nll)} | {
+        key: row[key] for key in ("sinks", "window", "keys_seen") if row.get(key) is not None
+    }
+    yield Measured("perplexity", what, *_text(content), _exp(nll), low, high, more=more)
+
+
+def _text(content: dict[str, Any]) -> tuple[str, str]:
+    texts = content["texts"]
+    return ", ".join(Path(text["file"]).name for text in texts), "+".join(text["sha256"][:16] for text in texts)
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits: what stands behind them no text decides."""
+    return None if value is None else float(f"{value:.6g}")

@@ -1,0 +1,85 @@
+"""What of a model folder goes to the Hub: its files as they are, and a card, which is written elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+
+from recipes.hub.plan import Plan
+from recipes.hub.repository import Repository
+from sinkmodel.errors import UserError
+from sinkmodel.files import read_json
+
+
+@dataclass(frozen=True)
+class CardInput:
+    """What the card of a model tells beside what its folder says: see recipes.card.card.write_card."""
+
+    run: Path | None = None
+    report: Path | None = None
+    results: tuple[Path, ...] = ()
+
+
+def plan_of(
+    repository: Repository,
+    folder: Path,
+    branch: str,
+    card: CardInput | None,
+    beside: Mapping[str, bytes] = MappingProxyType({}),
+    seen: bool = True,
+) -> Plan:
+    """What makes a branch hold a model folder, its card if one is wanted, and what is to stand `beside`, by path.
+
+    Args:
+        seen: whether the repository can be asked for what it has; else it is told as if it were new.
+    """
+    files: dict[str, Path | bytes] = {**model_files(folder), **beside}
+    if card is not None:
+        files |= card_files(folder, repository.name, card, repository.text("README.md", branch) if seen else None)
+    return repository.plan(files, branch if seen else None)
+
+
+def model_files(folder: Path) -> dict[str, Path]:
+    """The files of a model folder by their path in the repository; hidden ones stay here.
+
+    Raises UserError where the folder is none: no config.json, or no weights as safetensors.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give one that sink-export wrote")
+    if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
+        raise UserError(f"{folder} is a run, not a model folder; push it with --run {folder}")
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {at.as_posix(): path for at, path in paths.items() if not any(part.startswith(".") for part in at.parts)}
+    for name in ("config.json", "*.safetensors"):
+        if not any(fnmatch(path, name) for path in files):
+            raise UserError(f"{folder} is no model folder, it has no {name}; give one that sink-export wrote")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise UserError(f"{folder / 'config.json'} names no model_type; give a folder that sink-export wrote")
+    return files
+
+
+def card_files(folder: Path, repository: str, told: CardInput, previous: str | None) -> dict[str, bytes]:
+    """README.md and its figures, by path; the folder itself, which may have a README.md of its own, stays as it is.
+
+    Args:
+        previous: the card that the Hub has now.
+    """
+    from recipes.card.card import write_card
+
+    with TemporaryDirectory() as output:
+        write_card(
+            folder,
+            repository=repository,
+            run=told.run,
+            report=told.report,
+            results=told.results,
+            previous=previous,
+            output=Path(output),
+        )
+        paths = [path for path in Path(output).rglob("*") if path.is_file()]
+        return {path.relative_to(output).as_posix(): path.read_bytes() for path in paths}

@@ -1,0 +1,171 @@
+"""A model repository on the Hub: what each revision holds, and making one hold something else in a single commit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import (
+    HTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from recipes.hub.plan import Head, Plan, compare, human_size
+from recipes.hub.revisions import MAIN
+from recipes.hub.troubles import Conflict, HubAway, may_pass, of_upload, status_of, told
+from sinkmodel.console import say
+from sinkmodel.errors import UserError, first_line
+
+LARGE = 1 << 20  # bytes; from here on a file is sent by itself, and said to be
+
+
+class Repository:
+    """ORG/NAME. What huggingface_hub raises passes through: `troubles.told` words it."""
+
+    def __init__(self, name: str):
+        self.name, self.api = name, HfApi()
+        self.sent: list[str] = []  # large files that the Hub has now, and no commit has yet
+        self.changed: dict[str, None] = {}  # branches that have a new commit of ours, in order
+
+    def url(self, branch: str = MAIN) -> str:
+        return f"{self.api.endpoint}/{self.name}{'' if branch == MAIN else f'/tree/{branch}'}"
+
+    def exists(self) -> bool:
+        return self.api.repo_exists(self.name)
+
+    def make(self, private: bool) -> None:
+        """Create it where it is not there. Raises UserError where it is public, and `private` was asked for."""
+        if not self.exists():
+            self.api.create_repo(self.name, private=private or None, exist_ok=True)  # None: as its owner has set it
+        elif private and not self.api.repo_info(self.name).private:
+            raise UserError(
+                f"{self.url()} is there already, and public; make it private in its settings, or leave out --private"
+            )
+
+    def can_be_seen(self) -> bool:
+        """Whether it can be compared with; why not is said."""
+        try:
+            with told(self.name):
+                self.branches()
+            return True
+        except UserError as error:
+            say(f"{error}: this is told as if nothing were there")
+            return False
+
+    def branches(self) -> dict[str, str]:
+        """Commit ids by name."""
+        return {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.name).branches}
+
+    def tags(self) -> dict[str, str]:
+        return {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.name).tags}
+
+    def head(self, branch: str) -> Head:
+        commit = self.branches().get(branch)
+        if commit is None:
+            return Head()
+        entries = self.api.list_repo_tree(self.name, recursive=True, revision=commit)
+        return Head(commit, {entry.path: entry for entry in entries if isinstance(entry, RepoFile)})
+
+    def note(self, branch: str) -> str:
+        """The description of a branch's newest commit."""
+        return self.api.list_repo_commits(self.name, revision=branch)[0].message
+
+    def text(self, path: str, branch: str) -> str | None:
+        """A small file of a branch, None where there is none."""
+        with TemporaryDirectory() as folder:
+            try:
+                copy = self.api.hf_hub_download(self.name, path, revision=branch, local_dir=folder)
+            except (RemoteEntryNotFoundError, RevisionNotFoundError):
+                return None
+            except LocalEntryNotFoundError as error:  # it is not known whether there is one: the Hub did not answer
+                raise HubAway(
+                    f"{self.api.endpoint} does not give {path} ({first_line(error.__cause__ or error)})"
+                ) from None
+            return Path(copy).read_bytes().decode("utf-8", errors="replace")
+
+    def plan(self, files: Mapping[str, Path | bytes], branch: str | None) -> Plan:
+        """What makes the branch have these files; of None, what makes a new one have them."""
+        wanted = [CommitOperationAdd(path, source) for path, source in files.items()]
+        return compare(wanted, Head() if branch is None else self.head(branch))
+
+    def carry_out(self, plan: Plan, branch: str, title: str, note: str = "") -> None:
+        """The whole plan in one commit; none where there is nothing to do.
+
+        Large files are sent first: what was sent is not sent again, whatever breaks behind it. Where somebody else
+        has committed since the plan was made, ours goes on top if it touches other files; else Conflict is raised.
+        """
+        if not plan:
+            return
+        if plan.head.commit is None:
+            if branch != MAIN:
+                self._make_branch(branch)
+            plan = compare(plan.wanted, self.head(branch))
+        self._send(plan, branch)
+        try:
+            self._commit(plan, branch, title, note)
+        except HTTPError as error:
+            if status_of(error) != 412 and not may_pass(error):
+                raise
+            # The head has moved, or an answer was lost: a second look, and a second try, but not a third.
+            then, plan = plan.head, compare(plan.wanted, self.head(branch))
+            if theirs := sorted(plan.paths & then.differs(plan.head)):
+                raise Conflict(
+                    f"somebody else has changed {', '.join(theirs)} on {branch} of {self.name} meanwhile; nothing of "
+                    f"it was overwritten: look at {self.url(branch)}, and run the same command again to put ours on top"
+                ) from None
+            if plan:  # else our commit is there
+                self._commit(plan, branch, title, note)
+        self.sent.clear()
+        self.changed[branch] = None
+
+    def _make_branch(self, branch: str) -> None:
+        """From the very first commit, which is empty: a checkpoint does not inherit what main has beside the model."""
+        first = self.api.list_repo_commits(self.name, revision=MAIN)[-1].commit_id
+        self.api.create_branch(self.name, branch=branch, revision=first, exist_ok=True)
+
+    def _send(self, plan: Plan, branch: str) -> None:
+        """What the Hub keeps as large files (LFS, Xet), without a commit: large ones one by one, then the others."""
+        for one in plan.add:
+            if one.upload_info.size >= LARGE:
+                say(f"sending {one.path_in_repo}, {human_size(one.upload_info.size)}")
+                self._upload([one], branch)
+                self.sent.append(one.path_in_repo)
+        self._upload([one for one in plan.add if one.upload_info.size < LARGE], branch)
+
+    def _upload(self, files: list[CommitOperationAdd], branch: str) -> None:
+        try:
+            self.api.preupload_lfs_files(self.name, files, revision=branch, free_memory=False)
+        except (RuntimeError, OSError) as error:
+            raise of_upload(error, self.name) from None
+
+    def _commit(self, plan: Plan, branch: str, title: str, note: str) -> None:
+        self.api.create_commit(
+            self.name,
+            plan.operations,
+            commit_message=title,
+            commit_description=note,
+            revision=branch,
+            parent_commit=plan.head.commit,
+        )
+
+    def tag(self, name: str, branch: str) -> None:
+        self.api.create_tag(self.name, tag=name, revision=branch)
+
+    def standing(self) -> str:
+        """What of this push is up, for who has to go on with it."""
+        up = [
+            *([several(self.changed)] if self.changed else []),
+            *(f"{path}, not yet in a commit" for path in self.sent),
+        ]
+        return f"up is {', '.join(up)}" if up else f"nothing was changed on {self.name}"
+
+
+def several(names: Collection[str]) -> str:
+    """All of a few; of many the first and the last."""
+    first, *others = names
+    return ", ".join(names) if len(names) < 8 else f"{first} … {others[-1]} ({len(names)} branches)"

@@ -1,0 +1,194 @@
+"""A run's checkpoints as revisions of one repository, named as Pythia names them; also while it still trains.
+
+Each checkpoint is a branch `step1000`; `main` has the newest one, and `revisions.txt` with the names of the branches.
+A complete run's last commit on `main` has the tag `final-step143000`, which stays where it is whatever `main` becomes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+
+from recipes.hub.folder import CardInput, plan_of
+from recipes.hub.plan import human_size
+from recipes.hub.repository import Repository
+from recipes.hub.revisions import LIST, MAIN, branch_of, final_tag, listing
+from recipes.hub.troubles import HubAway, told
+from sinkmodel.checkpoint import checkpoint_steps, digest_of, read_checkpoint, weights_of
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.export import export
+from sinkmodel.files import DiskFull
+from sinkmodel.locks import LOCK, locked
+
+LOOK = 10.0  # seconds between two looks for a new checkpoint
+PATIENCE = 60.0  # seconds until the next try where the Hub is away
+
+
+class RunPush:
+    """Which checkpoints of a run are on the Hub; those that are not are exported one after the other, and pushed.
+
+    Args:
+        every: of the branches, steps that it divides; None for all that there are.
+        dtype: of the exported weights.
+        workdir: where the one export that there is at a time lies.
+        card: what the cards tell; None for none. Report and results are about the newest checkpoint, on `main`.
+    """
+
+    def __init__(
+        self, run: Path, repository: Repository, every: int | None, dtype: str, workdir: Path, card: CardInput | None
+    ):
+        self.run, self.repository, self.every, self.dtype, self.card = run, repository, every, dtype, card
+        self.workdir = workdir / f".{run.resolve().name}.push"
+        self.planned = planned_steps(run)
+        self.on_main: int | None = None  # the step that this process has put there
+        self.settled: set[int] = set()  # steps with nothing left to do about their branch
+        self.failed: dict[int, str] = {}
+
+    def steps(self) -> dict[int, Path]:
+        """The checkpoints that are there. Raises UserError where there is none."""
+        if steps := checkpoint_steps(self.run):
+            return steps
+        raise UserError(f"{self.run} holds no checkpoints/step*.ckpt yet; with --follow they are waited for")
+
+    def push(self, follow: bool = False) -> None:
+        """All that is there; with `follow` also what comes, until the run is complete.
+
+        Raises UserError where the Hub refuses, and, behind all others, for checkpoints that cannot be read.
+        """
+        try:
+            with locked(self.workdir):
+                for left_over in self.workdir.iterdir():  # of a push that was killed
+                    if left_over.name != LOCK:
+                        shutil.rmtree(left_over)
+                if not follow:
+                    self._push_what_is_there()
+                while follow and not self._complete():
+                    self._push_patiently()
+        finally:
+            with contextlib.suppress(OSError):
+                self.workdir.rmdir()
+        if self.failed:
+            failed = "; ".join(f"{branch_of(step)}: {why}" for step, why in self.failed.items())
+            raise UserError(f"not pushed are {failed}")
+
+    def rehearse(self, seen: bool) -> list[str]:
+        """What `push` would do now, a line a revision; `seen`: whether the repository can be compared with."""
+        steps = self.steps()
+        newest, missing = max(steps), sorted(self._missing(steps) if seen else self._wanted(steps))
+        lines = [f"{branch_of(step)}  {human_size(size_of_export(steps[step], self.dtype))}" for step in missing]
+        if missing or not seen or self._note(steps[newest]) not in self.repository.note(MAIN):
+            lines.append(f"{MAIN}  {branch_of(newest)}, and {LIST}")
+        if newest == self.planned and not (seen and final_tag(newest) in self.repository.tags()):
+            lines.append(f"{final_tag(newest)}  {MAIN}, for good")
+        return lines or ["nothing would be pushed"]
+
+    def _wanted(self, steps: Iterable[int]) -> set[int]:
+        return {step for step in steps if self.every is None or step % self.every == 0}
+
+    def _complete(self) -> bool:
+        return self.planned in (self.on_main, *self.failed)
+
+    def _push_patiently(self) -> None:
+        """What is there, and the wait for more."""
+        steps = set(checkpoint_steps(self.run))
+        try:
+            with told(self.repository.name):
+                if steps:
+                    self._push_what_is_there()
+        except HubAway as error:
+            say(f"{error}; trying again in {PATIENCE:.0f} s")
+            time.sleep(PATIENCE)
+            return
+        if not self._complete():
+            last = f"the last one is of step {max(steps)}" if steps else "there is none yet"
+            say(f"waiting for a checkpoint of {self.run}; {last}")
+        while not self._complete() and not set(checkpoint_steps(self.run)) - steps:
+            time.sleep(LOOK)
+
+    def _push_what_is_there(self) -> None:
+        """Branches in the order of their steps; then `main`, from the newest checkpoint that can be read."""
+        steps = self.steps()
+        missing = self._missing(steps)
+        for step in sorted(missing - {max(steps)}):
+            self._push_step(step, steps[step], branch=True, main=False)
+        for step in sorted(steps, reverse=True):
+            if step == self.on_main or self._push_step(step, steps[step], branch=step in missing, main=True):
+                break
+        if self.on_main == self.planned and final_tag(self.planned) not in self.repository.tags():
+            self.repository.tag(final_tag(self.planned), MAIN)
+
+    def _missing(self, steps: dict[int, Path]) -> set[int]:
+        """Steps whose branch is not there, or was made from another checkpoint, or was changed since."""
+        wanted, branches = self._wanted(steps) - self.settled, self.repository.branches()
+        there = {step for step in wanted if branch_of(step) in branches and self._is_from(step, steps[step])}
+        if there:
+            say(f"{len(there)} of {len(wanted)} checkpoints are on the Hub already")
+        self.settled |= there
+        return wanted - there
+
+    def _is_from(self, step: int, checkpoint: Path) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # the run has just removed it
+            return self._note(checkpoint) in self.repository.note(branch_of(step))
+        return False
+
+    def _note(self, checkpoint: Path) -> str:
+        """What a commit says of its source: the same note, the same files, and no need to export them again."""
+        return f"checkpoint sha256 {digest_of(checkpoint)}, {self.dtype}, sinkmodel {version('sinkmodel')}"
+
+    def _push_step(self, step: int, checkpoint: Path, branch: bool, main: bool) -> bool:
+        """Export a checkpoint, push it, remove the export; whether it could be exported."""
+        folder = self.workdir / branch_of(step)
+        with contextlib.ExitStack() as behind:
+            behind.callback(shutil.rmtree, folder, ignore_errors=True)
+            note = self._export(step, checkpoint, folder)
+            if note is None:
+                return False
+            title = f"Step {step} of {self.planned}"
+            if branch:
+                plan = plan_of(self.repository, folder, branch_of(step), self.card and CardInput(run=self.run))
+                self.repository.carry_out(plan, branch_of(step), title, note)
+                self.settled.add(step)
+            if main:
+                beside = {LIST: listing(self.repository.branches())}
+                self.repository.carry_out(plan_of(self.repository, folder, MAIN, self.card, beside), MAIN, title, note)
+                self.on_main = step
+        return True
+
+    def _export(self, step: int, checkpoint: Path, folder: Path) -> str | None:
+        """The note; None for a checkpoint that cannot be read, which does not keep the others back."""
+        say(f"{branch_of(step)}: exporting {checkpoint}")
+        try:
+            note = self._note(checkpoint)
+            export(checkpoint, folder, self.dtype)
+            return note
+        except DiskFull:
+            raise
+        except (UserError, FileNotFoundError) as error:
+            self.settled.add(step)
+            if checkpoint.exists():
+                self.failed[step] = str(error)
+            say(f"{branch_of(step)} is left out: {error if checkpoint.exists() else 'the run has removed it'}")
+            return None
+
+
+def size_of_export(checkpoint: Path, dtype: str) -> int:
+    """Bytes of the weights, tied ones once; config and tokenizer are little beside them."""
+    weights = {weight.data_ptr(): weight.numel() for weight in weights_of(read_checkpoint(checkpoint)).values()}
+    return sum(weights.values()) * getattr(torch, dtype).itemsize
+
+
+def planned_steps(run: Path) -> int:
+    """How many steps the run's config plans. Raises UserError where the folder is no run's."""
+    config = run / "config.yaml"
+    try:
+        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["schedule"]["steps"])
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError):
+        raise UserError(f"{config} is not there, or plans no steps; give the folder that sink-pretrain wrote") from None

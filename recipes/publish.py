@@ -1,0 +1,174 @@
+"""`sink-push`: a model folder, or a run with its checkpoints, becomes a repository on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from recipes.hub.revisions import LIST, MAIN, is_checkpoint, listing
+from sinkmodel.console import command, say
+from sinkmodel.errors import UserError
+from sinkmodel.export.command import DTYPES
+from sinkmodel.parser import OneLineParser, positive
+
+if TYPE_CHECKING:
+    from recipes.hub.folder import CardInput
+    from recipes.hub.repository import Repository
+
+DESCRIPTION = """\
+Push a model folder, or a run with its checkpoints, to the Hugging Face Hub.
+
+What is there already is not sent again: the same command goes on where it was stopped, and does nothing where nothing
+has changed. The token is that of `hf auth login` or of HF_TOKEN. The repository's address is printed at the end."""
+EXAMPLE = """example:
+  sink-push --model models/sink --repo ORG/NAME
+  sink-push --model models/sink-1000 --repo ORG/NAME --revision step1000
+  sink-push --run runs/sink --repo ORG/NAME --every 1000 --follow"""
+OF_A_MODEL, OF_A_RUN = ("revision", "tag"), ("every", "follow", "dtype", "workdir")
+
+
+@command("sink-push")
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed is installed, it speaks on stdout
+            lines = push(options)
+        print("\n".join(lines))
+    except Terminated:
+        raise UserError("stopped by SIGTERM; the same command goes on where it was", 128 + signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = OneLineParser(prog="sink-push", description=DESCRIPTION, epilog=EXAMPLE)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, metavar="DIR", help="a folder that sink-export wrote")
+    what.add_argument("--run", type=Path, help="a run: its checkpoints as branches step1000 …, the newest on main")
+    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="made where it is not there")
+    parser.add_argument("--private", action="store_true", help="make it private; one that is public is refused")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be pushed, and how large it is")
+    model = parser.add_argument_group("of a model")
+    model.add_argument("--revision", metavar="BRANCH", help="as step1000 for an early checkpoint (default: main)")
+    model.add_argument("--tag", help="a name for what is pushed, for good, as v1.0")
+    run = parser.add_argument_group("of a run")
+    run.add_argument("--every", type=positive, metavar="N", help="branches of steps that N divides (default: of all)")
+    run.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is complete")
+    run.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
+    run.add_argument("--workdir", type=Path, metavar="DIR", help="for one export at a time (default: beside the run)")
+    card = parser.add_argument_group("the model card")
+    card.add_argument("--report", type=Path, metavar="DIR", help="of sink-eval report, to be in it")
+    card.add_argument(
+        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="of sink-eval --json, as well"
+    )
+    card.add_argument("--no-card", action="store_true", help="write none: README.md is the folder's, or the Hub's")
+    options = parser.parse_args(argv)
+    for name in OF_A_RUN if options.run is None else OF_A_MODEL:
+        if getattr(options, name):
+            raise UserError(f"--{name} is for --{'run' if options.run is None else 'model'}; leave it out")
+    if options.no_card and (options.report or options.results):
+        raise UserError("--report and --results are for the card, which --no-card leaves out; give either")
+    for path in (options.report, *options.results):
+        if path is not None and not path.exists():
+            raise UserError(f"{path} does not exist; give what sink-eval wrote, or leave it out")
+    if not re.fullmatch(r"[^/\s]+/[^/\s]+", options.repo):
+        raise UserError(f"--repo is {options.repo!r}; give ORG/NAME, or your own user name in the place of ORG")
+    for name in ("revision", "tag"):
+        given = getattr(options, name)
+        if given and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*", given):
+            raise UserError(f"--{name} is {given!r}; take letters, digits, dots and dashes, as in step1000")
+    return options
+
+
+def push(options: argparse.Namespace) -> list[str]:
+    """Returns the lines for stdout: the address, or what a dry run has to tell."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
+
+    from recipes.hub.folder import CardInput
+    from recipes.hub.repository import Repository, several
+    from recipes.hub.troubles import HubAway, told
+
+    try:
+        validate_repo_id(options.repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo is {options.repo!r}, which the Hub does not take: {error}") from None
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    repository = Repository(options.repo)
+    card = None if options.no_card else CardInput(options.run, options.report, tuple(options.results))
+    one = push_model if options.run is None else push_run
+    try:
+        with told(options.repo):
+            if not options.dry_run and not get_token():
+                raise UserError(
+                    f"no token for the Hub: run `hf auth login`, or export HF_TOKEN; it must be allowed to write to "
+                    f"{options.repo.partition('/')[0]}"
+                )
+            lines = one(options, repository, card)
+    except HubAway as error:
+        raise UserError(f"{error}; {repository.standing()}; the same command goes on from there") from None
+    if not options.dry_run:
+        done = repository.changed
+        say(f"pushed {several(done)}" if done else "nothing has changed, nothing was pushed")
+    return lines
+
+
+def push_model(options: argparse.Namespace, repository: Repository, card: CardInput | None) -> list[str]:
+    from recipes.hub.folder import model_files, plan_of
+    from recipes.hub.plan import human_size
+
+    branch, folder = options.revision or MAIN, options.model
+    model_files(folder)  # before anything is asked: it is a model folder
+    seen = repository.can_be_seen() if options.dry_run else repository.exists()
+    plan = plan_of(repository, folder, branch, card, seen=seen)
+    if options.dry_run:
+        lines = [f"{one.path_in_repo}  {human_size(one.upload_info.size)}" for one in plan.add]
+        lines += [f"{path}  is removed" for path in plan.delete]
+        return [*lines, f"{repository.url(branch)}  {len(plan.add)} files, {human_size(plan.bytes)}"]
+    repository.make(options.private)
+    tags = repository.tags()
+    if branch in tags:
+        raise UserError(f"{branch} of {options.repo} is a tag, which stays where it is; give another --revision")
+    if options.tag in tags and (plan or tags[options.tag] != plan.head.commit):
+        raise UserError(f"the tag {options.tag} of {options.repo} names something else; give another --tag")
+    repository.carry_out(plan, branch, f"Push {folder.resolve().name}")
+    if is_checkpoint(branch):
+        listed = repository.plan({LIST: listing(repository.branches())}, MAIN)
+        repository.carry_out(listed, MAIN, f"List {branch}")
+    if options.tag and options.tag not in tags:
+        repository.tag(options.tag, branch)
+    return [repository.url(branch)]
+
+
+def push_run(options: argparse.Namespace, repository: Repository, card: CardInput | None) -> list[str]:
+    from recipes.hub.runs import RunPush
+
+    workdir = options.workdir or options.run.resolve().parent
+    run = RunPush(options.run, repository, options.every, options.dtype or "float32", workdir, card)
+    if options.dry_run:
+        return run.rehearse(seen=repository.can_be_seen())
+    if not options.follow:
+        run.steps()  # before anything is made: there are some
+    repository.make(options.private)
+    run.push(options.follow)
+    return [repository.url()]
+
+
+class Terminated(BaseException):
+    """SIGTERM. No Exception, which somebody could take for a failure of the Hub."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
