@@ -25,7 +25,7 @@ MEASURES = {
 def main(argv: list[str]) -> int | None:
     top = OneLineParser(
         prog="sink-eval",
-        description="Answers questions about a model; sink-eval MEASURE --help tells more.",
+        description=f"Answers questions about a model:\n\n{_questions()}\n\nsink-eval MEASURE --help tells more.",
         epilog="example: sink-eval ppl --model runs/sink --text book.txt --budget 256 --sinks 0 1 2 4",
     )
     top.add_argument("measure", choices=MEASURES, help="which question")
@@ -37,6 +37,12 @@ def main(argv: list[str]) -> int | None:
     options = parser.parse_args(argv[1:])
     options.command_line = command_line(argv)
     return module.run(options)
+
+
+def _questions() -> str:
+    """A line each, from the modules' own descriptions."""
+    told = {name: importlib.import_module(module).DESCRIPTION.splitlines()[0] for name, module in MEASURES.items()}
+    return "\n".join(f"  {name:10}  {description}" for name, description in told.items())
 
 
 if __name__ == "__main__":

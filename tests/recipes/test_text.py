@@ -119,7 +119,7 @@ def test_a_bad_file_is_named_with_its_place_in_one_line(tmp_path, name):
 
 def test_a_parquet_file_without_the_column_says_which_there_are(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"no column 'text' \(there is body\); set text_key"):
+    with pytest.raises(UserError, match=r"no column 'text' \(there is body\); rename the text to 'text'"):
         list(read_documents(tmp_path / "a.parquet"))
 
 

@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     from eval.measures.verdict.paired import Documents, Side
     from sinkmodel.loading import LoadedModel
 
-DESCRIPTION = (
-    """Is one trained sink worth four borrowed ones? Exit code 0: equivalent or better; 1: worse or undecided."""
-)
+DESCRIPTION = "Is one trained sink worth four borrowed ones? Exit code 0: equivalent or better; 1: worse or undecided."
 EXAMPLE = (
     "sink-eval verify --sink runs/token-1 runs/token-2 --vanilla runs/none-1 runs/none-2 --text books-test.jsonl "
     "--budget 256"

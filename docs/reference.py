@@ -1,0 +1,88 @@
+"""The API reference from docstrings, as pages in a folder: `make docs`.
+
+    python docs/reference.py build/docs
+
+Anything that pdoc warns of, and any name of ours that leads nowhere, ends it with exit code 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+from pdoc import extract, render
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("sinkmodel", "eval", "recipes")
+# pdoc makes a link of each name that it shows; one that it left as it is may mean nothing any more.
+UNLINKED = re.compile(rf"(?<!\">)<code>((?:{'|'.join(ROOMS)})(?:\.\w+)+)(?:\(\))?</code>")
+LINK = re.compile(r'href="([\w./]+\.html)(?:#([\w.-]+))?"')
+
+
+def main(output: Path) -> int:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, once imported, tells of the GPU that it misses
+    sys.path.insert(0, str(ROOT))  # the rooms of this checkout, whatever is installed
+    warnings.filterwarnings("error", module=r"pdoc\b")
+    warnings.filterwarnings("ignore", ".*'array.array' is not subscriptable", module=r"pdoc\b")  # it is from 3.12 on
+    render.configure(
+        docformat="google", include_undocumented=False, template_directory=Path(__file__).parent / "templates"
+    )
+    modules: list[str] = []
+    specs = []  # pdoc goes down into a package by itself, unless that says what it exports
+    for name in names():
+        resolve_exports(name)
+        if name not in modules:
+            specs.append(name)
+            modules += extract.walk_specs([name])
+    pdoc.pdoc(*specs, output_directory=output)
+    dead = dead_ends(output)
+    for page, name in dead:
+        print(f"{page}: {name} leads nowhere; mend the docstring, or the template", file=sys.stderr)
+    if not dead:
+        print(f"{len(modules)} modules; open {output / 'index.html'}")
+    return 1 if dead else 0
+
+
+def names() -> list[str]:
+    """All modules of the rooms, a package before what is in it."""
+    files = [path.relative_to(ROOT).with_suffix("") for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    return [".".join(file.parts).removesuffix(".__init__") for file in files]
+
+
+def resolve_exports(name: str) -> None:
+    """Puts what a package exports only when it is asked for into its namespace, where pdoc looks."""
+    module = importlib.import_module(name)
+    for export in getattr(module, "__all__", ()):
+        setattr(module, export, getattr(module, export))
+
+
+def dead_ends(folder: Path) -> list[tuple[str, str]]:
+    """(page, name) of what looks like a link into these pages and is none."""
+    pages = {path.resolve(): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.html"))}
+    dead = []
+    for path, text in pages.items():
+        dead += [(path, name) for name in UNLINKED.findall(text) if not exists(name)]
+        for target, anchor in LINK.findall(text):
+            found = pages.get((path.parent / target).resolve(), "")
+            if not found or (anchor and f'id="{anchor}"' not in found):
+                dead.append((path, f"{target}#{anchor}".rstrip("#")))
+    return [(str(path.relative_to(folder.resolve())), name) for path, name in dict.fromkeys(dead)]
+
+
+def exists(name: str) -> bool:
+    """Whether there is such a thing, though it has no docstring and so no place to link to."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/docs")))

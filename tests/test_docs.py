@@ -1,0 +1,185 @@
+"""Guards: a page of the project never names a file, a section, a command or an option that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path
+    for path in ROOT.rglob("*.md")
+    if not any(part.startswith(".") or part in ("runs", "build") for part in path.relative_to(ROOT).parts)
+)
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OPTION = re.compile(r"--[a-z][\w.-]*")
+OTHERS = {"--no-deps", "--constraint", "--logdir"}  # pip's, tensorboard's
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def script(path: str):
+    """A file that is no module of ours, as one."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------- pages
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_within_the_project_leads_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(file), f"{page}: {link}"
+
+
+def test_links_and_sections_are_found_at_all():
+    """Guards the test above against passing on nothing."""
+    assert len(PAGES) >= 8
+    assert "(eval/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {"add-a-policy", "zeroshot-tasks-of-lm-eval"} <= anchors(ROOT / "eval" / "README.md")
+
+
+@functools.lru_cache
+def options_of(command: str) -> frozenset[str]:
+    """What `--help` of `sink-x` or `sink-eval question` tells of, in this process: a dozen of them are asked."""
+    name, *rest = command.split()
+    module, _, function = SCRIPTS[name].partition(":")
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
+        getattr(importlib.import_module(module), function)([*rest, "--help"])
+    return frozenset(OPTION.findall(told.getvalue()))
+
+
+def commands_on(page: Path) -> list[tuple[str, list[str]]]:
+    """(`sink-x` or `sink-eval question`, its words) of each command in the code blocks of a page."""
+    found = []
+    for language, block in FENCED.findall(page.read_text(encoding="utf-8")):
+        if language:
+            continue
+        for line in re.sub(r" *\\\n *", " ", block).splitlines():
+            for part in re.sub(r"(^|\s)#.*", "", line).split("|"):
+                if part.split()[:1] and part.split()[0] in SCRIPTS:
+                    words = shlex.split(part)
+                    several = words[0] == "sink-eval" and len(words) > 1
+                    found.append((" ".join(words[: 1 + several]), words[1 + several :]))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_on_a_page_has_the_options_that_it_is_given(page):
+    for command, words in commands_on(page):
+        given = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert given <= options_of(command), f"{page}: {command} {' '.join(words)}"
+
+
+def test_commands_are_found_at_all():
+    """Guards the test above against passing on nothing."""
+    found = {command for page in PAGES for command, _ in commands_on(page)}
+    assert {f"sink-eval {name}" for name in importlib.import_module("eval.cli").MEASURES} <= found
+    assert set(SCRIPTS) - {"sink-eval"} <= found
+    assert "--budget" in options_of("sink-eval ppl")
+    assert "--optimizer.lr" in options_of("sink-pretrain")
+
+
+@pytest.mark.parametrize("room", ["", "recipes", "sinkmodel", "eval", "configs"])
+def test_every_option_in_the_prose_is_one_of_a_command(room):
+    text = FENCED.sub("", (ROOT / room / "README.md").read_text(encoding="utf-8"))
+    named = {option for code in re.findall(r"`([^`]+)`", text) for option in OPTION.findall(code)}
+    known = {option for page in PAGES for command, _ in commands_on(page) for option in options_of(command)}
+    assert {option.rstrip(".-") for option in named} <= known | OTHERS
+
+
+def test_every_key_of_a_config_is_explained_by_help():
+    """Needs docstring-parser, without which jsonargparse shows names and types alone."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
+        importlib.import_module("recipes.pretrain").main(["--help"])
+    assert "the run folder; a run that stopped there goes on" in " ".join(told.getvalue().split())
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def demo_result(policies: list[tuple[str, int]], level: float) -> dict:
+    bins = [[32 * i, 32 * i + 31, level + 0.1 * (i % 3)] for i in range(16)]
+    return {"rows": [{"policy": name, "sinks": sinks, "by_position": bins} for name, sinks in policies]}
+
+
+def test_the_picture_of_the_readme_is_made_from_the_results_of_the_demo(tmp_path):
+    picture = script("docs/picture.py")
+    policies = [("dense", 0), ("window", 0), ("sink", 1), ("sink", 4)]
+    for name, level in (("smollm2", 2.0), ("vanilla", 4.0), ("sink", 4.1)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(demo_result(policies, level)))
+    picture.main(tmp_path, tmp_path / "one.svg")
+    picture.main(tmp_path, tmp_path / "two.svg")
+    made = (tmp_path / "one.svg").read_text(encoding="utf-8")
+    assert made == (tmp_path / "two.svg").read_text(encoding="utf-8"), "the same numbers, the same bytes"
+    shipped = (ROOT / "docs" / "streams.svg").read_text(encoding="utf-8")
+    for svg in (made, shipped):
+        assert len(svg) < 100_000
+        assert svg.startswith("<svg")
+        assert "prefers-color-scheme: dark" in svg
+        assert all(label in svg for label in ("0+256", "1+255", "sink model 1+127", "vanilla 0+128", 'role="img"'))
+
+
+def test_bins_of_a_picture_are_means_of_losses_and_not_of_perplexities():
+    row = {"policy": "sink", "sinks": 1, "by_position": [[0, 1, 1.0], [2, 3, 3.0], [4, 5, 2.0]]}
+    points = script("docs/picture.py").line_of({"rows": [row]}, "sink", 1)
+    assert points == [(1.5, pytest.approx(2.718281828**2)), (4.5, pytest.approx(2.718281828**2))]
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+
+
+def test_the_reference_finds_names_and_links_that_lead_nowhere(tmp_path):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "a.html").write_text('<p id="here"></p> <code>sinkmodel.gone</code> <code>torch.nn</code>')
+    (tmp_path / "index.html").write_text(
+        '<a href="eval/a.html#here">1</a> <a href="eval/a.html#there">2</a> <a href="b.html">3</a>'
+        '<code><a href="eval/a.html">eval.a</a></code>'
+    )
+    dead = script("docs/reference.py").dead_ends(tmp_path)
+    assert dead == [("eval/a.html", "sinkmodel.gone"), ("index.html", "eval/a.html#there"), ("index.html", "b.html")]
+
+
+@pytest.mark.slow
+def test_the_reference_is_made_of_all_docstrings_without_a_warning(tmp_path):
+    build = [sys.executable, ROOT / "docs" / "reference.py", tmp_path / "docs"]
+    done = subprocess.run(build, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stderr, "what is said there is a warning"
+    cache = (tmp_path / "docs" / "sinkmodel" / "cache" / "streaming_cache.html").read_text(encoding="utf-8")
+    assert "slots of a KV head" in cache
+    assert "convention" in cache
