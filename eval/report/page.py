@@ -10,9 +10,9 @@ from markupsafe import Markup, escape
 
 from eval.report.blocks import Chart, Code, Note, Section, Table
 from eval.report.charts import with_prefix
+from sinkmodel.markdown import escaped
 
 TITLE = "Sink report"
-SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$])")  # what Markdown takes for markup in a line
 
 
 def html(sections: Sequence[Section]) -> str:
@@ -59,8 +59,3 @@ def _write(block: Table | Chart | Note | Code) -> str:
     rows = [[escaped(cell) for cell in row] for row in (block.columns, *block.rows)]
     lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:])]
     return "\n".join([*lines, "", escaped(block.caption)] if block.caption else lines)
-
-
-def escaped(text: str) -> str:
-    """A text as one line that Markdown shows as it is."""
-    return SPECIAL.sub(r"\\\1", " ".join(text.split()).replace("&", "&amp;"))

@@ -16,13 +16,14 @@ from typing import Any
 
 from recipes.card import curve
 from recipes.card.facts import PROVENANCE, Facts, gather
-from recipes.card.markdown import EMPTY, escaped, front_matter, split_by_hand
+from recipes.card.markdown import EMPTY, front_matter, split_by_hand
 from recipes.card.metadata import metadata
 from recipes.card.report import TRAINING, Report, read_report
 from recipes.card.results import Measured, read_results
 from recipes.card.rows import citation, model_rows, training_rows
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json
+from sinkmodel.markdown import escaped
 
 README = "README.md"
 

@@ -13,12 +13,6 @@ BEGIN = "<!-- written by hand: begin -->"
 END = "<!-- written by hand: end -->"
 EMPTY = "\n\n"  # a section without a word
 FRONT = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
-SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$])")  # what Markdown takes for markup in a line
-
-
-def escaped(text: object) -> str:
-    """A text as one line that Markdown shows as it is."""
-    return SPECIAL.sub(r"\\\1", " ".join(str(text).split()).replace("&", "&amp;"))
 
 
 def split_by_hand(card: str, where: str) -> str:

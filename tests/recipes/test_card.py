@@ -16,12 +16,13 @@ from huggingface_hub import ModelCard
 
 from recipes.card import curve, facts, rows
 from recipes.card.card import make_card, write_card
-from recipes.card.markdown import BEGIN, END, escaped, front_matter, split_by_hand
+from recipes.card.markdown import BEGIN, END, front_matter, split_by_hand
 from recipes.card.results import read_results
 from sinkmodel.architectures import FIELDS
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.errors import UserError
 from sinkmodel.export import PROVENANCE, export
+from sinkmodel.markdown import escaped
 from sinkmodel.models import count_parameters
 from sinkmodel.sinks import SinkConfig
 from tests import results, tiny
