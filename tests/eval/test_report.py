@@ -85,7 +85,7 @@ def test_sections_come_in_the_order_of_a_readers_questions_and_the_verdict_first
     assert re.findall("<h2>(.*?)</h2>", text) == SECTIONS
     assert re.findall("(?m)^## (.*)$", (whole / "report.md").read_text(encoding="utf-8")) == SECTIONS
     first = Page(text[text.index('<section id="verdict">') :]).text
-    assert first.startswith("The verdict Equivalent At a budget of 8 keys runs/token (sink 1+7) loses 0.0012 nats")
+    assert first.startswith("The verdict Equivalent At a budget of 8 keys runs/token (sink 1+7) lost 0.0012 nats")
     assert "95 % interval [−0.0052, +0.0028], margin ±0.01, 12,345 tokens of 3 documents" in first
 
 
@@ -168,6 +168,27 @@ def test_several_results_of_one_command_stand_beside_each_other(tmp_path):
     assert {"verdict-1.csv", "verdict-2.csv"} <= {path.name for path in (output / "figures").iterdir()}
     assert "a/x: at the sink" in page.text
     assert "b/x: at the sink" in page.text
+
+
+def test_several_pairs_of_runs_are_told_apart(tmp_path):
+    """Guards a verdict over seeds: a row a pair, roles instead of long lists of names, both standard errors."""
+    content = results.verify()
+    pairs = [{**content["verdict"], "sink": f"runs/token-{n}", "vanilla": f"runs/none-{n}"} for n in (1, 2)]
+    content |= {"sink": "runs/token-1, runs/token-2", "vanilla": "runs/none-1, runs/none-2", "pairs": pairs}
+    content["verdict"] |= {"runs": 2, "stderr_runs": 0.03, "stderr_texts": 0.001}
+    content["rows"] = [
+        {**row, "run": f"runs/{'token' if row['model'] == 'sink' else 'none'}-2"} for row in content["rows"]
+    ]
+    page, _, output = of_results(tmp_path, verify=content)
+    text = page.text
+    assert "the sink models (sink 1+7) lost 0.0012 nats per token less than the vanilla models (vanilla 4+4)" in text
+    assert "Over 2 pairs of runs; standard error over runs 0.0300, over texts 0.0010." in text
+    assert "They speak of these two runs" not in text
+    markdown = (output / "report.md").read_text(encoding="utf-8")
+    assert "| pair | token-1 | none-1 |" in markdown
+    assert "| pair | token-2 | none-2 |" in markdown
+    assert "| sink | sink 1+7 | sink 4+4 |" in markdown
+    assert re.search(r"\| token-2 \| 1\+7 \|", markdown)
 
 
 def test_provenance_names_texts_commands_and_configs(whole):

@@ -323,7 +323,7 @@ def print_tables(content: dict[str, Any]) -> None:
 def each_pair(content: dict[str, Any]) -> list[dict[str, Any]]:
     """The verdict of each pair of runs, as rows of the comparisons; none where there is one pair alone."""
     pairs = content.get("pairs", [])
-    return [{**row, "first": row["sink"], "second": row["vanilla"]} for row in pairs if len(pairs) > 1]
+    return [{**row, "model": "pair", "first": row["sink"], "second": row["vanilla"]} for row in pairs if len(pairs) > 1]
 
 
 def in_words(verdict: dict[str, Any], margin: float) -> str:

@@ -32,13 +32,12 @@ def section(inputs: Inputs) -> Section | None:
 
 
 def _add(made: Section, content: dict[str, Any], number: int) -> None:
-    verdict, pairs = content["verdict"], each_pair(content)
-    names = short_names([content["sink"], content["vanilla"], *(row.get("run", "") for row in content["rows"])])
+    verdict, names = content["verdict"], _names(content)
+    pairs = [{**row, "first": names[row["first"]], "second": names[row["second"]]} for row in each_pair(content)]
     answer = verdict["answer"] if verdict["answer"] in TONES else "undecided"
     made.blocks.append(Note(sentence(content), TONES[answer], answer.capitalize()))
     made.blocks += [Note(warning, "warning", "Warning") for warning in content["warnings"]]
-    roles = {"sink": names[content["sink"]], "vanilla": names[content["vanilla"]], "both": "both"}
-    rows = [{"model": "both", **verdict}, *({"model": "both", **row} for row in pairs), *content["comparisons"]]
+    rows = [{"model": "both", **verdict}, *pairs, *content["comparisons"]]
     drawn = [
         {**row, "name": f"{row['first']} − {row['second']}" + ("" if row is rows[0] else f", {row['model']}")}
         for row in rows
@@ -57,7 +56,7 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
             ["model", "first", "second", "tokens", "difference", "interval", "answer"],
             [
                 [
-                    roles.get(row["model"], row["model"]),
+                    names.get(row["model"], row["model"]),
                     row["first"],
                     row["second"],
                     figure(row["tokens"], ",.0f"),
@@ -78,7 +77,7 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
             ["model", "policy", "nats per token", "± standard error"],
             [
                 [
-                    names.get(row.get("run", ""), "") or roles.get(row["model"], row["model"]),
+                    names.get(row.get("run", ""), names.get(row["model"], row["model"])),
                     stream_name(row),
                     figure(row["nll_after_overflow"], ".4f"),
                     figure(row["stderr_after_overflow"], ".4f"),
@@ -91,16 +90,26 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
     )
 
 
+def _names(content: dict[str, Any]) -> dict[str, str]:
+    """What stands for `sink`, `vanilla` and each run: short names; of several runs the role for all of them."""
+    roles = ("sink", "vanilla")
+    if pairs := each_pair(content):
+        return short_names([pair[role] for role in roles for pair in pairs])
+    short = short_names([content[role] for role in roles])
+    return {**short, **{role: short[content[role]] for role in roles}}
+
+
 def sentence(content: dict[str, Any]) -> str:
     """The verdict in one sentence, then what it rests on, and what would decide."""
     verdict, margin = content["verdict"], content["margin"]
+    sink, vanilla = (f"the {role} models" if each_pair(content) else content[role] for role in ("sink", "vanilla"))
     if None in (verdict["low"], verdict["high"], verdict["difference"], margin):
-        return f"{content['sink']} against {content['vanilla']}: too little text for an interval, so nobody can say."
+        return f"{sink} against {vanilla}: too little text for an interval, so nobody can say."
     difference = verdict["difference"]
     more = "less" if difference < 0 else "more"
     said = (
-        f"At a budget of {content['budget']} keys {content['sink']} ({verdict['first']}) loses {abs(difference):.4f} "
-        f"nats per token {more} than {content['vanilla']} ({verdict['second']}); {100 * content['level']:g} % interval "
+        f"At a budget of {content['budget']} keys {sink} ({verdict['first']}) lost {abs(difference):.4f} "
+        f"nats per token {more} than {vanilla} ({verdict['second']}); {100 * content['level']:g} % interval "
         f"{between(verdict['low'], verdict['high'], '+.4f')}, margin ±{margin:g}, {figure(verdict['tokens'], ',.0f')} "
         f"tokens of {verdict['documents']} document{'s' if verdict['documents'] != 1 else ''}"
     )
