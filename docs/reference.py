@@ -29,7 +29,6 @@ def main(output: Path) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, once imported, tells of the GPU that it misses
     sys.path.insert(0, str(ROOT))  # the rooms of this checkout, whatever is installed
     warnings.filterwarnings("error", module=r"pdoc\b")
-    warnings.filterwarnings("ignore", ".*'array.array' is not subscriptable", module=r"pdoc\b")  # it is from 3.12 on
     render.configure(
         docformat="google", include_undocumented=False, template_directory=Path(__file__).parent / "templates"
     )

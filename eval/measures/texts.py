@@ -44,7 +44,7 @@ def read_texts(
     tokens: int | None,
     count: int | None,
     option: str = "--budget",
-) -> tuple[list[dict[str, Any]], list[array[int]]]:
+) -> tuple[list[dict[str, Any]], list[Sequence[int]]]:
     """For each file what was taken of it, and the token ids of all documents, with the sinks in front.
 
     A document that does not fill the budget says nothing about a policy: it is left out, and said; UserError where
@@ -55,7 +55,7 @@ def read_texts(
     from sinkmodel.text import read_documents
 
     texts: list[dict[str, Any]] = []
-    documents: list[array[int]] = []
+    documents: list[Sequence[int]] = []
     for file in files:
         taken = kept = too_short = cut = longest = 0
         for text in read_documents(file):

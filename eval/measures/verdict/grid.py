@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +129,7 @@ def _look(
     first: LoadedModel | None = None
     kinds: dict[str, str] = {}
     texts: list[dict[str, Any]] = []
-    documents: list[array[int]] = []
+    documents: Documents = []
     for name, runs in options.models:
         for one in runs:
             loaded = load(options, one)

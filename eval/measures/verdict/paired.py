@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from eval.policies.policy import Policy
     from sinkmodel.loading import LoadedModel
 
-Documents = Sequence[array]  # text tokens as integers, no sinks
+Documents = Sequence[Sequence[int]]  # text tokens, no sinks; arrays where there are many
 SHARE = 16  # a window that is read anew answers for one in so many of its queries
 
 
@@ -120,7 +120,7 @@ def streaming(sinks: int, budget: int) -> Streaming:
 
 def losses(side: Side, policy: Policy, documents: Documents, chunk: int, task: str) -> list[Series]:
     """By target: for each document of N text tokens N − 1 losses in nats, fp32. UserError names a model that fails."""
-    fed = [array("i", side.front) + ids for ids in documents]
+    fed = [array("i", [*side.front, *ids]) for ids in documents]
     with CountedProgress(f"{side.role} model, {task}", "tokens", sum(len(ids) - 1 for ids in fed)) as progress:
         try:
             nll = policy.score(side.loaded.model, fed, chunk, progress.add)

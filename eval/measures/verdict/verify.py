@@ -14,7 +14,6 @@ texts; without it a verdict speaks of two checkpoints alone.
 from __future__ import annotations
 
 import argparse
-from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +176,7 @@ def _look(
     from eval.measures.verdict.paired import streaming
 
     texts: list[dict[str, Any]] = []
-    documents: list[array[int]] = []
+    documents: Documents = []
     alike: tuple[Side, Side] | None = None
     for pair in reversed(names):
         sides = sink, vanilla = _load(options, *pair)
