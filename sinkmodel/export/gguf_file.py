@@ -141,7 +141,7 @@ def _add_shape(writer: Any, config: Any) -> None:
 def _add_tokenizer(writer: Any, text: TextTokenizer, sink: SinkConfig, rows: int) -> None:
     backend = sink_tokenizer(text, sink)
     definition = json.loads(backend.to_str())
-    names, kinds = zip(*(token for token in token_list(definition, rows)))
+    names, kinds = zip(*token_list(definition, rows))
     merges = definition["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PATTERN)

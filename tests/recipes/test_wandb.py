@@ -15,7 +15,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recipes.pretrain import main
-from recipes.training.logs.wandb_files import files_of, history, records
+from recipes.training.logs.wandb_files import HEADER, files_of, history, mend, records
 from recipes.training.logs.wandb_run import WandbRun, identity_of
 from recipes.training.settings import LoggingSettings
 from sinkmodel.checkpoint import checkpoint_steps
@@ -48,7 +48,7 @@ def wandbs_processes(parent: int) -> list[int]:
 def test_a_wandb_file_is_read_over_the_borders_of_its_blocks_and_up_to_where_a_kill_has_cut_it(left):
     """Risk: a part at a border is misread, and the steps behind it are logged a second time. `left`: in the block."""
     first = b"a" * (32768 - 7 - 7 - left)
-    head = b":W&B" + b"\0\0\0" + part(first, 1)
+    head = HEADER + part(first, 1)
     if left >= 7:
         second = b"b" * (left - 7) + b"c" * 32761 + b"d" * 5
         body = part(second[: left - 7], 2) + part(b"c" * 32761, 3) + part(b"d" * 5, 4)
@@ -202,3 +202,15 @@ def test_when_wandbs_process_dies_the_run_goes_on(data, tmp_path, capfd):
     assert process.returncode == 0, said
     assert said.count("wandb failed at step") == 1
     assert max(checkpoint_steps(run)) == 150
+
+
+def test_a_file_of_another_version_of_wandb_is_left_as_it_is(tmp_path):
+    """Risk: a log that is taken for empty, because it cannot be read here, is removed with all that was in it."""
+    files = {}
+    for start, content in (("1", b""), ("2", HEADER), ("3", b":W&B\xe1\xbe\x01" + b"x" * 100)):
+        files[start] = tmp_path / "wandb" / f"offline-run-{start}-abcd" / "run-abcd.wandb"
+        files[start].parent.mkdir(parents=True)
+        files[start].write_bytes(content)
+    mend(tmp_path, "abcd")
+    assert [path.exists() for path in files.values()] == [False, False, True]
+    assert files["3"].read_bytes().endswith(b"x" * 100)

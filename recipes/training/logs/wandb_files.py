@@ -13,8 +13,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-HEADER = b":W&B"
-HEADER_BYTES, BLOCK, PART = 7, 1 << 15, struct.Struct("<IHB")
+HEADER = b":W&B\xe1\xbe\x00"  # name, magic number, version
+BLOCK, PART = 1 << 15, struct.Struct("<IHB")
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
@@ -26,10 +26,13 @@ def files_of(run: Path, identity: str) -> list[Path]:
 def mend(run: Path, identity: str) -> None:
     """Make what kills have left fit for `wandb sync`, which otherwise stops at it and leaves out all later starts.
 
-    A record that was cut goes, and so does the folder of a start of which nothing was written.
+    A record that was cut goes, and so does the folder of a start of which nothing was written. A file of another
+    version is left as it is: nobody here knows what is in it.
     """
     for path in files_of(run, identity):
         content = path.read_bytes()
+        if not HEADER.startswith(content[: len(HEADER)]):
+            continue
         ends = [end for _, end in records(content)]
         if not ends:
             shutil.rmtree(path.parent)
@@ -65,7 +68,7 @@ def records(content: bytes) -> Iterator[tuple[bytes, int]]:
     """Each record of a log, and where it ends; the first that is cut short, or is none, ends them all."""
     if not content.startswith(HEADER):
         return
-    place, parts = HEADER_BYTES, b""
+    place, parts = len(HEADER), b""
     while place + PART.size <= len(content):
         if BLOCK - place % BLOCK < PART.size:  # a block's end that holds no part
             place += BLOCK - place % BLOCK
