@@ -1,6 +1,7 @@
 """The model card: README.md of a model folder, written from what is known of the model, and again at every push.
 
-    write_card(Path("models/sink"), repository="org/sink", run=Path("runs/sink"), report=Path("report"))
+    card = make_card(Path("models/sink"), repository="org/sink", run=Path("runs/sink"), report=Path("report"))
+    card.write(Path("models/sink"))
 
 `facts` says what the model is and how it was trained, `results` and `report` what was measured, `metadata` what the
 Hub reads of it. What somebody wrote by hand stays: the text between two comments, and the metadata that is a choice.
@@ -44,32 +45,6 @@ class Card:
             aside.write_bytes(self.text.encode("utf-8"))
 
 
-def write_card(
-    folder: Path,
-    *,
-    repository: str,
-    run: Path | None = None,
-    report: Path | None = None,
-    results: Sequence[Path] = (),
-    previous: str | None = None,
-    output: Path | None = None,
-) -> None:
-    """Write README.md and figures/ into a model folder, or into `output`, which exists.
-
-    Args:
-        folder: what sink-export wrote.
-        repository: ORG/NAME, for the examples.
-        run: the run that trained it, for the loss curve.
-        report: a folder of sink-eval report, for the card's results.
-        results: files of sink-eval --json, for the metadata, and for a table where there is no report.
-        previous: the card on the Hub, whose hand-written section is kept; else that of README.md in the folder.
-
-    Raises UserError for input that is not what it should be, before anything is written.
-    """
-    made = make_card(folder, repository=repository, run=run, report=report, results=results, previous=previous)
-    made.write(folder if output is None else output)
-
-
 def make_card(
     folder: Path,
     *,
@@ -79,7 +54,18 @@ def make_card(
     results: Sequence[Path] = (),
     previous: str | None = None,
 ) -> Card:
-    """The same, and nothing is written."""
+    """The card of a model folder; nothing is written before `write`.
+
+    Args:
+        folder: what sink-export wrote.
+        repository: ORG/NAME, for the examples.
+        run: the run that trained it, for the loss curve.
+        report: a folder of sink-eval report, for the card's results.
+        results: files of sink-eval --json, for the metadata, and for a table where there is no report.
+        previous: the card on the Hub, whose hand-written section is kept; else that of README.md in the folder.
+
+    Raises UserError for input that is not what it should be.
+    """
     facts = gather(folder, repository, run)
     shown = Report() if report is None else read_report(report)
     measured = read_results(results, own_names(folder, facts, run))

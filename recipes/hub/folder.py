@@ -17,7 +17,7 @@ from sinkmodel.files import read_json
 
 @dataclass(frozen=True)
 class CardInput:
-    """What the card of a model tells beside what its folder says: see recipes.card.card.write_card."""
+    """What the card of a model tells beside what its folder says: see recipes.card.card.make_card."""
 
     run: Path | None = None
     report: Path | None = None
@@ -69,17 +69,12 @@ def card_files(folder: Path, repository: str, told: CardInput, previous: str | N
     Args:
         previous: the card that the Hub has now.
     """
-    from recipes.card.card import write_card
+    from recipes.card.card import make_card
 
+    card = make_card(
+        folder, repository=repository, run=told.run, report=told.report, results=told.results, previous=previous
+    )
     with TemporaryDirectory() as output:
-        write_card(
-            folder,
-            repository=repository,
-            run=told.run,
-            report=told.report,
-            results=told.results,
-            previous=previous,
-            output=Path(output),
-        )
+        card.write(Path(output))
         paths = [path for path in Path(output).rglob("*") if path.is_file()]
         return {path.relative_to(output).as_posix(): path.read_bytes() for path in paths}

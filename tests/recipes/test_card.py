@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from recipes.card import curve, facts, rows
-from recipes.card.card import make_card, write_card
+from recipes.card.card import make_card
 from recipes.card.markdown import BEGIN, END, front_matter, split_by_hand
 from recipes.card.results import read_results
 from sinkmodel.architectures import FIELDS
@@ -66,6 +66,10 @@ def card_of(folder: Path, **given) -> str:
     return make_card(folder, repository=REPOSITORY, **given).text
 
 
+def write_card(folder: Path, output: Path | None = None, **given) -> None:
+    make_card(folder, repository=REPOSITORY, **given).write(output or folder)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -86,7 +90,7 @@ def result_files(folder: Path, names: dict[str, Path], *kinds: str) -> list[Path
 def test_the_hub_reads_metadata_and_results(model, run, tmp_path):
     """Risk: a model-index that huggingface_hub cannot load back, or numbers in it that nobody measured."""
     files = result_files(tmp_path, {"runs/token": run}, "verify", "ppl", "zeroshot")
-    write_card(model, repository=REPOSITORY, run=run, results=files)
+    write_card(model, run=run, results=files)
     card = ModelCard.load(model / "README.md")
     told = card.data.to_dict()
     assert told["license"] == "apache-2.0"
@@ -269,16 +273,16 @@ def test_the_code_on_the_card_runs(tmp_path, sink):
 
 def test_what_was_written_by_hand_stays_byte_for_byte(model):
     """Risk: a word that somebody wrote is lost, or changed, at the next push."""
-    write_card(model, repository=REPOSITORY)
+    write_card(model)
     empty = (model / "README.md").read_bytes()
     section = "\r\n \t## Mine\r\n\r\n\r\n\r\nÜber `code` {{ name }} {% if %} --- \\| é\u0301  \n"
     previous = empty.decode().replace(f"{BEGIN}\n\n{END}", f"{BEGIN}{section}{END}")
-    write_card(model, repository=REPOSITORY, previous=previous)
+    write_card(model, previous=previous)
     first = (model / "README.md").read_bytes()
     assert f"{BEGIN}{section}{END}".encode() in first
-    write_card(model, repository=REPOSITORY)  # from the README.md in the folder
+    write_card(model)  # from the README.md in the folder
     assert (model / "README.md").read_bytes() == first
-    write_card(model, repository=REPOSITORY, previous=empty.decode())  # the Hub has none yet
+    write_card(model, previous=empty.decode())  # the Hub has none yet
     assert (model / "README.md").read_bytes() == first
 
 
@@ -301,7 +305,7 @@ def test_a_card_that_is_all_by_hand_becomes_the_hand_written_section(model):
 
 def test_two_different_hand_written_sections_are_refused(model):
     """Risk: what was written here is lost where the Hub has something else."""
-    write_card(model, repository=REPOSITORY)
+    write_card(model)
     here = (model / "README.md").read_text()
     (model / "README.md").write_text(here.replace(f"{BEGIN}\n", f"{BEGIN}\nhere"))
     with pytest.raises(UserError, match="different hand-written sections"):
@@ -312,7 +316,7 @@ def test_two_different_hand_written_sections_are_refused(model):
 def test_half_a_hand_written_section_is_refused(model, broken):
     before = files_of(model)
     with pytest.raises(UserError, match="once each, in this order"):
-        write_card(model, repository=REPOSITORY, previous=broken)
+        write_card(model, previous=broken)
     assert files_of(model) == before
 
 
@@ -329,7 +333,7 @@ def test_metadata_that_cannot_be_read_is_refused():
 
 def test_a_report_comes_with_its_tables_and_figures(model, run, report):
     """Risk: a table without its caption, a figure that is not there; commands and configs that nobody asked for."""
-    write_card(model, repository=REPOSITORY, run=run, report=report)
+    write_card(model, run=run, report=report)
     text = (model / "README.md").read_text(encoding="utf-8")
     shown = (report / "report.md").read_text(encoding="utf-8")
     titles = re.findall(r"^## (.+)$", shown, re.MULTILINE)
@@ -352,9 +356,9 @@ def test_a_report_that_lacks_a_figure_is_refused_before_anything_is_written(mode
     next((broken / "figures").glob("*.csv")).unlink()
     before = files_of(model)
     with pytest.raises(UserError, match=r"lacks figures/.+\.csv"):
-        write_card(model, repository=REPOSITORY, report=broken)
+        write_card(model, report=broken)
     with pytest.raises(UserError, match=r"has no report\.md"):
-        write_card(model, repository=REPOSITORY, report=tmp_path)
+        write_card(model, report=tmp_path)
     assert files_of(model) == before
 
 
@@ -366,7 +370,7 @@ def test_the_same_input_gives_the_same_bytes_and_only_a_readme_and_figures(expor
     made = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        write_card(model, repository=REPOSITORY, run=run, output=tmp_path / name)
+        write_card(model, run=run, output=tmp_path / name)
         made.append(files_of(tmp_path / name))
     assert made[0] == made[1]
     assert made[0].keys() == {"README.md", curve.PATH}
@@ -398,8 +402,8 @@ def test_a_name_with_markup_stays_a_name(model, tmp_path):
 def test_a_card_of_a_folder_needs_no_torch(model):
     """Risk: a push that takes ten seconds before it says that a name is wrong."""
     program = (
-        "import sys; from pathlib import Path; from recipes.card.card import write_card;"
-        f"write_card(Path({str(model)!r}), repository='org/x');"
+        "import sys; from pathlib import Path; from recipes.card.card import make_card;"
+        f"folder = Path({str(model)!r}); make_card(folder, repository='org/x').write(folder);"
         "print({'torch', 'transformers', 'lightning', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -145,11 +145,11 @@ def test_report_and_results_are_told_of_main_alone(hub, push, run, monkeypatch):
     """Risk: the card of an early checkpoint shows the results of the last one."""
     told = {}
 
-    def write_card(folder, *, output, report, results, run, **_):
+    def make_card(folder, *, report, results, run, **_):
         told[folder.name] = [*told.get(folder.name, []), (report, results, run)]
-        (output / "README.md").write_text("a card")
+        return SimpleNamespace(write=lambda output: (output / "README.md").write_text("a card"))
 
-    monkeypatch.setattr("recipes.card.card.write_card", write_card)
+    monkeypatch.setattr("recipes.card.card.make_card", make_card)
     for name in ("a report", "a.json", "b.json"):
         Path(name).touch()
     push("--run", run, "--repo", "org/sink", "--report", "a report", "--results", "a.json", "b.json")
