@@ -513,6 +513,7 @@ def bad(tmp_path):
         "winogrande": '{"sentence": "no gap", "option1": "one", "option2": "two", "answer": "1"}',
         "blank": '{"context": " ", "continuation": " a"}',
         "long": json.dumps({"context": "a", "continuation": " " + tiny.words(60)}),
+        "joined": '{"context": "a b", "continuation": " c"}\n{"context": "he said c", "continuation": "u"}',
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.jsonl").write_text(lines)
@@ -544,7 +545,8 @@ def bad(tmp_path):
         (["--data", "BAD/piqa"], "piqa.jsonl, row 1: no key 'sol2', which the rows of piqa have"),
         (["--data", "BAD/winogrande"], "winogrande.jsonl: lm-eval's winogrande cannot read these rows .ValueError"),
         (["--data", "BAD/blank"], "blank.jsonl, row 1: 'context' is no text"),
-        (["--data", "BAD/long"], "task long: an answer is longer than the 128 positions of the model"),
+        (["--data", "BAD/long"], "task long, question 1: the answer .* is longer than the 128 positions of the model"),
+        (["--data", "BAD/joined"], "task joined, question 2: the answer 'u' adds no token to its context 'he said c'"),
         (["--limit", 0], "--limit"),
         (["--batch-size", 0], "--batch-size"),
         (["--json", "BAD/none/out.json"], "none does not exist"),
@@ -609,6 +611,26 @@ def test_numbers_that_are_none_are_one_line(runs, data, tmp_path, capsys, monkey
     assert (code, err.count("\n")) == (2, 1)
     assert says in err
     assert not (tmp_path / "o.json").exists()
+
+
+def test_a_task_that_fails_takes_no_finished_one_along(runs, data, tmp_path, capsys, monkeypatch):
+    """Risk: hours of answers lost to what nobody could know before."""
+
+    def fail_in(lm, name, *others):
+        if name == "last":
+            raise UserError("no more")
+        return answer(lm, name, *others)
+
+    answer = zeroshot.answer
+    monkeypatch.setattr(zeroshot, "answer", fail_in)
+    out = tmp_path / "o.json"
+    code, table, err = measured(
+        capsys, "--model", runs[1], "--data", data, "--tasks", "texts", "last", "choice", "--json", out
+    )
+    assert code == 2
+    assert "no more" in err
+    assert "texts" in table
+    assert {row["task"] for row in json.loads(out.read_text())["rows"]} == {"texts"}
 
 
 def test_a_task_that_generates_more_than_the_model_has_positions_is_one_line(models):

@@ -75,14 +75,18 @@ def run(options: argparse.Namespace) -> None:
     models = language_models(loaded, options.batch_size)
     for name, task in tasks.items():
         check_room(name, task, models["stock"], len(loaded.sink_ids))
-    rows = []
-    for i, (name, task) in enumerate(tasks.items(), 1):
-        scores = {}
-        for way, lm in models.items():
-            scores[way], questions = answer(lm, name, task, options.limit, f"{i}/{len(tasks)} {name}, {way}")
-        rows += rows_of(loaded, name, questions, scores)
-    print_table(loaded, options, rows)
-    write_result(options, result(loaded, options, files, rows))
+        check_requests(name, task, models["stock"], options.limit)
+    rows: list[dict[str, Any]] = []
+    try:
+        for i, (name, task) in enumerate(tasks.items(), 1):
+            scores = {}
+            for way, lm in models.items():
+                scores[way], questions = answer(lm, name, task, options.limit, f"{i}/{len(tasks)} {name}, {way}")
+            rows += rows_of(loaded, name, questions, scores)
+    finally:  # what is answered outlives a task that fails, and Ctrl-C
+        if rows:
+            print_table(loaded, options, rows)
+            write_result(options, result(loaded, options, files, rows))
 
 
 def language_models(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:
@@ -117,6 +121,30 @@ def check_room(name: str, task: Any, lm: Any, sinks: int) -> None:
         )
 
 
+def check_requests(name: str, task: Any, lm: Any, limit: int | None) -> None:
+    """UserError for a text to be scored that has no token of its own, or more than the model has positions.
+
+    lm-eval would stop at it, after hours perhaps. Builds the requests of the task.
+    """
+    with quiet():
+        task.build_all_requests(limit=limit)
+    for request in task.instances:
+        if request.request_type != "loglikelihood":
+            continue
+        context, target = request.args
+        tokens = len(lm._encode_pair(context, target)[1] if context else lm.tok_encode(target))
+        where = f"task {name}, question {request.doc_id + 1}: the answer {target[:40]!r}"
+        if tokens == 0:
+            raise UserError(
+                f"{where} adds no token to its context {context[-20:]!r}; begin it with its own blank, or take it out"
+            )
+        if tokens > lm.max_length:
+            raise UserError(
+                f"{where} is longer than the {lm.max_length} positions of the model, which lm-eval does not score; "
+                "shorten it, or leave it out"
+            )
+
+
 # --------------------------------------------------------------------------------------------------- what is measured
 
 
@@ -132,13 +160,6 @@ def answer(lm: Any, name: str, task: Any, limit: int | None, label: str) -> tupl
             result = evaluate(
                 lm=lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False
             )
-    except AssertionError:
-        if not any(too_long(lm, request) for request in task.instances):
-            raise
-        raise UserError(
-            f"task {name}: an answer is longer than the {lm.max_length} positions of the model, which lm-eval does not "
-            "score; shorten it, or leave the task out"
-        ) from None
     except OverflowError:
         raise UserError(
             f"task {name}: the perplexity of a continuation is too large for a number; let it be a word, not a text"
@@ -151,11 +172,6 @@ def answer(lm: Any, name: str, task: Any, limit: int | None, label: str) -> tupl
             stderr = found.get(f"{metric}_stderr,{of_filter}")
             scores[metric, of_filter] = float(value), float(stderr) if isinstance(stderr, Real) else None
     return scores, result["n-samples"][name]["effective"]
-
-
-def too_long(lm: Any, request: Any) -> bool:
-    """Whether what is to be scored of a request fills more than the model's positions by itself."""
-    return request.request_type == "loglikelihood" and len(lm.tok_encode(request.args[1])) > lm.max_length
 
 
 @contextlib.contextmanager
