@@ -45,7 +45,12 @@ def main(argv: list[str]) -> None:
         file = export_gguf(options.checkpoint, options.output, options.dtype, options.step)
         say(f"wrote {file}; load it with llama.cpp, or any program that is built on it")
     else:
+        from transformers import AutoConfig
+
         from sinkmodel.export.folder import export
+        from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
         folder = export(options.checkpoint, options.output, options.dtype, options.step)
-        say(f"wrote {folder}; load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+        ours = kind_of(AutoConfig.from_pretrained(folder)) in IN_SOFTMAX
+        first = "import sinkmodel.architectures, then " * ours
+        say(f"wrote {folder}; {first}load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")

@@ -52,6 +52,17 @@ def test_it_loads_with_equal_logits(exported):
     assert ours.std() > 0.1, "logits of nothing would be equal too"
 
 
+@pytest.mark.parametrize("kind", ["token", "logit"])
+def test_who_loads_it_as_the_last_line_says_has_the_model(kind, tmp_path, capsys):
+    tiny.checkpoint(tmp_path / "run", sink=SinkConfig(kind))
+    main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "model")])
+    first, _, last = capsys.readouterr().err.strip().partition("; ")[2].rpartition("load it with ")
+    imports = first.removesuffix(", then ") or "pass"
+    program = f"from transformers import AutoModelForCausalLM; {imports}; print({last}.dtype)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ran.stdout == "torch.float32\n", ran.stderr
+
+
 def test_the_weights_are_those_of_the_file_neither_drawn_nor_copied(tmp_path):
     """Guards seconds and a second copy of the model in memory: bench.export has the numbers."""
     file = tiny.checkpoint(tmp_path / "run")
