@@ -7,8 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tests.tiny import checkpoint
+
 TEXT = {"file": "books.jsonl", "sha256": "ab" * 32, "documents": 3, "tokens": 3000}
-WHEN = {"date": "2026-01-02T03:04:05+00:00", "versions": {"python": "3.11", "torch": "2.13"}}
+WHEN = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "versions": {"python": "3.11.15", "torch": "2.13.0+cpu", "transformers": "5.14.1"},
+}
 VERIFY = "sink-eval verify --sink runs/token --vanilla runs/none --text 'my books.jsonl' --budget 8"
 OF_ATTENTION = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
 
@@ -121,9 +128,11 @@ def streameval(task: str = "lines") -> dict[str, Any]:
     lines = {"tokens_back_most": 46, "kept": 0.5, "rank": 3.0, "rank_stderr": 0.4}
     if task == "lines":
         rows = [{**policy(s), **scores, **lines, "distance": d} for s in (0, 1) for d in (10, 20)]
+        own: dict[str, Any] = {"distractors": 9}
     else:
         rows = [{**policy(s), **scores, "difference": -0.1, "difference_stderr": 0.05} for s in (0, 1)]
-    return {"command": "streameval", "model": "runs/token", "task": task, "seed": 0, "rows": rows, **WHEN}
+        own = {"texts": [{"file": "arc.jsonl", "sha256": "cd" * 32}]}
+    return {"command": "streameval", "model": "runs/token", "task": task, "seed": 0, **own, "rows": rows, **WHEN}
 
 
 def zeroshot(model: str = "runs/token") -> dict[str, Any]:
@@ -179,6 +188,18 @@ def write_run(folder: Path, name: str = "token") -> str:
         encoding="utf-8",
     )
     return str(run)
+
+
+def write_checkpoint(run: str) -> None:
+    """A checkpoint of the run with all that provenance says, in the lengths that sink-pretrain writes."""
+    path = checkpoint(Path(run))
+    content = torch.load(path, weights_only=True)
+    content["recipe"]["provenance"] = {
+        "data": {"fingerprint": "f00d" * 16, "train_tokens": 123_456_789},
+        "git_commit": "c0de" * 10 + "+",
+        "versions": {"sinkmodel": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.14.1", "lightning": "2.6.5"},
+    }
+    torch.save(content, path)
 
 
 def write_maps(folder: Path, in_softmax: bool = False) -> str:

@@ -84,6 +84,8 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "streameval": {
         **_each(TEXT, "model", "task"),
+        "texts?": TEXTS,
+        "distractors?": COUNT,
         "rows": [
             {
                 **_each(TEXT, "policy", "label"),

@@ -7,6 +7,7 @@ hold is replaced; what is not of the form that a command writes ends in one line
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,10 +58,20 @@ class Inputs:
         return [result.content for result in self.results if result.command == command]
 
 
+def once(paths: Sequence[Path]) -> list[Path]:
+    """Each place once, however often and in whatever spelling it was given."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
 # ------------------------------------------------------------------------------------------------------------ results
 
 
 def read_result(path: Path) -> Result:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file that a command of sink-eval wrote with --json")
     try:
         content = clean(read_json(path))
     except RecursionError:
@@ -114,6 +125,8 @@ def _read_run(path: Path, name: str) -> Run:
 def read_maps(path: Path) -> Maps:
     """The maps.csv in a folder that `sink-eval sinks --maps` made."""
     file = path / "maps.csv"
+    if not file.is_file():
+        raise UserError(f"{path} has no maps.csv; give a folder that sink-eval sinks --maps made")
     heads: dict[tuple[int, int], list[tuple[int, str, float | None, float | None]]] = {}
     try:
         with file.open(encoding="utf-8", newline="") as lines:
@@ -125,8 +138,6 @@ def read_maps(path: Path) -> Maps:
                     raise ValueError("a key that a query does not see")
                 cell = (int(query), key, clean(float(logit)), clean(float(weight)))
                 heads.setdefault((int(layer), int(head)), []).append(cell)
-    except FileNotFoundError:
-        raise UserError(f"{path} has no maps.csv; give a folder that sink-eval sinks --maps made") from None
     except (ValueError, csv.Error) as error:
         raise UserError(f"{file} is not what sink-eval sinks --maps writes ({error}); make it again") from None
     if not heads:

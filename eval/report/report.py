@@ -51,12 +51,11 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("nothing to report; give --run, --json or --maps")
     refuse_if_occupied(options.output)
     from eval.report.blocks import Chart
-    from eval.report.inputs import Inputs, read_maps, read_result, read_runs
+    from eval.report.inputs import Inputs, once, read_maps, read_result, read_runs
     from eval.report.page import html, markdown
 
-    inputs = Inputs(
-        read_runs(options.run), [read_result(path) for path in options.json], list(map(read_maps, options.maps))
-    )
+    runs, results, maps = map(once, (options.run, options.json, options.maps))
+    inputs = Inputs(read_runs(runs), list(map(read_result, results)), list(map(read_maps, maps)))
     sections = make_sections(inputs)
     with atomic_folder(options.output) as folder:
         (folder / "figures").mkdir()

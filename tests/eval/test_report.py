@@ -160,6 +160,16 @@ def test_each_result_alone_makes_a_page(tmp_path):
         assert page.tags.count("section") == (3 if name == "verify" else 4), name
 
 
+def test_a_rank_says_among_how_many_numbers(tmp_path):
+    page, _, _ = of_results(tmp_path, lines=results.streameval())
+    assert "rank: among it and 9 other numbers of the stream, by chance 5.5; ±" in page.text
+    older = results.streameval()
+    del older["distractors"]
+    (tmp_path / "older").mkdir()
+    page, _, _ = of_results(tmp_path / "older", lines=older)
+    assert "rank: among it and other numbers of the stream; ±" in page.text
+
+
 def test_several_results_of_one_command_stand_beside_each_other(tmp_path):
     several = {f"verify-{i}": results.verify(answer) for i, answer in enumerate(("worse", "better"))}
     page, _, output = of_results(tmp_path, **several, a=results.sinks(True, "a/x"), b=results.sinks(True, "b/x"))
@@ -195,17 +205,29 @@ def test_provenance_names_texts_commands_and_configs(whole):
     text = Page((whole / "report.html").read_text(encoding="utf-8")).text
     assert "ab" * 32 in text
     assert results.VERIFY in text
-    assert "python 3.11, torch 2.13" in text
+    assert "cd" * 32 in text, "a file of questions is a text too"
+    assert "python 3.11.15, torch 2.13.0+cpu, transformers 5.14.1" in text
     assert "seed: 1" in text
 
 
 def test_a_runs_checkpoint_tells_its_data_and_commit(tmp_path):
-    from tests.tiny import checkpoint
+    run = results.write_run(tmp_path)
+    results.write_checkpoint(run)
+    page = Page((report(tmp_path, "--run", run) / "report.html").read_text(encoding="utf-8"))
+    assert f" {'f00d' * 4} 123,456,789 {'c0de' * 4}+ sinkmodel 0.1.0, torch 2.13.0+cpu," in page.text
 
-    run = Path(results.write_run(tmp_path))
-    checkpoint(run)
-    page = Page((report(tmp_path, "--run", str(run)) / "report.html").read_text(encoding="utf-8"))
-    assert "f00d" in page.text
+
+def test_what_is_given_twice_is_shown_once(tmp_path):
+    runs = [results.write_run(tmp_path, name) for name in ("none", "token")]
+    files = results.write(tmp_path, {"ppl": results.ppl(), "sinks": results.sinks()})
+    maps = results.write_maps(tmp_path)
+    once = report(tmp_path, "--run", *runs, "--json", *files, "--maps", maps).rename(tmp_path / "once")
+    (tmp_path / "link").symlink_to(runs[0])
+    again = [f"{tmp_path}/maps/../{name}" for name in ("token", "ppl.json", "maps")]
+    runs, files = [*runs, again[0], str(tmp_path / "link")], [*files, again[1], files[0]]
+    twice = report(tmp_path, "--run", *runs, "--json", *files, "--maps", maps, again[2])
+    for path in once.rglob("*.*"):
+        assert (twice / path.relative_to(once)).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.slow
@@ -432,14 +454,17 @@ def test_any_value_of_another_kind_is_refused_in_one_line_or_not_read(tmp_path, 
         (["--json", "{}/deep.json"], "it is nested too deep"),
         (["--json", "{}/token/metrics.csv"], "is not valid JSON"),
         (["--json", "{}/absent.json"], "does not exist"),
+        (["--json", "{}/token"], "token is a folder; give a file that a command of sink-eval wrote"),
         (["--json", "{}/list.json"], "is not a result of sink-eval --json: its command is None"),
         (["--json", "{}/other.json"], "its command is 'bench', not one of ppl, verify"),
         (["--json", "{}/odd.json"], "its command is ['ppl'], not one of"),
         (["--json", "{}/bare.json"], "is not what sink-eval ppl --json writes: it has no model; measure it again"),
         (["--json", "{}/lacking.json"], "rows[1] has no nll"),
         (["--json", "{}/bins.json"], "rows[0].by_position[0] is no list of 3"),
+        (["--json", "{}/many.json"], "distractors is not a whole number"),
         (["--json", "{}/empty.json"], "has no rows"),
         (["--maps", "{}/token"], "has no maps.csv"),
+        (["--maps", "{}/bare.json"], "has no maps.csv"),
         (["--maps", "{}/wrong"], "is not what sink-eval sinks --maps writes (other columns)"),
         (["--maps", "{}/future"], "a key that a query does not see"),
         (["--maps", "{}/nothing"], "holds no map"),
@@ -463,6 +488,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, options, mes
     del lacking["rows"][1]["nll"]
     bins["rows"][0]["by_position"][0] = [1, 2]
     contents = {"list": [], "other": {"command": "bench"}, "odd": {"command": ["ppl"]}, "bare": {"command": "ppl"}}
+    contents["many"] = {**results.streameval(), "distractors": "many"}
     results.write(tmp_path, {**contents, "lacking": lacking, "bins": bins, "empty": {**results.ppl(), "rows": []}})
     argv = [option.format(tmp_path) for option in options]
     assert main(["report", *argv, "--output", str(tmp_path / "report")]) == 2

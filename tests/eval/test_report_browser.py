@@ -48,6 +48,8 @@ def report(tmp_path_factory):
         },
     )
     runs = [results.write_run(folder, name) for name in ("none", "token")]
+    for run in runs:
+        results.write_checkpoint(run)
     maps = results.write_maps(folder)
     options = ["--run", *runs, "--json", *files, "--maps", maps, "--output", str(folder / "report")]
     assert main(["report", *options]) == 0
@@ -133,6 +135,10 @@ def test_it_prints_dark_on_white_with_all_that_was_folded(opened):
     unfolded = "getComputedStyle(document.querySelector('details'), '::details-content').contentVisibility"
     assert page.evaluate(unfolded) == "visible"
     assert page.locator("nav").is_hidden()
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4 between Chromium's margins, which shrinks what is wider
+    widths = page.evaluate("[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().width)")
+    assert len(widths) > 15
+    assert max(widths) <= 718
     written = page.pdf(format="A4")
     assert written.startswith(b"%PDF")
     assert 3 < len(re.findall(rb"/Type\s*/Page\b", written)) < 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections import Counter
@@ -131,8 +132,8 @@ def test_distance_and_budget_decide_together(loaded, record):
 
 
 @pytest.mark.parametrize("index", range(len(POLICIES)))
-def test_a_line_is_kept_while_a_change_of_its_first_token_is_felt(index):
-    """Guards `kept` against the real caches. One layer: nothing of an evicted key lives on in later ones."""
+def test_a_line_is_kept_while_a_change_of_any_of_its_tokens_is_felt(index):
+    """Guards `kept` against the real caches, sinks too. One layer: nothing of an evicted key lives on in later ones."""
     policy, model, place = POLICIES[index], build("llama", num_hidden_layers=1), 30
     ids, answer = tokens(place + 1, seed=1), tokens(3, seed=2)
 
@@ -141,12 +142,14 @@ def test_a_line_is_kept_while_a_change_of_its_first_token_is_felt(index):
         stream.feed(torch.tensor([ids]))
         return stream.feed_all(torch.tensor([answer[:-1]]))[0, -1]
 
-    before, felt, said = last_logits(ids), [], []
-    for line in range(policy.sinks, place + 1):
-        changed = [*ids[:line], (ids[line] + 7) % 61, *ids[line + 1 :]]
-        felt.append(not torch.allclose(last_logits(changed), before, atol=1e-6))
-        said.append(kept(Query(changed, [answer], line, place), policy))
-    assert said == felt
+    before, felt = last_logits(ids), []
+    for changed in range(place + 1):
+        others = [*ids[:changed], (ids[changed] + 7) % 61, *ids[changed + 1 :]]
+        felt.append(not torch.allclose(last_logits(others), before, atol=1e-6))
+    for count in (1, 3):
+        for line in range(place + 2 - count):
+            end = line + count
+            assert kept(Query(ids, [answer], line, end, place), policy) == all(felt[line:end])
     assert all(felt) == (policy.budget is None)
     assert any(felt)
 
@@ -170,7 +173,8 @@ def test_the_text_is_that_of_the_papers_figure(loaded, record):
             expected += f"Query: The REGISTER_CONTENT in line {n - 3} is <{contents[str(n - 3)]}>\n"
     assert text == expected[: expected.rindex(contents["7"])]
     for query, asked in zip(queries, (1, 3, 5, 7)):
-        assert decode(ids[query.line :]).startswith(f"The REGISTER_CONTENT in line {asked} is")
+        line = f"The REGISTER_CONTENT in line {asked} is <{contents[str(asked)]}>\n"
+        assert decode(ids[query.line : query.end]) == line
         assert decode(ids[: query.place + 1]).endswith(f"Query: The REGISTER_CONTENT in line {asked} is <")
         answers = [decode(candidate) for candidate in query.candidates]
         assert answers[0] == contents[str(asked)] + ">"
@@ -237,6 +241,8 @@ def test_nats_and_ranks_are_those_of_one_long_stream_fed_token_by_token(runs, lo
         middle = [sum(nats[:2]) / 2, sum(nats[2:]) / 2]
         assert row["nll_stderr"] == pytest.approx(abs(middle[0] - middle[1]) / 2, abs=1e-3)
         assert row["accuracy"] == 0, "a random model knows nothing"
+        longest = samples[0][-1].place + record.answer_tokens
+        assert row["keys_seen"] == (longest if row["label"] == "dense" else 60), "the answer's own too"
     assert len({row["nll"] for row in result["rows"]}) == 4, "else the rows above prove little"
     one_by_one = result_of(capsys, tmp_path / "b.json", *arguments, "--rows", 1)
     for row, alone in zip(result["rows"], one_by_one["rows"]):
@@ -325,15 +331,19 @@ def test_the_choice_is_by_likelihood_a_character(loaded, monkeypatch):
     assert right == 1
 
 
-def test_the_difference_to_one_shot_is_taken_question_by_question(runs, tmp_path, capsys):
+def test_the_difference_to_one_shot_is_taken_question_by_question(runs, loaded, tmp_path, capsys):
     rows = [{"question": f"{n}?", "choices": ["a", "b c"], "answer": n % 2} for n in range(8)]
     file = tmp_path / "q.jsonl"
     file.write_text("\n\n".join(map(json.dumps, rows)))
     result = result_of(capsys, tmp_path / "a.json", "--model", runs[2], "--task", "questions", "--file", file,
-                       "--budgets", 40, "--queries", 6, "--policies", "window", "recompute")  # fmt: skip
+                       "--budgets", 40, "--queries", 6, "--policies", "dense", "window", "recompute")  # fmt: skip
     one_shot, *streams = result["rows"]
     assert (result["questions"], one_shot["label"], one_shot["difference"]) == (6, "one-shot", None)
-    assert [row["label"] for row in streams] == ["window 0+40", "recompute 2+38"]
+    assert [row["label"] for row in streams] == ["dense", "window 0+40", "recompute 2+38"]
+    assert result["texts"] == [{"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}]
+    longest = "Question: 0?\nAnswer: b c"  # its last token is predicted and never fed
+    assert one_shot["keys_seen"] == 2 + len(encode(loaded, longest)) - 1
+    assert [row["keys_seen"] for row in streams] == [streams[0]["tokens"] + len(encode(loaded, " b c")) - 1, 40, 40]
     assert one_shot["accuracy"] == sum(one_shot["right"]) / 6
     for row in streams:
         assert row["difference"] == pytest.approx(row["accuracy"] - one_shot["accuracy"])
@@ -362,9 +372,11 @@ def test_files_are_read_as_we_write_them_and_as_arc_does(tmp_path):
         {"question": "One?", "choices": ["a", "b"], "answer": 1},
         {"question": "Two? ", "choices": ["a", " b"], "answer": "a"},
         {"question": "Three?", "choices": {"text": ["3", "1"], "label": ["1", "2"]}, "answerKey": "2"},
+        {"question": "Four?", "choices": ["a", "b", "b"], "answer": "a"},  # two wrong ones that are equal
     ]
     file.write_text("\n".join(json.dumps(row) for row in rows))
     expected = [Question("One?", ["a", "b"], 1), Question("Two?", ["a", "b"], 0), Question("Three?", ["3", "1"], 1)]
+    expected.append(Question("Four?", ["a", "b", "b"], 0))
     assert read_questions(file) == expected
     assert read_questions(file, 2) == expected[:2]
 
@@ -401,6 +413,12 @@ GOOD = '{"question": "a?", "choices": ["b", "c"], "answer": 0}\n'
         ('{"question": "a?", "choices": ["b", "c"], "answer": true}', "the answer True"),
         ('{"question": "a?", "choices": ["b", "c"], "answer": null}', "the answer None"),
         ('{"question": "a?", "choices": ["b", "c"], "answer": "d"}', "the answer 'd'"),
+        ('{"question": "a?", "choices": ["b", "b"], "answer": "b"}', "the answer 'b' is several of the choices"),
+        ('{"question": "a?", "choices": ["b", "b ", "c"], "answer": 1}', "the answer 1 is several of the choices"),
+        (
+            '{"question": "a?", "choices": {"text": ["b", "c"], "label": ["A", "A"]}, "answerKey": "A"}',
+            "the answer 'A' is several of the choices",
+        ),
         ('{"question": "a?", "choices": {"text": ["b", "c"], "label": 5}, "answer": 0}', "labels are no list"),
         (
             '{"question": "a?", "choices": {"text": ["b", "c"], "label": ["A", "B", "C"]}, "answer": "C"}',

@@ -42,7 +42,7 @@ def measure_lines(
     with CountedProgress(label, "queries", len(queries)) as progress:
         right, nll, rank = ask_lines(model, policy, samples, rows, progress.add)
     seconds = time.perf_counter() - started
-    result = policy.row(max(query.place for query in queries) + 1)
+    result = policy.row(max(query.place + len(query.candidates[0]) for query in queries))
     for name, parts in (("accuracy", right), ("nll", nll), ("rank", rank)):
         result |= {name: mean(parts), f"{name}_stderr": block_stderr(parts, len(samples[0]))}
     return {
@@ -90,7 +90,8 @@ def rank_of_first(nll_RK: Tensor) -> Tensor:
 def kept(query: Query, policy: Policy) -> bool:
     """Whether nothing of the line that a query asks for is evicted before the last token of the answer is predicted."""
     window = policy.keys_seen(sys.maxsize) - policy.sinks
-    return query.back - max(0, policy.sinks - query.line) <= window  # what stands among the sinks stays
+    among_sinks = max(0, policy.sinks - query.line)  # these stay
+    return query.end <= policy.sinks or query.back - among_sinks <= window
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -107,7 +108,7 @@ def measure_questions(
     with CountedProgress(label, "questions", len(questions)) as progress:
         right, nll, lengths = ask_questions(loaded, policy, questions, alone is None, progress.add)
     seconds = time.perf_counter() - started
-    result = policy.row(max(lengths))
+    result = policy.row(max(n + max(map(len, question.choices)) - 1 for n, question in zip(lengths, questions)))
     if alone is None:
         result |= {"policy": "one-shot", "label": "one-shot"}
     difference = None if alone is None else right - torch.tensor(alone)

@@ -14,7 +14,8 @@ What stays in the stream behind a query is the true answer, whatever the model w
 what stays there.
 
 Ours alone: contents have five digits and as many tokens as most numbers have, so that streams of one distance are
-equally long and answers can be compared; the answer includes its ">", so that a longer number is none.
+equally long and answers can be compared; a query goes up to the "<", where the figure's goes up to "is", so that only
+the number is asked for; the answer includes its ">", so that a longer number is none.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Query:
     fed: list[int]  # all that comes since the last query, whose true answer stands first, up to the token before `<…>`
     candidates: list[list[int]]  # the right answer, then distractors; all of one length
     line: int  # place of the first token of the line that is asked for
+    end: int  # place behind its last
     place: int  # place of the last token fed, which predicts the first of the answer
 
     @property
@@ -107,7 +109,8 @@ class Record:
             wrong = rng.sample(near, min(len(near), distractors))
             wrong += unseen[: distractors - len(wrong)]
             candidates = [content.answer for content in (lines[asked], *wrong)]
-            result.append(Query(fed, candidates, starts[asked], done + len(fed) - 1))
+            end = starts[asked] + len(self.heads[asked]) + len(lines[asked].answer) + len(lines[asked].after)
+            result.append(Query(fed, candidates, starts[asked], end, done + len(fed) - 1))
             done += len(fed)
             fed = lines[asked].answer + lines[asked].after
         assert len(result) == queries

@@ -73,7 +73,7 @@ def _question(row: Row, where: str) -> Question:
         raise UserError(f"{where}: {len(choices)} choices; give at least two to choose among")
     if labels and (not isinstance(labels, list) or len(labels) != len(choices)):
         raise UserError(f"{where}: the labels are no list with one for each of {len(choices)} choices; mend it")
-    answer = row.get("answer", row.get("answerKey"))
+    given = answer = row.get("answer", row.get("answerKey"))
     names = labels if answer in labels else choices
     if answer in names:
         answer = names.index(answer)
@@ -81,7 +81,10 @@ def _question(row: Row, where: str) -> Question:
         raise UserError(
             f"{where}: the answer {answer!r} is none of the choices; give its number, 0 to {len(choices) - 1}, or text"
         )
-    return Question(text.strip(), [x.strip() for x in choices], answer)
+    choices = [x.strip() for x in choices]
+    if names.count(given) > 1 or choices.count(choices[answer]) > 1:
+        raise UserError(f"{where}: the answer {given!r} is several of the choices; mend the question or leave it out")
+    return Question(text.strip(), choices, answer)
 
 
 def make_questions(seed: int, count: int) -> list[Question]:

@@ -162,8 +162,7 @@ def _run_questions(
         alone = rows[0]["right"] if rows else None
         rows.append(measure_questions(loaded, policy or Dense(), asked, alone, label))
     content = {
-        "file": None if options.file is None else str(options.file),
-        "sha256": None if options.file is None else sha256_of(options.file),
+        "texts": [{"file": str(options.file), "sha256": sha256_of(options.file)}] if options.file else [],
         "questions": len(asked),
         "rows": rows,
     }
@@ -243,7 +242,8 @@ def print_lines(options: argparse.Namespace, content: dict[str, Any]) -> None:
         f"{content['every']} lines of {tokens} tokens",
         "back: from the line asked for to the end of the answer; kept: queries whose line is whole in the cache till "
         f"then; accuracy: greedy decoding gives the answer, {content['answer_tokens']} tokens; nats: of the answer; "
-        f"rank: among it and {content['distractors']} others, by chance {content['distractors'] / 2 + 1:g}; "
+        f"rank: among it and {content['distractors']} other numbers of the stream, by chance "
+        f"{content['distractors'] / 2 + 1:g}; "
         "±: standard error over samples",
         ["policy"],
         ["keys seen", "lines back", "tokens back", "kept", "accuracy", "±", "nats", "±", "rank", "±", "tokens/s"],
@@ -264,7 +264,7 @@ def print_lines(options: argparse.Namespace, content: dict[str, Any]) -> None:
 
 def print_questions(options: argparse.Namespace, content: dict[str, Any]) -> None:
     table = new_table(
-        f"{options.model}, {options.dtype}: {content['questions']} questions, {content['file'] or 'made up'}",
+        f"{options.model}, {options.dtype}: {content['questions']} questions, {options.file or 'made up'}",
         "one-shot: each question in an empty cache; the others: one after the other in one stream, each with its right "
         "answer behind it; accuracy: the choice with the highest log-likelihood a character; − one-shot: question by "
         "question; nats: of the right choice; ±: standard error over questions",

@@ -85,7 +85,8 @@ def section(inputs: Inputs) -> Section:
         made.blocks.append(Table(["text", "read by", "sha256"], rows, words=3))
     if inputs.runs:
         columns = ["run", "folder", "data fingerprint", "training tokens", "git commit", "versions"]
-        made.blocks.append(Table(columns, list(map(_run_row, inputs.runs)), words=len(columns)))
+        caption = "Runs, and the first 16 digits of fingerprints and commits; + behind one: with changes."
+        made.blocks.append(Table(columns, list(map(_run_row, inputs.runs)), words=len(columns), caption=caption))
     made.blocks += [Code(f"{run.name}: config.yaml", run.config) for run in inputs.runs if run.config]
     return made
 
@@ -94,8 +95,14 @@ def _run_row(run: Run) -> list[str]:
     told = run.provenance
     data = told.get("data")
     data = data if isinstance(data, dict) else {}
-    said = [_said(value) for value in (data.get("fingerprint"), data.get("train_tokens"), told.get("git_commit"))]
+    said = [_short(data.get("fingerprint")), _said(data.get("train_tokens")), _short(told.get("git_commit"))]
     return [run.name, str(run.path), *said, _versions(told.get("versions"))]
+
+
+def _short(value: Any) -> str:
+    """16 digits, and the + that stands behind the commit of a checkout with changes."""
+    digits, plus, _ = _said(value).partition("+")
+    return digits[:16] + plus
 
 
 def _said(value: Any) -> str:

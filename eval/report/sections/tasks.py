@@ -106,6 +106,9 @@ def _paint_distances(axis: Any, lines: dict[str, Any], label: str, title: str, p
 
 
 def _lines_table(content: dict[str, Any], name: str) -> Table:
+    others, among = content.get("distractors"), "other numbers of the stream"
+    if others is not None:
+        among = f"{others} {among}, by chance {others / 2 + 1:g}"
     return Table(
         ["policy", "lines back", "tokens back", "kept", "accuracy", "±", "nats", "±", "rank", "±"],
         [
@@ -119,7 +122,7 @@ def _lines_table(content: dict[str, Any], name: str) -> Table:
             for row in content["rows"]
         ],
         caption=f"{name}, StreamEval: kept: queries whose line is whole in the cache; accuracy: greedy decoding gives "
-        "the answer; nats: of the answer; rank: among it and made-up others; ±: standard error over samples.",
+        f"the answer; nats: of the answer; rank: among it and {among}; ±: standard error over samples.",
     )
 
 
