@@ -30,11 +30,34 @@ def add_text_argument(parser: argparse.ArgumentParser, *aliases: str) -> None:
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """UserError where a file of --text is not there: known before anything is loaded."""
+    """UserError where a file of --text is not there, or one is given twice: known before anything is loaded.
+
+    The same text under two names would count as two texts, and make every interval narrower than it is.
+    """
+    from sinkmodel.files import sha256_of
+
     for file in files:
         if not file.is_file():
             what = "is a folder, not a file" if file.is_dir() else "does not exist"
             raise UserError(f"{file} {what}; --text takes .txt, .jsonl or .parquet files")
+    if twice := repeated(files):
+        raise UserError(f"--text has {twice} twice, which is no more text; give each file once")
+    known: dict[str, Path] = {}
+    sizes = [file.stat().st_size for file in files]
+    for file, size in zip(files, sizes):
+        if sizes.count(size) > 1 and (same := known.setdefault(sha256_of(file), file)) is not file:
+            raise UserError(f"--text has {same} and {file}, which are the same text; give one of them")
+
+
+def repeated(names: Sequence[str | Path]) -> str | None:
+    """The first name whose file or folder stands before it already, however it is spelled; None where there is none."""
+    seen = set()
+    for name in names:
+        place = str(Path(name).resolve()) if Path(name).exists() else str(name)
+        if place in seen:
+            return str(name)
+        seen.add(place)
+    return None
 
 
 def read_texts(

@@ -59,6 +59,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "models": ANY,
         "level": REAL,
         "texts": TEXTS,
+        "warnings?": [TEXT],
         "rows": [
             {
                 **_each(TEXT, "model", "sink"),

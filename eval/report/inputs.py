@@ -96,7 +96,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(path: Path, name: str) -> Run:
-    from eval.measures.verdict.training_text import provenance_of
+    from eval.measures.verdict.training import provenance_of
     from sinkmodel.checkpoint import checkpoint_steps, read_metrics
 
     try:

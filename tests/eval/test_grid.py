@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
+from transformers import GPTNeoXConfig, LlamaConfig
 
 from eval.cli import main
+from eval.measures.statistics import block_stderr
+from eval.measures.verdict import paper
 from eval.measures.verdict.grid import over_runs
+from eval.measures.verdict.training import said_by
 from sinkmodel.checkpoint import PREFIX
-from sinkmodel.loading import encode, load_model
+from sinkmodel.loading import LoadedModel, encode, load_model
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
 from tests.reference import streaming_nll as reference
@@ -61,7 +67,7 @@ def test_every_cell_is_the_mean_over_runs_on_the_same_targets(runs, texts, tmp_p
     assert len({row["nll_after_overflow"] for row in rows.values()}) == len(rows), "else what follows proves little"
     documents = [json.loads(line)["text"] for line in texts.read_text().splitlines()]
     for (name, budget, count), row in rows.items():
-        means = []
+        means, errors = [], []
         for run in names[name]:
             loaded = load_model(str(runs[run]))
             own = len(loaded.sink_ids)
@@ -70,7 +76,9 @@ def test_every_cell_is_the_mean_over_runs_on_the_same_targets(runs, texts, tmp_p
                 for text in documents
             ]
             means.append(torch.cat(late).mean().item())
+            errors.append(block_stderr(late, budget))
         assert [one["nll"] for one in row["runs"]] == pytest.approx(means, abs=1e-5)
+        assert [one["stderr"] for one in row["runs"]] == pytest.approx(errors, abs=1e-5)
         assert [one["run"] for one in row["runs"]] == [str(runs[run]) for run in names[name]]
         assert row["nll_after_overflow"] == pytest.approx(sum(means) / len(means), abs=1e-5)
         assert row["ppl_after_overflow"] == pytest.approx(math.exp(row["nll_after_overflow"]))
@@ -79,15 +87,78 @@ def test_every_cell_is_the_mean_over_runs_on_the_same_targets(runs, texts, tmp_p
         if row["ppl_low"] is not None:
             assert row["ppl_low"] < row["ppl_after_overflow"] < row["ppl_high"]
             assert row["ppl_high"] == pytest.approx(math.exp(row["nll_high"]))
-    assert [(rows["vanilla", 20, s]["paper_ppl"], rows["sink", 20, s]["paper_ppl"]) for s in (0, 1)] == [
-        (27.87, 1235.0),
-        (18.49, 18.01),
+    assert {row["paper_ppl"] for row in rows.values()} == {None}
+    assert "paper" not in out
+
+
+def test_the_papers_numbers_stand_where_model_and_cache_are_the_papers(runs, texts, tmp_path, capsys, monkeypatch):
+    """Risk: 27.87, of 160M parameters at C = 1024, beside a toy at C = 12."""
+    shape = tiny.SHAPES["llama"]
+    of_tiny = ("llama", shape.layers, shape.hidden, shape.positions)
+    monkeypatch.setitem(paper.PAPER, (of_tiny, "token ×1", 20), {0: 1235.0, 1: 18.01})
+    arguments = ["--models", f"a={runs['token1']}", f"b={runs['none1']}", "--sinks", 0, 1, 4, "--budgets", *BUDGETS]
+    code, out, err = grid(capsys, *arguments, "--text", texts, "--json", tmp_path / "o.json")
+    assert code == 0, err
+    told = {(row["model"], row["budget"], row["sinks"]): row["paper_ppl"]
+            for row in json.loads((tmp_path / "o.json").read_text())["rows"]}  # fmt: skip
+    assert {key: ppl for key, ppl in told.items() if ppl} == {("a", 20, 0): 1235.0, ("a", 20, 1): 18.01}
+    lines = [line.split() for line in out.splitlines()]
+    (line,) = (line for line in lines if line[:1] == ["paper"])
+    assert line == ["paper", "token", "×1", "1", "20", "1,235.00", "18.01", "–"]
+    assert lines[lines.index(line) - 1][:5] == ["a", "token", "×1", "1", "20"], "below the line of its budget"
+    assert "another text (PG-19)" in " ".join(out.split())
+
+
+def test_the_papers_models_are_known_by_their_configs():
+    """Configs as their makers publish them; one number changed is another model."""
+
+    def of_paper(config, kind, budget, sinks):
+        loaded = LoadedModel(SimpleNamespace(config=config), None, [], "")
+        return paper.of_paper(said_by(loaded)["shape"], kind, budget, sinks)
+
+    pythia = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    small, large = GPTNeoXConfig(**pythia), GPTNeoXConfig(hidden_size=5120, num_hidden_layers=36)
+    llama = LlamaConfig(hidden_size=4096, num_hidden_layers=32, max_position_embeddings=4096)
+    assert [of_paper(small, kind, 1024, 0) for kind in ("none", "zero", "token ×1", "token ×2", "logit")] == [
+        *(27.87, 29214.0, 1235.0, 1262.0),
+        None,
     ]
-    assert rows["off-by-one", 20, 1]["paper_ppl"] == 19.90
-    papers = [line.split() for line in out.splitlines() if line.split()[:1] == ["paper"]]
-    assert papers[0] == ["paper", "none", "1", "1024", "27.87", "18.49"]
-    assert papers[1] == ["paper", "token", "×1", "1", "1024", "1,235.00", "18.01"]
-    assert "of another model (160M, the Pile) and another text (PG-19)" in " ".join(out.split())
+    assert [of_paper(large, "none", 2048, 8), of_paper(llama, "none", 4096, 2), of_paper(llama, "none", 512, 4)] == [
+        *(12.02, 10.51, 9.73)
+    ]
+    assert [of_paper(small, "none", 256, 0), of_paper(small, "none", 1024, 3), of_paper(llama, "none", 512, 0)] == [
+        None
+    ] * 3
+    for changed in (GPTNeoXConfig(**{**pythia, "num_hidden_layers": 6}), LlamaConfig(**pythia)):
+        assert of_paper(changed, "none", 1024, 0) is None
+
+
+def test_runs_that_are_no_seeds_of_one_model_and_text_that_was_trained_on_are_said(runs, texts, tmp_path, capsys):
+    """Guards a grid of unlike runs, and one on its models' own training text."""
+    ids = encode(load_model(str(runs["none1"])), json.loads(texts.read_text().splitlines()[0])["text"])
+    data = tmp_path / "data"
+    data.mkdir()
+    np.array(ids, "<u2").tofile(data / "train-00000.bin")
+    np.save(data / "train-00000.offsets.npy", np.array([0]))
+    split = {"dtype": "uint16", "shards": [{"file": "train-00000.bin"}]}
+    (data / "manifest.json").write_text(json.dumps({"fingerprint": "f00d", "splits": {"train": split}}))
+    for name, shape in (("a", "llama"), ("b", "gpt_neox")):
+        path = tiny.checkpoint(tmp_path / name, shape, SinkConfig("none"))
+        content = torch.load(path, weights_only=True)
+        content["recipe"]["provenance"] |= {"config": {"seed": 3, "data": {"path": str(data)}}}
+        torch.save(content, path)
+    a, b = tmp_path / "a", tmp_path / "b"
+    code, _, err = grid(capsys, "--models", f"m={a},{b}", "--sinks", 1, "--budgets", 12, "--text", texts,
+                        "--json", tmp_path / "o.json")  # fmt: skip
+    assert code == 0
+    warnings = json.loads((tmp_path / "o.json").read_text())["warnings"]
+    assert warnings == [
+        f"{a} and {b} differ by more than their seeds: model type llama and gpt_neox",
+        f"{a} and {b} have the same seed, 3: they say nothing of other seeds",
+        *(f"{run} was trained on {texts}: 1 of 2 documents begin as training documents do; give text that was held out"
+          for run in (a, b)),
+    ]  # fmt: skip
+    assert all(f"warning: {warning}" in err for warning in warnings)
 
 
 def test_the_interval_over_runs_is_students():
@@ -115,6 +186,8 @@ def test_the_same_call_gives_the_same_bytes(runs, texts, tmp_path, capsys):
     ("changes", "says"),
     [
         ({"--models": ["a={none1},{none1}"]}, "has a run twice, which is not another seed"),
+        ({"--models": ["a={none1},{none1}/"]}, "has a run twice, which is not another seed"),
+        ({"--models": ["{none1}", "{none1}/"]}, "--models has .*/ twice; give all its runs at once"),
         ({"--models": ["a={none1},"]}, "is not NAME=RUN,RUN"),
         ({"--models": ["={none1}"]}, "is not NAME=RUN,RUN"),
         ({"--models": ["a={none1}", "a={none2}"]}, "--models has a twice"),

@@ -128,7 +128,9 @@ def test_numbers_beside_a_figure_are_those_that_were_given(whole):
 
 def test_the_papers_numbers_stand_below_the_models_that_are_as_its(tmp_path):
     page, markdown, _ = of_results(tmp_path, grid=results.grid())
-    assert "none: the paper's none 1 1024 27.87" in page.text
+    assert "none: the paper's none 1 8 27.87" in page.text, "below the budget that is the paper's"
+    assert page.text.count("the paper's") == 1
+    assert "Warning: c is no seed of a" in page.text
     assert "| token | token ×1 | 2 | 16 | 56.25 \\[55.25, 57.25\\] | 18.40 \\[17.40, 19.40\\] |" in markdown
     assert "token: the paper's" not in page.text
     assert [alt.split("; ")[1] for alt in page.alts] == ["lowest 18.40 (1+), highest 112.50 (0+)"] * 2
@@ -139,6 +141,17 @@ def test_a_verdict_is_said_in_a_word_and_not_by_colour_alone(tmp_path, answer, t
     _, markdown, output = of_results(tmp_path, verify=results.verify(answer))
     assert f'<div class="note {tone}"><strong>{answer.capitalize()}</strong>' in (output / "report.html").read_text()
     assert f"**{answer.capitalize()}:** At a budget" in markdown
+
+
+def test_it_says_what_would_decide_or_that_no_text_would(tmp_path):
+    content = results.verify("undecided")
+    for more, says in ((1234, "About 1,234 more tokens would decide"), (None, "No amount of text decides this")):
+        content["verdict"]["more_tokens"] = more
+        (tmp_path / str(more)).mkdir()
+        page, _, _ = of_results(tmp_path / str(more), verify=content)
+        assert says in page.text
+    content["verdict"]["answer"] = "equivalent"
+    assert "No amount" not in of_results(tmp_path, verify=content)[0].text
 
 
 def test_what_was_not_measured_is_said_with_the_command_that_measures_it(tmp_path):

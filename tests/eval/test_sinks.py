@@ -366,7 +366,11 @@ def test_checkpoints_are_rows_in_order_of_step_and_say_when_the_sink_is_born(tex
     assert result["rows"][1]["first_alpha"] == pytest.approx(sum(1 / i for i in range(1, 9)) / 8)
     assert result["born"] == {"target": "first", "threshold": 0.05, "step": 1000, "tokens": 1000000}
     assert "the sink is born at step 1000 (1,000,000 tokens)" in out
-    assert len(result["rows"][0]["layers"]) == 2
+    for row in result["rows"]:
+        assert [len(layer["heads"]) for layer in row["layers"]] == [4, 4]
+        assert {head["first_heads"] for layer in row["layers"] for head in layer["heads"]} == {row["first_heads"]}
+        assert len(row["heads_by_place"]) == 8, "the first places, one by one"
+        assert row["heads_by_place"][0] == row["first_heads"]
     (run / "checkpoints" / "step1000.ckpt").unlink()
     assert "no sink is born" in sinks(capsys, *arguments)[1]
     (run / "checkpoints" / "step7.ckpt").unlink()
@@ -398,6 +402,7 @@ def bad(tmp_path):
         (["--epsilon", "nan"], "--epsilon"),
         (["--text", "BAD/short.txt"], "no document of .*short.txt has 20 tokens"),
         (["--text", "BAD/none.txt"], "none.txt does not exist"),
+        (["--text", "BAD/short.txt", "BAD/short.txt"], "--text has .*short.txt twice"),
         (["--model", "BAD/none"], "none is no folder"),
         (["--json", "BAD/none/o.json"], "none does not exist"),
         (["--maps", "BAD/folder"], "folder already holds something else"),

@@ -13,7 +13,10 @@ import torch
 
 from eval.cli import main
 from eval.measures.command import command_line
+from eval.measures.statistics import block_stderr
+from eval.measures.verdict.equivalence import interval
 from eval.measures.verdict.paired import spread
+from eval.measures.verdict.verify import in_words
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.export import export
 from sinkmodel.loading import encode, load_model
@@ -104,6 +107,9 @@ def test_the_verdict_pairs_the_same_targets_of_two_streams(runs, texts, tmp_path
     assert abs(every.mean()) > 1e-4, "else the line above proves little"
     assert found["verdict"]["comparison"] == f"sink {kept}+{BUDGET - kept} against vanilla 4+16"
     assert found["verdict"]["low"] < every.mean() < found["verdict"]["high"]
+    expected = interval([part.numpy() for part in differences], BUDGET)
+    assert (found["verdict"]["low"], found["verdict"]["high"]) == pytest.approx((expected.low, expected.high), abs=1e-5)
+    assert found["verdict"]["blocks"] == sum(len(part) // BUDGET for part in differences), "blocks of C tokens"
     assert found["verdict"]["documents"] == 2
     assert found["verdict"]["resampled"] == "blocks"
 
@@ -122,6 +128,7 @@ def test_within_each_model_streams_are_compared_at_their_own_losses(runs, texts,
             for s in (count, 4)
         )
         assert row["difference"] == pytest.approx((a - b).mean().item(), abs=1e-5)
+        assert row["blocks"] == sum((len(ids) - 1 - BUDGET) // BUDGET for ids in documents)
     streams = [(row["model"], row["sinks"], row["window"], row["keys_seen"]) for row in found["rows"]]
     assert sorted(streams) == sorted((role, s, BUDGET - s, BUDGET) for role in loaded for s in (0, 1, 4))
     for row in found["rows"]:
@@ -131,6 +138,8 @@ def test_within_each_model_streams_are_compared_at_their_own_losses(runs, texts,
             for ids in documents_of(own, texts)
         ]
         assert row["nll_after_overflow"] == pytest.approx(torch.cat(late).mean().item(), abs=1e-4)
+        assert row["stderr_after_overflow"] == pytest.approx(block_stderr(late, BUDGET), abs=1e-4)
+        assert abs(block_stderr(late, 1) - block_stderr(late, BUDGET)) > 1e-3, "else the line above proves little"
 
 
 @pytest.mark.parametrize("role", ["sink", "vanilla"])
@@ -167,6 +176,7 @@ def test_a_window_that_answers_for_several_queries_stands_against_these(runs, te
                 anew = nll[-1 - back, ids[1 + end - back]]
                 differences.append(streamed[end - back - 1] - anew)
     assert (row["tokens"], row["keys_seen_least"]) == (len(differences), budget - 1)
+    assert row["blocks"] == row["windows"] == len(differences) // 2, "a window is a block"
     assert row["difference"] == pytest.approx(torch.stack(differences).mean().item(), abs=1e-5)
 
 
@@ -186,6 +196,7 @@ def test_dense_stands_against_a_new_stream_as_far_as_the_positions_go(runs, text
                 dense = reference(loaded, stretch, 1000, 0)
                 differences.append((reference(loaded, stretch, BUDGET, own or 4) - dense)[BUDGET:])
     assert row["stretches"] == len(differences) > 1
+    assert row["answer"] is None, "a stretch is a block, and these are too few"
     assert row["tokens"] == sum(map(len, differences))
     assert row["difference"] == pytest.approx(torch.cat(differences).mean().item(), abs=1e-5)
 
@@ -297,11 +308,23 @@ def test_several_pairs_answer_for_other_seeds(runs, texts, tmp_path, capsys):
     assert {row["runs"] for row in found["comparisons"]} == {2}
 
 
+def test_an_undecided_verdict_over_pairs_says_what_would_decide():
+    verdict = {"answer": "undecided", "first": "a", "second": "b", "difference": 0.0, "level": 0.95, "low": -1.0,
+               "high": 1.0, "documents": 9, "resampled": "blocks", "runs": 3, "stderr_runs": 0.1}  # fmt: skip
+    texts = in_words({**verdict, "more_tokens": 1234, "stderr_texts": 0.2}, 0.01)
+    assert "about 1,234 more tokens would decide" in texts
+    assert texts.endswith("more texts would narrow it most")
+    pairs = in_words({**verdict, "more_tokens": None, "stderr_texts": 0.2}, 0.01)
+    assert pairs.endswith("no amount of text decides this, more pairs of runs would")
+    assert "more tokens" not in pairs
+
+
 @pytest.mark.parametrize(
     ("sink", "vanilla", "says"),
     [
         (["token", "token2"], ["none"], "--sink has 2 models and --vanilla has 1; give pairs"),
         (["token", "token"], ["none", "neox"], "--sink .* twice, which is not another seed"),
+        (["token", "token2"], ["none", "again"], "--vanilla .*/ twice, which is not another seed"),
         (["token", "token2"], ["none", "copy"], "differ in their sinks"),
         (["token", "long"], ["none", "copy"], r"differ in their positions \(128 and 64\)"),
     ],
@@ -314,6 +337,7 @@ def test_pairs_that_answer_no_one_question_are_one_line(
     monkeypatch.setitem(tiny.SHAPES, "llama", short)
     tiny.checkpoint(tmp_path / "long", "llama", SinkConfig("token"))
     known = {**runs, "neox": tmp_path / "neox", "copy": tmp_path / "copy", "long": tmp_path / "long"}
+    known["again"] = f"{runs['none']}/"
     arguments = ["--sink", *(known[name] for name in sink), "--vanilla", *(known[name] for name in vanilla)]
     code = main(["verify", *map(str, arguments), "--text", str(texts), "--budget", str(BUDGET)])
     out, err = capsys.readouterr()
@@ -361,11 +385,52 @@ def test_text_that_was_trained_on_is_named_and_held_out_text_is_not(tmp_path, ca
     found = result(capsys, tmp_path, runs["token"], runs["none"], held_out)
     (warning,) = found["warnings"]
     assert "are no twins: another seed" in warning
+    lacking = "its training data is not where it was, so nobody checked"
+    next((tmp_path / "data").glob("train-*.offsets.npy")).write_bytes(b"")
+    assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "a half-copied folder is no traceback"
     shutil.rmtree(data)
     assert "its training data is not where it was" in verify(capsys, runs["token"], runs["none"], train)[2]
 
 
+def test_other_shapes_and_the_same_seed_again_are_said(texts, tmp_path, capsys):
+    """Guards what a verdict rests on: twins of one shape, and pairs that are of several seeds."""
+    larger = dataclasses.replace(tiny.SHAPES["llama"], layers=3, ffn=48)
+    folders = []
+    for kind, number, shape in (
+        ("token", 1, "llama"),
+        ("token", 2, "gpt_neox"),
+        ("none", 1, "llama"),
+        ("none", 2, larger),
+    ):
+        folders.append(tmp_path / f"{kind}{number}")
+        path = tiny.checkpoint(folders[-1], shape, SinkConfig(kind))
+        content = torch.load(path, weights_only=True)
+        content["recipe"]["provenance"] = {"config": {"seed": 1}}
+        torch.save(content, path)
+    one, two, three, four = map(str, folders)
+    arguments = ["--sink", one, two, "--vanilla", three, four, "--text", texts, "--budget", BUDGET]
+    main(["verify", *map(str, arguments), "--json", str(tmp_path / "o.json")])
+    capsys.readouterr()
+    assert json.loads((tmp_path / "o.json").read_text())["warnings"] == [
+        f"{two} and {four} are no twins: model type gpt_neox and llama, layers 2 and 3, feed-forward size 64 and 48",
+        f"{one} and {two} differ by more than their seeds: model type llama and gpt_neox",
+        f"{one} and {two} have the same seed, 1: they say nothing of other seeds",
+        f"{three} and {four} differ by more than their seeds: layers 2 and 3, feed-forward size 64 and 48",
+        f"{three} and {four} have the same seed, 1: they say nothing of other seeds",
+    ]
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_the_same_text_twice_is_refused_however_it_is_named(runs, texts, tmp_path, capsys):
+    """Guards the interval: a text that counts twice makes it narrower by a third, and the texts no more."""
+    shutil.copy(texts, tmp_path / "copy.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(texts)
+    for other, says in ((texts, "twice"), (tmp_path / "link.jsonl", "twice"), (tmp_path / "copy.jsonl", "same text")):
+        code, out, err = verify(capsys, runs["token"], runs["none"], texts, other)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert re.search(f"--text has .*{other.name}.* {says}", err), err
 
 
 @pytest.mark.parametrize(
@@ -407,6 +472,19 @@ def test_other_tokenizers_are_refused(runs, texts, tmp_path, capsys, monkeypatch
     code, _, err = verify(capsys, runs["token"], tmp_path / "other", texts)
     assert (code, err.count("\n")) == (2, 1)
     assert "have different tokenizers (300 and 290 text tokens)" in err
+
+
+def test_a_tokenizer_of_the_same_tokens_that_cuts_otherwise_is_refused(texts, tmp_path, capsys):
+    text = tiny.tokenizer(600)
+    definition = json.loads(text.definition)
+    definition["model"]["merges"].reverse()
+    other = dataclasses.replace(text, definition=json.dumps(definition))
+    assert text.backend().get_vocab() == other.backend().get_vocab()
+    for kind, of in (("token", text), ("none", other)):
+        tiny.checkpoint(tmp_path / kind, "llama", SinkConfig(kind), text=of)
+    code, _, err = verify(capsys, tmp_path / "token", tmp_path / "none", texts)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "have different tokenizers" in err
 
 
 def test_a_model_whose_logits_are_no_numbers_is_named(runs, texts, tmp_path, capsys):

@@ -211,7 +211,7 @@ def _run_checkpoints(
     checkpoints: dict[Path, tuple[int, int]],
     sequences: list[list[int]],
 ) -> dict[str, Any]:
-    """A row a checkpoint, its layers in it, and when the sink is born. `loaded` is the first of them."""
+    """A row a checkpoint, its layers and heads in it, and when the sink is born. `loaded` is the first of them."""
     from eval.measures.attention.shares import born, results
 
     rows: list[dict[str, Any]] = []
@@ -220,8 +220,8 @@ def _run_checkpoints(
             loaded = load(options, str(path))
         means = measure(loaded, sequences, options.epsilon, f"{i}/{len(checkpoints)} step {step}")
         found = results(means, len(loaded.sink_ids), own_key_norms(loaded.model))
-        layers = [{name: value for name, value in row.items() if name != "heads"} for row in found["rows"]]
-        rows.append({"step": step, "tokens": tokens, **found["overall"], "layers": layers})
+        of_places = {"heads_by_place": found["heads_by_place"]}
+        rows.append({"step": step, "tokens": tokens, **found["overall"], **of_places, "layers": found["rows"]})
     target = "first" if rows[0]["sink_heads"] is None else "sink"
     threshold = BORN if options.born is None else options.born
     step_of_birth = born([(row["step"], row[f"{target}_heads"]) for row in rows], threshold)

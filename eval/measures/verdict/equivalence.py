@@ -39,6 +39,8 @@ BLOCKS = 5  # fewer whole blocks or documents than this give no interval
 DOCUMENTS = 5  # fewer than this are not resampled
 RESAMPLES = 5000
 AT_ONCE = 1 << 22  # numbers that are drawn together
+MOST = 1e6  # times the text: more is none that anybody has
+TINY = 1e-300  # where a bootstrap's mean lies at an end of its interval, or beyond
 
 
 @dataclass(frozen=True)
@@ -152,22 +154,38 @@ def decide(found: Interval, margin: float) -> Answer:
     return "undecided"
 
 
-def more_tokens(found: Interval, margin: float) -> int:
+def more_tokens(found: Interval, margin: float) -> int | None:
     """How many more tokens of such text would decide, if the mean stayed where it is; 0 where it is decided.
 
-    The interval shrinks about the mean as one over the square root of the tokens; it decides as soon as it lies within
-    the margin, or leaves zero outside. Of several runs 0 as well: it is mostly their spread that leaves it open.
+    The interval decides as soon as it lies within the margin, or leaves zero outside. Of one run it shrinks about the
+    mean as one over the square root of the tokens. Of several only the error over texts does, that over runs stays:
+    None where no amount of text decides, as far as MOST times what there is.
     """
-    if found.runs > 1 or decide(found, margin) != "undecided":
+    if decide(found, margin) != "undecided":
         return 0
-    below, above = found.mean - found.low, found.high - found.mean
+    below, above = (max(reach, TINY) for reach in (found.mean - found.low, found.high - found.mean))
     within = min((margin + found.mean) / below, (margin - found.mean) / above)  # the scale that brings it within
     apart = found.mean / below if found.mean > 0 else -found.mean / above  # … that leaves zero outside
     scale = max(within, apart)
-    return math.ceil(found.tokens * (scale**-2 - 1))
+    if found.runs == 1:
+        return max(1, math.ceil(found.tokens * (scale**-2 - 1)))
+    times = np.geomspace(1, MOST, 1 << 14)
+    enough = np.flatnonzero(_reaches(found, times) <= scale * above)
+    return max(1, math.ceil(found.tokens * (times[enough[0]] - 1))) if len(enough) else None
 
 
 # -------------------------------------------------------------------------------------------- how it is estimated
+
+
+def _reaches(found: Interval, times: Series) -> Series:
+    """Half the width of an interval over runs, had there been so many times the text: the sums of `over_runs`."""
+    assert found.stderr_runs is not None
+    assert found.stderr_texts is not None
+    of_runs, of_texts = found.stderr_runs**2, found.stderr_texts**2 / times
+    weight_runs = of_runs**2 / (found.runs - 1)  # in Satterthwaite's sum, stderr⁴ / freedom
+    weight_texts = max(0.0, found.stderr**4 / found.freedom - weight_runs) / times**2
+    freedom = (of_texts + of_runs) ** 2 / (weight_texts + weight_runs)
+    return stats.t.ppf((1 + found.level) / 2, freedom) * np.sqrt(of_texts + of_runs)
 
 
 def _heavy(length: Series) -> float:

@@ -2,7 +2,8 @@
 
 A model is a group of twin runs, trained alike but for their seeds; a number is the mean over the runs, its interval
 Student's t over them. All numbers of a grid are means over the same targets, those that have overflowed at its largest
-budget, so that rows may be compared along every axis.
+budget, so that rows may be compared along every axis. The paper's number stands beside a cell
+whose model and S+W are the paper's (`paper`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,33 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from eval.measures.command import MODEL_HELP, add_common_arguments, check_output, load, new_table, show, write_result
-from eval.measures.texts import add_text_argument, check_files, check_positions, check_same_tokens, fed, read_texts
+from eval.measures.command import (
+    MODEL_HELP,
+    add_common_arguments,
+    check_output,
+    load,
+    new_table,
+    number,
+    show,
+    write_result,
+)
+from eval.measures.texts import (
+    add_text_argument,
+    check_files,
+    check_positions,
+    check_same_tokens,
+    fed,
+    read_texts,
+    repeated,
+)
 from eval.policies.choice import check
+from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.parser import positive, whole
 
 if TYPE_CHECKING:
     from eval.measures.verdict.paired import Documents
+    from eval.measures.verdict.training import Said
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = "Perplexity after overflow of models × S+W × budgets, with mean and interval over twin runs."
@@ -28,13 +48,6 @@ EXAMPLE = (
     "--budgets 64 256 --text books-test.jsonl"
 )
 LEVEL = 0.95
-# StreamingLLM (arXiv 2309.17453), Table 3: perplexity on the first PG-19 test book at C = 1024, by sink and S.
-PAPER = {
-    "none": {0: 27.87, 1: 18.49, 2: 18.05, 4: 18.05},
-    "zero": {0: 29214.0, 1: 19.90, 2: 18.27, 4: 18.01},
-    "token ×1": {0: 1235.0, 1: 18.01, 2: 18.01, 4: 18.02},
-    "token ×2": {0: 1262.0, 1: 25.73, 2: 18.05, 4: 18.05},
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,10 +81,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     sinks, budgets = list(dict.fromkeys(options.sinks)), sorted(set(options.budgets))
     _check(options, sinks, budgets)
-    kinds, texts, documents = _look(options, sinks, budgets)
+    from eval.measures.verdict.training import in_training, not_seeds
+
+    kinds, texts, documents, said = _look(options, sinks, budgets)
+    warnings = [
+        *(warning for _, runs in options.models for warning in not_seeds({one: said[one] for one in runs})),
+        *in_training(said, texts, documents),
+    ]
+    for warning in warnings:
+        say(f"warning: {warning}")
     scored = {name: _score(name, runs, documents, sinks, budgets, options) for name, runs in options.models}
     rows = [
-        _row(name, kinds[name], policy, runs, documents, budgets[-1])
+        _row(name, kinds[name], said[runs[0]["run"]]["shape"], policy, runs, documents, budgets[-1])
         for name, of_model in scored.items()
         for policy, runs in of_model.items()
     ]
@@ -84,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
         "chunk": options.chunk,
         "dtype": options.dtype,
         "texts": texts,
+        "warnings": warnings,
         "rows": rows,
     }
     print_table(content)
@@ -96,7 +118,7 @@ def _group(text: str) -> tuple[str, list[str]]:
     runs = listed.split(",") if equals else [text]
     if not name or not all(runs):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN,RUN…")
-    if len(set(runs)) < len(runs):
+    if repeated(runs):
         raise argparse.ArgumentTypeError(f"{text!r} has a run twice, which is not another seed")
     return name, runs
 
@@ -106,9 +128,8 @@ def _group(text: str) -> tuple[str, list[str]]:
 
 def _check(options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]) -> None:
     check(sinks, budgets[0], "--budgets")
-    names = [name for name, _ in options.models]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--models has {twice[0]} twice; give all its runs at once, as {twice[0]}=RUN,RUN")
+    if twice := repeated([name for name, _ in options.models]):
+        raise UserError(f"--models has {twice} twice; give all its runs at once, as {twice}=RUN,RUN")
     if options.tokens is not None and options.tokens <= budgets[-1] + 1:
         raise UserError(
             f"--tokens {options.tokens} does not overflow --budgets {budgets[-1]}; raise one or lower the other"
@@ -119,17 +140,19 @@ def _check(options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[
 
 def _look(
     options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]
-) -> tuple[dict[str, str], list[dict[str, Any]], Documents]:
-    """Load every run once before any is scored: the kind of each model, and the texts, without sinks.
+) -> tuple[dict[str, str], list[dict[str, Any]], Documents, dict[str, Said]]:
+    """Load every run once before any is scored: the kind of each model, the texts, without sinks, what each run says.
 
     UserError where runs of a model have different sinks, where models have different tokenizers or too few positions.
     """
     from eval.measures.verdict.paired import streaming
+    from eval.measures.verdict.training import said_by
 
     first: LoadedModel | None = None
     kinds: dict[str, str] = {}
     texts: list[dict[str, Any]] = []
     documents: Documents = []
+    said: dict[str, Said] = {}
     for name, runs in options.models:
         for one in runs:
             loaded = load(options, one)
@@ -147,11 +170,12 @@ def _look(
                     )
             check_same_tokens(first, loaded, options.text)
             check_positions(loaded, fed(documents), [streaming(max(sinks), budgets[-1])], "--budgets")
-    return kinds, texts, documents
+            said[one] = said_by(loaded)
+    return kinds, texts, documents, said
 
 
 def _kind(loaded: LoadedModel) -> str:
-    """As PAPER names them; `none` for a vanilla model or somebody else's."""
+    """As `paper` names them; `none` for a vanilla model or somebody else's."""
     from sinkmodel.sinks import kind_of
 
     kind = kind_of(loaded.model.config)
@@ -177,10 +201,10 @@ def _score(
 
     policies = [streaming(count, budget) for budget in budgets for count in sinks]
     told: dict[Any, list[dict[str, Any]]] = {policy: [] for policy in policies}
-    for number, one in enumerate(runs, 1):
+    for place, one in enumerate(runs, 1):
         loaded = load(options, one)
         for policy in policies:
-            task = f"run {number}/{len(runs)}, {policy.label}"
+            task = f"run {place}/{len(runs)}, {policy.label}"
             side = Side(name, loaded, policy.sinks)
             late = [
                 torch.from_numpy(x) for x in after(losses(side, policy, documents, options.chunk, task), budgets[-1])
@@ -193,9 +217,16 @@ def _score(
 
 
 def _row(
-    name: str, kind: str, policy: Any, runs: list[dict[str, Any]], documents: Documents, overflow: int
+    name: str,
+    kind: str,
+    shape: dict[str, Any],
+    policy: Any,
+    runs: list[dict[str, Any]],
+    documents: Documents,
+    overflow: int,
 ) -> dict[str, Any]:
     from eval.measures.perplexity import perplexity
+    from eval.measures.verdict.paper import of_paper
 
     nll, low, high = over_runs([one["nll"] for one in runs])
     return {
@@ -211,7 +242,7 @@ def _row(
         "ppl_low": perplexity(low),
         "ppl_high": perplexity(high),
         "runs": runs,
-        "paper_ppl": PAPER.get(kind, {}).get(policy.sinks),
+        "paper_ppl": of_paper(shape, kind, policy.budget, policy.sinks),
     }
 
 
@@ -231,23 +262,26 @@ def over_runs(values: Sequence[float], level: float = LEVEL) -> tuple[float, flo
 
 
 def print_table(content: dict[str, Any]) -> None:
-    """One line a model and budget, a column an S; below each model the paper's line for such a sink."""
+    """One line a model and budget, a column an S; below it the paper's line for such a model, sink and budget."""
+    caption = f"S+: S first keys and C − S latest; [{100 * content['level']:g} % interval over runs]"
+    if any(row["paper_ppl"] for row in content["rows"]):
+        caption += (
+            "; paper: StreamingLLM, Tables 2, 3 and 6, another text (PG-19): compare the pattern, not the numbers"
+        )
     table = new_table(
         f"perplexity over tokens that have overflowed {content['budgets'][-1]}, {content['dtype']}",
-        f"S+: S first keys and C − S latest; [{100 * content['level']:g} % interval over runs]; paper: StreamingLLM, "
-        "Table 3, of another model (160M, the Pile) and another text (PG-19): compare the pattern, not the numbers",
+        caption,
         ["model", "sink"],
         ["runs", "C", *(f"{count}+" for count in content["sinks"])],
     )
     for name, runs in content["models"].items():
-        rows = [row for row in content["rows"] if row["model"] == name]
         for budget in content["budgets"]:
-            cells = [_cell(row) for row in rows if row["budget"] == budget]
-            table.add_row(name, rows[0]["sink"], str(len(runs)), str(budget), *cells)
-        papers = {row["sinks"]: row["paper_ppl"] for row in rows}
-        if any(papers.values()):
-            numbers = ["–" if papers[count] is None else f"{papers[count]:,.2f}" for count in content["sinks"]]
-            table.add_row("  paper", rows[0]["sink"], "1", "1024", *numbers, style="dim")
+            rows = [row for row in content["rows"] if (row["model"], row["budget"]) == (name, budget)]
+            table.add_row(name, rows[0]["sink"], str(len(runs)), str(budget), *map(_cell, rows))
+            papers = [row["paper_ppl"] for row in rows]
+            if any(papers):
+                numbers = [number(ppl, ",.2f") for ppl in papers]
+                table.add_row("  paper", rows[0]["sink"], "1", str(budget), *numbers, style="dim")
     show(table)
 
 

@@ -27,7 +27,15 @@ from eval.measures.command import (
     show,
     write_result,
 )
-from eval.measures.texts import add_text_argument, check_files, check_positions, check_same_tokens, fed, read_texts
+from eval.measures.texts import (
+    add_text_argument,
+    check_files,
+    check_positions,
+    check_same_tokens,
+    fed,
+    read_texts,
+    repeated,
+)
 from eval.policies.choice import BORROWED, check
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -35,6 +43,7 @@ from sinkmodel.parser import positive, real, whole
 
 if TYPE_CHECKING:
     from eval.measures.verdict.paired import Documents, Side
+    from eval.measures.verdict.training import Said
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = "Is one trained sink worth four borrowed ones? Exit code 0: equivalent or better; 1: worse or undecided."
@@ -104,8 +113,8 @@ def run(options: argparse.Namespace) -> int:
     from eval.measures.verdict.paired import Question, answered, measure
 
     names = list(zip(options.sink, options.vanilla))
-    sides, texts, documents = _look(options, names)
-    warnings = _warnings(options, texts, documents)
+    sides, texts, documents, said = _look(options, names)
+    warnings = _warnings(options, said, texts, documents)
     for warning in warnings:
         say(f"warning: {warning}")
     question = Question(options.budget, options.margin, options.level, options.seed, options.chunk)
@@ -165,18 +174,20 @@ def _check_names(sinks: Sequence[str], vanillas: Sequence[str]) -> None:
             f"--sink has {len(sinks)} models and --vanilla has {len(vanillas)}; give pairs of twins in the same order"
         )
     for option, names in (("--sink", sinks), ("--vanilla", vanillas)):
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"{option} has {twice[0]} twice, which is not another seed")
+        if twice := repeated(names):
+            raise UserError(f"{option} has {twice} twice, which is not another seed")
 
 
 def _look(
     options: argparse.Namespace, names: Sequence[tuple[str, str]]
-) -> tuple[tuple[Side, Side], list[dict[str, Any]], Documents]:
-    """Load every pair once before any is scored, the first at last: it, and the texts, without sinks."""
+) -> tuple[tuple[Side, Side], list[dict[str, Any]], Documents, dict[str, Said]]:
+    """Load every pair once before any is scored, the first at last: it, the texts, without sinks, what models say."""
     from eval.measures.verdict.paired import streaming
+    from eval.measures.verdict.training import said_by
 
     texts: list[dict[str, Any]] = []
     documents: Documents = []
+    said: dict[str, Said] = {}
     alike: tuple[Side, Side] | None = None
     for pair in reversed(names):
         sides = sink, vanilla = _load(options, *pair)
@@ -190,8 +201,9 @@ def _look(
             texts, documents = read_texts(vanilla.loaded, options.text, options.budget, options.tokens, None)
         for side in sides:
             check_positions(side.loaded, fed(documents), [streaming(side.sinks, options.budget)])
+            said[side.loaded.name] = said_by(side.loaded)
     _check_length(documents, options.budget)
-    return sides, texts, documents
+    return sides, texts, documents, said
 
 
 def _load(options: argparse.Namespace, sink: str, vanilla: str) -> tuple[Side, Side]:
@@ -246,32 +258,18 @@ def _check_length(documents: Documents, budget: int) -> None:
         )
 
 
-def _warnings(options: argparse.Namespace, texts: Sequence[dict[str, Any]], documents: Documents) -> list[str]:
-    """What the models' provenance says against trusting the answer."""
-    from eval.measures.verdict.training_text import not_twins, provenance_of, trained_on
+def _warnings(
+    options: argparse.Namespace, said: dict[str, Said], texts: Sequence[dict[str, Any]], documents: Documents
+) -> list[str]:
+    """What the models say of themselves against trusting the answer."""
+    from eval.measures.verdict.training import in_training, not_seeds, not_twins
 
-    provenances = {name: provenance_of(name) for name in (*options.sink, *options.vanilla)}
+    sinks, vanillas = ({name: said[name] for name in names} for names in (options.sink, options.vanilla))
     warnings = []
-    for sink, vanilla in zip(options.sink, options.vanilla):
-        if ways := not_twins(provenances[sink], provenances[vanilla]):
+    for sink, vanilla in zip(sinks, vanillas):
+        if ways := not_twins(said[sink], said[vanilla]):
             warnings.append(f"{sink} and {vanilla} are no twins: {', '.join(ways)}")
-    for name, provenance in provenances.items():
-        if not provenance.get("data"):
-            continue
-        known = trained_on(provenance, documents)
-        if known is None:
-            warnings.append(f"{name}: its training data is not where it was, so nobody checked whether --text is in it")
-            continue
-        first = 0
-        for text in texts:
-            count = sum(known[first : first + text["documents"]])
-            first += text["documents"]
-            if count:
-                warnings.append(
-                    f"{name} was trained on {text['file']}: {count} of {text['documents']} documents begin as training "
-                    "documents do; give text that was held out"
-                )
-    return warnings
+    return [*warnings, *not_seeds(sinks), *not_seeds(vanillas), *in_training(sinks | vanillas, texts, documents)]
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown
@@ -339,7 +337,7 @@ def in_words(verdict: dict[str, Any], margin: float) -> str:
     if verdict["runs"] == 1:
         return f"{said}\nit speaks of these two runs; twins of other seeds may differ by more: give several of each"
     runs, texts = verdict["stderr_runs"], verdict["stderr_texts"]
-    return (
-        f"{said}\nof {verdict['runs']} pairs of runs; standard error over runs {runs:.4f}, over texts {texts:.4f}: "
-        f"more {'pairs' if runs > texts else 'texts'} would narrow it most"
-    )
+    said += f"\nof {verdict['runs']} pairs of runs; standard error over runs {runs:.4f}, over texts {texts:.4f}: "
+    if verdict["more_tokens"] is None:
+        return f"{said}no amount of text decides this, more pairs of runs would"
+    return f"{said}more {'pairs' if runs > texts else 'texts'} would narrow it most"

@@ -6,7 +6,7 @@ import functools
 import math
 from typing import Any
 
-from eval.report.blocks import Chart, Section, Table, between, figure, short_names, stream_name
+from eval.report.blocks import Chart, Note, Section, Table, between, figure, short_names, stream_name
 from eval.report.charts import panel, shown, ticks_at
 from eval.report.inputs import Inputs
 from eval.report.plots import paint_budgets, paint_positions
@@ -19,6 +19,7 @@ def grid(inputs: Inputs) -> Section | None:
     found = inputs.of("grid")
     made = Section("grid", "The grid")
     for number, content in enumerate(found, 1):
+        made.blocks += [Note(warning, "warning", "Warning") for warning in content.get("warnings", ())]
         made.blocks.append(_grid_table(content))
         made.blocks.append(_grid_chart(content, number))
     return made if found else None
@@ -27,25 +28,24 @@ def grid(inputs: Inputs) -> Section | None:
 def _grid_table(content: dict[str, Any]) -> Table:
     rows, has_paper = [], False
     for name in dict.fromkeys(row["model"] for row in content["rows"]):
-        of_model = [row for row in content["rows"] if row["model"] == name]
         for budget in content["budgets"]:
-            cells = {row["sinks"]: _cell(row) for row in of_model if row["budget"] == budget}
-            runs = str(max(len(row["runs"]) for row in of_model))
-            rows.append(
-                [name, of_model[0]["sink"], runs, str(budget), *(cells.get(count, "–") for count in content["sinks"])]
-            )
-        papers = {row["sinks"]: row["paper_ppl"] for row in of_model}
-        if any(value is not None for value in papers.values()):
-            has_paper = True
-            numbers = [figure(papers.get(count)) for count in content["sinks"]]
-            rows.append([f"{name}: the paper's", of_model[0]["sink"], "1", "1024", *numbers])
+            cells = {row["sinks"]: row for row in content["rows"] if (row["model"], row["budget"]) == (name, budget)}
+            if not cells:
+                continue
+            one = next(iter(cells.values()))
+            numbers = [_cell(cells[count]) if count in cells else "–" for count in content["sinks"]]
+            rows.append([name, one["sink"], str(len(one["runs"])), str(budget), *numbers])
+            if any(row["paper_ppl"] is not None for row in cells.values()):
+                has_paper = True
+                numbers = [figure(cells[count]["paper_ppl"]) if count in cells else "–" for count in content["sinks"]]
+                rows.append([f"{name}: the paper's", one["sink"], "1", str(budget), *numbers])
     caption = (
         f"Perplexity over tokens that have overflowed the largest budget; {100 * content['level']:g} % interval over "
     )
     caption += "runs with different seeds. S+: S first keys and C − S latest."
     if has_paper:
         caption += (
-            " The paper's: StreamingLLM (arXiv 2309.17453), Table 3, another model (160M, the Pile) and another text "
+            " The paper's: StreamingLLM (arXiv 2309.17453), Tables 2, 3 and 6, a model of this shape on another text "
             "(PG-19): compare the pattern, not the numbers."
         )
     return Table(

@@ -123,4 +123,6 @@ def sentence(content: dict[str, Any]) -> str:
         )
     if verdict["more_tokens"]:
         said += f" About {verdict['more_tokens']:,.0f} more tokens would decide, if the difference stayed as it is."
+    elif verdict["more_tokens"] is None and verdict["answer"] == "undecided":
+        said += " No amount of text decides this; more pairs of runs would."
     return said

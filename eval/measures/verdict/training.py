@@ -1,16 +1,35 @@
-"""What models say of the text that they were trained on: is it among the test text, and was it the same for twins?"""
+"""What models say of how they were trained: is their text among the test text, and are runs the twins they pass for?"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sinkmodel.errors import UserError
 
+if TYPE_CHECKING:
+    from sinkmodel.loading import LoadedModel
+
+Said = dict[str, Any]  # what `said_by` finds of a model
 HEAD = 64  # a document is known by its first tokens; no more are compared
 AT_ONCE = 1 << 20  # training documents looked at together
+SIZES = {
+    "model type": "model_type",
+    "layers": "num_hidden_layers",
+    "hidden size": "hidden_size",
+    "heads": "num_attention_heads",
+    "KV heads": "num_key_value_heads",
+    "feed-forward size": "intermediate_size",
+    "positions": "max_position_embeddings",
+}
+
+
+def said_by(loaded: LoadedModel) -> Said:
+    """`shape`, by SIZES, of its config; and its provenance, where it has one."""
+    config = loaded.model.config.get_text_config()
+    return {**provenance_of(loaded.name), "shape": {size: getattr(config, key, None) for size, key in SIZES.items()}}
 
 
 def provenance_of(name: str) -> dict[str, Any]:
@@ -34,12 +53,40 @@ def provenance_of(name: str) -> dict[str, Any]:
     return {}
 
 
-def not_twins(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """In which ways two provenances are not those of twins, in words."""
+def not_twins(one: Said, other: Said) -> list[str]:
+    """In which ways two models are no twins, in words."""
+    ways = _trained_unlike(one, other)
+    seeds = _seed(one), _seed(other)
+    return ways if None in seeds or seeds[0] == seeds[1] else [*ways, "another seed"]
+
+
+def not_seeds(runs: dict[str, Said]) -> list[str]:
+    """Warnings where runs are not one model trained with several seeds."""
+    warnings = []
+    first = next(iter(runs))
+    by_seed: dict[int, str] = {}
+    for name, said in runs.items():
+        if ways := _trained_unlike(runs[first], said):
+            warnings.append(f"{first} and {name} differ by more than their seeds: {', '.join(ways)}")
+        seed = _seed(said)
+        if seed is not None and (other := by_seed.setdefault(seed, name)) != name:
+            warnings.append(f"{other} and {name} have the same seed, {seed}: they say nothing of other seeds")
+    return warnings
+
+
+def _seed(said: Said) -> int | None:
+    """None where the model does not say."""
+    try:
+        seed = said["config"]["seed"]
+    except (KeyError, TypeError):
+        return None
+    return seed if isinstance(seed, int) else None
+
+
+def _trained_unlike(one: Said, other: Said) -> list[str]:
     asked = {
         "other training data": lambda said: said["data"]["fingerprint"],
         "another number of steps": lambda said: said["step"],
-        "another seed": lambda said: said["config"]["seed"],
     }
     told = []
     for what, ask in asked.items():
@@ -48,7 +95,32 @@ def not_twins(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
                 told.append(what)
         except (KeyError, TypeError):  # one of them does not say
             continue
-    return told
+    pairs = [(size, one["shape"][size], other["shape"][size]) for size in SIZES]
+    return told + [f"{size} {a} and {b}" for size, a, b in pairs if None not in (a, b) and a != b]
+
+
+def in_training(
+    models: dict[str, Said], texts: Sequence[dict[str, Any]], documents: Sequence[Sequence[int]]
+) -> list[str]:
+    """Warnings where a model was trained on what is to test it, or where nobody can tell; `texts` as `read_texts`."""
+    warnings = []
+    for name, said in models.items():
+        if not said.get("data"):
+            continue
+        known = trained_on(said, documents)
+        if known is None:
+            warnings.append(f"{name}: its training data is not where it was, so nobody checked whether --text is in it")
+            continue
+        first = 0
+        for text in texts:
+            count = sum(known[first : first + text["documents"]])
+            first += text["documents"]
+            if count:
+                warnings.append(
+                    f"{name} was trained on {text['file']}: {count} of {text['documents']} documents begin as training "
+                    "documents do; give text that was held out"
+                )
+    return warnings
 
 
 def trained_on(provenance: dict[str, Any], documents: Sequence[Sequence[int]]) -> list[bool] | None:
@@ -72,7 +144,7 @@ def trained_on(provenance: dict[str, Any], documents: Sequence[Sequence[int]]) -
         for shard in shards:
             starts = np.load(shard.with_suffix(".offsets.npy"), mmap_mode="r")
             found.update(_beginnings(np.memmap(shard, dtype, mode="r"), starts, heads))
-    except (KeyError, TypeError, OSError, ValueError):
+    except (KeyError, TypeError, OSError, ValueError, EOFError):  # the last of an empty file
         return None
     return [head in found for head in heads]
 

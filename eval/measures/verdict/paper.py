@@ -1,0 +1,30 @@
+"""What StreamingLLM (arXiv 2309.17453) printed in Tables 2, 3 and 6: perplexity on PG-19 by model, sink, budget and S.
+
+Table 3 is of the first test book, Tables 2 and 6 are of 400K tokens. Their other two models, Falcon-7B and MPT-7B, are
+none that `sinkmodel.scoring` takes: Falcon's attention cannot be exchanged, MPT has no rotary positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+OF_MODEL = ("model type", "layers", "hidden size", "positions")
+PYTHIA_160M, PYTHIA_12B = ("gpt_neox", 12, 768, 2048), ("gpt_neox", 36, 5120, 2048)
+LLAMA_2_7B = ("llama", 32, 4096, 4096)
+PAPER = {
+    (PYTHIA_160M, "none", 1024): {0: 27.87, 1: 18.49, 2: 18.05, 4: 18.05},
+    (PYTHIA_160M, "zero", 1024): {0: 29214.0, 1: 19.90, 2: 18.27, 4: 18.01},
+    (PYTHIA_160M, "token ×1", 1024): {0: 1235.0, 1: 18.01, 2: 18.01, 4: 18.02},
+    (PYTHIA_160M, "token ×2", 1024): {0: 1262.0, 1: 25.73, 2: 18.05, 4: 18.05},
+    (PYTHIA_12B, "none", 2048): {0: 21.62, 1: 11.95, 2: 12.09, 4: 12.09, 8: 12.02},
+    (LLAMA_2_7B, "none", 512): {4: 9.73},
+    (LLAMA_2_7B, "none", 1024): {4: 9.32},
+    (LLAMA_2_7B, "none", 2048): {4: 9.08},
+    (LLAMA_2_7B, "none", 4096): {0: 3359.95, 1: 11.88, 2: 10.51, 4: 9.59, 8: 9.54},
+}
+
+
+def of_paper(shape: dict[str, Any], kind: str, budget: int, sinks: int) -> float | None:
+    """The paper's perplexity of a model of this shape (`training.SIZES`) and sink; None where it has none."""
+    model: Any = tuple(shape[size] for size in OF_MODEL)
+    return PAPER.get((model, kind, budget), {}).get(sinks)
