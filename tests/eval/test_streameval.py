@@ -351,6 +351,17 @@ def test_the_difference_to_one_shot_is_taken_question_by_question(runs, loaded, 
         assert row["difference_stderr"] == pytest.approx(differences.std().item() / 6**0.5)
 
 
+def test_the_notice_of_places_says_how_far_the_questions_go(runs, tmp_path, capsys):
+    file, out = tmp_path / "q.jsonl", tmp_path / "a.json"
+    rows = [{"question": f"{n}?", "choices": ["a", "b c"], "answer": 0} for n in range(9)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = streameval(capsys, "--model", runs[0], "--task", "questions", "--file", file, "--budgets", 60,
+                              "--policies", "dense", "--json", out)  # fmt: skip
+    assert code == 0
+    seen = json.loads(out.read_text())["rows"][1]["keys_seen"]
+    assert f"dense goes on to place {seen - 1}, " in err
+
+
 def test_questions_of_ours_hold_their_answer_once_among_choices_that_do_not_tell_it():
     questions = make_questions(3, 200)
     assert questions == make_questions(3, 200)

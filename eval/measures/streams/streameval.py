@@ -205,6 +205,9 @@ def _policies(options: argparse.Namespace, loaded: LoadedModel) -> list[Policy]:
 
 def _check_questions(loaded: LoadedModel, policies: list[Policy], questions: list[Asked]) -> None:
     """Every question must fit into the model; what does not fit into a budget is said."""
+    from eval.measures.streams.questions import BETWEEN
+    from sinkmodel.loading import encode
+
     lengths = [len(question.prompt) + max(map(len, question.choices)) for question in questions]
     longest = max(lengths)
     room = None if loaded.positions is None else loaded.positions - len(loaded.sink_ids)
@@ -219,8 +222,9 @@ def _check_questions(loaded: LoadedModel, policies: list[Policy], questions: lis
             say(
                 f"{policy.label}: {cut} of {len(lengths)} questions are longer than the window and lose their beginning"
             )
-    whole = len(loaded.sink_ids) + sum(len(question.prompt) + len(question.right) for question in questions)
-    _check_stream(loaded, policies, whole)
+    between = len(encode(loaded, BETWEEN))
+    before = sum(len(question.prompt) + len(question.right) + between for question in questions[:-1])
+    _check_stream(loaded, policies, len(loaded.sink_ids) + before + lengths[-1] - 1)
 
 
 def _check_stream(loaded: LoadedModel, policies: list[Policy], places: int) -> None:
