@@ -132,7 +132,7 @@ def check_requests(name: str, task: Any, lm: Any, limit: int | None) -> None:
         if request.request_type != "loglikelihood":
             continue
         context, target = request.args
-        tokens = len(lm._encode_pair(context, target)[1] if context else lm.tok_encode(target))
+        tokens = len(lm.tok_encode(context + target)) - len(lm.tok_encode(context.rstrip()))  # as lm-eval splits them
         where = f"task {name}, question {request.doc_id + 1}: the answer {target[:40]!r}"
         if tokens == 0:
             raise UserError(
