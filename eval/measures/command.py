@@ -51,9 +51,12 @@ def load(options: argparse.Namespace, name: str | None = None) -> LoadedModel:
     patience = threading.Timer(5.0, say, [f"loading {name}"])
     patience.start()
     try:
-        return load_model(name, options.dtype, options.device)
+        loaded = load_model(name, options.dtype, options.device)
     finally:
         patience.cancel()
+    if loaded.borrowed:
+        say(f"{name}: {' '.join(loaded.borrowed)} stands in front of every text, as its tokenizer puts it; not scored")
+    return loaded
 
 
 def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:

@@ -174,7 +174,8 @@ def perplexity(nll: float | None) -> float | None:
 
 def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     kind = kind_of(loaded.model.config)
-    sinks = f"{len(loaded.sink_ids)} sink tokens in front" if loaded.sink_ids else f"sink: {kind}"
+    in_front = " ".join(loaded.borrowed) or f"{len(loaded.sink_ids)} sink tokens"
+    sinks = f"{in_front} in front" if loaded.sink_ids else f"sink: {kind}"
     table = new_table(
         f"{options.model}, {options.dtype}, {sinks}",
         "≥C: queries that have lost something to eviction; ±: standard error over blocks of C tokens",

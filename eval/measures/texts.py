@@ -112,10 +112,11 @@ def read_texts(
 def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path]) -> None:
     """UserError where two models do not cut text into the same ids, the sink tokens aside: losses belong to tokens."""
     from sinkmodel.loading import encode
+    from sinkmodel.sinks import sink_ids_of
     from sinkmodel.text import read_documents
 
     vocabularies = [
-        {token: i for token, i in loaded.tokenizer.get_vocab().items() if i not in loaded.sink_ids}
+        {token: i for token, i in loaded.tokenizer.get_vocab().items() if i not in sink_ids_of(loaded.model.config)}
         for loaded in (one, other)
     ]
     same = vocabularies[0] == vocabularies[1]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sinkmodel.cache import StreamingCache
 from sinkmodel.errors import UserError
-from sinkmodel.sinks import sink_ids_of, sinks_to_keep
+from sinkmodel.sinks import front_of, sink_ids_of, sinks_to_keep
 from sinkmodel.streaming.evictions import Evictions, OnEvict
 from sinkmodel.streaming.incremental import Writer
 from sinkmodel.streaming.intake import BLOCK, Intake, rows_of
@@ -41,16 +41,16 @@ Stop = Sequence["int | str"]
 class Stream:
     """One stream of a model, or `batch` of them side by side.
 
-    The model's own sink ids (`sink_ids_of`) stand in front, then the pinned tokens; both are fed once, before anything
-    else. Without `batch` there is one stream: it is fed a text, ids, or an iterator of texts or of ids, and gives plain
-    ids, strings and numbers. With `batch=B` it is fed a list of B such things and gives tuples of B; rows may be of
-    different lengths, and a row that has nothing more to say has None (or "") in the tuple while others go on. Nothing
-    enters such a row meanwhile, so it is the same as a stream of its own.
+    The model's own sinks, or the `<s>` of somebody else's tokenizer (`front_of`), stand in front, then the pinned
+    tokens; both are fed once, before anything else. Without `batch` there is one stream: it is fed a text, ids, or an iterator
+    of texts or of ids, and gives plain ids, strings and numbers. With `batch=B` it is fed a list of B such things and
+    gives tuples of B; rows may be of different lengths, and a row that has nothing more to say has None (or "") in the
+    tuple while others go on. Nothing enters such a row meanwhile, so it is the same as a stream of its own.
 
     Args:
         tokenizer: needed for text; one of transformers'.
         budget: slots of the cache: sinks, pinned tokens and the current token count.
-        sinks: how many of the first tokens are kept for good; None: `sinks_to_keep`.
+        sinks: how many of the first tokens are kept for good; None: `sinks_to_keep`, or all that stand in front.
         pinned: a text or ids that are never evicted, the same in each row: a system prompt.
         on_evict: called with (row, place, id) for each token that leaves the cache, in order.
         positions: "cache" or "text", see `StreamingCache`.
@@ -74,10 +74,10 @@ class Stream:
         if batch is not None and batch < 1:
             raise UserError(f"batch is {batch}; it is a number of rows, or None for a single stream")
         self.rows = batch or 1
-        own = sink_ids_of(model.config)
+        own = front_of(model.config, tokenizer)
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.front = own + list(chain.from_iterable(Intake(tokenizer, self.vocabulary).blocks(pinned)))
-        sinks = sinks_to_keep(model.config) if sinks is None else sinks
+        sinks = max(sinks_to_keep(model.config), len(own)) if sinks is None else sinks
         kept = max(sinks, len(self.front)) if len(self.front) > len(own) else sinks
         if kept > sinks and budget <= kept:
             raise UserError(
@@ -88,7 +88,7 @@ class Stream:
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
-        never = {*own, *(getattr(model.generation_config, "suppress_tokens", None) or ())}
+        never = {*sink_ids_of(model.config), *(getattr(model.generation_config, "suppress_tokens", None) or ())}
         self._never_V = torch.zeros(self.vocabulary, dtype=torch.bool, device=model.device)
         self._never_V[[token for token in never if token < self.vocabulary]] = True
         self._begin()
@@ -277,7 +277,7 @@ class Stream:
         """
         beside = {
             "batch": self.batch,
-            "sink_ids": sink_ids_of(self.model.config),
+            "sink_ids": front_of(self.model.config, self.tokenizer),
             "front": self.front,
             "logits": self.logits,
             "chosen": list(self._chosen),
@@ -296,10 +296,10 @@ class Stream:
         """
         try:
             settings, beside = state["settings"], state["stream"]
-            own, pinned = sink_ids_of(model.config), beside["front"][len(beside["sink_ids"]) :]
+            own, pinned = front_of(model.config, tokenizer), beside["front"][len(beside["sink_ids"]) :]
             if own != beside["sink_ids"]:
                 raise UserError(
-                    f"the saved stream has sinks {beside['sink_ids']}, this model {own}; take its own model"
+                    f"the saved stream has sinks {beside['sink_ids']}, this model {own}; take its model and tokenizer"
                 )
             places = settings["budget"], settings["sinks"], pinned, on_evict, beside["batch"], settings["positions"]
             stream = cls(model, tokenizer, *places)

@@ -16,6 +16,7 @@ from eval.policies.dense import Dense
 from eval.policies.recompute import Recompute
 from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
+from sinkmodel.export import export
 from sinkmodel.loading import encode, load_model
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
@@ -56,6 +57,20 @@ def rows_of(capsys, tmp_path, *arguments) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------- what is scored
+
+
+def test_a_stranger_with_a_token_of_its_own_in_front_is_measured_with_it(runs, book, tmp_path, capsys):
+    """The same model without our record: the same numbers, and it is said."""
+    ours, theirs = export(runs["llama", 2], tmp_path / "ours"), export(runs["llama", 2], tmp_path / "theirs")
+    config = json.loads((theirs / "config.json").read_text())
+    del config["sink"]
+    (theirs / "config.json").write_text(json.dumps(config))
+    arguments = ("--text", book, "--tokens", TOKENS, "--budget", BUDGET, "--sinks", 0, 1, 3)
+    rows = [rows_of(capsys, tmp_path, "--model", folder, *arguments)["rows"] for folder in (ours, theirs)]
+    assert [row["nll"] for row in rows[0]] == [row["nll"] for row in rows[1]]
+    _, out, err = ppl(capsys, "--model", theirs, *arguments)
+    assert "<|sink|> <|sink2|> stands in front of every text" in err
+    assert "<|sink|> <|sink2|> in front" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("sink_tokens", [0, 2])

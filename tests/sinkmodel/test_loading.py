@@ -51,6 +51,21 @@ def test_a_vanilla_model_has_no_sink(tmp_path):
     assert load_model(str(tmp_path)).sink_ids == []
 
 
+@pytest.mark.parametrize("sink", [SinkConfig("token", 2), SinkConfig("none")])
+def test_what_a_strangers_tokenizer_puts_in_front_is_put_in_front(tmp_path, sink):
+    """Risk: a Llama is measured without its `<s>`, where its sink is, and seems to have none."""
+    tiny.checkpoint(tmp_path / "run", "llama", sink)
+    folder = export(tmp_path / "run", tmp_path / "model")
+    ours = load_model(str(folder))
+    assert ours.borrowed == []
+    config = json.loads((folder / "config.json").read_text())
+    del config["sink"]
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = load_model(str(folder))
+    assert theirs.sink_ids == ours.sink_ids
+    assert theirs.borrowed == sink.names
+
+
 def test_text_cannot_become_a_sink_and_sinks_are_not_put_in_front(run):
     loaded = load_model(str(run))
     (sink,) = loaded.sink_ids

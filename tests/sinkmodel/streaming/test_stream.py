@@ -67,6 +67,19 @@ def test_tokens_are_those_of_a_loop_over_the_cache_and_of_the_reference(family):
     torch.testing.assert_close(stream.logits[0], logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_strangers_model_streams_behind_what_its_tokenizer_puts_in_front(count):
+    """Risk: a Llama streams without its `<s>`. The same model without our record: the same losses."""
+    sink = SinkConfig("token", count)
+    model, text = build("llama", vocab_size=320, max_position_embeddings=128), load_tokenizer(tokenizer(), sink, 128)
+    theirs = list(Stream(model, text, BUDGET).score(TEXT))
+    without = list(Stream(model, budget=BUDGET).score(text(TEXT, add_special_tokens=False).input_ids))
+    write_sink(model.config, sink, sink.ids(300))
+    assert theirs == list(Stream(model, text, BUDGET).score(TEXT))
+    assert len(theirs) == len(without) + 1
+    assert theirs[1:] != without
+
+
 @pytest.mark.parametrize("sinks", [0, 1, 4])
 def test_scores_are_those_of_chunked_scoring_however_they_are_fed(sinks):
     model, ids = model_of("llama"), tokens(700)
@@ -508,6 +521,7 @@ def test_a_saved_stream_is_for_its_own_model():
     stream.feed(TEXT)
     state = stream.state_dict()
     other = build("llama", vocab_size=320, max_position_embeddings=128)
+    write_sink(other.config, SinkConfig("none"), [])
     with pytest.raises(UserError, match=r"has sinks \[300\], this model \[\]"):
         Stream.from_state(state, other, text)
     write_sink(other.config, SinkConfig("token"), [300])
@@ -557,6 +571,9 @@ def test_a_stream_that_was_broken_off_within_a_step_says_so():
         (torch.tensor([1, 99]), "the id 99"),
         ([1, 2.5], "token ids, not 2.5"),
         ([[1, 2]], r"not \[1, 2\]"),
+        *((kind(b"\x01\x02"), "decode it first") for kind in (bytes, bytearray, memoryview)),
+        ([1, True], "not True"),
+        (torch.tensor([False, True]), "not False"),
         ("text", "no tokenizer"),
         (["text"], "no tokenizer"),
         (7, "not 7"),
