@@ -55,13 +55,14 @@ def main(argv: list[str]) -> None:
     refuse_what_is_not_installed(config)
     recipe = Recipe.from_dict(read_checkpoint(steps[max(steps)])["recipe"])
     with locked(options.run):
+        metrics = read_metrics(options.run)
         for mirror in build_mirrors(options.run, config, recipe.provenance, resuming=False):
-            mirror.catch_up(read_metrics(options.run))
+            mirror.catch_up(metrics)
             mirror.try_to(lambda mirror=mirror: mirror.show(measured), "at what was measured")  # type: ignore[misc]
             mirror.finalize("success")
             if mirror.failed:
                 raise UserError(f"not all was logged to {mirror.title}; the line above says why", exit_code=1)
-            say(f"{mirror.title} has {options.run} up to step {read_metrics(options.run)[-1]['step']}")
+            say(f"{mirror.title} has {options.run} up to step {metrics[-1]['step'] if metrics else 0}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sinkmodel.errors import UserError
+from sinkmodel.sinks import SinkConfig
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -119,6 +120,12 @@ def _vocabulary(tokenizer: Tokenizer, where: str, named: dict) -> Vocabulary:
         ids = [tokenizer.token_to_id(token) for token in ([said] if said else usual)]
         return next((token_id for token_id in ids if token_id is not None), None)
 
+    sink = SinkConfig("token").names[0]
+    if tokenizer.token_to_id(sink) is not None:
+        raise UserError(
+            f"{where} has a {sink} already, as models have that were exported with one; each run adds its own, so give "
+            "the tokenizer.json that its data was prepared with"
+        )
     eos_id = find("eos_token", END_NAMES)
     if eos_id is None:
         raise UserError(

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from recipes.data.datamodule import plan_batches
-from recipes.data.rows import RowLayout
-from recipes.data.shards import open_split, read_manifest
-from recipes.training.folder import check_folder, starting_point
+from recipes.training.folder import check_checkpoint, check_folder, starting_point
+from recipes.training.inputs import build_datamodule, open_data, open_tokenizer, vocabulary_rows
 from recipes.training.logs.build import rehearse as rehearse_logging
 from recipes.training.loss import LossHead
-from recipes.training.settings import PretrainConfig
+from recipes.training.processes.ranks import World
+from recipes.training.processes.strategies import resolve_strategy
+from recipes.training.settings import CheckpointSettings, PretrainConfig
 from recipes.training.throughput import PEAKS, flops_per_token
 from sinkmodel.attention import CAUSAL
+from sinkmodel.checkpoint import checkpoint_steps
 from sinkmodel.errors import UserError
 from sinkmodel.models import build_model, count_parameters, head_of
-from sinkmodel.sinks import padded_vocabulary
 
 ASSUMED_GPU, ASSUMED_MFU = "H100", 0.40  # what well-tuned trainers of this size reach (llm.c, modded-nanogpt, nanochat)
 BYTES_PER_PARAMETER = 12  # of a checkpoint: weight and two moments in fp32
@@ -29,23 +31,28 @@ BYTES_PER_PARAMETER = 12  # of a checkpoint: weight and two moments in fp32
 def rehearse(config: PretrainConfig, processes: int) -> int:
     """Check everything, print what the run will need, train nothing and write nothing. Returns the exit code, 0.
 
-    Raises UserError for whatever would stop the run: data, batch arithmetic on `processes`, run folder, disk space.
+    Raises UserError for whatever would stop the run: data, tokenizer, strategy, batch arithmetic on `processes`, run
+    folder, checkpoint to go on from, disk space. That a GPU is missing here is none.
     """
     run, data = Path(config.output), Path(config.data.path)
-    train = open_split(data, "train", config.data.verify)
-    layout = RowLayout(train, config.data.sequence)
-    layout.check("train")
+    resolve_strategy(replace(config.training, precision=_precision(config)), World(size=processes))
+    train, validation = open_data(config, config.data.verify)
+    text = open_tokenizer(config, train)
+    rows = vocabulary_rows(config, text.vocabulary)
     plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, processes)
+    datamodule = build_datamodule(config, train, validation, config.sink.ids(text.vocabulary), plan)
     check_folder(run, config)
     logging = rehearse_logging(config)
     start = starting_point(run) if run.exists() else None
-    rows = config.model.vocabulary or padded_vocabulary(read_manifest(data)["tokenizer"]["vocabulary"])
     model = build_model(config.model, rows, config.seed, config.sink)
+    if start is not None:
+        check_checkpoint(start, model, datamodule, config.sink)
+    layout = datamodule.samples.layout
     total, body = count_parameters(model)
     steps, tokens = config.schedule.steps, config.schedule.steps * config.training.batch_tokens
     size = total * BYTES_PER_PARAMETER
-    settings = config.checkpoints
-    files = 1 + settings.keep + sum(settings.stays(step) for step in range(steps + 1))
+    files = _at_a_time(config.checkpoints, steps)
+    more = max(1, files - len(checkpoint_steps(run)))
     free = shutil.disk_usage(next(folder for folder in (run, *run.resolve().parents) if folder.exists())).free
     speed, where = _speed(config, model)
     everything = [
@@ -63,18 +70,31 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     ]  # fmt: skip
     for name, text in everything:
         print(f"{name:>11}  {text}")
-    if free < size * files:
+    if free < size * more:
         raise UserError(
-            f"{run} needs up to {_gigabytes(size * files)} for {files} checkpoints, and {_gigabytes(free)} are free; "
+            f"{run} needs up to {_gigabytes(size * more)} for {more} checkpoints more, {_gigabytes(free)} are free; "
             "lower checkpoints.keep or keep_every, or choose another --output"
         )
     return 0
 
 
+def _at_a_time(settings: CheckpointSettings, steps: int) -> int:
+    """The most files that lie in the run folder at once: what stays, the latest, and the one that is written."""
+    staying = sum(settings.stays(step) for step in range(steps + 1))
+    passing = sum((settings.due(step) or step == steps) and not settings.stays(step) for step in range(1, steps + 1))
+    return staying + min(passing, settings.keep) + 1
+
+
+def _precision(config: PretrainConfig) -> str:
+    """As the run decides it; on `auto` for the machine that is here, as which one it will be is not known."""
+    on_gpu = config.training.device == "cuda" or (config.training.device == "auto" and torch.cuda.is_available())
+    return config.training.precision if config.training.precision != "auto" else ("bf16" if on_gpu else "fp32")
+
+
 def _speed(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, str]:
     """Tokens/s of one process, and what they are of: measured with one row where the device is here, else assumed."""
     device = config.training.device
-    if device == "auto" and not torch.cuda.is_available():
+    if device != "cpu" and not torch.cuda.is_available():
         peak = PEAKS[ASSUMED_GPU]
         speed = ASSUMED_MFU * peak / flops_per_token(model, config.data.sequence)
         return speed, f"{ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU (assumed: no GPU here)"
@@ -82,14 +102,13 @@ def _speed(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, str]:
     model.set_attn_implementation(CAUSAL)
     model.set_output_embeddings(LossHead(head_of(model), config.training.head_chunk))
     model.to(name)
-    half = config.training.precision == "bf16" or (config.training.precision == "auto" and name == "cuda")
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     rows = config.training.micro_rows if name == "cuda" else 1
     ids = torch.zeros(rows, config.data.sequence, dtype=torch.long, device=name)
     for _ in range(2):  # the first warms up
         start = time.perf_counter()
-        with torch.autocast(name, torch.bfloat16, enabled=half):
+        with torch.autocast(name, torch.bfloat16, enabled=_precision(config) == "bf16"):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             head_of(model)(hidden.flatten(0, 1), ids.flatten())[0].backward()
         if name == "cuda":

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from recipes.config import flatten
-from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
-from recipes.data.shards import TokenSplit, open_split, read_manifest
+from recipes.data.datamodule import BatchPlan, plan_batches
+from recipes.data.shards import TokenSplit
 from recipes.training.callbacks.preemption import requeue
 from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
+from recipes.training.inputs import build_datamodule, open_data, open_tokenizer, vocabulary_rows
 from recipes.training.logs.build import refuse_what_is_not_installed
 from recipes.training.module import SinkLanguageModel
 from recipes.training.processes import signals
@@ -37,8 +38,7 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.locks import LOCK, locked
 from sinkmodel.models import build_model, count_parameters
-from sinkmodel.sinks import padded_vocabulary, write_sink
-from sinkmodel.tokenizer import TextTokenizer
+from sinkmodel.sinks import write_sink
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -53,27 +53,17 @@ def pretrain(config: PretrainConfig) -> int:
     if strategy != "one":
         join(world, config.training.timeout, config.training.device)
     run, steps = Path(config.output), config.schedule.steps
-    train, validation = agree(lambda: _open_data(config, world))
+    verify = config.data.verify if world.local_rank == 0 else "sizes"  # once a node
+    train, validation = agree(lambda: open_data(config, verify))
     _refuse_unequal_ranks(config, train)
-    text = TextTokenizer.from_file(train.tokenizer_file, train.eos_id, train.pad_id)
-    rows = _vocabulary_rows(config, text.vocabulary)
+    text = open_tokenizer(config, train)
+    rows = vocabulary_rows(config, text.vocabulary)
     plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, world.size)
     from_first(lambda: check_folder(run, config))
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     sink_ids = config.sink.ids(text.vocabulary)
-    datamodule = TextDataModule(
-        train,
-        validation,
-        sink_ids,
-        sequence=config.data.sequence,
-        plan=plan,
-        steps=steps,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        validation_rows=config.validation.rows,
-        workers=config.data.workers,
-    )
+    datamodule = build_datamodule(config, train, validation, sink_ids, plan)
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run)))
         agree(lambda: _see_folder(run))
@@ -166,27 +156,6 @@ def _see_folder(run: Path, patience: float = 15.0) -> None:
                 f"{run} was made by rank 0, and is not here; put --output on a file system that all nodes share"
             )
         time.sleep(0.2)
-
-
-def _open_data(config: PretrainConfig, world: World) -> tuple[TokenSplit, TokenSplit | None]:
-    folder = Path(config.data.path)
-    verify = config.data.verify if world.local_rank == 0 else "sizes"  # once a node
-    train = open_split(folder, "train", verify)
-    if read_manifest(folder)["splits"].get("validation", {}).get("tokens"):
-        return train, open_split(folder, "validation", verify)
-    say(f"{folder} has no validation split: no validation loss is measured")
-    return train, None
-
-
-def _vocabulary_rows(config: PretrainConfig, vocabulary: int) -> int:
-    rows = padded_vocabulary(vocabulary) if config.model.vocabulary is None else config.model.vocabulary
-    if vocabulary + config.sink.tokens > rows:
-        raise UserError(
-            f"the tokenizer of {config.data.path} does not fit the model: it has {vocabulary} ids and "
-            f"{config.sink.tokens} sinks come on top, but model.vocabulary is {rows}; set it to "
-            f"{padded_vocabulary(vocabulary)}, or to null to have it chosen"
-        )
-    return rows
 
 
 def _introduce(

@@ -57,6 +57,13 @@ def test_what_was_measured_goes_to_the_runs_own_page_and_its_lacking_curves_with
     assert "wandb has" in capsys.readouterr().err
 
 
+def test_a_run_without_a_line_yet_is_logged(data, tmp_path, measured, capsys):
+    run = train(data, tmp_path / "run", schedule__steps=2, logging__every=5, validation__every=1000, validation__rows=1)
+    (run / "metrics.csv").write_text((run / "metrics.csv").read_text().splitlines()[0] + "\n")
+    assert log(["--run", str(run), "--to", "tensorboard", *measured]) == 0
+    assert "up to step 0" in capsys.readouterr().err
+
+
 def test_what_cannot_be_logged_is_one_line(data, tmp_path, measured, capsys):
     run = train(data, tmp_path / "run", schedule__steps=10)
     (tmp_path / "other.json").write_text("[]")

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from recipes.pretrain import main
+from recipes.training.callbacks.checkpoints import Checkpoints
 from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint, read_metrics
 from tests import tiny
 from tests.recipes.runs import (
@@ -82,6 +83,27 @@ def test_it_goes_on_from_any_checkpoint_and_past_one_that_is_damaged(data, undis
     assert "step35.ckpt is not what was written" in said
     assert f"going on from {run / 'checkpoints' / 'step28.ckpt'}" in said
     assert_same_run(run, undisturbed)
+
+
+def test_a_damaged_checkpoint_of_a_later_step_pushes_no_good_one_out(data, undisturbed, tmp_path, monkeypatch):
+    """Risk: with checkpoints.keep 1 it is the newest that stays, and a kill before its step is reached loses all."""
+    run, left = tmp_path / "run", []
+    shutil.copytree(undisturbed, run)
+    for step, path in checkpoint_steps(run).items():
+        if step == 35:
+            path.write_bytes(path.read_bytes()[:50_000])
+        elif step != 28:
+            path.unlink()
+    remove = Checkpoints._remove_old
+
+    def remove_and_look(self):
+        remove(self)
+        left.append(list(checkpoint_steps(run)))
+
+    monkeypatch.setattr(Checkpoints, "_remove_old", remove_and_look)
+    train(data, run, checkpoints__keep=1, checkpoints__every=3)
+    assert left[0] == [30, 35]
+    assert left[-1] == [40]
 
 
 def test_it_goes_on_from_the_newest_checkpoint(data, undisturbed, tmp_path, capsys):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
+from tokenizers import Tokenizer
 
+from recipes.data.shards import fingerprint_of
 from recipes.pretrain import main
 from sinkmodel.checkpoint import checkpoint_steps
+from sinkmodel.files import sha256_of
 from tests.recipes.runs import arguments, train
 
 
@@ -54,5 +59,46 @@ def test_what_would_stop_the_job_stops_it(data, tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1_900_000}))
     assert main([*arguments(data, run), "--dry-run"]) == 2
-    assert "needs up to 2.0 MB for 4 checkpoints, and 1.9 MB are free" in capsys.readouterr().err
+    assert "needs up to 2.0 MB for 4 checkpoints more, 1.9 MB are free" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_what_the_run_itself_would_refuse_is_refused(data, tmp_path, capsys):
+    """Risk: a night in the queue, for a split without a row, a vocabulary without room or a strategy without bf16."""
+    taken = shutil.copytree(data, tmp_path / "data")
+    content = Tokenizer.from_file(str(taken / "tokenizer.json"))
+    content.add_special_tokens(["<|sink|>"])
+    content.save(str(taken / "tokenizer.json"))
+    manifest = json.loads((taken / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = sha256_of(taken / "tokenizer.json")
+    manifest["fingerprint"] = fingerprint_of(manifest["tokenizer"]["sha256"], manifest["splits"])
+    (taken / "manifest.json").write_text(json.dumps(manifest))
+    cases = [
+        (data, {"data__sequence": 4096, "model__positions": 4096, "training__batch_tokens": 16384},
+         "the validation split has"),
+        (data, {"model__vocabulary": 300}, "does not fit the model"),
+        (data, {"training__strategy": "deepspeed_stage_0", "training__precision": "bf16"}, "is for fp32"),
+        (taken, {}, "the tokenizer has a token <|sink|> already"),
+    ]  # fmt: skip
+    for folder, changes, message in cases:
+        refused = []
+        for more in (["--dry-run"], []):
+            assert main([*arguments(folder, tmp_path / "run", **changes), *more]) == 2, message
+            refused.append(capsys.readouterr().err.splitlines()[-1])
+        assert message in refused[0]
+        assert refused[0] == refused[1]
+
+
+def test_a_job_for_gpus_is_checked_where_there_is_none(data, tmp_path, capsys):
+    words = arguments(data, tmp_path / "run", training__device="cuda", training__micro_rows=1)
+    assert main([*words, "--dry-run=8"]) == 0
+    assert "on 8 of H100 at 40% MFU (assumed: no GPU here)" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(data, tmp_path, capsys, monkeypatch):
+    every = {"checkpoints__every": 10, "checkpoints__keep_every": 10}
+    run = train(data, tmp_path / "run", **every)
+    (run / "checkpoints" / "step40.ckpt").unlink()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1_100_000}))
+    assert main([*arguments(data, run, **every), "--dry-run"]) == 0
+    assert "goes on from step30.ckpt" in capsys.readouterr().out

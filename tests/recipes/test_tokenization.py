@@ -66,10 +66,14 @@ def test_a_tokenizer_that_cannot_serve_is_named(tmp_path):
         ("x" * 20 if k == "<|endoftext|>" else k): v for k, v in content["model"]["vocab"].items()
     }
     (tmp_path / "endless.json").write_text(json.dumps(content))
+    sunk = Tokenizer.from_file(str(tmp_path / "t.json"))
+    sunk.add_special_tokens(["<|sink|>"])
+    sunk.save(str(tmp_path / "sunk.json"))
     for name, message in (
         ("broken.json", "is no tokenizer.json"),
         ("endless.json", "no end-of-text token"),
         ("missing.json", "does not exist"),
+        ("sunk.json", "has a <|sink|> already"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             load_vocabulary(str(tmp_path / name))

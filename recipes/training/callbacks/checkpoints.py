@@ -90,6 +90,7 @@ class Checkpoints(Callback):
     ):
         self.run, self.settings, self.last_step, self.io, self.health = run, settings, last_step, io, health
         io.afterwards, health.settle = self._remove_old, io.wait
+        self._written = 0  # the step of the last save
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0 and self.settings.due(0):
@@ -104,10 +105,13 @@ class Checkpoints(Callback):
     def save(self, trainer: Trainer) -> None:
         self.health.look(trainer)
         self.health.stop_if_weights_are_not_finite(trainer.lightning_module)
+        self._written = trainer.global_step
         trainer.save_checkpoint(self.run / "checkpoints" / f"step{trainer.global_step}.ckpt")
 
     def _remove_old(self) -> None:
-        passing = [path for step, path in checkpoint_steps(self.run).items() if not self.settings.stays(step)]
+        # Of a later step there may be a damaged file that this run went back from: it must not push out the new ones.
+        steps = checkpoint_steps(self.run).items()
+        passing = [path for step, path in steps if step <= self._written and not self.settings.stays(step)]
         for path in passing[: -self.settings.keep]:
             path.unlink()
         write_manifest(self.run / "checkpoints")

@@ -1,0 +1,63 @@
+"""What a run reads, held against its config: tokens, their tokenizer, rows of the vocabulary, batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipes.data.datamodule import BatchPlan, TextDataModule
+from recipes.data.shards import TokenSplit, open_split, read_manifest
+from recipes.training.settings import PretrainConfig
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.sinks import padded_vocabulary
+from sinkmodel.tokenizer import TextTokenizer, sink_tokenizer
+
+
+def open_data(config: PretrainConfig, verify: str) -> tuple[TokenSplit, TokenSplit | None]:
+    """The splits for training and validation; the latter is None where none was held out, which is said."""
+    folder = Path(config.data.path)
+    train = open_split(folder, "train", verify)
+    if read_manifest(folder)["splits"].get("validation", {}).get("tokens"):
+        return train, open_split(folder, "validation", verify)
+    say(f"{folder} has no validation split: no validation loss is measured")
+    return train, None
+
+
+def open_tokenizer(config: PretrainConfig, train: TokenSplit) -> TextTokenizer:
+    """What the data was encoded with. UserError where the sinks find no place behind it: no model could be exported."""
+    text = TextTokenizer.from_file(train.tokenizer_file, train.eos_id, train.pad_id)
+    sink_tokenizer(text, config.sink)
+    return text
+
+
+def vocabulary_rows(config: PretrainConfig, vocabulary: int) -> int:
+    """Rows of the embeddings; UserError where text vocabulary and sinks do not fit in."""
+    rows = padded_vocabulary(vocabulary) if config.model.vocabulary is None else config.model.vocabulary
+    if vocabulary + config.sink.tokens > rows:
+        raise UserError(
+            f"the tokenizer of {config.data.path} does not fit the model: it has {vocabulary} ids and "
+            f"{config.sink.tokens} sinks come on top, but model.vocabulary is {rows}; set it to "
+            f"{padded_vocabulary(vocabulary)}, or to null to have it chosen"
+        )
+    return rows
+
+
+def build_datamodule(
+    config: PretrainConfig,
+    train: TokenSplit,
+    validation: TokenSplit | None,
+    sink_ids: list[int],
+    plan: BatchPlan,
+) -> TextDataModule:
+    return TextDataModule(
+        train,
+        validation,
+        sink_ids,
+        sequence=config.data.sequence,
+        plan=plan,
+        steps=config.schedule.steps,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        validation_rows=config.validation.rows,
+        workers=config.data.workers,
+    )
