@@ -32,6 +32,7 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from sinkmodel.attention import sink_scores
+from sinkmodel.cache.families import check_config
 from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, Rotation, rotary_of
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
@@ -249,12 +250,8 @@ def _attention(
     band = _ACTIVE.get()
     if band is None:
         raise RuntimeError(f"the attention {ATTENTION!r} works inside of streaming_nll only")
-    asked = requests(attention_mask, kwargs) + ["dropout"] * bool(dropout)
-    if sliding_window is not None and sliding_window < band.budget:
-        raise UserError(
-            f"model type {band.kind!r} has a sliding window of {sliding_window} of its own, "
-            f"smaller than the budget of {band.budget}; choose a budget of at most {sliding_window}"
-        )
+    narrower = sliding_window is not None and sliding_window < band.budget  # though the config did not say so
+    asked = requests(attention_mask, kwargs) + ["dropout"] * bool(dropout) + ["sliding_window"] * narrower
     if asked:
         raise UserError(f"model type {band.kind!r} asks its attention for {', '.join(asked)}, which streaming has not")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -265,8 +262,12 @@ AttentionInterface.register(ATTENTION, _attention)  # with no mask function: tra
 
 
 @contextlib.contextmanager
-def banded(model: Any) -> Iterator[Rotary]:
-    """Within the block the model uses our attention; it is as it was afterwards, whatever happens."""
+def banded(model: Any, budget: int) -> Iterator[Rotary]:
+    """Within the block the model uses our attention; it is as it was afterwards, whatever happens.
+
+    UserError for a model whose `budget` keys cannot be a stream, as a StreamingCache has it.
+    """
+    check_config(model.config.get_text_config(), budget, text=False)
     before = model.config._attn_implementation
     rotary = rotary_of(model)
     model.set_attn_implementation(ATTENTION)

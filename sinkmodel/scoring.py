@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sinkmodel.band import Band, banded
-from sinkmodel.errors import UserError, not_finite
+from sinkmodel.errors import UserError, first_line, not_finite
 
 CHUNK = 256
 ROWS_AT_ONCE = 1024  # queries of all documents together in one forward; its logits take ROWS_AT_ONCE × V
@@ -37,13 +38,15 @@ def streaming_nll(
 
     Each document is a list of token ids, sinks included, and is a stream of its own; the result has, for a document of
     T ids, T − 1 numbers in fp32 on the CPU: −log p(token p + 1 | what query p sees), in nats. Memory does not grow
-    with T. Raises UserError where budget ≤ sinks, or where the model cannot be streamed this way.
+    with T. Raises UserError where budget ≤ sinks, for ids that the model does not have, for a model in training mode,
+    or one that cannot be streamed this way.
     """
+    _check_input(model, documents, chunk)
     if budget < sinks + 1 or sinks < 0:
         raise UserError(
             f"a budget of {budget} does not hold {sinks} sinks and the current token; make it at least {sinks + 1}"
         )
-    with banded(model) as rotary:
+    with banded(model, budget) as rotary:
         if rotary.limit is not None:  # positions stay below it
             if budget > rotary.limit:
                 raise UserError(
@@ -57,8 +60,29 @@ def streaming_nll(
 def dense_nll(
     model: Any, documents: Sequence[Sequence[int]], chunk: int = CHUNK, on_chunk: OnChunk | None = None
 ) -> list[Tensor]:
-    """The same for a cache that forgets nothing: the model's own attention, causal over everything so far."""
+    """The same for a cache that forgets nothing: the model's own attention, causal over everything so far.
+
+    UserError where the model is no decoder, or has no such cache, and as above.
+    """
+    _check_input(model, documents, chunk)
+    check_decoder(model, cached=True)
     return _score(model, documents, chunk, Everything, on_chunk)
+
+
+def _check_input(model: Any, documents: Sequence[Sequence[int]], chunk: int) -> None:
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; it is how many queries are computed together, at least 1")
+    if model.training:
+        raise UserError("the model is in training mode, with its dropout on; call model.eval() first")
+    rows = model.get_input_embeddings().num_embeddings
+    for ids_T in map(torch.as_tensor, documents):
+        if not len(ids_T):
+            continue
+        if ids_T.is_floating_point() or ids_T.dtype == torch.bool:
+            raise UserError(f"a document has {ids_T.dtype} where token ids belong; give whole numbers")
+        low, high = (int(extreme) for extreme in ids_T.aminmax())
+        if low < 0 or high >= rows:
+            raise UserError(f"a document has the id {low if low < 0 else high}, and the model has ids 0 to {rows - 1}")
 
 
 @torch.inference_mode()
@@ -116,3 +140,53 @@ class Everything:
 
     def forward(self, model: Any, ids_BN: Tensor) -> Tensor:
         return model(input_ids=ids_BN, past_key_values=self.cache, use_cache=True).logits
+
+
+_SOUND: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def check_decoder(model: Any, cached: bool) -> None:
+    """UserError, by name, where logits change with what follows, or (`cached`) with the pieces a text is fed in.
+
+    Encoders load as language models, and their queries see the answers. A model that keeps a state, not keys, takes
+    transformers' cache and says nothing, but starts anew with every piece. Found out by trying, once a model.
+    """
+    if cached in _SOUND.setdefault(model, set()):
+        return
+    kind, rows = model.config.model_type, model.get_input_embeddings().num_embeddings
+    ids_BT = torch.arange(1, 17, device=model.device).view(4, 4) * 7 % rows
+    whole_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    if _apart(model(input_ids=ids_BT[:, :2], use_cache=False).logits, whole_BTV[:, :2]):
+        raise UserError(
+            f"model type {kind!r} lets a token see those that follow it, so it does not predict them; "
+            "only decoders can be scored"
+        )
+    why = _why_not_cached(model, ids_BT, whole_BTV) if cached else None
+    if why is not None:
+        raise UserError(
+            f"model type {kind!r} does not go on from transformers' cache of keys and values ({why}); "
+            "of the policies only recompute, which has no cache, can run it"
+        )
+    _SOUND[model].add(cached)
+
+
+def _why_not_cached(model: Any, ids_BT: Tensor, whole_BTV: Tensor) -> str | None:
+    """What goes wrong where a text is fed to a cache in two pieces; None where the logits are those of the whole."""
+    memory = Everything()
+    try:
+        _, second_BNV = [memory.forward(model, piece_BN) for piece_BN in ids_BT.split(2, dim=1)]
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:  # layers that keep a state
+        return first_line(error)
+    return "it forgets what came before" if _apart(second_BNV, whole_BTV[:, 2:]) else None
+
+
+def _apart(x_BNV: Tensor, y_BNV: Tensor) -> bool:
+    """Whether logits differ, up to a constant, by more than rounding; half of the tokens, as one may change its expert.
+
+    What a query forgets or foresees of so short a text is a good part of what it says.
+    """
+    tolerance = 0.2 if x_BNV.dtype.itemsize < 4 else 1e-3
+    x_BNV, y_BNV = (z.float() - z.float().mean(-1, keepdim=True) for z in (x_BNV, y_BNV))
+    difference_BN = (x_BNV - y_BNV).norm(dim=-1) / y_BNV.norm(dim=-1)
+    return difference_BN.median().item() > tolerance

@@ -157,9 +157,15 @@ def _check(options: argparse.Namespace) -> None:
 
 def _check_model(loaded: LoadedModel, budget: int) -> None:
     from eval.measures.meters import PeakMemory
-    from eval.policies.policy import refuse_narrower_window
+    from eval.policies.policy import end_of, refuse_narrower_window
 
     refuse_narrower_window(loaded.model, budget)
+    end = end_of(loaded.model)
+    if end is not None and budget > end:
+        raise UserError(
+            f"--budgets {budget} takes more positions than {loaded.name} has of one kind, {end}; "
+            f"use --budgets {end} or less"
+        )
     if not PeakMemory(loaded.model.device).forgets:
         say("this system does not let a process forget an older peak: peak memory is that of the whole run so far")
     if loaded.positions is not None and budget > loaded.positions:

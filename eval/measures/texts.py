@@ -135,13 +135,24 @@ def check_positions(
 ) -> None:
     """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one.
 
+    UserError for the mistake, and for dense where a model does not go on, or not in the same way (`end_of`).
+
     Args:
         longest: places that are fed, of the longest stream.
         option: of the budget; within: how the stream is kept within the positions, said after dense.
     """
-    positions = loaded.positions
+    from eval.policies.policy import end_of
+
+    end = end_of(loaded.model)
+    positions = end if loaded.positions is None else loaded.positions
     for policy in policies:
         keys = policy.keys_seen(longest)
+        if policy.budget is None and end is not None and keys > end:
+            remedy = within if within and end == loaded.positions else f"use texts shorter by {keys - end}"
+            raise UserError(
+                f"{policy.label} goes on to place {longest - 1}, and {loaded.name} has positions of one kind only up "
+                f"to {end}; {remedy}"
+            )
         if positions is None or keys <= positions:
             continue
         if policy.budget is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from eval.policies.policy import CachedStream, Policy, refuse_narrower_window
-from sinkmodel.scoring import dense_nll
+from sinkmodel.scoring import check_decoder, dense_nll
 
 
 class Dense(Policy):
@@ -27,4 +27,5 @@ class Dense(Policy):
         return dense_nll(model, documents, chunk, on_chunk)
 
     def stream(self, model: Any) -> CachedStream:
+        check_decoder(model, cached=True)
         return CachedStream(model, DynamicCache())

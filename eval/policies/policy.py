@@ -36,9 +36,13 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from sinkmodel.cache.families import own_window
 from sinkmodel.errors import UserError
+from sinkmodel.rope import frequencies
 
 PIECE = 256  # tokens of a long `feed` that go through the model together
+# What transformers calls a table of positions, learned or of sines.
+TABLES = {"embed_positions", "pos_encoding", "position_embeddings", "positions_embed", "wpe"}
 
 
 class Policy(ABC):
@@ -133,9 +137,27 @@ class CachedStream(Stream):
 
 def refuse_narrower_window(model: Any, keys: int) -> None:
     """UserError where the model's own attention is narrower than the `keys` that a row says its queries see."""
-    own = getattr(model.config.get_text_config(), "sliding_window", None)
+    own = own_window(model.config.get_text_config())
     if own is not None and own < keys:
         raise UserError(
-            f"model type {model.config.model_type!r} has a sliding window of {own} of its own, narrower than the "
-            f"{keys} keys that a query is to see; use no more than {own}"
+            f"model type {model.config.model_type!r} has a window of {own} of its own, narrower than the {keys} "
+            f"keys that a query is to see; use no more than {own}"
         )
+
+
+def end_of(model: Any) -> int | None:
+    """How many places of a text dense attention reads in one way; None: no end.
+
+    Behind them a table of positions has no row, or rotary frequencies become others than those of the keys so far, and
+    the numbers depend on where the text was cut into chunks.
+    """
+    config = model.config.get_text_config()
+    if config.model_type == "mpt":  # a table too, of ALiBi
+        return config.max_seq_len
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    if any(TABLES & set(name.split(".")) for name in names):
+        return config.max_position_embeddings
+    try:
+        return frequencies(model)[1]
+    except UserError:  # no rotary positions, or several kinds of them
+        return None

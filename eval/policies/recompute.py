@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eval.policies.policy import Policy, Stream, refuse_narrower_window
 from sinkmodel.errors import not_finite
-from sinkmodel.scoring import dense_nll, nll_of
+from sinkmodel.scoring import check_decoder, nll_of
 
 TOKENS_AT_ONCE = 8192  # of all windows in one forward
 
@@ -57,6 +57,7 @@ class Recompute(Policy):
 
     def stream(self, model: Any) -> Stream:
         refuse_narrower_window(model, self.budget)
+        check_decoder(model, cached=False)
         return RecomputedStream(model, self.budget, self.sinks)
 
 
@@ -72,15 +73,20 @@ def recompute_nll(
 ) -> list[Tensor]:
     """−log p of every next token, fp32 [T − 1] a document, each query in a window of its own (see above).
 
-    Up to the first query that has lost something, p = C, the window is all there is, and one causal forward is the
-    same for all queries. After that windows of all documents go through the model together, and the head is applied to
+    Up to the first query that has lost something, p = C, the window is all there is, and one causal forward answers
+    for `chunk` queries. After that windows of all documents go through the model together, and the head is applied to
     the queries that a window answers for alone: [windows, stride, V].
     """
     assert 1 <= stride <= budget - sinks
     nll = [torch.empty(max(0, len(ids) - 1)) for ids in documents]
-    whole = dense_nll(model, [ids[: budget + 1] for ids in documents], chunk, on_chunk)
-    for all_of_it, head in zip(nll, whole):
-        all_of_it[: len(head)] = head
+    check_decoder(model, cached=False)
+    for ids, all_of_it in zip(documents, nll):
+        ids_1T = torch.as_tensor(ids[: budget + 1], dtype=torch.long, device=model.device)[None]
+        for first in range(0, min(budget, len(ids) - 1), chunk):
+            end = min(first + chunk, budget, len(ids) - 1)
+            logits_1NV = last_logits(model, ids_1T[:, :end], end - first)
+            all_of_it[first:end] = nll_of(logits_1NV, ids_1T[:, first + 1 : end + 1])[0].cpu()
+            on_chunk(end - first)
     jobs = [  # document, its queries first … end − 1
         (document, first, min(first + stride, len(ids) - 1))
         for document, ids in enumerate(documents)
@@ -107,8 +113,8 @@ def _window(ids: Sequence[int], end: int, budget: int, sinks: int) -> list[int]:
 
 
 def last_logits(model: Any, ids_BT: Tensor, count: int) -> Tensor:
-    """Logits [B, count, V] of the last positions of a forward from scratch; no others are computed."""
-    return model(input_ids=ids_BT, use_cache=False, logits_to_keep=count).logits
+    """Logits [B, count, V] of the last positions of a forward from scratch; no others are computed, where it can be."""
+    return model(input_ids=ids_BT, use_cache=False, logits_to_keep=count).logits[:, -count:]
 
 
 class RecomputedStream(Stream):

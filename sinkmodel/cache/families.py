@@ -45,13 +45,11 @@ def check_config(config: Any, slots: int, text: bool) -> None:
         raise UserError(f"model type {kind!r} with ALiBi cannot be streamed; of the models with ALiBi only MPT can")
     if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
         raise UserError(f"model type {kind!r} scales its queries by their place in the text; that is not supported")
-    native = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False or (layers and "sliding_attention" not in layers):
-        native = None
+    native = own_window(config)
     if native is not None and native < slots:
         raise UserError(
-            f"model type {kind!r} has a sliding window of {native} of its own, smaller than the {slots} keys of the "
-            f"stream; choose a budget of at most {native}"
+            f"model type {kind!r} has a window of {native} of its own, smaller than the {slots} keys of the stream; "
+            f"choose a budget of at most {native}"
         )
     if kind == "mpt":
         if not config.attn_config.alibi:
@@ -63,6 +61,15 @@ def check_config(config: Any, slots: int, text: bool) -> None:
                 f"the stream holds {slots} keys and model type 'mpt' has ALiBi for {config.max_seq_len}; "
                 f"choose a budget of at most {config.max_seq_len}"
             )
+
+
+def own_window(config: Any) -> int | None:
+    """The most keys that a query sees in some layers, where a (text) config says that these do not see all."""
+    layers = getattr(config, "layer_types", None) or ("sliding_attention", "chunked_attention")
+    sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    chunked = getattr(config, "attention_chunk_size", None)
+    windows = (("sliding_attention", sliding), ("chunked_attention", chunked))
+    return min((keys for layer, keys in windows if layer in layers and keys is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,10 @@ class Stream:
     """One stream of a model, or `batch` of them side by side.
 
     The model's own sinks, or the `<s>` of somebody else's tokenizer (`front_of`), stand in front, then the pinned
-    tokens; both are fed once, before anything else. Without `batch` there is one stream: it is fed a text, ids, or an iterator
-    of texts or of ids, and gives plain ids, strings and numbers. With `batch=B` it is fed a list of B such things and
-    gives tuples of B; rows may be of different lengths, and a row that has nothing more to say has None (or "") in the
-    tuple while others go on. Nothing enters such a row meanwhile, so it is the same as a stream of its own.
+    tokens; both are fed once, before anything else. Without `batch` there is one stream: it is fed a text, ids, or an
+    iterator of texts or of ids, and gives plain ids, strings and numbers. With `batch=B` it is fed a list of B such
+    things and gives tuples of B; rows may be of different lengths, and a row that has nothing more to say has None (or
+    "") in the tuple while others go on. Nothing enters such a row meanwhile, so it is the same as a stream of its own.
 
     Args:
         tokenizer: needed for text; one of transformers'.

@@ -7,12 +7,16 @@ import dataclasses
 import pytest
 import torch
 
+from eval.measures import latency, texts
 from eval.policies import recompute
 from eval.policies.choice import choose
 from eval.policies.dense import Dense
+from eval.policies.policy import end_of
 from eval.policies.recompute import Recompute
 from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
+from sinkmodel.loading import LoadedModel
+from sinkmodel.scoring import check_decoder
 from tests.models import VOCABULARY, build, model_of, tokens
 from tests.reference import streaming_nll as reference
 
@@ -68,13 +72,14 @@ def test_a_window_a_stride_and_a_sink_more_are_other_results():
 def test_the_head_sees_only_what_is_scored(stride):
     """Guards memory: no [windows, C, V] logits, no more logits at once than --chunk, none for nothing."""
     model, rows = build("llama"), []
+    check_decoder(model, cached=False)
     model.lm_head.register_forward_hook(lambda _, args, out: rows.append(out.shape))
     length, chunk = BUDGET + 1 + 4 * stride, 8
     ids = tokens(length)
     Recompute(1, BUDGET, stride).score(model, [ids] * 3, chunk, nothing)
-    before = [shape for shape in rows if shape[0] * shape[1] > 3 * chunk]
-    assert not before, "the queries before the first overflow come in chunks too"
-    windows = rows[-(-BUDGET // chunk) :]
+    before = 3 * -(-BUDGET // chunk)
+    assert rows[:before] == [(1, 8, VOCABULARY), (1, 4, VOCABULARY)] * 3, "before the first overflow in chunks too"
+    windows = rows[before:]
     assert windows
     for shape in windows:
         assert shape[1:] == (stride, VOCABULARY)
@@ -82,9 +87,19 @@ def test_the_head_sees_only_what_is_scored(stride):
     assert sum(shape[0] * shape[1] for shape in rows) == 3 * (length - 1)
 
 
+def test_a_model_that_gives_all_logits_whatever_is_asked_for_is_scored(monkeypatch):
+    """Guards xLSTM and others that take `logits_to_keep` and do not look at it."""
+    model, ids = build("llama"), tokens(40)
+    (expected,) = Recompute(1, BUDGET, 4).score(model, [ids], 5, nothing)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda logits_to_keep=0, **inputs: forward(**inputs))
+    torch.testing.assert_close(Recompute(1, BUDGET, 4).score(model, [ids], 5, nothing)[0], expected)
+
+
 def test_windows_go_through_the_model_together(monkeypatch):
     """Guards the speed: stride 1 is one forward for many windows, not one each."""
     model, calls = build("llama"), []
+    check_decoder(model, cached=False)
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True)
     Recompute(0, BUDGET).score(model, [tokens(BUDGET + 1 + 60)], 30, nothing)
     assert calls[1:] == [(30, BUDGET), (30, BUDGET)]
@@ -143,10 +158,59 @@ def test_a_stream_fed_step_by_step_says_what_score_says(index):
 
 def test_a_model_whose_own_window_is_narrower_is_refused_by_name():
     """Guards "keys seen": the row would say C and the model would look at 8."""
-    model = build("mistral", sliding_window=8)
-    for policy in (Recompute(0, BUDGET), Dense()):
-        with pytest.raises(UserError, match="'mistral' has a sliding window of 8"):
-            policy.score(model, [tokens(40)], 7, nothing)
+    llama4 = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    for family, own in (("mistral", {"sliding_window": 8}), ("Llama4Text", {"attention_chunk_size": 8, **llama4})):
+        model = build(family, **own)
+        for policy in (Recompute(0, BUDGET), Dense()):
+            with pytest.raises(UserError, match="'(mistral|llama4_text)' has a window of 8"):
+                policy.score(model, [tokens(40)], 7, nothing)
+
+
+def test_a_model_with_a_state_is_read_again_and_an_encoder_is_not():
+    """Guards a state that is lost at the edge of a chunk, and queries that see their answers, in streams too."""
+    model, ids = build("Mamba", state_size=4, expand=1), tokens(40)
+    (nll,) = Recompute(0, BUDGET).score(model, [ids], 5, nothing)
+    torch.testing.assert_close(nll, slow_recompute(model, ids, BUDGET, 0), atol=1e-4, rtol=0)
+    Recompute(0, BUDGET).stream(model).feed(torch.tensor([ids]))
+    with pytest.raises(UserError, match="'mamba' does not go on"):
+        Dense().stream(model)
+    for start in (lambda p, m: p.stream(m), lambda p, m: p.score(m, [ids], 5, nothing)):
+        for policy in (Recompute(0, BUDGET), Dense()):
+            with pytest.raises(UserError, match="'bert' lets a token see"):
+                start(policy, build("Bert"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "end"),
+    [
+        ("GPT2", {}, 64),
+        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, 64),
+        ("Bert", {"is_decoder": True}, 64),
+        ("gptj", {}, 64),
+        ("mpt", {}, 64),
+        ("llama-dynamic", {}, 63),
+        ("llama", {}, None),
+    ],
+)
+def test_dense_goes_as_far_as_the_model_has_positions_of_one_kind(family, changes, end, capsys):
+    """Guards a note that rows show what happens beyond, and then a traceback; and a row that --chunk decides."""
+    model = build(family, **changes)
+    assert end_of(model) == end
+    loaded = LoadedModel(model, None, [], "m")
+    texts.check_positions(loaded, end or 64, [Dense()])
+    assert capsys.readouterr().err == ""
+    if end is None:
+        texts.check_positions(loaded, 65, [Dense()])
+        assert "dense goes on to place 64, and m was made for 64 positions" in capsys.readouterr().err
+        return
+    (nll,) = Dense().score(model, [tokens(end + 1)], 16, nothing)
+    assert nll.isfinite().all()
+    remedy = "--tokens 65 stays" if loaded.positions == end else "texts shorter by 1"
+    with pytest.raises(UserError, match=f"place {end}, and m has positions of one kind only up to {end}; .*{remedy}"):
+        texts.check_positions(loaded, end + 1, [Dense()], within="--tokens 65 stays within")
+    latency._check_model(loaded, end)
+    with pytest.raises(UserError, match=f"use --budgets {end} or less"):
+        latency._check_model(loaded, end + 1)
 
 
 def test_logits_that_are_not_finite_are_not_a_perplexity():

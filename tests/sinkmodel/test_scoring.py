@@ -10,12 +10,15 @@ from transformers import AttentionInterface
 
 from sinkmodel import band, scoring
 from sinkmodel.errors import UserError
-from sinkmodel.scoring import dense_nll, streaming_nll
+from sinkmodel.scoring import check_decoder, dense_nll, streaming_nll
 from tests.models import FAMILIES, build, model_of, tokens
 from tests.reference import streaming_nll as reference
 from tests.streams import stream_logits
 
 LENGTH, BUDGET = 60, 16
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+LLAMA4 = {**GROUPED, "attention_chunk_size": BUDGET, "num_local_experts": 2, "intermediate_size_mlp": 48}
+MAMBA = {"state_size": 4, "expand": 1}
 
 
 @pytest.mark.parametrize("sinks", [0, 1, 4, BUDGET - 1])
@@ -169,10 +172,12 @@ def test_a_budget_that_holds_no_window_is_refused(budget, sinks):
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "'opt' has no rotary"),
+        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "'opt' adds absolute positions"),
         ("Falcon", {"alibi": False}, "'falcon' does not send its attention"),
         ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64}, "'gemma2' asks .* softcap"),
-        ("mistral", {"sliding_window": BUDGET - 1}, "'mistral' has a sliding window of 15"),
+        ("mistral", {"sliding_window": BUDGET - 1}, "'mistral' has a window of 15"),
+        ("Llama4Text", LLAMA4, "'llama4_text' has chunked_attention layers"),
+        ("Mamba", MAMBA, "'mamba' has .* layers"),
         (
             "llama",
             {
@@ -191,7 +196,10 @@ def test_what_cannot_be_streamed_is_refused_by_name(family, changes, says):
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("request_", [{"s_aux": torch.zeros(4)}, {"attention_mask": torch.zeros(1)}, {"dropout": 0.1}])
+@pytest.mark.parametrize(
+    "request_",
+    [{"s_aux": torch.zeros(4)}, {"attention_mask": torch.zeros(1)}, {"dropout": 0.1}, {"sliding_window": 15}],
+)
 def test_a_request_that_would_not_be_honoured_is_refused(request_, monkeypatch):
     model = build("llama")
 
@@ -218,3 +226,60 @@ def test_logits_that_are_not_finite_are_not_a_perplexity():
     model.lm_head.weight.data[3] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         streaming_nll(model, [tokens(LENGTH)], BUDGET, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("Bert", {}, "'bert' lets a token see those that follow it"),
+        ("Mamba", MAMBA, r"'mamba' does not go on .* \(it forgets what came before\); .* recompute"),
+        ("Lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "'lfm2' does not go on"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_scores_decoders_with_keys_alone(family, changes, says, dtype):
+    """Guards a perplexity of a model that sees the answer, or that has forgotten the text at the edge of a chunk."""
+    model = build(family, **changes).to(dtype)
+    for _ in range(2):  # a refusal is not forgotten
+        with pytest.raises(UserError, match=says):
+            dense_nll(model, [tokens(LENGTH)], chunk=9)
+
+
+@pytest.mark.parametrize("family", ["mpt", "GPT2", "Bert", "Mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_decoders_are_not_refused_and_tried_once(family, dtype):
+    """Guards learned positions, ALiBi, BERT as a decoder and half precision from the refusals above; and the speed."""
+    changes = {"Bert": {"is_decoder": True}, "Mixtral": {"num_local_experts": 4, "num_key_value_heads": 2}}
+    model, forwards = build(family, **changes.get(family, {})).to(dtype), []
+    check_decoder(model, cached=True)
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    dense_nll(model, [tokens(LENGTH)], chunk=30)
+    assert len(forwards) == 2
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_rounding_is_no_difference_and_another_context_is(dtype, rounding):
+    """Guards big models in half precision: noise, an offset common to all words, one token with another expert."""
+    logits, noise = torch.randn(2, 4, 2, 1000, generator=torch.Generator().manual_seed(0))
+    same = logits + rounding * noise
+    same[0, 0] = noise[0, 0]
+    assert not scoring._apart((same + 10).to(dtype), logits.to(dtype))
+    assert scoring._apart((logits + 0.3 * noise).to(dtype), logits.to(dtype))
+
+
+@pytest.mark.parametrize("score", [lambda *words, **more: streaming_nll(*words, BUDGET, 1, **more), dense_nll])
+def test_what_would_give_numbers_that_mean_nothing_is_refused(score):
+    """Risk: memory that nobody wrote, or losses under dropout, come back as results."""
+    model = build("llama")
+    for documents, more, message in (
+        ([[1, 2, 3]], {"chunk": -1}, "chunk is -1"),
+        ([[1, 2, 3]], {"chunk": 0}, "chunk is 0"),
+        ([[1, 2], [1.5, 2.0, 3.0]], {}, "give whole numbers"),
+        ([[1, 2, 10**6]], {}, "has the id 1000000, and the model has ids 0 to"),
+        ([[1, -2, 3]], {}, "has the id -2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            score(model, documents, **more)
+    assert [len(nll) for nll in score(model, [[], [1], [1, 2]])] == [0, 0, 1]
+    with pytest.raises(UserError, match="in training mode"):
+        score(model.train(), [[1, 2, 3]])
