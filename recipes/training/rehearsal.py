@@ -68,8 +68,8 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
         ("logging", logging),
         ("folder", f"{run} goes on from {start.name}" if start else f"{run} starts anew"),
     ]  # fmt: skip
-    for name, text in everything:
-        print(f"{name:>11}  {text}")
+    for name, said in everything:
+        print(f"{name:>11}  {said}")
     if free < size * more:
         raise UserError(
             f"{run} needs up to {_gigabytes(size * more)} for {more} checkpoints more, {_gigabytes(free)} are free; "

@@ -120,7 +120,7 @@ def _admit(cache: StreamingCache, forward: Callable[..., Any], model: Any, args:
     tokens = inputs.pop(name, None)
     mask = inputs.pop("attention_mask", None)
     _check(cache, model, tokens, inputs)
-    valid_BT = _valid(mask, tokens)
+    valid_BT = _valid(cache, mask, tokens)
     traits = cache.traits or traits_of(model, functools.partial(forward, model), cache.slots)
     if name == "input_ids":
         _check_ids(traits.vocabulary, tokens)
@@ -247,18 +247,32 @@ def _bound(forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[st
     return inputs
 
 
-def _valid(mask: Any, tokens: Any) -> Tensor | None:
-    """Which of the new tokens are no pads, [B, T] on the host; None where all are."""
-    if mask is None or not isinstance(tokens, Tensor):
+def _valid(cache: StreamingCache, mask: Any, tokens: Tensor) -> Tensor | None:
+    """Which of the new tokens are no pads, [B, T] on the host; None where all are.
+
+    The columns before them are what was fed: a mask that hides more of them than were pads then is refused.
+    """
+    if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < tokens.shape[1]:
+    T = tokens.shape[1]
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not T <= mask.shape[1] <= cache.columns + T:
         raise UserError(
-            "a StreamingCache makes the attention mask itself; give a 2-D attention_mask with a 0 for each pad, at "
-            "least as long as the new tokens, or none"
+            "a StreamingCache makes the attention mask itself; give a 2-D attention_mask with a 0 for each pad, as "
+            "long as the new tokens or as all tokens so far, or none"
         )
     if len(mask) != len(tokens):
         raise UserError(f"attention_mask has {len(mask)} rows, the input {len(tokens)}; give one a row of the input")
-    valid = mask[:, -tokens.shape[1] :].bool().cpu()
+    # Counted where the mask is, and brought to the host with the new columns: each look is a wait for the device.
+    hidden_B1 = (mask[:, :-T] == 0).sum(dim=1, keepdim=True)
+    told = torch.cat([hidden_B1, mask[:, -T:] != 0], dim=1).cpu()
+    for row, (hidden, seen) in enumerate(zip(told[:, 0].tolist(), cache.seen)):
+        if hidden > (pads := cache.columns - seen):
+            raise UserError(
+                f"the attention_mask hides {hidden - pads} of the tokens that row {row} has taken in, and a stream "
+                "takes none back; mask pads in the forward that feeds them, or use "
+                "sinkmodel.streaming.Stream(batch=...), whose ended rows take nothing"
+            )
+    valid = told[:, 1:].bool()
     return None if bool(valid.all()) else valid
 
 

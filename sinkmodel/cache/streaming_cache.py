@@ -49,9 +49,10 @@ class StreamingCache(Cache):
             evicts after the forward (design, decision 8).
 
     Rows are streams of their own: with a 2-D `attention_mask` of left-padded (or otherwise padded) rows, pads take no
-    slot, and each row has its own sinks. A forward longer than the window is fed in pieces, with the same result as
-    token by token. `position_ids` are not looked at: the cache numbers the tokens. Logits come without gradients. After
-    an interrupt `seen` tells how far a long forward came; after beam search the rows are the beams.
+    slot, and each row has its own sinks. That is so for pads that are masked when they are fed: a later mask that hides
+    more is refused. A forward longer than the window is fed in pieces, with the same result as token by token.
+    `position_ids` are not looked at: the cache numbers the tokens. Logits come without gradients. After an interrupt
+    `seen` tells how far a long forward came; after beam search the rows are the beams.
 
     Raises:
         UserError: here for settings that make no sense and for models that cannot be streamed, by name; in a forward,

@@ -11,9 +11,9 @@ nothing but torch and transformers (4.57 or 5).
 
 It is the cache of StreamingLLM (Xiao et al., 2309.17453, section 3.2): the sinks stand right before the window, turned
 there from their original keys; keys of the window stay as the model rotated them. The result is that of a text fed
-token by token. Sampling, stopping, streamers and left padding are those of `generate`. Positions grow with the text,
-and in fp32 the angles of RoPE with them lose some digits beyond 100,000 tokens. `sinkmodel.StreamingCache` counts anew
-now and then, is faster, takes more models, and streams further than what `generate` returns.
+token by token. Sampling, stopping, scores, streamers and left padding are those of `generate`. Positions grow with the
+text, and in fp32 the angles of RoPE with them lose some digits beyond 100,000 tokens. `sinkmodel.StreamingCache` counts
+anew now and then, is faster, takes more models, and streams further than what `generate` returns.
 
 Shapes: B rows, N tokens of a piece, C budget, S sinks, K keys, G KV heads, D size of a head.
 """
@@ -22,13 +22,15 @@ import inspect
 
 import torch
 from transformers import DynamicCache
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 PIECE = 64  # tokens of a long prompt that are fed at a time, each with sinks at a turn of its own
 SHIFT = 37  # positions between the two trials
 
 
-def generate(model, *args, budget=1024, sinks=None, streamer=None, **kwargs):
+def generate(
+    model, inputs=None, generation_config=None, *, budget=1024, sinks=None, streamer=None, tokenizer=None, **kwargs
+):
     """`model.generate` with a streaming cache; ValueError for what would not be exact."""
     config = model.config.get_text_config()
     record = getattr(config, "sink", None) or {}
@@ -47,24 +49,42 @@ def generate(model, *args, budget=1024, sinks=None, streamer=None, **kwargs):
             raise ValueError(f"{name} does not go with this custom_generate")
     turns = turns_of(model)
 
+    # transformers takes the tokenizer of a call with a callable, and forgets it: stop strings become a criterion here.
+    configs = (generation_config, model.generation_config)
+    strings = kwargs.get("stop_strings") or next((x.stop_strings for x in configs if x and x.stop_strings), None)
+    if strings and tokenizer is not None:
+        criteria = [*(kwargs.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
+        kwargs = {**kwargs, "stop_strings": None, "stopping_criteria": criteria}
+
     # The streamer comes from here: transformers tells it of the prompt, and does not hand it on.
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
         if (generation_config.num_beams or 1) > 1:
             raise ValueError("beam search does not go with this custom_generate: use num_beams=1")
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name):
+                raise ValueError(f"{name} does not go with this custom_generate")
         stream = Stream(model, budget, sinks, turns, input_ids, inputs.get("attention_mask"))
         return continued(stream, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
 
     settings = {**kwargs, "streamer": streamer, "custom_generate": decode, "use_cache": True}
-    return type(model).generate(model, *args, **settings)  # the model's own may be this very function
+    # The model's own generate may be this very function.
+    return type(model).generate(model, inputs, generation_config, **settings)
 
 
 def continued(stream, ids, logits_processor, stopping_criteria, generation_config, streamer):
     """Token after token until all rows have ended: [B, prompt + new], as `generate` of transformers gives them."""
-    pad = generation_config._pad_token_tensor
+    as_dict, pad = generation_config.return_dict_in_generate, generation_config._pad_token_tensor
+    all_scores: tuple | None = () if as_dict and generation_config.output_scores else None  # [B, V] a step
+    all_logits: tuple | None = () if as_dict and generation_config.output_logits else None
     going = torch.ones(len(ids), dtype=torch.long, device=ids.device)
     new = ids
     while going.any():
-        scores = logits_processor(ids, stream.feed(new).to(torch.float32, copy=True))
+        logits = stream.feed(new).to(torch.float32, copy=True)
+        scores = logits_processor(ids, logits)
+        if all_scores is not None:
+            all_scores += (scores,)
+        if all_logits is not None:
+            all_logits += (logits,)
         if generation_config.do_sample:
             new = torch.multinomial(scores.softmax(-1), num_samples=1)
         else:
@@ -74,10 +94,10 @@ def continued(stream, ids, logits_processor, stopping_criteria, generation_confi
         ids = torch.cat([ids, new], dim=1)
         if streamer is not None:
             streamer.put(new[:, 0].cpu())
-        going = going & ~stopping_criteria(ids, None)
+        going = going & ~stopping_criteria(ids, all_scores)
     if streamer is not None:
         streamer.end()
-    return GenerateDecoderOnlyOutput(sequences=ids) if generation_config.return_dict_in_generate else ids
+    return GenerateDecoderOnlyOutput(sequences=ids, scores=all_scores, logits=all_logits) if as_dict else ids
 
 
 class Stream:

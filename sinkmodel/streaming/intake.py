@@ -28,6 +28,8 @@ class Intake:
         """
         if isinstance(source, Tensor):
             source = (source[0] if source.dim() == 2 and len(source) == 1 else source).tolist()
+        if isinstance(source, (bytes, bytearray, memoryview)):  # which would be ids below 256
+            raise UserError(f"a stream is fed a text or ids, not {type(source).__name__}; decode it first")
         if not isinstance(source, Iterable):
             raise UserError(f"a stream is fed a text, ids, or an iterator of either, not {source!r}")
         if isinstance(source, str):
@@ -51,6 +53,8 @@ class Intake:
             if self.tokenizer is None:
                 raise UserError("the stream has no tokenizer, so it is fed ids; make it with a tokenizer for text")
             return item
+        if isinstance(item, bool):
+            raise UserError(f"a stream is fed token ids, not {item}; of a mask feed the ids that it selects")
         try:
             token = operator.index(item)
         except TypeError:

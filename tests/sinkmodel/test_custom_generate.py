@@ -87,10 +87,31 @@ def test_what_fits_is_what_generate_gives(folder):
     batch = tokenizer(["a b", "c d e f g"], return_tensors="pt", padding=True)
     for settings in ({"do_sample": False}, {"top_k": 20}, {"num_return_sequences": 3}):
         settings = {"do_sample": True, "max_new_tokens": 60, "return_dict_in_generate": True, **settings}
+        settings |= {"output_scores": True, "output_logits": True}
         torch.manual_seed(0)
         plain = model.generate(**batch, **settings)
         torch.manual_seed(0)
-        assert torch.equal(generate(model, **batch, **settings, budget=200).sequences, plain.sequences)
+        ours = generate(model, **batch, **settings, budget=200)
+        assert torch.equal(ours.sequences, plain.sequences)
+        torch.testing.assert_close(ours.scores, plain.scores, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.logits, plain.logits, atol=1e-4, rtol=0)
+
+
+def test_stop_strings_end_a_text_wherever_they_are_said(folder):
+    """Guards what transformers drops on the way to a decoding loop of ours: the tokenizer that came with them."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    batch, settings = tokenizer("a b", return_tensors="pt"), {"do_sample": False, "max_new_tokens": 60}
+    whole = model.generate(**batch, **settings)[0, batch.input_ids.shape[1] :]
+    strings = [next(word for x in whole[5:] if (word := tokenizer.decode([x])).isalpha())]
+    expected = model.generate(**batch, **settings, stop_strings=strings, tokenizer=tokenizer)
+    assert expected.shape[1] < batch.input_ids.shape[1] + 60
+    config = transformers.GenerationConfig(**settings, stop_strings=strings)
+    for said in ({**settings, "stop_strings": strings}, {"generation_config": config}):
+        assert torch.equal(generate(model, **batch, **said, tokenizer=tokenizer, budget=200), expected)
+        with pytest.raises(ValueError, match="tokenizer"):
+            generate(model, **batch, **said, budget=200)
+    model.generation_config.stop_strings = strings
+    assert torch.equal(generate(model, **batch, **settings, tokenizer=tokenizer, budget=200), expected)
 
 
 def test_transformers_runs_it_from_the_hub_where_it_is_trusted_and_for_any_model(hub, folder, tmp_path, capsys):
@@ -151,6 +172,8 @@ def test_what_would_not_be_exact_is_refused():
         ("llama", {"budget": 2, "sinks": 2}, "does not hold 2 sinks"),
         ("llama", {"num_beams": 2}, "beam search"),
         ("llama", {"past_key_values": transformers.DynamicCache()}, "past_key_values"),
+        ("llama", {"output_attentions": True}, "output_attentions"),
+        ("llama", {"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ("llama", {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "pads must be on the left"),
         ("mistral", {"budget": models.POSITIONS + 1}, f"window of {models.POSITIONS}"),
         ("llama-dynamic", {}, "other frequencies"),

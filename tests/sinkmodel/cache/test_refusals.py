@@ -131,16 +131,47 @@ def test_ids_outside_the_vocabulary_at_the_start():
     [
         ({"attention_mask": torch.zeros(1, 1, 2, 32)}, "mask"),
         ({"attention_mask": torch.ones(1, 1, dtype=torch.long)}, "mask"),
+        ({"attention_mask": torch.ones(1, 33, dtype=torch.long)}, "mask"),
         ({"attention_mask": torch.ones(2, 32, dtype=torch.long)}, "mask"),
         ({"labels": torch.tensor([[1, 2]])}, "labels"),
         ({"output_attentions": True}, "output_attentions"),
         ({"use_cache": False}, "use_cache"),
     ],
-    ids=["4-D mask", "short mask", "mask of other rows", "labels", "attentions", "no cache"],
+    ids=["4-D mask", "short mask", "long mask", "mask of other rows", "labels", "attentions", "no cache"],
 )
 def test_requests_that_would_not_be_honoured(stream, request_, says):
     model, cache = stream
     refused(lambda: tell(model, cache, **request_), says)
+
+
+@pytest.mark.parametrize("told", [30, 10])
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_a_mask_that_hides_what_was_fed(stream, length, told):
+    """Guards turns that are masked as a DynamicCache would have it: what is in a slot is seen, whatever they say."""
+    model, cache = stream
+    mask = torch.ones(1, told + length, dtype=torch.long)
+    mask[0, 3:8] = 0
+    refused(lambda: tell(model, cache, ((1,) * length,), attention_mask=mask), "hides 5 of the tokens that row 0")
+
+
+def test_a_turn_that_hides_the_pads_of_a_row_that_ended_before_others():
+    """Guards chats in a batch: `generate` feeds such pads unmasked, and they would be seen in silence ever after."""
+    model, ids, pads = model_of("llama"), torch.tensor([tokens(9), tokens(9, seed=1)]), torch.tensor([[2], [0]])
+    mask = torch.arange(9) >= pads
+    cache = StreamingCache(model.config, BUDGET, SINKS)
+    asked = {"past_key_values": cache, "do_sample": False, "max_new_tokens": 6, "eos_token_id": 0, "pad_token_id": 5}
+    ends = [lambda ids, _: torch.tensor([True, False])]
+    out = model.generate(ids, attention_mask=mask.long(), **asked, stopping_criteria=ends)
+    assert out[0, 10:].tolist() == [5] * 5
+    mask = torch.cat([mask, torch.tensor([[1] + [0] * 5, [1] * 6]), torch.ones(2, 3)], dim=1).long()
+    full = torch.cat([out, torch.tensor([tokens(3)] * 2)], dim=1)
+    seen = list(cache.seen)
+    assert seen == [12, 14]
+    refused(lambda: model.generate(full, attention_mask=mask, **asked), "hides 4 of the tokens that row 0")
+    assert cache.seen == seen
+    mask[:, 10:14] = 1
+    model.generate(full, attention_mask=mask, **asked)
+    assert cache.seen == [12 + 3 + 5, 14 + 1 + 3 + 5], "but those that were masked when they were fed may be hidden"
 
 
 def test_a_model_whose_config_turns_caching_off():
