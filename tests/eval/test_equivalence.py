@@ -9,6 +9,7 @@ import pytest
 from scipy.signal import lfilter
 from scipy.stats import norm, t
 
+from eval.measures.verdict import equivalence
 from eval.measures.verdict.equivalence import Interval, decide, enough, interval, more_tokens, over_runs
 
 SERIES = 1000
@@ -51,6 +52,39 @@ def test_blocks_are_what_makes_it_cover():
 @pytest.mark.parametrize("spread", [0.2, 1.0])
 def test_documents_that_differ_are_covered_as_a_population(spread):
     assert 0.93 <= coverage(8, 400, 50, spread=spread) <= 0.97
+
+
+def test_documents_of_unlike_length_are_covered_as_a_population():
+    """Five books and 300 pages: taken for fifteen documents, as Kish's number has it, they were covered in 75 % of cases."""
+    hits, times = 0, 500
+    for seed in range(times):
+        rng = np.random.default_rng(seed)
+        books = autocorrelated(rng, (5, 800), 0.7) + 0.4 * rng.standard_normal((5, 1))
+        pages = autocorrelated(rng, (300, 10), 0.7) + 0.4 * rng.standard_normal((300, 1))
+        found = interval([*books, *pages], 32, seed=seed, resamples=500)
+        hits += found.low <= 0 <= found.high
+    assert 0.93 <= hits / times <= 0.98
+
+
+@pytest.mark.parametrize(
+    "lengths", [[60] * 5, [300] * 8, [800] * 5 + [10] * 300, [900, 900, 700, 500, 400, 400, 300, 20]]
+)
+def test_degrees_of_freedom_are_those_of_the_variance_that_resampling_gives(lengths):
+    """Against the matrix of the quadratic form, and n − 1 to the last bit where documents are alike; its bias too."""
+    rng = np.random.default_rng(0)
+    found = interval([rng.standard_normal(n) + 9 * rng.standard_normal() for n in lengths], 50, resamples=10)
+    weight = np.array(lengths) / sum(lengths)
+    off_mean = np.eye(len(lengths)) - weight
+    form = off_mean.T @ np.diag(weight**2) @ off_mean
+    assert found.freedom == pytest.approx(np.trace(form) ** 2 / np.trace(form @ form))
+    assert found.freedom == len(lengths) - 1 or len(set(lengths)) > 1
+    factor = equivalence._shrink(np.array(lengths, dtype=float), 0.0, 0.0, has_blocks=False)
+    assert factor**2 == pytest.approx((weight**2).sum() / np.trace(form))
+
+
+def test_degrees_of_freedom_survive_one_document_that_holds_nearly_all():
+    """Guards terms that cancel to the 20th digit. In the limit the form is (9, −1 …)(9, −1 …)' + Σ (u[j] − u[0])²."""
+    assert equivalence._freedom(np.array([1e8] + [100.0] * 9)) == pytest.approx(108**2 / 10008, rel=1e-4)
 
 
 def test_noise_within_documents_is_not_counted_twice():
@@ -237,6 +271,7 @@ def test_what_is_resampled_depends_on_what_there_is():
         ([600], 50, "blocks"),
         ([300, 300, 300, 300], 50, "blocks"),
         ([6000, 60, 60, 60, 60, 60], 50, "blocks"),  # six, but one weighs all
+        ([640] * 3 + [10] * 100, 50, "blocks"),  # they weigh as seven, but three make what they vary by
         ([300] * 5, 50, "documents and blocks"),
         ([60] * 5, 50, "documents"),
     ):
@@ -261,8 +296,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 
 def test_resampling_in_parts_changes_nothing_that_is_promised(monkeypatch):
     """Guards texts whose draws do not fit at once."""
-    from eval.measures.verdict import equivalence
-
     series = list(autocorrelated(np.random.default_rng(0), (6, 300)))
     whole = interval(series, 50)
     monkeypatch.setattr(equivalence, "AT_ONCE", 500)

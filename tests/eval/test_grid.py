@@ -20,6 +20,8 @@ from eval.measures.verdict.grid import over_runs
 from eval.measures.verdict.training import said_by
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.loading import LoadedModel, encode, load_model
+from sinkmodel.models import transformers_config
+from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
 from tests.reference import streaming_nll as reference
@@ -94,7 +96,7 @@ def test_every_cell_is_the_mean_over_runs_on_the_same_targets(runs, texts, tmp_p
 def test_the_papers_numbers_stand_where_model_and_cache_are_the_papers(runs, texts, tmp_path, capsys, monkeypatch):
     """Risk: 27.87, of 160M parameters at C = 1024, beside a toy at C = 12."""
     shape = tiny.SHAPES["llama"]
-    of_tiny = ("llama", shape.layers, shape.hidden, shape.positions)
+    of_tiny = ("llama", shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.ffn, shape.positions)
     monkeypatch.setitem(paper.PAPER, (of_tiny, "token ×1", 20), {0: 1235.0, 1: 18.01})
     arguments = ["--models", f"a={runs['token1']}", f"b={runs['none1']}", "--sinks", 0, 1, 4, "--budgets", *BUDGETS]
     code, out, err = grid(capsys, *arguments, "--text", texts, "--json", tmp_path / "o.json")
@@ -116,10 +118,15 @@ def test_the_papers_models_are_known_by_their_configs():
         loaded = LoadedModel(SimpleNamespace(config=config), None, [], "")
         return paper.of_paper(said_by(loaded)["shape"], kind, budget, sinks)
 
-    pythia = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-    small, large = GPTNeoXConfig(**pythia), GPTNeoXConfig(hidden_size=5120, num_hidden_layers=36)
-    llama = LlamaConfig(hidden_size=4096, num_hidden_layers=32, max_position_embeddings=4096)
-    assert [of_paper(small, kind, 1024, 0) for kind in ("none", "zero", "token ×1", "token ×2", "logit")] == [
+    def sized(config, hidden, layers, heads, ffn, **others):
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+        return config(**sizes, intermediate_size=ffn, **others)
+
+    small, large = sized(GPTNeoXConfig, 768, 12, 12, 3072), sized(GPTNeoXConfig, 5120, 36, 40, 20480)
+    llama = sized(LlamaConfig, 4096, 32, 32, 11008, max_position_embeddings=4096)
+    ours = {"zero": transformers_config(ModelShape(), 50304, SinkConfig("zero"))}  # of a model type of its own
+    kinds = ("none", "zero", "token ×1", "token ×2", "logit")
+    assert [of_paper(ours.get(kind, small), kind, 1024, 0) for kind in kinds] == [
         *(27.87, 29214.0, 1235.0, 1262.0),
         None,
     ]
@@ -129,8 +136,11 @@ def test_the_papers_models_are_known_by_their_configs():
     assert [of_paper(small, "none", 256, 0), of_paper(small, "none", 1024, 3), of_paper(llama, "none", 512, 0)] == [
         None
     ] * 3
-    for changed in (GPTNeoXConfig(**{**pythia, "num_hidden_layers": 6}), LlamaConfig(**pythia)):
+    for changed in (sized(GPTNeoXConfig, 768, 6, 12, 3072), sized(LlamaConfig, 768, 12, 12, 3072)):
         assert of_paper(changed, "none", 1024, 0) is None
+    yi_6b = sized(LlamaConfig, 4096, 32, 32, 11008, num_key_value_heads=4, max_position_embeddings=4096)
+    wider = sized(LlamaConfig, 4096, 32, 32, 14336, max_position_embeddings=4096)
+    assert [of_paper(other, "none", 4096, 0) for other in (llama, yi_6b, wider)] == [3359.95, None, None]
 
 
 def test_runs_that_are_no_seeds_of_one_model_and_text_that_was_trained_on_are_said(runs, texts, tmp_path, capsys):

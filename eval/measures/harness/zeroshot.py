@@ -198,9 +198,12 @@ def watched(model: Any, task: Any, label: str) -> Iterator[None]:
 
 def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Scores]) -> list[dict[str, Any]]:
     """A row for each metric of a task, as the JSON has it."""
+    from eval.measures.verdict.paper import PYTHIA_160M, model_of
+    from eval.measures.verdict.training import shape_of
     from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
-    as_in_paper = kind_of(loaded.model.config) not in IN_SOFTMAX
+    config = loaded.model.config
+    as_in_paper = model_of(shape_of(config)) == PYTHIA_160M and kind_of(config) not in IN_SOFTMAX
     rows = []
     for (metric, of_filter), (value, stderr) in scores["stock"].items():
         adapter, adapter_stderr = scores.get("adapter", scores["stock"])[metric, of_filter]
@@ -225,7 +228,8 @@ def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Sc
 
 def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     count = len(loaded.sink_ids)
-    sinks = f"{count} sink token{'s' * (count > 1)} in front" if count else "no sink token: adapter = stock"
+    in_front = " ".join(loaded.borrowed) or f"{count} sink token{'s' * (count > 1)}"
+    sinks = f"{in_front} in front" if count else "no sink token: adapter = stock"
     table = new_table(
         f"{options.model}, {options.dtype}, {sinks}",
         "±: standard error over questions; paper: StreamingLLM's Table 4, its 160M model with as many sink tokens",

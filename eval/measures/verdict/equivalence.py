@@ -10,15 +10,16 @@ both as they are would count the noise within documents twice: a document's mean
 are first shrunk until they vary by the estimate of σ²_u alone, and the blocks, centred by their document's mean, are
 stretched by what centring took from them (Davison & Hinkley 1997, section 3.8; Carpenter, Goldstein & Rasbash 2003).
 Few blocks or documents vary less in the bootstrap than in life: the interval is stretched from the normal quantile to
-Student's at their degrees of freedom (after Hesterberg 2015, section 5.3).
+Student's at their degrees of freedom (after Hesterberg 2015, section 5.3). Of documents these are few where few are
+long: three books among a hundred pages tell of σ²_u hardly more than three books do (`_freedom`).
 
 Several pairs of twin runs that read the same texts differ by their seeds as well. The differences are averaged over the
 pairs, which gives an interval as above, for these runs on other texts; the spread of the pairs' means tells what other
 runs would give on these texts. The two errors are added as squares, with Student's quantile at Satterthwaite's degrees
 of freedom (`over_runs`). The noise within a pair is in both, so the interval is rather too wide than too narrow.
 
-With fewer than DOCUMENTS documents of weight σ²_u cannot be told; then blocks alone are resampled, and the interval
-speaks of these documents, not of others.
+With fewer than DOCUMENTS documents, or so few that are long, σ²_u cannot be told; then blocks alone are resampled, and
+the interval speaks of these documents, not of others.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Series = npt.NDArray[np.floating]
 Answer = Literal["equivalent", "better", "worse", "undecided"]
 
 BLOCKS = 5  # fewer whole blocks or documents than this give no interval
-DOCUMENTS = 5  # fewer than this are not resampled
+DOCUMENTS = 5  # with fewer degrees of freedom than so many of one length have, they are not resampled
 RESAMPLES = 5000
 AT_ONCE = 1 << 22  # numbers that are drawn together
 MOST = 1e6  # times the text: more is none that anybody has
@@ -77,15 +78,15 @@ def interval(
     length = np.array([len(d) for d in series], dtype=np.float64)
     mean = np.array([d.mean() for d in series])
     total, center = length.sum(), float(np.average(mean, weights=length))
-    heavy = _heavy(length)
-    draw_documents = heavy >= DOCUMENTS
+    of_documents = _freedom(length)
+    draw_documents = of_documents >= DOCUMENTS - 1
     pool, noise, freedom = _blocks(series, mean, block)
-    spread = 0.0
     if draw_documents:
         spread = _spread(length, mean, center, noise)
         if spread > 0 or not len(pool):
-            freedom = heavy - 1
-    mean = center + (mean - center) * _shrink(length, spread, noise, len(pool) > 0, heavy if draw_documents else None)
+            freedom = of_documents
+        apart = (mean - center) * _shrink(length, spread, noise, len(pool) > 0)
+        mean = center + apart - np.average(apart, weights=length)  # short documents shrink more than long ones
     rng = np.random.default_rng(seed)
     drawn = np.concatenate(list(_drawn_means(length, mean, pool, block, draw_documents, resamples, rng)))
     tail = (1 - level) / 2
@@ -132,7 +133,7 @@ def enough(lengths: Sequence[int], block: int) -> bool:
     """Whether series of these lengths give an interval: by their documents, or by the blocks within them."""
     length = np.array([n for n in lengths if n], dtype=np.float64)
     return len(length) > 0 and (
-        _heavy(length) >= DOCUMENTS or sum(n / block - 1 for n in length if n >= 2 * block) + 1 >= BLOCKS
+        _freedom(length) >= DOCUMENTS - 1 or sum(n / block - 1 for n in length if n >= 2 * block) + 1 >= BLOCKS
     )
 
 
@@ -188,9 +189,24 @@ def _reaches(found: Interval, times: Series) -> Series:
     return stats.t.ppf((1 + found.level) / 2, freedom) * np.sqrt(of_texts + of_runs)
 
 
-def _heavy(length: Series) -> float:
-    """How many documents of equal length would weigh as much."""
-    return float(length.sum() ** 2 / (length**2).sum())
+def _freedom(length: Series) -> float:
+    """Satterthwaite's degrees of freedom of documents resampled by weight: n − 1 for n of one length.
+
+    Resampling gives the overall mean the variance V = Σ w²(m − Σ w m)², of document means m and weights w: a quadratic
+    form in m, of the matrix A[i, j] = w[i] w[j] (δ[i, j] − w[i] − w[j] + Σ w²). For normal m of one variance it has
+    2 (E V)² / Var V = (tr A)² / tr A² degrees of freedom (Bell & McCaffrey 2002). The simpler (Σ w²)² / Σ w⁴ is for V
+    about a known mean: n for n of one length. Kish's 1 / Σ w² says how the mean varies, not how well V is known.
+
+    In whole numbers, since the terms nearly cancel where one document holds nearly all, and so that five of one length
+    have 4 exactly.
+    """
+    whole = [int(n) for n in length]
+    if len(whole) == 1:
+        return 0.0
+    n1, n2, n3, n4, n5 = (sum(n**power for n in whole) for power in range(1, 6))
+    trace = n2 * n1**2 - 2 * n3 * n1 + n2**2  # times n1⁴, as w = n / n1
+    trace_of_square = n4 * n1**4 - 4 * n5 * n1**3 + (4 * n2 * n4 + 2 * n3**2) * n1**2 - 4 * n2**2 * n3 * n1 + n2**4
+    return trace**2 / trace_of_square
 
 
 def _blocks(series: Sequence[Series], mean: Series, block: int) -> tuple[Series, float, float]:
@@ -213,17 +229,24 @@ def _blocks(series: Sequence[Series], mean: Series, block: int) -> tuple[Series,
 
 
 def _spread(length: Series, mean: Series, center: float, noise: float) -> float:
-    """σ²_u by the method of moments: what document means vary by beyond their noise, at least 0."""
-    between = float((length * (mean - center) ** 2).sum())
-    total = length.sum()
-    return max(0.0, (between - (len(length) - 1) * noise) / (total - (length**2).sum() / total))
+    """σ²_u by the method of moments: what V of `_freedom` has beyond its noise, at least 0.
+
+    In V long documents tell: the noise of many short ones, shorter than the memory of e, is not known as well.
+    """
+    weight = length / length.sum()
+    between = float((weight**2 * (mean - center) ** 2).sum())
+    return max(0.0, (between - noise * (1 - (weight**2).sum()) / length.sum()) / _trace(weight))
 
 
-def _shrink(length: Series, spread: float, noise: float, has_blocks: bool, heavy: float | None) -> Series | float:
+def _trace(weight: Series) -> float:
+    """tr A of `_freedom`: E V for means of variance 1, below Σ w² since each of them draws the overall mean to it."""
+    return float((weight**2 * (1 - 2 * weight + (weight**2).sum())).sum())
+
+
+def _shrink(length: Series, spread: float, noise: float, has_blocks: bool) -> Series | float:
     """The factors on document means about the overall mean, so that they vary by σ²_u when they are resampled."""
-    if heavy is None:
-        return 1.0  # they stay as they are
-    unbiased = math.sqrt(heavy / (heavy - 1))
+    weight = length / length.sum()
+    unbiased = math.sqrt((weight**2).sum() / _trace(weight))  # n / (n − 1), its root, for n documents of one length
     if not has_blocks:
         return unbiased  # the means hold all noise that there is
     return unbiased * np.sqrt(spread / (spread + noise / length)) if spread > 0 else 0.0

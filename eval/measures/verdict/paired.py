@@ -28,6 +28,7 @@ from eval.measures.statistics import block_stderr, mean
 from eval.measures.verdict.equivalence import Interval, Series, decide, interval, more_tokens, over_runs
 from eval.policies.choice import BORROWED
 from eval.policies.dense import Dense
+from eval.policies.policy import end_of
 from eval.policies.recompute import Recompute
 from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
@@ -227,7 +228,8 @@ def against_recompute(
 
 def against_dense(side: Side, question: Question, documents: Documents, beside: int) -> Pair:
     """S+W against every key, as far as the model has positions; without numbers where it does not go beyond C."""
-    budget, positions, front = question.budget, side.loaded.positions, len(side.front)
+    budget, front = question.budget, len(side.front)
+    positions = min((n for n in (side.loaded.positions, end_of(side.loaded.model)) if n is not None), default=None)
     policy = streaming(side.sinks, budget)
     if positions is None or positions <= budget:
         ends = "are not known" if positions is None else f"end at {positions}"

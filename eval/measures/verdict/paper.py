@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-OF_MODEL = ("model type", "layers", "hidden size", "positions")
-PYTHIA_160M, PYTHIA_12B = ("gpt_neox", 12, 768, 2048), ("gpt_neox", 36, 5120, 2048)
-LLAMA_2_7B = ("llama", 32, 4096, 4096)
+from eval.measures.verdict.training import SIZES
+
+Model = tuple[str | int | None, ...]  # in the order of SIZES
+PYTHIA_160M: Model = ("gpt_neox", 12, 768, 12, None, 3072, 2048)
+PYTHIA_12B: Model = ("gpt_neox", 36, 5120, 40, None, 20480, 2048)
+LLAMA_2_7B: Model = ("llama", 32, 4096, 32, 32, 11008, 4096)
 PAPER = {
     (PYTHIA_160M, "none", 1024): {0: 27.87, 1: 18.49, 2: 18.05, 4: 18.05},
     (PYTHIA_160M, "zero", 1024): {0: 29214.0, 1: 19.90, 2: 18.27, 4: 18.01},
@@ -24,7 +27,11 @@ PAPER = {
 }
 
 
+def model_of(shape: dict[str, Any]) -> Model:
+    """A shape (`training.shape_of`) as models are named here, to be compared with the paper's."""
+    return tuple(shape[size] for size in SIZES)
+
+
 def of_paper(shape: dict[str, Any], kind: str, budget: int, sinks: int) -> float | None:
-    """The paper's perplexity of a model of this shape (`training.SIZES`) and sink; None where it has none."""
-    model: Any = tuple(shape[size] for size in OF_MODEL)
-    return PAPER.get((model, kind, budget), {}).get(sinks)
+    """The paper's perplexity of a model of this shape and sink; None where it has none."""
+    return PAPER.get((model_of(shape), kind, budget), {}).get(sinks)

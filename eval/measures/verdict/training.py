@@ -27,9 +27,18 @@ SIZES = {
 
 
 def said_by(loaded: LoadedModel) -> Said:
-    """`shape`, by SIZES, of its config; and its provenance, where it has one."""
-    config = loaded.model.config.get_text_config()
-    return {**provenance_of(loaded.name), "shape": {size: getattr(config, key, None) for size, key in SIZES.items()}}
+    """Its `shape`, and its provenance, where it has one."""
+    return {**provenance_of(loaded.name), "shape": shape_of(loaded.model.config)}
+
+
+def shape_of(config: Any) -> dict[str, Any]:
+    """What a transformers config says of SIZES, by name; None where it says nothing, as GPT-NeoX of KV heads.
+
+    A sink in the softmax is no other shape, though such models have a model type of their own: `sink_gpt_neox`.
+    """
+    config = config.get_text_config()
+    shape = {size: getattr(config, key, None) for size, key in SIZES.items()}
+    return {**shape, "model type": config.model_type.removeprefix("sink_")}
 
 
 def provenance_of(name: str) -> dict[str, Any]:
