@@ -55,7 +55,7 @@ def test_documents_that_differ_are_covered_as_a_population(spread):
 
 
 def test_documents_of_unlike_length_are_covered_as_a_population():
-    """Five books and 300 pages: taken for fifteen documents, as Kish's number has it, they were covered in 75 % of cases."""
+    """Five books and 300 pages: taken for fifteen documents, as Kish's number has it, 75 % were covered."""
     hits, times = 0, 500
     for seed in range(times):
         rng = np.random.default_rng(seed)
@@ -271,7 +271,7 @@ def test_what_is_resampled_depends_on_what_there_is():
         ([600], 50, "blocks"),
         ([300, 300, 300, 300], 50, "blocks"),
         ([6000, 60, 60, 60, 60, 60], 50, "blocks"),  # six, but one weighs all
-        ([640] * 3 + [10] * 100, 50, "blocks"),  # they weigh as seven, but three make what they vary by
+        ([640] * 3 + [10] * 100, 50, "documents and blocks"),  # they weigh as seven, with 2.3 degrees of freedom
         ([300] * 5, 50, "documents and blocks"),
         ([60] * 5, 50, "documents"),
     ):

@@ -18,8 +18,8 @@ pairs, which gives an interval as above, for these runs on other texts; the spre
 runs would give on these texts. The two errors are added as squares, with Student's quantile at Satterthwaite's degrees
 of freedom (`over_runs`). The noise within a pair is in both, so the interval is rather too wide than too narrow.
 
-With fewer than DOCUMENTS documents, or so few that are long, σ²_u cannot be told; then blocks alone are resampled, and
-the interval speaks of these documents, not of others.
+With fewer than DOCUMENTS documents of weight σ²_u cannot be told; then blocks alone are resampled, and the interval
+speaks of these documents, not of others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Series = npt.NDArray[np.floating]
 Answer = Literal["equivalent", "better", "worse", "undecided"]
 
 BLOCKS = 5  # fewer whole blocks or documents than this give no interval
-DOCUMENTS = 5  # with fewer degrees of freedom than so many of one length have, they are not resampled
+DOCUMENTS = 5  # with less weight than so many of one length they are not resampled
 RESAMPLES = 5000
 AT_ONCE = 1 << 22  # numbers that are drawn together
 MOST = 1e6  # times the text: more is none that anybody has
@@ -78,13 +78,12 @@ def interval(
     length = np.array([len(d) for d in series], dtype=np.float64)
     mean = np.array([d.mean() for d in series])
     total, center = length.sum(), float(np.average(mean, weights=length))
-    of_documents = _freedom(length)
-    draw_documents = of_documents >= DOCUMENTS - 1
+    draw_documents = _weight(length) >= DOCUMENTS
     pool, noise, freedom = _blocks(series, mean, block)
     if draw_documents:
         spread = _spread(length, mean, center, noise)
         if spread > 0 or not len(pool):
-            freedom = of_documents
+            freedom = _freedom(length)
         apart = (mean - center) * _shrink(length, spread, noise, len(pool) > 0)
         mean = center + apart - np.average(apart, weights=length)  # short documents shrink more than long ones
     rng = np.random.default_rng(seed)
@@ -133,7 +132,7 @@ def enough(lengths: Sequence[int], block: int) -> bool:
     """Whether series of these lengths give an interval: by their documents, or by the blocks within them."""
     length = np.array([n for n in lengths if n], dtype=np.float64)
     return len(length) > 0 and (
-        _freedom(length) >= DOCUMENTS - 1 or sum(n / block - 1 for n in length if n >= 2 * block) + 1 >= BLOCKS
+        _weight(length) >= DOCUMENTS or sum(n / block - 1 for n in length if n >= 2 * block) + 1 >= BLOCKS
     )
 
 
@@ -189,13 +188,18 @@ def _reaches(found: Interval, times: Series) -> Series:
     return stats.t.ppf((1 + found.level) / 2, freedom) * np.sqrt(of_texts + of_runs)
 
 
+def _weight(length: Series) -> float:
+    """How many documents of one length would tell as much of the mean (Kish's 1 / Σ w²)."""
+    return float(length.sum() ** 2 / (length**2).sum())
+
+
 def _freedom(length: Series) -> float:
     """Satterthwaite's degrees of freedom of documents resampled by weight: n − 1 for n of one length.
 
     Resampling gives the overall mean the variance V = Σ w²(m − Σ w m)², of document means m and weights w: a quadratic
     form in m, of the matrix A[i, j] = w[i] w[j] (δ[i, j] − w[i] − w[j] + Σ w²). For normal m of one variance it has
     2 (E V)² / Var V = (tr A)² / tr A² degrees of freedom (Bell & McCaffrey 2002). The simpler (Σ w²)² / Σ w⁴ is for V
-    about a known mean: n for n of one length. Kish's 1 / Σ w² says how the mean varies, not how well V is known.
+    about a known mean: n for n of one length. `_weight` says how the mean varies, not how well V is known.
 
     In whole numbers, since the terms nearly cancel where one document holds nearly all, and so that five of one length
     have 4 exactly.
