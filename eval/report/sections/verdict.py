@@ -115,7 +115,7 @@ def sentence(content: dict[str, Any]) -> str:
     )
     said += f": {MEANING[verdict['answer']]}." if verdict["answer"] in MEANING else "."
     if verdict["resampled"] == "blocks":
-        said += " Too few documents to resample: it speaks of these texts, not of others."
+        said += " Too few documents to resample, or too unlike in length: it speaks of these texts, not of others."
     if verdict.get("runs", 1) > 1:
         said += (
             f" Over {verdict['runs']} pairs of runs; standard error over runs {figure(verdict['stderr_runs'], '.4f')}, "
