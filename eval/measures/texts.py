@@ -115,10 +115,10 @@ def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path
     from sinkmodel.sinks import sink_ids_of
     from sinkmodel.text import read_documents
 
-    vocabularies = [
-        {token: i for token, i in loaded.tokenizer.get_vocab().items() if i not in sink_ids_of(loaded.model.config)}
-        for loaded in (one, other)
-    ]
+    vocabularies = []
+    for loaded in (one, other):
+        sinks = sink_ids_of(loaded.model.config)
+        vocabularies.append({token: i for token, i in loaded.tokenizer.get_vocab().items() if i not in sinks})
     same = vocabularies[0] == vocabularies[1]
     for file in files if same else ():
         beginning = next(read_documents(file), "")[:20_000]
