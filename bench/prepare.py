@@ -22,7 +22,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from recipes.data.corpora import KingJames, LocalFiles
+from recipes.data.corpora import KingJames
+from recipes.data.local_files import LocalFiles
 from recipes.data.tokenization import load_vocabulary, train_vocabulary
 
 BATCH = 64  # documents, for the plain loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ def add_text_argument(parser: argparse.ArgumentParser, *aliases: str) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help=".txt is one document; .jsonl and .parquet have one a row (also .gz, .xz, .zst)",
+        help=".txt is one document; .jsonl, .ndjson, .json lines and .parquet have one a row (also .gz, .xz, .zst)",
     )
 
 
@@ -44,8 +45,9 @@ def check_files(files: Sequence[Path]) -> None:
         raise UserError(f"--text has {twice} twice, which is no more text; give each file once")
     known: dict[str, Path] = {}
     sizes = [file.stat().st_size for file in files]
+    same_size = Counter(sizes)
     for file, size in zip(files, sizes):
-        if sizes.count(size) > 1 and (same := known.setdefault(sha256_of(file), file)) is not file:
+        if same_size[size] > 1 and (same := known.setdefault(sha256_of(file), file)) is not file:
             raise UserError(f"--text has {same} and {file}, which are the same text; give one of them")
 
 

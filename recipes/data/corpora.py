@@ -1,72 +1,18 @@
-"""Where documents come from: local files, a data set of the Hub, or the demo's King James text.
-
-A corpus gives its documents in an order that is always the same, each with a cursor: a small JSON value from which
-reading goes on, that document first, in another process on another day.
-"""
+"""Where documents come from: a data set of the Hub, or the demo's King James text; of local files: `local_files`."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import glob
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from recipes.data.corpus import Document, stamp
 from sinkmodel.errors import UserError
-from sinkmodel.text import DocumentReader, is_text_file, text_files
-
-Document = tuple[Any, Iterable[str]]  # (cursor, pieces of its text); the pieces are read before the next is asked for
-
-
-class Corpus(Protocol):
-    def identity(self) -> dict[str, Any]:
-        """What tells this corpus from another: two preparations with equal identities read the same text."""
-
-    def documents(self, cursor: Any = None) -> Iterator[Document]: ...
-
-    def strands(self) -> list[Iterator[Document]]:
-        """Parts of the corpus to take a sample from, so that the sample is not all of one file."""
-
-    def fraction(self) -> float | None:
-        """Share of the corpus read so far; None where its size is not known."""
-
-
-class LocalFiles:
-    """Files, folders and glob patterns, in the order given; a folder's files by name.
-
-    Raises UserError for a name that matches nothing and a folder without text files.
-    """
-
-    def __init__(self, names: list[str], text_key: str):
-        found = [path for name in names for path in _expand(name)]
-        self.paths = list(dict.fromkeys(path.resolve() for path in found))
-        self.text_key = text_key
-        self.sizes = [DocumentReader(path, text_key).size for path in self.paths]
-        self._before = 0
-        self._reader: DocumentReader | None = None
-
-    def identity(self) -> dict[str, Any]:
-        return {"files": [_stamp(path, path.name) for path in self.paths], "text_key": self.text_key}
-
-    def documents(self, cursor: Any = None) -> Iterator[Document]:
-        first, skip = cursor or (0, 0)
-        for number in range(first, len(self.paths)):
-            self._before = sum(self.sizes[:number])
-            self._reader = DocumentReader(self.paths[number], self.text_key)
-            for row, pieces in self._reader.documents(skip if number == first else 0):
-                yield [number, row], pieces
-
-    def strands(self) -> list[Iterator[Document]]:
-        return [DocumentReader(path, self.text_key).documents() for path in self.paths]
-
-    def fraction(self) -> float | None:
-        if self._reader is None:
-            return 0.0
-        return (self._before + self._reader.fraction() * self._reader.size) / sum(self.sizes)
 
 
 class HubDataset:
@@ -82,6 +28,7 @@ class HubDataset:
         self.name, self.config, self.split, self.text_key = name, config, split, text_key
         self._revision: str | None = None
         self._builder: Any = None
+        self.skipped = 0
         self._rows = 0
         self._total: int | None = None
 
@@ -90,7 +37,7 @@ class HubDataset:
         folder = Path(self.name)
         if folder.is_dir():
             files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-            said |= {"files": [_stamp(path, name) for name, path in files.items() if "/." not in f"/{name}"]}
+            said |= {"files": [stamp(path, name) for name, path in files.items() if "/." not in f"/{name}"]}
         else:
             said |= {"revision": self._revision or self._open().hash}
         return said | {"text_key": self.text_key}
@@ -100,7 +47,7 @@ class HubDataset:
         if recorded.get("dataset") == self.name:
             self._revision = recorded.get("revision")
 
-    def documents(self, cursor: Any = None) -> Iterator[Document]:
+    def documents(self, cursor: Any = None) -> Generator[Document]:
         dataset = self._stream()
         cursor = cursor or {"row": 0, "state": None, "state_row": 0}
         state, state_row = cursor["state"], cursor["state_row"]
@@ -117,7 +64,7 @@ class HubDataset:
         if row == 0:
             raise UserError(f"the data set {self.name} has no rows in its split {self.split}")
 
-    def strands(self) -> list[Iterator[Document]]:
+    def strands(self) -> list[Generator[Document]]:
         return [self.documents()]
 
     def fraction(self) -> float | None:
@@ -178,15 +125,17 @@ class KingJames:
     never run. Square brackets, which mark the translators' italics, are taken out.
     """
 
+    skipped = 0
+
     def identity(self) -> dict[str, Any]:
         return {"dataset": "kjv"}
 
-    def documents(self, cursor: Any = None) -> Iterator[Document]:
+    def documents(self, cursor: Any = None) -> Generator[Document]:
         for number, book in enumerate(_king_james_books()):
             if number >= (cursor or 0):
                 yield number, (book,)
 
-    def strands(self) -> list[Iterator[Document]]:
+    def strands(self) -> list[Generator[Document]]:
         return [self.documents()]
 
     def fraction(self) -> float | None:
@@ -213,32 +162,6 @@ def _king_james_books() -> list[str]:
 def _clean(book: str) -> str:
     lines = (re.sub(r"\s+", " ", re.sub(r"[\[\]]", "", line)).strip() for line in book.splitlines())
     return "\n".join(line for line in lines if line) + "\n"
-
-
-def _stamp(path: Path, name: str) -> list[Any]:
-    """A file's name, size and time of change, as make and rsync tell an edited file, whatever its size, from the old.
-
-    No digest: one of the whole file takes as long as reading terabytes, one of its ends misses what is between. A file
-    that was merely touched counts as another, which costs a new folder; two texts mixed in one would cost more.
-    """
-    there = path.stat()
-    return [name, there.st_size, there.st_mtime_ns]
-
-
-def _expand(name: str) -> list[Path]:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        files = text_files(path)
-        if not files:
-            raise UserError(f"the folder {name} holds no .txt, .jsonl or .parquet file; give another")
-        return files
-    if path.exists() or not glob.has_magic(name):
-        return [path]
-    files = sorted(Path(found) for found in glob.glob(str(path), recursive=True))
-    files = [file for file in files if file.is_file() and is_text_file(file)]
-    if not files:
-        raise UserError(f"{name} matches no .txt, .jsonl or .parquet file; check the pattern")
-    return files
 
 
 def _one_line(error: Exception) -> str:

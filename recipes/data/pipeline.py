@@ -44,11 +44,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Where reading goes on: in corpus `source`, at the document of `cursor`, after its first `pieces` pieces."""
+    """Where reading resumes: in corpus `source`, at the document of `cursor`, after its first `pieces` pieces.
+
+    `skipped` rows without text came before it.
+    """
 
     source: int = 0
     cursor: Any = None
     pieces: int = 0
+    skipped: int = 0
+
+    @property
+    def file(self) -> tuple[int, Any]:
+        """The source, and the number of the file in it if it has files: their cursors are [file, row]."""
+        return self.source, self.cursor[0] if isinstance(self.cursor, list) else None
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ def make_units(
 ) -> Iterator[Unit]:
     """The text of all sources from `place` on. A source is (corpus, the split of a document by its beginning)."""
     gathered: list[Piece] = []
-    length = 0
+    length, skipped = 0, place.skipped
     for number in range(place.source, len(sources)):
         corpus, choose = sources[number]
         resumed = number == place.source
@@ -154,12 +163,12 @@ def make_units(
                 gathered.append(piece)
                 length += len(piece.text)
                 if length >= size:
-                    yield Unit(gathered, Place(number, cursor, index + 1))
+                    yield Unit(gathered, Place(number, cursor, index + 1, skipped + corpus.skipped))
                     gathered, length = [], 0
             skip = 0
-        if gathered:
-            yield Unit(gathered, Place(number + 1))
-            gathered, length = [], 0
+        skipped += corpus.skipped
+        yield Unit(gathered, Place(number + 1, skipped=skipped))
+        gathered, length = [], 0
 
 
 def _pieces(chunks: Iterable[str], choose: Callable[[str], str], limit: int) -> Iterator[Piece]:

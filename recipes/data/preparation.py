@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data import megatron
-from recipes.data.corpora import Corpus, HubDataset, KingJames, LocalFiles
+from recipes.data.corpora import HubDataset, KingJames
+from recipes.data.corpus import Corpus
+from recipes.data.local_files import LocalFiles
 from recipes.data.pipeline import PIECE, PREFIX, Place, beginning, cut, encode_units, make_units, split_of
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_split
@@ -23,7 +25,7 @@ from sinkmodel.files import sha256_of
 from sinkmodel.locks import locked
 from sinkmodel.progress import CountedProgress, Progress
 
-SAVE_EVERY = 5.0  # seconds; what a kill costs at most
+SAVE_EVERY = 5.0  # seconds; what a kill costs at most, unless a million files make each save slow
 SAMPLE = 1 << 25  # characters that a tokenizer is trained on
 UNCUT = 1 << 40
 
@@ -47,12 +49,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         with locked(folder):
             state = state_of(folder)
             if state is not None:
-                for source, recorded in zip(sources, state["settings"]["sources"]):
-                    if isinstance(source.corpus, HubDataset):
-                        source.corpus.go_on_with(recorded)
+                state = _adopt(sources, state)
             settings = _settings(config, sources, given)
             if state is not None:
-                refuse_other_settings(folder, state["settings"], settings)
+                refuse_other_settings(folder, _begun(state["settings"], state), _begun(settings, state))
             if (folder / MANIFEST).exists():
                 assert state is not None
                 return _found_complete(folder, state)
@@ -62,6 +62,44 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             folder.rmdir()
     _summarise(config, folder, manifest)
     return manifest
+
+
+def _adopt(sources: list[Source], state: dict[str, Any]) -> dict[str, Any]:
+    """Read what an earlier run of this preparation read, in its order; returns the state from which to resume.
+
+    That is the one before the file that was being read, if this file has been edited or removed since: whoever mends
+    a damaged file keeps what came before it. Files that no run has begun may change, come and go.
+    """
+    recorded = state["settings"]["sources"]
+    for source, earlier in zip(sources, recorded):
+        if isinstance(source.corpus, HubDataset):
+            source.corpus.go_on_with(earlier)
+    before = state.get("file_start")
+    keeps_some = before is not None and Place(*before["place"]) != Place()
+    for candidate in (state, {**state, **before, "file_start": None}) if keeps_some else (state,):
+        begun = [source.get("files", []) for source in _begun(state["settings"], candidate)["sources"]]
+        corpora = [(source.corpus, files) for source, files in zip(sources, begun)]
+        if all(corpus.put_first(files) for corpus, files in corpora if isinstance(corpus, LocalFiles)):
+            if candidate is not state:
+                changed = _begun(state["settings"], state)["sources"][state["place"][0]]["files"][-1][0]
+                say(f"sink-prepare: {changed} has changed since it was read in part; what came of it is made again")
+            return candidate
+    return state
+
+
+def _begun(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the local files that a run in this state has not begun to read."""
+    if "place" not in state:
+        return settings
+    place = Place(*state["place"])
+    sources = []
+    for number, source in enumerate(settings["sources"]):
+        if number == place.source and "text_key" in source and "dataset" not in source:
+            source = source | {"files": source["files"][: place.cursor[0] + 1 if place.cursor else 0]}
+        elif number > place.source and "dataset" not in source:
+            source = source | {"files": []}
+        sources.append(source)
+    return settings | {"sources": sources}
 
 
 def _prepare(
@@ -84,16 +122,17 @@ def _prepare(
     writer = FolderWriter(folder, settings, vocabulary, dtype, config.shard_tokens, progress, ready)
     if writer.place != Place():
         say(f"sink-prepare: going on with {folder} after {writer.tokens:,} tokens")
-    bar, saved = Progress("sink-prepare", "tokens"), time.monotonic()
+    bar, saved, saving = Progress("sink-prepare", "tokens"), time.monotonic(), 0.0
     try:
         limit = PIECE if cuts_exactly(vocabulary.definition) else UNCUT
         units = make_units([(source.corpus, source.choose) for source in sources], writer.place, limit)
         for encoded in encode_units(units, vocabulary.definition, dtype, workers):
             writer.write(encoded)
             bar.update(writer.tokens, _share(sources, encoded.unit.end.source))
-            if time.monotonic() - saved > SAVE_EVERY:
+            if (began := time.monotonic()) - saved > max(SAVE_EVERY, 20 * saving):
                 writer.save()
                 saved = time.monotonic()
+                saving = saved - began
         return writer.finish(_describe(config, sources))
     except BaseException as error:
         kept = writer.abandon()
@@ -110,7 +149,7 @@ def _sources(config: PrepareConfig) -> list[Source]:
 
     def add(names: list[str] | str | None, dataset_split: str | None, split: str | None, choose: Any) -> None:
         if names is not None:
-            sources.append(Source(LocalFiles(_listed(names), config.text_key), split, choose))
+            sources.append(Source(LocalFiles(_listed(names), config.text_key, config.separator), split, choose))
         elif dataset_split is not None:
             sources.append(Source(_dataset(config, dataset_split), split, choose))
 
@@ -120,8 +159,12 @@ def _sources(config: PrepareConfig) -> list[Source]:
     add(config.test_input, config.test_split, "test", lambda text: "test")
     seen: dict[Path, str] = {}
     for source in sources:
-        for path in source.corpus.paths if isinstance(source.corpus, LocalFiles) else []:
-            what = f"{source.split}_input" if source.split else "input"
+        if not isinstance(source.corpus, LocalFiles):
+            continue
+        what = f"{source.split}_input" if source.split else "input"
+        if source.corpus.left_out:
+            say(f"sink-prepare: of {what}, left out since not text: {source.corpus.left_out}")
+        for path in map(Path.resolve, source.corpus.paths):
             if path in seen:
                 raise UserError(f"{path} is given as {seen[path]} and as {what}; a held-out text is not trained on")
             seen[path] = what
@@ -204,9 +247,9 @@ def _share(sources: list[Source], current: int) -> float | None:
         return corpora[0].fraction()
     if not all(isinstance(corpus, LocalFiles) for corpus in corpora):
         return None
-    sizes = [sum(corpus.sizes) for corpus in corpora if isinstance(corpus, LocalFiles)]
+    sizes = [corpus.size for corpus in corpora if isinstance(corpus, LocalFiles)]
     here = (corpora[current].fraction() or 0.0) * sizes[current] if current < len(sizes) else 0.0
-    return (sum(sizes[:current]) + here) / sum(sizes)
+    return (sum(sizes[:current]) + here) / (sum(sizes) or 1)
 
 
 def _cores() -> int:
@@ -235,6 +278,8 @@ def _summarise(config: PrepareConfig, folder: Path, manifest: dict[str, Any]) ->
     for name, entry in manifest["splits"].items():
         shards = len(entry["shards"])
         print(f"{name:<10} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens {shards:>6} shard(s)")
+    if manifest["skipped"]:
+        print(f"skipped    {manifest['skipped']:>12,} rows without text (null, empty or blank)")
     tokenizer = manifest["tokenizer"]
     print(f"tokenizer  {tokenizer['vocabulary']:,} ids; fingerprint {manifest['fingerprint'][:16]}; in {folder}")
     for split, wanted in zip(("validation", "test"), config.fractions):

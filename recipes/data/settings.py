@@ -18,7 +18,8 @@ class PrepareConfig:
 
     Args:
         output: folder to make.
-        input: files (.txt, .jsonl, .parquet, also .gz, .zst, .xz), folders or patterns; or one Megatron .idx file.
+        input: files (.txt, .jsonl, .ndjson, .json, .parquet, also .gz, .zst, .xz), folders or patterns; or one
+            Megatron .idx file.
         validation_input: files for the validation split, in place of a share of the documents.
         test_input: files for the test split, in place of a share of the documents.
         dataset: a data set of the Hub, or a local folder in its form; `kjv` is the King James Bible, for the demo.
@@ -27,6 +28,7 @@ class PrepareConfig:
         validation_split: the data set's own validation split, in place of a share of the documents.
         test_split: the data set's own test split, in place of a share of the documents.
         text_key: name of the text's key in JSON lines, its column in Parquet files and data sets.
+        separator: what ends a document inside a .txt file, as in `<|endoftext|>`; none reads each file as one document.
         tokenizer: a Hub name, a tokenizer.json or a folder with one; none trains a byte-level BPE on the text.
         vocabulary_size: ids of the BPE trained on the spot, end of text and padding included.
         validation_fraction: share of documents held out for validation; 0.01 unless there is validation text.
@@ -46,6 +48,7 @@ class PrepareConfig:
     validation_split: str | None = None
     test_split: str | None = None
     text_key: str = "text"
+    separator: str | None = None
     tokenizer: str | None = None
     vocabulary_size: int | None = None
     validation_fraction: float | None = None
@@ -68,6 +71,8 @@ class PrepareConfig:
                 f"vocabulary_size is {self.vocabulary_size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY}: "
                 "every byte and the two special tokens"
             )
+        if self.separator == "" or (self.separator and self.input is None):
+            raise UserError("separator ends a document inside the .txt files of --input, and must not be empty")
         if self.megatron_index and self.tokenizer is None:
             raise UserError("a Megatron index holds tokens, not text: give the --tokenizer that they were made with")
         for split in ("validation", "test"):

@@ -80,6 +80,7 @@ class FolderWriter:
                 path.unlink()
         states = progress["splits"] if progress else {}
         self.place = Place(*progress["place"]) if progress else Place()
+        self.file_start = progress.get("file_start") if progress else None  # the last state before the file being read
         self.splits = {
             name: SplitWriter(folder, name, dtype, shard_tokens, states.get(name))
             for name in SPLITS
@@ -101,6 +102,8 @@ class FolderWriter:
         return sum(split.tokens for split in self.splits.values())
 
     def write(self, encoded: Encoded) -> None:
+        if encoded.unit.end.file != self.place.file:
+            self.file_start = self._state()
         for piece, ids in zip(encoded.unit.pieces, encoded.ids):
             split = self.splits[piece.split]
             if piece.first:
@@ -111,15 +114,16 @@ class FolderWriter:
 
     def save(self) -> None:
         """Bring what is written to the disk and record it: from here a killed preparation goes on."""
-        states = {name: split.save() for name, split in self.splits.items()}
-        content = {
-            "settings": self.settings,
-            "tokenizer": self.tokenizer,
-            "place": astuple(self.place),
-            "splits": states,
-        }
+        for split in self.splits.values():
+            split.save()
+        content = {"settings": self.settings, "tokenizer": self.tokenizer, "file_start": self.file_start}
+        content |= self._state()
         write_json(self.folder / PROGRESS, {"format": FORMAT, "version": VERSION} | content)
         self.kept = self.tokens
+
+    def _state(self) -> dict[str, Any]:
+        """What a later process needs to resume here."""
+        return {"place": astuple(self.place), "splits": {name: split.state() for name, split in self.splits.items()}}
 
     def finish(self, source: str) -> dict[str, Any]:
         """Close the shards, then write the manifest. Raises UserError where there is nothing to train on."""
@@ -136,6 +140,7 @@ class FolderWriter:
             "tokenizer": self.tokenizer,
             "splits": {name: entries[name] for name in SPLITS},
             "fingerprint": fingerprint_of(self.tokenizer["sha256"], entries),
+            "skipped": self.place.skipped,
             "settings": self.settings,
         }
         sync(self.folder)
@@ -212,15 +217,17 @@ class SplitWriter:
             )
             self._text.write(line.encode("utf-8"))
 
-    def save(self) -> dict[str, Any]:
+    def save(self) -> None:
         for file in (self._file, self._text):
             if file is not None:
                 file.flush()
                 os.fsync(file.fileno())
         if self.tokens_here or self.offsets:
             self._write_offsets()
+
+    def state(self) -> dict[str, Any]:
         return {
-            "finished": self.finished,
+            "finished": list(self.finished),
             "tokens": self.tokens_here,
             "documents": len(self.offsets),
             "text_bytes": self._text.tell() if self._text is not None else 0,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.progress import EVERY, progress_line
+from sinkmodel.text.content import not_text, remedy
 
 READ = 1024  # bytes taken from a pipe at a time: Ctrl-C and the status line wait for what is done with them
 REDRAW = 0.1  # seconds between two states of a line in a terminal
@@ -80,15 +81,19 @@ class TextPipe:
         read, begun, held = 0, False, ""
         while self.error is None:
             block = self._read()
-            pending, piece = len(decoder.getstate()[0]), ""
+            pending, piece, why = len(decoder.getstate()[0]), "", ""
             try:
-                piece = decoder.decode(block, final=not block)
+                if why := not_text(block, read):
+                    place = read - pending
+                else:
+                    piece = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 piece = error.object[: error.start].decode()
                 place = read - pending + error.start
+                why = f"({error.reason}): {remedy(error.object, read - pending)}"
+            if why:
                 self.error = UserError(
-                    f"the input is not UTF-8 at byte {place} ({error.reason}); what came before it is in the stream: "
-                    "convert the input first, as in: iconv -f latin1 -t utf-8"
+                    f"the input is not UTF-8 at byte {place} {why}; what came before it is in the stream"
                 )
             ended = not block or self.error is not None
             read += len(block)

@@ -7,7 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from recipes.data.corpora import HubDataset, KingJames, LocalFiles
+from recipes.data.corpora import HubDataset, KingJames
+from recipes.data.local_files import LocalFiles
 from sinkmodel.errors import UserError
 from tests.recipes.corpus import make_texts, write_lines
 
@@ -32,7 +33,7 @@ def test_files_folders_and_patterns_are_read_once_in_the_order_given(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.txt", "does not exist"), ("x*.txt", "matches no"), ("empty", "holds no"), ("a.pdf", "no text file")],
+    [("none.txt", "does not exist"), ("x*.txt", "matches no"), ("empty", "holds no"), ("a.pdf", "is not a text file")],
 )
 def test_a_name_without_text_is_an_error(tmp_path, name, message):
     (tmp_path / "empty").mkdir()

@@ -16,8 +16,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from eval.measures.rows import Row
 from sinkmodel.errors import UserError
+from sinkmodel.text.json_lines import Row
 
 
 def task_config(path: Path, rows: list[Row]) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from eval.measures.harness.files import in_memory, task_config
-from eval.measures.rows import Row, read_rows
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
+from sinkmodel.text.json_lines import Row, read_json_lines
+from sinkmodel.text.search import find_json_lines, name_without_suffixes
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ def choose(tasks: list[str] | None, folder: Path | None) -> tuple[list[str], dic
     if folder is not None:
         if not folder.is_dir():
             raise UserError(f"--data {folder} is no folder; give one with a file NAME.jsonl for each task")
-        files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+        there = find_json_lines(folder)
+        files = {name_without_suffixes(path): path for path in there.files}
+        if there.left_out:
+            say(f"{folder}: left out since not JSON lines: {there.summary()}")
         if not files:
             raise UserError(f"--data {folder} has no .jsonl file in it; put a file NAME.jsonl there for each task")
     elif tasks is None:
@@ -74,7 +78,7 @@ def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
 
     Raises UserError for a file with a wrong row, a name that lm-eval does not know, and data that cannot be had.
     """
-    rows = {name: [row for _, row in read_rows(path)] for name, path in files.items()}
+    rows = {name: [row for _, row in read_json_lines(path)] for name, path in files.items()}
     for name, of_task in rows.items():
         if not of_task:
             raise UserError(f"{files[name]} has no rows; give at least one, or take the file out of the folder")

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.measures.rows import Row, read_rows
 from sinkmodel.errors import UserError
+from sinkmodel.text.json_lines import Row, read_json_lines
 
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
@@ -50,7 +50,7 @@ class Asked:
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a .jsonl file; UserError with the line that is not one."""
-    questions = [_question(row, f"{path}:{number}") for number, row in islice(read_rows(path), limit)]
+    questions = [_question(row, f"{path}:{number}") for number, row in islice(read_json_lines(path), limit)]
     if not questions:
         raise UserError(f"{path} holds no question; give one a line, with the keys question, choices and answer")
     return questions

@@ -1,0 +1,97 @@
+"""Local files as a corpus: files, folders and patterns, read one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from recipes.data.corpus import Document, Stamp, stamp
+from sinkmodel.console import say
+from sinkmodel.text import DocumentReader, NoText, find_text_files
+
+
+class LocalFiles:
+    """Files, folders and glob patterns, in the order given; a folder's files by name, each file once.
+
+    A file without text adds nothing. A cursor is [number of the file, row in it].
+
+    Args:
+        separator: what ends a document inside a .txt file; None for one document a file.
+
+    Raises UserError for a name that matches nothing, a folder without text files, and a .json file with another key.
+    """
+
+    def __init__(self, names: list[str], text_key: str, separator: str | None = None):
+        found = [find_text_files(str(Path(name).expanduser())) for name in names]
+        given: dict[Path, Path] = {}  # where a file lies -> the name that it has here
+        for path in (path for each in found for path in each.files):
+            given.setdefault(path.resolve(), path)
+        self.paths = list(given.values())
+        self.left_out = "; ".join(summary for each in found if (summary := each.summary()))
+        self.text_key, self.separator = text_key, separator
+        for path in self.paths:
+            self._read(path).check_key()
+        self._stamps = [stamp(path, path.name) for path in self.paths]
+        self.size = sum(size for _, size, _ in self._stamps)
+        self.skipped = 0
+        self._bytes_before = 0
+        self._reader: DocumentReader | None = None
+
+    def identity(self) -> dict[str, Any]:
+        separator = {} if self.separator is None else {"separator": self.separator}
+        return {"files": self._stamps, "text_key": self.text_key} | separator
+
+    def put_first(self, begun: list[Stamp]) -> bool:
+        """Read the files that an earlier run has begun first, in its order; the others follow in their own.
+
+        False, and no change, if one of them has been edited or removed since.
+        """
+        left: dict[tuple[Any, ...], list[int]] = {}
+        for number, here in enumerate(self._stamps):
+            left.setdefault(tuple(here), []).append(number)
+        numbers = [same.pop(0) for each in begun if (same := left.get(tuple(each)))]
+        if len(numbers) < len(begun):
+            return False
+        order = numbers + sorted(number for same in left.values() for number in same)
+        self.paths = [self.paths[number] for number in order]
+        self._stamps = [self._stamps[number] for number in order]
+        return True
+
+    def documents(self, cursor: Any = None) -> Generator[Document]:
+        first, skip = cursor or (0, 0)
+        self.skipped, self._bytes_before = 0, sum(size for _, size, _ in self._stamps[:first])
+        has_text, mark_shown = cursor is not None, False
+        for number in range(first, len(self.paths)):
+            reader = self._reader = self._read(self.paths[number])
+            skipped = self.skipped
+            try:
+                for row, pieces in reader.documents(skip if number == first else 0):
+                    self.skipped, has_text = skipped + reader.skipped, True
+                    yield [number, row], pieces
+                    if reader.marked and not mark_shown:
+                        say(f"sink-prepare: {reader.mark_notice()}")
+                        mark_shown = True
+            except NoText:
+                pass
+            self.skipped = skipped + reader.skipped
+            self._bytes_before += reader.size
+            self._reader = None
+        if not has_text:
+            many = f" and the {len(self.paths) - 1:,} other files" if self.paths[1:] else ""
+            raise NoText(f"{self.paths[0]}{many} hold no text; give files with text")
+
+    def strands(self) -> list[Generator[Document]]:
+        def strand(path: Path) -> Generator[Document]:
+            with contextlib.suppress(NoText):
+                yield from self._read(path).documents()
+
+        return [strand(path) for path in self.paths]
+
+    def fraction(self) -> float | None:
+        here = self._reader.fraction() * self._reader.size if self._reader else 0
+        return (self._bytes_before + here) / self.size if self.size else 1.0
+
+    def _read(self, path: Path) -> DocumentReader:
+        return DocumentReader(path, self.text_key, self.separator)

@@ -1,0 +1,219 @@
+"""The bytes of a file, uncompressed, in blocks or lines, and what is wrong with them if they are not UTF-8 text.
+
+A compressed file is read to its last byte: several gzip members, xz streams or zstd frames in one file are one text,
+and whatever follows them that is not another one is an error, never the end.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import lzma
+import shlex
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sinkmodel.errors import UserError
+
+BLOCK = 1 << 20
+UNPACK = {".gz": "gzip -dc", ".zst": "zstd -dc", ".xz": "xz -dc"}
+COMPRESSIONS = tuple(UNPACK)
+MARKS = {  # a byte order mark -> its encoding; UTF-32 first, since its mark begins like that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+MAGIC = {  # how files begin that often carry the wrong name
+    b"\x1f\x8b": "compressed with gzip; rename it to end in .gz",
+    b"\xfd7zXZ\0": "compressed with xz; rename it to end in .xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; rename it to end in .zst",
+    b"PAR1": "a Parquet file; rename it to end in .parquet",
+    b"BZh": "compressed with bzip2; unpack it first",
+    b"PK\x03\x04": "a ZIP archive; unpack it first",
+    b"%PDF": "a PDF; extract its text first",
+}
+
+
+class Content:
+    """One file, read front to back as text in UTF-8.
+
+    Args:
+        compression: the suffix that names it, or "" for none.
+    """
+
+    def __init__(self, path: Path, compression: str):
+        self.path, self.compression = path, compression
+        self.size = path.stat().st_size
+        self.mark = 0  # bytes of the byte order mark, once it has been read
+        self._raw: BinaryIO | None = None
+
+    def fraction(self) -> float:
+        """Share of the file that has been read, 0 to 1."""
+        if self._raw is None:
+            return 0.0
+        return 1.0 if self._raw.closed or not self.size else self._raw.tell() / self.size
+
+    def blocks(self) -> Iterator[bytes]:
+        """The uncompressed bytes without a UTF-8 byte order mark.
+
+        Raises UserError if the compression is damaged or cut short, and for UTF-16 and UTF-32.
+        """
+        place = 0
+        with self.path.open("rb") as raw, contextlib.ExitStack() as opened:
+            self._raw = raw
+            try:
+                for block in _with_whole_mark(self._uncompressed(raw, opened)):
+                    if why := not_text(block, place, self.path):
+                        raise UserError(f"{self.path} is not UTF-8 at byte {place}: {why}")
+                    if place == 0 and block.startswith(codecs.BOM_UTF8):
+                        self.mark = len(codecs.BOM_UTF8)
+                    yield block[self.mark :] if place == 0 else block
+                    place += len(block)
+            except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+                raise UserError(f"{self.path} is cut short or damaged ({error}); copy or download it again") from None
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines of `blocks` without their line ends; the last one may be empty."""
+        begun: list[bytes] = []
+        for block in self.blocks():
+            first, *more = block.split(b"\n")
+            begun.append(first)
+            if more:
+                yield b"".join(begun)
+                yield from more[:-1]
+                begun = [more[-1]]
+        yield b"".join(begun)
+
+    def not_utf8(self, where: str, reason: str, sample: bytes, place: int = 0) -> UserError:
+        """The error for bytes that do not decode: `sample` is the block or line with them, at byte `place`."""
+        return UserError(f"{self.path} is not UTF-8 {where} ({reason}): {remedy(sample, place, self.path)}")
+
+    def _uncompressed(self, raw: BinaryIO, opened: contextlib.ExitStack) -> Iterator[bytes]:
+        if self.compression == ".gz":
+            return _read_blocks(opened.enter_context(gzip.GzipFile(fileobj=raw)))
+        if self.compression == ".xz":
+            return _read_xz(raw)
+        if self.compression == ".zst":
+            return _read_zstd(raw)
+        return _read_blocks(raw)
+
+
+def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:
+    """Why a block that may well decode as UTF-8 is not text, and the remedy; None if it is text.
+
+    Much of UTF-16 decodes, with a zero byte at every other place. A few zero bytes in a long text are let through.
+    """
+    marked = place == 0 and block.startswith((*MARKS, *MAGIC))
+    if not marked and block.count(0) * 32 <= len(block):
+        return None
+    if marked or wide_encoding(block, place):
+        return remedy(block, place, path)
+    return "it holds zero bytes, as an unfinished download does; copy or download it again"
+
+
+def remedy(sample: bytes, place: int = 0, path: Path | None = None) -> str:
+    """What to do with bytes that are not UTF-8: what they seem to be, and how to convert them.
+
+    Args:
+        sample: the bytes in which decoding failed, and `place` their offset in the text.
+        path: the file, for a command to copy; None for standard input.
+    """
+    if place == 0:
+        for magic, what in MAGIC.items():
+            if sample.startswith(magic):
+                return f"it is {what}"
+    marked = next((name for mark, name in MARKS.items() if place == 0 and sample.startswith(mark)), None)
+    wide = marked or wide_encoding(sample, place)
+    if wide:
+        return f"it is {wide}, as PowerShell writes; convert it first: {_iconv(wide, path)}"
+    unpack = UNPACK.get(path.suffix.lower()) if path else None
+    sound = f"check it with {unpack.split()[0]} -t, since damage looks like that too; " if unpack else ""
+    return f"{sound}convert it first; if it is Latin-1, with: {_iconv('latin1', path)}"
+
+
+def _iconv(encoding: str, path: Path | None) -> str:
+    """The command that writes a file in UTF-8, unpacked, to the current folder."""
+    if path is None:
+        return f"iconv -f {encoding} -t UTF-8"
+    unpack = UNPACK.get(path.suffix.lower())
+    target = shlex.quote("utf8-" + (path.stem if unpack else path.name))
+    if unpack:
+        return f"{unpack} {shlex.quote(str(path))} | iconv -f {encoding} -t UTF-8 > {target}"
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {target}"
+
+
+def wide_encoding(sample: bytes, place: int = 0) -> str | None:
+    """`UTF-16LE`, `UTF-16BE` or `UTF-32` if the zero bytes of a text without a byte order mark say so.
+
+    Latin letters, blanks and line ends have a zero byte in UTF-16, always on the same side. UTF-8 text has none.
+    """
+    zeros = sample.count(0)
+    if 9 * len(sample) < 16 * zeros < 15 * len(sample):
+        return "UTF-32"
+    on_even = sample[place % 2 :: 2].count(0)
+    if zeros and 10 * max(on_even, zeros - on_even) >= 9 * zeros:
+        return "UTF-16BE" if on_even * 2 > zeros else "UTF-16LE"
+    return None
+
+
+def _with_whole_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same blocks, the first of them long enough for any byte order mark."""
+    first = b""
+    for block in blocks:
+        first += block
+        if len(first) >= 4:
+            break
+    if first:
+        yield first
+    yield from blocks
+
+
+def _read_blocks(file: Any) -> Iterator[bytes]:
+    while block := file.read(BLOCK):
+        yield block
+
+
+def _read_xz(raw: BinaryIO) -> Iterator[bytes]:
+    """Stream after stream, with the padding that the format allows after each: zeros, a multiple of four.
+
+    Not lzma.LZMAFile, which takes padding, rubbish, and a later stream that is damaged for the end.
+    """
+    data = raw.read(BLOCK)
+    while data:
+        stream = lzma.LZMADecompressor()
+        while not stream.eof:
+            if stream.needs_input and not data and not (data := raw.read(BLOCK)):
+                raise EOFError("the last stream has no end")
+            yield stream.decompress(data, BLOCK)
+            data = b""
+        padding, data = 0, stream.unused_data or raw.read(BLOCK)
+        while data and not (rest := data.lstrip(b"\0")):
+            padding, data = padding + len(data), raw.read(BLOCK)
+        if data:
+            padding, data = padding + len(data) - len(rest), rest
+        if padding % 4:
+            raise lzma.LZMAError("zeros after a stream that are not a multiple of four")
+
+
+def _read_zstd(raw: BinaryIO) -> Iterator[bytes]:
+    """Frame after frame. Not zstandard's own stream_reader, which takes a frame that is cut short for its end."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as `zstd --long=31` writes
+    frame = decompressor.decompressobj()
+    fed = False
+    try:
+        while block := raw.read(BLOCK):
+            while block:
+                if frame.eof:
+                    frame = decompressor.decompressobj()
+                yield frame.decompress(block)
+                fed, block = True, frame.unused_data if frame.eof else b""
+    except zstandard.ZstdError as error:
+        raise EOFError(error) from None
+    if fed and not frame.eof:
+        raise EOFError("the last frame has no end")

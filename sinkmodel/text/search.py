@@ -1,0 +1,105 @@
+"""Which files of a folder or pattern are text, and which are left out."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sinkmodel.errors import UserError
+from sinkmodel.text.documents import JSON_LINES, KINDS, kind_of
+from sinkmodel.text.json_lines import first_row
+
+SHOWN = 3  # names of each kind of file in a message
+
+
+@dataclass
+class Found:
+    """Files of text in the order in which they are read, and what was passed over beside them."""
+
+    files: list[Path] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """What was left out, by suffix, as in `.csv: a.csv, b.csv and 7 more; .md: notes.md`."""
+        by_suffix: dict[str, list[str]] = {}
+        for path in self.left_out:
+            by_suffix.setdefault("".join(path.suffixes[-2:]) or "no suffix", []).append(path.name)
+        return "; ".join(
+            f"{suffix}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN:,} more' if names[SHOWN:] else ''}"
+            for suffix, names in sorted(by_suffix.items())
+        )
+
+
+def find_text_files(name: str) -> Found:
+    """What a name stands for: the file itself, the files below a folder, or all that a pattern matches.
+
+    The kind of a file goes by the name that it has here, or else by the name of what that links to. Of a folder or
+    pattern, the files are sorted by name; hidden files and folders are not read, links to folders are. A `.json` file
+    is left out if it is not JSON lines.
+
+    Raises UserError if there is nothing, or nothing that is text.
+    """
+    path = Path(name)
+    if path.is_dir():
+        found = _sorted_out(_below(path))
+    elif path.exists() or not glob.has_magic(name):
+        return Found([path])
+    else:
+        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+        found = _sorted_out(file for match in matches for file in (_below(match) if match.is_dir() else [match]))
+    if not found.files:
+        what = f"the folder {name} holds" if path.is_dir() else f"{name} matches"
+        there = f" (there is {found.summary()})" if found.left_out else ""
+        raise UserError(f"{what} no {', '.join(list(KINDS)[:-1])} or {list(KINDS)[-1]} file{there}; give another")
+    return found
+
+
+def find_json_lines(folder: Path) -> Found:
+    """The files of JSON lines in a folder itself, by name, and its other files that are not hidden."""
+    found = Found()
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and not path.is_dir():
+            (found.files if kind_of(path)[0] in JSON_LINES and _is_text(path) else found.left_out).append(path)
+    return found
+
+
+def name_without_suffixes(path: Path) -> str:
+    """`a.b` of a.b.jsonl and of a.b.jsonl.gz."""
+    _, compression = kind_of(path)
+    return path.with_suffix("").stem if path.suffix.lower() == compression else path.stem
+
+
+def _sorted_out(files: Iterable[Path]) -> Found:
+    found = Found()
+    for path in dict.fromkeys(files):
+        (found.files if _is_text(path) else found.left_out).append(path)
+    return found
+
+
+def _is_text(path: Path) -> bool:
+    kind, compression = kind_of(path)
+    if kind is None or not path.is_file():
+        return False
+    return kind != ".json" or first_row(path, compression) is not None
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files below a folder, by name, and links that lead nowhere; each real folder once."""
+    files: list[Path] = []
+    seen: set[str] = set()
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for here, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(files)
