@@ -129,7 +129,7 @@ def _prepare(
         for encoded in encode_units(units, vocabulary.definition, dtype, workers):
             writer.write(encoded)
             bar.update(writer.tokens, _share(sources, encoded.unit.end.source))
-            if (began := time.monotonic()) - saved > max(SAVE_EVERY, 20 * saving):
+            if (began := time.monotonic()) - saved > SAVE_EVERY * max(1, 4 * saving):
                 writer.save()
                 saved = time.monotonic()
                 saving = saved - began
