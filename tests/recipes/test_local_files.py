@@ -156,9 +156,9 @@ def test_what_a_folder_or_pattern_leaves_out_is_named(tmp_path, capsys):
         error = capsys.readouterr().err
         assert ".csv: table.csv; .json: dataset_info.json" in error
         assert open_split(tmp_path / f"out{number}", "train").documents == 17
-    (folder / "config.json").write_text('{"hidden_size": 64}\n')
-    assert run(tmp_path, "out2") == 2
-    assert "config.json:1: no text under the key 'text' (there is hidden_size)" in capsys.readouterr().err
+    (folder / "z.json").write_text('{"hidden_size": 64}\n')
+    with pytest.raises(UserError, match=r"z.json:1: no text under the key 'text' \(there is hidden_size\)"):
+        LocalFiles([str(folder)], "text")  # at once, not when its turn comes
 
 
 def test_a_separator_makes_documents_of_one_text_file(tmp_path, small_units, capsys, monkeypatch):
