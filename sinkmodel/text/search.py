@@ -58,11 +58,13 @@ def find_text_files(name: str) -> Found:
 
 
 def find_json_lines(folder: Path) -> Found:
-    """The files of JSON lines in a folder itself, by name, and its other files that are not hidden."""
+    """What is named like JSON lines in a folder itself, by name, and its other files that are not hidden."""
     found = Found()
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and not path.is_dir():
-            (found.files if kind_of(path)[0] in JSON_LINES and _is_text(path) else found.left_out).append(path)
+        if kind_of(path)[0] in JSON_LINES and (path.is_dir() or _is_text(path)):
+            found.files.append(path)
+        elif not path.name.startswith(".") and not path.is_dir():
+            found.left_out.append(path)
     return found
 
 

@@ -13,7 +13,8 @@ import pytest
 import zstandard
 
 from sinkmodel.errors import UserError
-from sinkmodel.text import DocumentReader, content, find_text_files, read_documents
+from sinkmodel.text import DocumentReader, content, find_text_files, read_documents, read_json_lines
+from sinkmodel.text.search import find_json_lines, name_without_suffixes
 from tests.recipes.corpus import make_texts
 
 COMPRESS = {
@@ -295,3 +296,13 @@ def test_a_parquet_file_without_the_column_says_which_there_are(tmp_path):
 def test_a_missing_file_is_told_at_once():
     with pytest.raises(UserError, match="does not exist"):
         read_documents(Path("nowhere.txt"))
+
+
+def test_task_folders_take_every_form_of_json_lines(tmp_path):
+    for name in ("a.jsonl", "b.x.ndjson.gz", "c.json", "notes.md", "settings.json"):
+        content = b"{\n}" if name.startswith("settings") else GOOD
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    found = find_json_lines(tmp_path)
+    assert [name_without_suffixes(path) for path in found.files] == ["a", "b.x", "c"]
+    assert [list(read_json_lines(path)) for path in found.files] == [[(1, {"text": "good"})]] * 3
+    assert found.summary() == ".json: settings.json; .md: notes.md"
