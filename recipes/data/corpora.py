@@ -12,7 +12,7 @@ import glob
 import importlib.util
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +28,11 @@ class Corpus(Protocol):
 
     def documents(self, cursor: Any = None) -> Iterator[Document]: ...
 
-    def strands(self) -> list[Iterator[Document]]:
-        """Parts of the corpus to take a sample from, so that the sample is not all of one file."""
+    def strands(self) -> list[Generator[Document]]:
+        """Parts of the corpus to take a sample from, so that the sample is not all of one file.
+
+        Nothing is open before a part is begun. A part that is not read to its end must be closed.
+        """
 
     def fraction(self) -> float | None:
         """Share of the corpus read so far; None where its size is not known."""
@@ -60,8 +63,11 @@ class LocalFiles:
             for row, pieces in self._reader.documents(skip if number == first else 0):
                 yield [number, row], pieces
 
-    def strands(self) -> list[Iterator[Document]]:
-        return [DocumentReader(path, self.text_key).documents() for path in self.paths]
+    def strands(self) -> list[Generator[Document]]:
+        def strand(path: Path) -> Generator[Document]:
+            yield from DocumentReader(path, self.text_key).documents()
+
+        return [strand(path) for path in self.paths]
 
     def fraction(self) -> float | None:
         if self._reader is None:
@@ -100,7 +106,7 @@ class HubDataset:
         if recorded.get("dataset") == self.name:
             self._revision = recorded.get("revision")
 
-    def documents(self, cursor: Any = None) -> Iterator[Document]:
+    def documents(self, cursor: Any = None) -> Generator[Document]:
         dataset = self._stream()
         cursor = cursor or {"row": 0, "state": None, "state_row": 0}
         state, state_row = cursor["state"], cursor["state_row"]
@@ -117,7 +123,7 @@ class HubDataset:
         if row == 0:
             raise UserError(f"the data set {self.name} has no rows in its split {self.split}")
 
-    def strands(self) -> list[Iterator[Document]]:
+    def strands(self) -> list[Generator[Document]]:
         return [self.documents()]
 
     def fraction(self) -> float | None:
@@ -181,12 +187,12 @@ class KingJames:
     def identity(self) -> dict[str, Any]:
         return {"dataset": "kjv"}
 
-    def documents(self, cursor: Any = None) -> Iterator[Document]:
+    def documents(self, cursor: Any = None) -> Generator[Document]:
         for number, book in enumerate(_king_james_books()):
             if number >= (cursor or 0):
                 yield number, (book,)
 
-    def strands(self) -> list[Iterator[Document]]:
+    def strands(self) -> list[Generator[Document]]:
         return [self.documents()]
 
     def fraction(self) -> float | None:
