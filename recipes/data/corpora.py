@@ -16,6 +16,8 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from recipes.data.troubles import dataset_error
+from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.text import DocumentReader, is_text_file, text_files
 
@@ -106,25 +108,30 @@ class HubDataset:
         if recorded.get("dataset") == self.name:
             self._revision = recorded.get("revision")
 
-    def documents(self, cursor: Any = None) -> Generator[Document]:
+    def documents(self, cursor: Any = None, report: bool = True) -> Generator[Document]:
         dataset = self._stream()
         cursor = cursor or {"row": 0, "state": None, "state_row": 0}
         state, state_row = cursor["state"], cursor["state_row"]
         if state is not None:
             dataset.load_state_dict(state)
-        row = state_row
-        for text in self._texts(dataset):
-            if row >= cursor["row"] and text.strip():
-                self._rows = row
-                yield {"row": row, "state": state, "state_row": state_row}, (text,)
+        row, without = state_row, 0
+        for text in self._texts(dataset, row):
+            if row >= cursor["row"]:
+                if text is not None and text.strip():
+                    self._rows = row
+                    yield {"row": row, "state": state, "state_row": state_row}, (text,)
+                else:
+                    without += 1
             row += 1
             if row % self.REMEMBER == 0:
                 state, state_row = dataset.state_dict(), row
         if row == 0:
             raise UserError(f"the data set {self.name} has no rows in its split {self.split}")
+        if without and report:
+            say(f"sink-prepare: {without:,} rows of the data set {self.name} have no text; they are left out")
 
     def strands(self) -> list[Generator[Document]]:
-        return [self.documents()]
+        return [self.documents(report=False)]
 
     def fraction(self) -> float | None:
         return min(1.0, self._rows / self._total) if self._total else None
@@ -151,30 +158,33 @@ class HubDataset:
         try:
             yield
         except Exception as error:  # missing, gated, offline, of an unknown split or config: each with its own class
-            raise UserError(
-                f"the data set {self.name} (config {self.config}, split {self.split}) cannot be opened: "
-                f"{_one_line(error)}; check dataset, dataset_config and dataset_split, and the network"
-            ) from None
+            what = f"the data set {self.name} (config {self.config}, split {self.split}) cannot be opened"
+            raise dataset_error(what, error, "check dataset, dataset_config and dataset_split") from None
 
-    def _texts(self, dataset: Any) -> Iterator[str]:
+    def _texts(self, dataset: Any, row: int) -> Iterator[str | None]:
+        """The text of each row, the first of which is number `row`; None for a null."""
         rows = iter(dataset)
         while True:
             try:
-                row = next(rows)
+                content = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # the network, mostly; what is done is kept
-                raise UserError(
-                    f"the data set {self.name} cannot be read on: {_one_line(error)}; "
-                    "run the same command again to go on where it stopped"
-                ) from error
-            text = row.get(self.text_key)
-            if not isinstance(text, str):
+            except Exception as error:  # the network, a damaged file, files that do not go together
+                what = f"the data set {self.name} cannot be read beyond its first {row:,} rows"
+                raise dataset_error(what, error, "mend that row") from error
+            if self.text_key not in content:
                 raise UserError(
                     f"the data set {self.name} has a row without text under '{self.text_key}' "
-                    f"(there is {', '.join(row)}); set text_key"
+                    f"(there is {', '.join(content)}); set text_key"
+                )
+            text = content[self.text_key]
+            if text is not None and not isinstance(text, str):
+                raise UserError(
+                    f"the data set {self.name}: row {row + 1:,} has no text under '{self.text_key}' but "
+                    f"{type(text).__name__} (there is {', '.join(content)}); set text_key, or make it a text"
                 )
             yield text
+            row += 1
 
 
 class KingJames:
@@ -245,7 +255,3 @@ def _expand(name: str) -> list[Path]:
     if not files:
         raise UserError(f"{name} matches no .txt, .jsonl or .parquet file; check the pattern")
     return files
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
