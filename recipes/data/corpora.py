@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib.util
 import itertools
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.corpus import Document, stamp
+from recipes.data.troubles import dataset_error
 from sinkmodel.errors import UserError
+from sinkmodel.text.content import open_uncompressed
 
 
 class HubDataset:
@@ -53,16 +56,21 @@ class HubDataset:
         state, state_row = cursor["state"], cursor["state_row"]
         if state is not None:
             dataset.load_state_dict(state)
-        row = state_row
-        for text in self._texts(dataset):
-            if row >= cursor["row"] and text.strip():
-                self._rows = row
-                yield {"row": row, "state": state, "state_row": state_row}, (text,)
+        self.skipped, row, has_text = 0, state_row, cursor["row"] > 0
+        for text in self._texts(dataset, row):
+            if row >= cursor["row"]:
+                if text is not None and text.strip():
+                    self._rows, has_text = row, True
+                    yield {"row": row, "state": state, "state_row": state_row}, (text,)
+                else:
+                    self.skipped += 1
             row += 1
             if row % self.REMEMBER == 0:
                 state, state_row = dataset.state_dict(), row
         if row == 0:
             raise UserError(f"the data set {self.name} has no rows in its split {self.split}")
+        if not has_text:
+            raise UserError(f"the {row:,} rows of the data set {self.name} have no text under '{self.text_key}'")
 
     def strands(self) -> list[Generator[Document]]:
         return [self.documents()]
@@ -75,6 +83,7 @@ class HubDataset:
         import datasets
 
         if self._builder is None:
+            read_compressed_files_whole()
             with self._explained():
                 self._builder = datasets.load_dataset_builder(self.name, self.config, revision=self._revision)
         return self._builder
@@ -92,30 +101,46 @@ class HubDataset:
         try:
             yield
         except Exception as error:  # missing, gated, offline, of an unknown split or config: each with its own class
-            raise UserError(
-                f"the data set {self.name} (config {self.config}, split {self.split}) cannot be opened: "
-                f"{_one_line(error)}; check dataset, dataset_config and dataset_split, and the network"
-            ) from None
+            what = f"the data set {self.name} (config {self.config}, split {self.split}) cannot be opened"
+            raise dataset_error(what, error, "check dataset, dataset_config and dataset_split") from None
 
-    def _texts(self, dataset: Any) -> Iterator[str]:
+    def _texts(self, dataset: Any, row: int) -> Iterator[str | None]:
+        """The text of each row, the first of which is number `row`; None for a null."""
         rows = iter(dataset)
         while True:
             try:
-                row = next(rows)
+                content = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # the network, mostly; what is done is kept
-                raise UserError(
-                    f"the data set {self.name} cannot be read on: {_one_line(error)}; "
-                    "run the same command again to go on where it stopped"
-                ) from error
-            text = row.get(self.text_key)
-            if not isinstance(text, str):
+            except Exception as error:  # the network, a damaged file, files that do not go together
+                what = f"the data set {self.name} cannot be read beyond its first {row:,} rows"
+                raise dataset_error(what, error, "mend that row") from error
+            if self.text_key not in content:
                 raise UserError(
                     f"the data set {self.name} has a row without text under '{self.text_key}' "
-                    f"(there is {', '.join(row)}); set text_key"
+                    f"(there is {', '.join(content)}); set text_key"
+                )
+            text = content[self.text_key]
+            if text is not None and not isinstance(text, str):
+                raise UserError(
+                    f"the data set {self.name}: row {row + 1:,} has no text under '{self.text_key}' but "
+                    f"{type(text).__name__} (there is {', '.join(content)}); set text_key, or make it a text"
                 )
             yield text
+            row += 1
+
+
+def read_compressed_files_whole() -> None:
+    """Have `datasets` read .xz and .zst as we read them: its own readers end silently at padding or damage."""
+    from fsspec.compression import register_compression
+
+    for name, suffix in (("xz", ".xz"), ("zstd", ".zst")):
+        reader = functools.partial(_opened, suffix)
+        register_compression(name, reader, suffix.removeprefix("."), force=True)
+
+
+def _opened(suffix: str, file: Any, **_: Any) -> Any:
+    return open_uncompressed(file, suffix)
 
 
 class KingJames:
@@ -162,7 +187,3 @@ def _king_james_books() -> list[str]:
 def _clean(book: str) -> str:
     lines = (re.sub(r"\s+", " ", re.sub(r"[\[\]]", "", line)).strip() for line in book.splitlines())
     return "\n".join(line for line in lines if line) + "\n"
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

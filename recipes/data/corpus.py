@@ -23,7 +23,10 @@ class Corpus(Protocol):
     def documents(self, cursor: Any = None) -> Iterator[Document]: ...
 
     def strands(self) -> list[Generator[Document]]:
-        """Parts of the corpus to take a sample from, so that the sample is not all of one file."""
+        """Parts of the corpus to take a sample from, so that the sample is not all of one file.
+
+        Nothing is open before a part is begun. A part that is not read to its end must be closed.
+        """
 
     def fraction(self) -> float | None:
         """Share of the corpus read so far; None where its size is not known."""

@@ -10,19 +10,17 @@ from __future__ import annotations
 import array
 import hashlib
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 from recipes.data.tokenization import text_encoder
+from recipes.data.workers import SPAWN, end_with_parent, interrupts_held_back
 from sinkmodel.errors import UserError
 
 PIECE = 1 << 15  # characters; encoding is fastest on texts of this size, by a third against whole books
@@ -186,13 +184,14 @@ def encode_units(units: Iterator[Unit], definition: str, dtype: str, workers: in
 
     Raises UserError where a worker was killed from outside.
     """
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(definition, dtype)
-    )
+    stop, ours = SPAWN.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, SPAWN, initializer=_start_worker, initargs=(definition, dtype, stop))
     waiting: deque[tuple[Unit, Future[list[bytes]]]] = deque()
     try:
         for unit in units:
-            waiting.append((unit, pool.submit(_encode, [piece.text for piece in unit.pieces])))
+            with interrupts_held_back():  # this may start a worker
+                future = pool.submit(_encode, [piece.text for piece in unit.pieces])
+            waiting.append((unit, future))
             while waiting and (len(waiting) >= IN_FLIGHT * workers or waiting[0][1].done()):
                 done, future = waiting.popleft()
                 yield Encoded(done, future.result())
@@ -204,6 +203,9 @@ def encode_units(units: Iterator[Unit], definition: str, dtype: str, workers: in
             "a worker process was killed, most likely for want of memory; "
             "run the same command again with fewer --workers to go on"
         ) from None
+    except BaseException:
+        ours.close()  # the workers end at once: a text without a space takes them many seconds
+        raise
     finally:
         waiting.clear()
         pool.shutdown(wait=True, cancel_futures=True)
@@ -213,20 +215,11 @@ _encoder: Any = None
 _code = "H"
 
 
-def _start_worker(definition: str, dtype: str) -> None:
+def _start_worker(definition: str, dtype: str, stop: Connection) -> None:
     global _encoder, _code
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(stop)
     _encoder, _code = text_encoder(definition), ARRAY_CODES[dtype]
-
-
-def _end_with_parent() -> None:
-    """A parent killed with SIGKILL cannot stop its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _encode(texts: list[str]) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -17,7 +18,8 @@ from recipes.data.local_files import LocalFiles
 from recipes.data.pipeline import PIECE, PREFIX, Place, beginning, cut, encode_units, make_units, split_of
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_split
-from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary, train_vocabulary
+from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary
+from recipes.data.workers import train_apart
 from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_settings, state_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -74,9 +76,10 @@ def _adopt(sources: list[Source], state: dict[str, Any]) -> dict[str, Any]:
     for source, earlier in zip(sources, recorded):
         if isinstance(source.corpus, HubDataset):
             source.corpus.go_on_with(earlier)
-    before = state.get("file_start")
-    keeps_some = before is not None and Place(*before["place"]) != Place()
-    for candidate in (state, {**state, **before, "file_start": None}) if keeps_some else (state,):
+    candidates, before = [state], state.get("file_start")
+    if before is not None and Place(*before["place"]) != Place():
+        candidates.append({**state, **before, "file_start": None})
+    for candidate in candidates:
         begun = [source.get("files", []) for source in _begun(state["settings"], candidate)["sources"]]
         corpora = [(source.corpus, files) for source, files in zip(sources, begun)]
         if all(corpus.put_first(files) for corpus, files in corpora if isinstance(corpus, LocalFiles)):
@@ -116,7 +119,7 @@ def _prepare(
     elif progress is not None and holds_tokenizer(folder, progress["tokenizer"]):
         vocabulary = _kept_vocabulary(folder, progress["tokenizer"])
     else:
-        vocabulary, progress = _train(sources, config.vocabulary_size or 0), None
+        vocabulary, progress = _train(sources[0], config.vocabulary_size or 0), None
     ready = _scan_index(config, vocabulary, workers)
     dtype = dtype_for(vocabulary.size)
     writer = FolderWriter(folder, settings, vocabulary, dtype, config.shard_tokens, progress, ready)
@@ -202,28 +205,34 @@ def _settings(config: PrepareConfig, sources: list[Source], given: Vocabulary | 
     }
 
 
-def _train(sources: list[Source], size: int) -> Vocabulary:
-    """Train on the first text of every strand that is not held out."""
+def _train(source: Source, size: int) -> Vocabulary:
     say(f"sink-prepare: training a byte-level BPE of {size:,} ids on the first {SAMPLE:,} characters at most")
-    source = sources[0]
+    return train_apart(_sample(source), size)
 
-    def texts() -> Iterator[str]:
-        strands = source.corpus.strands()
-        for strand in strands:
-            left = SAMPLE // len(strands)
+
+def _sample(source: Source) -> Iterator[str]:
+    """The first text of every strand that is not held out; of many strands those that are equal steps apart.
+
+    A strand is closed before the next is opened: there may be more files than a process may have open.
+    """
+    strands = source.corpus.strands()
+    strands = strands[:: -(-len(strands) * PREFIX // SAMPLE)]  # each gives PREFIX characters at least
+    share = SAMPLE // len(strands)
+    whole = PIECE if share >= PIECE else 0  # longer pieces, of text without a space, are cut to the share
+    for strand in strands:
+        left = share
+        with contextlib.closing(strand):
             for _, chunks in strand:
                 head, chunks = beginning(chunks)
                 if source.choose(head) != "train":
                     continue
                 for piece in cut(chunks):
-                    yield piece
+                    yield piece[: max(left, whole)]
                     left -= len(piece)
                     if left <= 0:
                         break
                 if left <= 0:
                     break
-
-    return train_vocabulary(texts(), size)
 
 
 def _kept_vocabulary(folder: Path, tokenizer: dict[str, Any]) -> Vocabulary:

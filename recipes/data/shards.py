@@ -85,7 +85,12 @@ class TokenSplit:
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.shards[shard].file, dtype=_little_endian(self.dtype), mode="r")
+            import torch
+
+            # Not np.memmap: each of its maps keeps a file open, and there may be more shards than a process may open.
+            dtype, shard_file = _little_endian(self.dtype), self.shards[shard].file
+            size = self.shards[shard].tokens * dtype.itemsize
+            self._maps[shard] = torch.from_file(str(shard_file), size=size, dtype=torch.uint8).numpy().view(dtype)
         return self._maps[shard]
 
 

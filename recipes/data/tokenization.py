@@ -21,6 +21,7 @@ PROBE = (
     "In the beginning of the book, as it was said to be one of the best, there is a lot of it for the most part; "
     "and on the other hand it's 12,345 (or so) of\n\nthe same ... 天地 and É… is the <s> of a new day. I don't know"
 )
+LONGEST_WORD = 1 << 12  # bytes; each merge of the BPE training moves the rest of its word
 SMALLEST_VOCABULARY = 256 + 2  # every byte and the two special tokens
 
 
@@ -60,12 +61,15 @@ def load_vocabulary(name: str) -> Vocabulary:
 def train_vocabulary(texts: Iterable[str], size: int) -> Vocabulary:
     """A byte-level BPE of `size` ids, made like Pythia's: end of text is id 0, padding id 1, NFC, no added space.
 
-    The same texts in the same order give the same tokenizer. Fewer ids come out where there is too little text.
+    The same texts in the same order give the same tokenizer. Fewer ids come out where there is too little text. A word
+    longer than LONGEST_WORD (DNA, blanks) is learned from in parts, since the time to learn from it grows with the
+    square of its length; it is encoded whole.
     """
     assert size >= SMALLEST_VOCABULARY
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(LONGEST_WORD)])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -75,6 +79,7 @@ def train_vocabulary(texts: Iterable[str], size: int) -> Vocabulary:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = words
     return _vocabulary(tokenizer, "the trained tokenizer", {})
 
 

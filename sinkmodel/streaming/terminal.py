@@ -81,11 +81,11 @@ class TextPipe:
         read, begun, held = 0, False, ""
         while self.error is None:
             block = self._read()
-            pending, piece, why = len(decoder.getstate()[0]), "", ""
+            pending, piece = len(decoder.getstate()[0]), ""
+            why = not_text(block, read)
+            place = read - pending
             try:
-                if why := not_text(block, read):
-                    place = read - pending
-                else:
+                if why is None:
                     piece = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 piece = error.object[: error.start].decode()

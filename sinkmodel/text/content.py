@@ -7,8 +7,8 @@ and whatever follows them that is not another one is an error, never the end.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import gzip
+import io
 import lzma
 import shlex
 import zlib
@@ -63,10 +63,10 @@ class Content:
         Raises UserError if the compression is damaged or cut short, and for UTF-16 and UTF-32.
         """
         place = 0
-        with self.path.open("rb") as raw, contextlib.ExitStack() as opened:
+        with self.path.open("rb") as raw:
             self._raw = raw
             try:
-                for block in _with_whole_mark(self._uncompressed(raw, opened)):
+                for block in _with_whole_mark(_uncompressed(raw, self.compression)):
                     if why := not_text(block, place, self.path):
                         raise UserError(f"{self.path} is not UTF-8 at byte {place}: {why}")
                     if place == 0 and block.startswith(codecs.BOM_UTF8):
@@ -92,14 +92,42 @@ class Content:
         """The error for bytes that do not decode: `sample` is the block or line with them, at byte `place`."""
         return UserError(f"{self.path} is not UTF-8 {where} ({reason}): {remedy(sample, place, self.path)}")
 
-    def _uncompressed(self, raw: BinaryIO, opened: contextlib.ExitStack) -> Iterator[bytes]:
-        if self.compression == ".gz":
-            return _read_blocks(opened.enter_context(gzip.GzipFile(fileobj=raw)))
-        if self.compression == ".xz":
-            return _read_xz(raw)
-        if self.compression == ".zst":
-            return _read_zstd(raw)
-        return _read_blocks(raw)
+
+def open_uncompressed(raw: BinaryIO, compression: str) -> BinaryIO:
+    """A compressed file that is open, as a file of what it holds; read to its last byte, like `Content`."""
+    return io.BufferedReader(_Uncompressed(raw, _uncompressed(raw, compression)), BLOCK)
+
+
+class _Uncompressed(io.RawIOBase):
+    def __init__(self, raw: BinaryIO, blocks: Iterator[bytes]):
+        self.raw, self.blocks, self.rest = raw, blocks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            while not self.rest and (block := next(self.blocks, None)) is not None:
+                self.rest = block
+        except (EOFError, lzma.LZMAError) as error:
+            raise EOFError(f"cut short or damaged: {error}") from None
+        taken = min(len(buffer), len(self.rest))
+        buffer[:taken], self.rest = self.rest[:taken], self.rest[taken:]
+        return taken
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def _uncompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
+    if compression == ".gz":
+        return _read_blocks(gzip.GzipFile(fileobj=raw))
+    if compression == ".xz":
+        return _read_xz(raw)
+    if compression == ".zst":
+        return _read_zstd(raw)
+    return _read_blocks(raw)
 
 
 def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pickle
 import shutil
 
@@ -76,6 +77,14 @@ def test_a_split_travels_to_a_worker_without_its_data(folder):
     packed = pickle.dumps(split)
     assert len(packed) < 2000  # not the 5,000 bytes of the shards
     assert pickle.loads(packed).read(990, 20).tolist() == list(range(990, 1010))
+
+
+def test_shards_that_were_read_keep_no_file_open(folder):
+    """Risk: training on more shards than a process may have files open ends in EMFILE, hours in."""
+    split = open_split(folder, "train")
+    before = len(os.listdir("/proc/self/fd"))
+    assert split.read(0, TOKENS).tolist() == list(range(TOKENS))
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def alter(file):

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
-from recipes.data.tokenization import load_vocabulary, text_encoder, train_vocabulary
+from recipes.data.tokenization import LONGEST_WORD, load_vocabulary, text_encoder, train_vocabulary
 from sinkmodel.errors import UserError
 from tests.recipes.corpus import make_text, write_tokenizer
 
@@ -21,6 +21,28 @@ def test_the_trained_tokenizer_has_pythias_special_ids_and_loses_no_character():
     assert encoder.decode(ids) == text
     assert len(ids) < len(text.encode()) / 1.5
     assert train_vocabulary([make_text(50_000)], 400).definition == vocabulary.definition
+
+
+def test_a_long_word_is_learned_from_in_parts_and_encoded_whole():
+    """Risk: 3 million letters of DNA, or blanks, train for ever: the time grows with the square of the longest word."""
+    for text in ("a" * 50_000, "b" + " " * 50_000 + "b", "\u5929" * 20_000):
+        vocabulary = train_vocabulary([text], 300)
+        longest = max(map(len, Tokenizer.from_str(vocabulary.definition).get_vocab()))
+        assert LONGEST_WORD // 4 < longest <= LONGEST_WORD
+        assert "FixedLength" not in vocabulary.definition
+
+
+def test_ordinary_text_trains_the_tokenizer_that_it_always_did(monkeypatch):
+    """Risk: learning from long words in parts moves a token of text that has none."""
+    texts = [
+        make_text(60_000),
+        "\n" + "-" * LONGEST_WORD + "\n",
+        "\u5929\u5730" * (LONGEST_WORD // 6),
+        " " * 4000 + "x",
+    ]
+    ours = train_vocabulary(texts, 500)
+    monkeypatch.setattr(pre_tokenizers, "Sequence", lambda parts: parts[0])
+    assert train_vocabulary(texts, 500) == ours
 
 
 @pytest.mark.parametrize("special", [True, False])

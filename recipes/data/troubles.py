@@ -1,0 +1,115 @@
+"""What goes wrong with a data set that `datasets` reads, in one line each: what, in which file, and what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import textwrap
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from sinkmodel.errors import UserError
+
+NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
+
+
+def dataset_error(what: str, error: Exception, check: str) -> UserError:
+    """The error to raise when `datasets` cannot do `what`, which begins the line.
+
+    Args:
+        check: the remedy when the error is neither the network's nor that of a file.
+    """
+    if unwritable := _unwritable_cache(error):
+        folder, variable = unwritable
+        reason = os.strerror(error.errno or 0).lower()  # type: ignore[attr-defined]
+        return UserError(
+            f"{what}: its cache {folder} cannot be written ({reason}); set {variable} to a folder that can be written"
+        )
+    if may_pass(error):
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            return UserError(f"{what}: {_short(error)}; HF_HUB_OFFLINE is set: unset it, or give a local folder")
+        return UserError(
+            f"{what}: {_short(error)}; check the network, and run the same command again to go on where it stopped"
+        )
+    file, column = _place(error)
+    where = f"{file}: " if file else ""
+    names = getattr(error, "table_column_names", None), getattr(error, "requested_column_names", None)
+    if names[0] is not None and names[1] is not None:  # datasets.table.CastError
+        return UserError(
+            f"{what}: {where}it has the columns {', '.join(names[0])}, and the files before it {', '.join(names[1])}; "
+            "give all files the same columns, or give the files as --input, which reads the text's column alone"
+        )
+    if column is not None:
+        return UserError(
+            f"{what}: {where}the column '{column}' has another type than in the files before it ({_short(error)}); "
+            "give it one type in all files, or give the files as --input, which reads the text's column alone"
+        )
+    if file is not None:
+        return UserError(f"{what}: {where}damaged or not in its form ({_short(error)}); mend it or download it again")
+    if isinstance(error, StopIteration):  # out of datasets, for files without a row
+        return UserError(f"{what}: its files hold no rows; give others")
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{what}: what comes then is not UTF-8 ({_short(error)}); convert its file first")
+    return UserError(f"{what}: {_short(error)}; {check}")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later: the network, a time-out, a server that fails or has had too many."""
+    for each in _chain(error):
+        status = getattr(getattr(each, "response", None), "status_code", getattr(each, "status", None))
+        if isinstance(status, int):
+            return status == 429 or status >= 500
+        if isinstance(each, ConnectionError | TimeoutError | asyncio.TimeoutError):
+            return True
+        if type(each).__module__.partition(".")[0] in NETWORK and not isinstance(each, ValueError):
+            return True
+    return False
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _place(error: BaseException) -> tuple[str | None, str | None]:
+    """The file, and the column if one is being cast, at which `datasets` was: only its own frames know them."""
+    file = column = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if "/datasets/packaged_modules/" in frame.f_code.co_filename and isinstance(frame.f_locals.get("file"), str):
+            file = frame.f_locals["file"]
+        if frame.f_code.co_filename.endswith("/datasets/table.py") and isinstance(frame.f_locals.get("name"), str):
+            column = frame.f_locals["name"]
+    if file is not None and "::" in file:  # gzip://train.jsonl::/data/train.jsonl.gz, zip://a.jsonl::/data/train.zip
+        inner, _, outer = file.partition("::")
+        file = f"{outer} ({inner.partition('://')[2]})" if inner.startswith("zip") else outer
+    return file, column
+
+
+def _unwritable_cache(error: BaseException) -> tuple[Path, str] | None:
+    """The cache of Hugging Face's libraries that cannot be written, and the variable that moves it."""
+    import datasets
+    from huggingface_hub import constants
+
+    if not isinstance(error, OSError) or error.errno not in UNWRITABLE or not error.filename:
+        return None
+    place = Path(os.fsdecode(error.filename)).absolute()
+    for variable, folder in (
+        ("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE),
+        ("HF_MODULES_CACHE", datasets.config.HF_MODULES_CACHE),
+        ("HF_HUB_CACHE", constants.HF_HUB_CACHE),
+    ):
+        cache = Path(folder).absolute()
+        if place == cache or place in cache.parents or cache in place.parents:
+            return cache, variable if variable in os.environ else "HF_HOME"
+    return None
+
+
+def _short(error: BaseException) -> str:
+    words = " ".join(str(error).split()) or type(error).__name__
+    return textwrap.shorten(words, 300, placeholder=" …").rstrip(".;: ")
