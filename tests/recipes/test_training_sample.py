@@ -5,7 +5,7 @@ import os
 import pytest
 
 from recipes.data import preparation
-from recipes.data.corpora import LocalFiles
+from recipes.data.local_files import LocalFiles
 from recipes.data.preparation import Source
 from tests.recipes.corpus import make_text, make_texts
 
