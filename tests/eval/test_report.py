@@ -175,7 +175,7 @@ def test_a_verdict_says_which_texts_it_is_for(tmp_path):
     assert these.count("The interval speaks of these texts, not of others.") >= 1
     assert these.count("equivalent for these texts") == 2
     assert "these texts" not in others
-    assert "Undecided for other texts: 3 documents: too few to speak of other texts." in undecided
+    assert "of 3 documents. 3 documents: too few to speak of other texts. The interval" in undecided
     assert undecided.count("undecided for other texts") == 2
     assert "holds zero and a difference that would matter" not in undecided
     assert "No amount of text" not in undecided

@@ -116,7 +116,7 @@ def sentence(content: dict[str, Any]) -> str:
     why = verdict.get("why")
     said += f": {MEANING[verdict['answer']]}." if verdict["answer"] in MEANING and not why else "."
     if why:
-        said += f" Undecided for other texts: {why}."
+        said += f" {why}."
     if verdict["resampled"] == "blocks":
         said += " The interval speaks of these texts, not of others."
     if verdict.get("runs", 1) > 1:
