@@ -459,6 +459,11 @@ def test_text_that_was_trained_on_is_named_and_held_out_text_is_not(tmp_path, ca
     (warning,) = found["warnings"]
     assert "are no twins: another seed" in warning
     lacking = "its training data is not where it was, so nobody checked"
+    file = tmp_path / "data" / "manifest.json"
+    known = file.read_text()
+    file.write_text(known.replace(manifest["fingerprint"], "0" * 64))
+    assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "other data where the training data was"
+    file.write_text(known)
     next((tmp_path / "data").glob("train-*.offsets.npy")).write_bytes(b"")
     assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "a half-copied folder is no traceback"
     shutil.rmtree(data)
