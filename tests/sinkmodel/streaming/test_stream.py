@@ -333,10 +333,11 @@ def test_a_stream_that_was_reset_is_a_new_one(rows):
 
     def run(stream) -> tuple:
         told.clear()
+        first = list(stream.text(max_tokens=2, stop=())), stream.state_dict()["stream"]["recent"]
         scores = list(stream.score(of_rows(TEXT[:90], TEXT[100:300])))
         said = list(stream.text(max_tokens=5, stop=()))
         beside = {name: value for name, value in stream.state_dict()["stream"].items() if name != "logits"}
-        return scores, said, list(told), beside, stream.seen, stream.logits.tolist()
+        return first, scores, said, list(told), beside, stream.seen, stream.logits.tolist()
 
     run(used)
     with pytest.raises(KeyboardInterrupt):
@@ -344,6 +345,7 @@ def test_a_stream_that_was_reset_is_a_new_one(rows):
     assert list(used.tokens(max_tokens=3, stop=())), "the last one is given out and not fed"
     assert len(told) > 10
     used.reset()
+    assert used.logits is None
     assert run(used) == run(new)
 
 
