@@ -53,7 +53,8 @@ def ppl(model: str = "runs/token", budget: int = 8) -> dict[str, Any]:
 def difference(first: str, second: str, value: float, answer: str | None = "equivalent") -> dict[str, Any]:
     found = {"first": first, "second": second, "tokens": 12345, "difference": value, "answer": answer, "level": 0.95}
     limits = {"low": None, "high": None} if answer is None else {"low": value - 0.004, "high": value + 0.004}
-    return {**found, **limits, "documents": 3, "resampled": "blocks", "more_tokens": 0}
+    about = {"resampled": "blocks", "speaks_of": None if answer is None else "these texts"}
+    return {**found, **limits, "documents": 3, **about, "more_tokens": 0}
 
 
 def verify(answer: str = "equivalent") -> dict[str, Any]:

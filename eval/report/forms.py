@@ -47,6 +47,8 @@ FORMS: dict[str, dict[str, Any]] = {
             **_each(NUMBER, "more_tokens", "documents", "stderr_runs?", "stderr_texts?"),
             "runs?": COUNT,
             "resampled": ANY,
+            "speaks_of?": ANY,
+            "why?": TEXT,
         },
         "pairs?": [{**_each(TEXT, "sink", "vanilla"), **DIFFERENCE}],
         "comparisons": [{"model": TEXT, "why?": TEXT, **DIFFERENCE}],

@@ -114,9 +114,12 @@ def _verify(content: dict[str, Any], own: Own) -> Iterator[Measured]:
     pairs = content.get("pairs") or [content]  # which results of older versions lack: one pair alone
     if any(own(pair["sink"]) for pair in pairs) and said["difference"] is not None:
         what = f"{said['first']} − {said['second']}, nats per token after overflow"
+        alone = said.get("speaks_of") == "these texts"
+        what += ", on these texts alone" if alone else ""
         what += f", over {len(pairs)} pairs of runs" if len(pairs) > 1 else ""
         limits = {"low": said["low"], "high": said["high"], "level": content["level"]}
         more = {"answer": said["answer"], "margin": content["margin"], "tokens": said["tokens"]}
+        more |= {"speaks_of": said["speaks_of"]} if "speaks_of" in said else {}
         what += f", margin ±{content['margin']:g}: {said['answer']}"
         yield Measured("nll_difference", what, *_text(content), said["difference"], **limits, more=more)
     for row in content["rows"]:

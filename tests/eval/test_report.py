@@ -154,6 +154,33 @@ def test_it_says_what_would_decide_or_that_no_text_would(tmp_path):
     assert "No amount" not in of_results(tmp_path, verify=content)[0].text
 
 
+def test_a_verdict_says_which_texts_it_is_for(tmp_path):
+    """Risk: "equivalent" on a page, of an interval that says nothing of other texts."""
+    pages = {}
+    for place, changes in enumerate(
+        (
+            {},
+            {"speaks_of": "other texts", "resampled": "documents and blocks"},
+            {"answer": "undecided", "more_tokens": None, "why": "3 documents: too few to speak of other texts"},
+        )
+    ):
+        content = results.verify()
+        for row in (content["verdict"], content["comparisons"][0]):
+            row |= changes
+        (tmp_path / str(place)).mkdir()
+        pages[place], _, output = of_results(tmp_path / str(place), verify=content)
+        expected = changes.get("speaks_of", "these texts")
+        assert [row["speaks_of"] for row in rows_of(output / "figures" / "verdict-1.csv")][:2] == [expected] * 2
+    these, others, undecided = (page.text for page in pages.values())
+    assert these.count("The interval speaks of these texts, not of others.") >= 1
+    assert these.count("equivalent for these texts") == 2
+    assert "these texts" not in others
+    assert "of 3 documents. 3 documents: too few to speak of other texts. The interval" in undecided
+    assert undecided.count("undecided for other texts") == 2
+    assert "holds zero and a difference that would matter" not in undecided
+    assert "No amount of text" not in undecided
+
+
 def test_what_was_not_measured_is_said_with_the_command_that_measures_it(tmp_path):
     output = report(tmp_path, "--run", results.write_run(tmp_path))
     page = Page((output / "report.html").read_text(encoding="utf-8"))

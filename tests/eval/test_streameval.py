@@ -131,10 +131,14 @@ def test_distance_and_budget_decide_together(loaded, record):
     assert [rows[d]["tokens_back_most"] for d in rows] == list(most.values())
 
 
+@pytest.mark.parametrize("place", [30, 11, 10, 9, 8])
 @pytest.mark.parametrize("index", range(len(POLICIES)))
-def test_a_line_is_kept_while_a_change_of_any_of_its_tokens_is_felt(index):
-    """Guards `kept` against the real caches, sinks too. One layer: nothing of an evicted key lives on in later ones."""
-    policy, model, place = POLICIES[index], build("llama", num_hidden_layers=1), 30
+def test_a_line_is_kept_while_a_change_of_any_of_its_tokens_is_felt(index, place):
+    """Guards `kept` against the real caches, sinks too. One layer: nothing of an evicted key lives on in later ones.
+
+    In the short streams a line may begin among the sinks and end in the window, with nothing between them evicted yet.
+    """
+    policy, model = POLICIES[index], build("llama", num_hidden_layers=1)
     ids, answer = tokens(place + 1, seed=1), tokens(3, seed=2)
 
     def last_logits(ids):
@@ -150,7 +154,7 @@ def test_a_line_is_kept_while_a_change_of_any_of_its_tokens_is_felt(index):
         for line in range(place + 2 - count):
             end = line + count
             assert kept(Query(ids, [answer], line, end, place), policy) == all(felt[line:end])
-    assert all(felt) == (policy.budget is None)
+    assert place < 30 or all(felt) == (policy.budget is None)
     assert any(felt)
 
 

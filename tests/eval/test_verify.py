@@ -236,12 +236,85 @@ def test_the_exit_code_is_the_answer(runs, texts, tmp_path, capsys):
         (loud["token"], runs["none"], 0.01, 1, "worse"),
         (runs["token"], loud["none"], 0.01, 0, "better"),
     ):
-        given, out, err = verify(capsys, sink, vanilla, texts, "--margin", margin, "--json", tmp_path / "o.json")
+        arguments = ["--these-texts", "--margin", margin, "--json", tmp_path / "o.json"]
+        given, out, err = verify(capsys, sink, vanilla, texts, *arguments)
         verdict = json.loads((tmp_path / "o.json").read_text())["verdict"]
         assert (given, verdict["answer"]) == (code, answer), (verdict, err)
         assert re.search(rf"^{answer}: sink 1\+19 − vanilla 4\+16 = ", out, re.MULTILINE)
-        assert "2 documents: too few" in out
+        assert f"{answer} for these texts" in out
+        assert "speaks of these texts, not of others" in out
         assert ("more tokens would decide" in out) == (verdict["more_tokens"] > 0) == (answer == "undecided")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "why"),
+    [
+        ([300], "1 document: too few"),
+        ([150] * 4, "4 documents: too few"),
+        ([400, 200, 100, 50, 25, 22], "6 documents: too unlike in length"),
+        ([150] * 4 + [10], "4 documents: too few"),  # the fifth does not overflow
+    ],
+)
+def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, capsys, lengths, why):
+    """Risk: "equivalent" and exit code 0 from an interval that covers other texts in 8 to 29 % of cases."""
+    text = tmp_path / "texts.jsonl"
+    loaded = load_model(str(runs["none"]))
+    for place, length in enumerate(lengths):
+        ids = encode(loaded, tiny.words(length, seed=place), length)
+        with text.open("a") as file:
+            file.write(json.dumps({"text": loaded.tokenizer.decode(ids)}) + "\n")
+    found = {}
+    for flag in ([], ["--these-texts"]):
+        arguments = [*flag, "--margin", 50, "--json", tmp_path / "o.json"]
+        code, out, err = verify(capsys, runs["token"], runs["none"], text, *arguments)
+        content = json.loads((tmp_path / "o.json").read_text())
+        rows = [content["verdict"], *content["pairs"], *content["comparisons"]]
+        rows = [row for row in rows if row["low"] is not None]
+        assert content["these_texts"] == bool(flag)
+        assert len(rows) > 5, "every comparison, not the verdict alone"
+        assert {row["speaks_of"] for row in rows} == {"these texts"}
+        assert {row["answer"] for row in rows} == {"equivalent" if flag else "undecided"}
+        assert code == (0 if flag else 1)
+        assert (f"{why} to speak of other texts; give more" in out) == (not flag)
+        assert err.count(f"warning: {why}") == (not flag), "before anything is scored"
+        assert "more tokens would decide" not in out
+        assert "no amount of text" not in out
+        assert "speaks of these texts, not of others" in out
+        found[bool(flag)] = content["verdict"]["low"], content["verdict"]["high"]
+    assert found[True] == found[False], "the numbers are the same, what they are good for is not"
+
+
+def test_pairs_of_runs_on_one_text_decide_nothing_about_others(runs, texts, tmp_path, capsys):
+    """Risk: several seeds hide that the texts are two."""
+    other = {kind: altered(runs[kind], tmp_path / kind, lambda head: 1.01 * head) for kind in ("token", "none")}
+    models = ["--sink", runs["token"], other["token"], "--vanilla", runs["none"], other["none"]]
+    base = ["verify", *models, "--text", texts, "--budget", BUDGET, "--margin", 50]
+    assert main(list(map(str, base))) == 1
+    out, _ = capsys.readouterr()
+    assert "2 documents: too few to speak of other texts" in out
+    assert "no amount of text" not in out
+    assert main(list(map(str, [*base, "--these-texts"]))) == 0
+
+
+def test_these_texts_asks_about_no_others_however_many_there_are(runs, tmp_path, capsys):
+    """Guards the meaning of the flag: what documents share by chance is no error of theirs, and 'documents' vanish."""
+    text = tmp_path / "many.jsonl"
+    text.write_text("".join(json.dumps({"text": tiny.words(40, seed=i)}) + "\n" for i in range(8)))
+    others, these = (
+        result(capsys, tmp_path, runs["token"], runs["none"], text, *flag)["verdict"]
+        for flag in ([], ["--these-texts"])
+    )
+    assert (others["speaks_of"], others["resampled"]) == ("other texts", "documents and blocks")
+    assert (these["speaks_of"], these["resampled"]) == ("these texts", "blocks")
+    assert others["difference"] == these["difference"]
+    assert "why" not in others
+    assert "why" not in these
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join(json.dumps({"text": tiny.words(8, seed=i)}) + "\n" for i in range(8)))
+    assert verify(capsys, runs["token"], runs["none"], short)[0] == 1, "documents alone give an interval for others"
+    code, out, err = verify(capsys, runs["token"], runs["none"], short, "--these-texts")
+    assert (code, out) == (2, "")
+    assert re.search("too short for an interval: .* in 8 documents; give one of 121 tokens or more, or lower", err), err
 
 
 def test_many_documents_are_resampled_and_a_narrower_level_narrows_the_interval(runs, tmp_path, capsys):
@@ -347,7 +420,7 @@ def test_pairs_that_answer_no_one_question_are_one_line(
 
 def test_texts_is_another_name_of_text(runs, texts, capsys):
     arguments = ["--sink", runs["token"], "--vanilla", runs["none"], "--texts", texts, "--budget", BUDGET]
-    assert main(["verify", *map(str, arguments), "--margin", "50"]) == 0
+    assert main(["verify", *map(str, arguments), "--these-texts", "--margin", "50"]) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- training text
@@ -386,6 +459,11 @@ def test_text_that_was_trained_on_is_named_and_held_out_text_is_not(tmp_path, ca
     (warning,) = found["warnings"]
     assert "are no twins: another seed" in warning
     lacking = "its training data is not where it was, so nobody checked"
+    file = tmp_path / "data" / "manifest.json"
+    known = file.read_text()
+    file.write_text(known.replace(manifest["fingerprint"], "0" * 64))
+    assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "other data where the training data was"
+    file.write_text(known)
     next((tmp_path / "data").glob("train-*.offsets.npy")).write_bytes(b"")
     assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "a half-copied folder is no traceback"
     shutil.rmtree(data)

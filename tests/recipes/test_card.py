@@ -106,8 +106,10 @@ def test_the_hub_reads_metadata_and_results(model, run, tmp_path):
     piqa = found["acc, zero-shot", "piqa"]
     assert (piqa.metric_type, piqa.metric_value) == ("accuracy", 0.45)
     assert piqa.metric_args["low"] == pytest.approx(0.45 - 1.96 * 0.02)
-    verdict = found["sink 1+7 − vanilla 4+4, nats per token after overflow, margin ±0.01: equivalent", "books.jsonl"]
+    what = "sink 1+7 − vanilla 4+4, nats per token after overflow, on these texts alone, margin ±0.01: equivalent"
+    verdict = found[what, "books.jsonl"]
     assert (verdict.metric_value, verdict.metric_args["low"]) == (-0.0012, -0.0052)
+    assert verdict.metric_args["speaks_of"] == "these texts"
     assert verdict.dataset_revision == "ab" * 8
     sink = found["perplexity, sink 4+4, tokens that overflow 8", "books.jsonl"]
     assert sink.metric_value == pytest.approx(math.exp(3.5), rel=1e-5)
@@ -137,6 +139,18 @@ def test_a_verdict_over_several_pairs_of_runs_is_said_to_be_one(run, tmp_path):
     difference, own = read_results([tmp_path / "verify.json"], lambda name: name == str(run))
     assert "over 2 pairs of runs" in difference.what
     assert own.value == pytest.approx(math.exp(3.1))
+
+
+@pytest.mark.parametrize("speaks_of", ["other texts", None])
+def test_a_verdict_for_other_texts_is_not_said_to_be_of_these(run, tmp_path, speaks_of):
+    """Guards what a card claims; results of older versions do not say, and are taken as they are."""
+    content = results.verify() | {"sink": str(run), "rows": []}
+    del content["verdict"]["speaks_of"]
+    content["verdict"] |= {"speaks_of": speaks_of} if speaks_of else {}
+    (tmp_path / "verify.json").write_text(json.dumps(content))
+    (difference,) = read_results([tmp_path / "verify.json"], lambda name: name == str(run))
+    assert "these texts" not in difference.what
+    assert difference.more.get("speaks_of") == speaks_of
 
 
 def test_results_of_other_models_are_left_out_and_said(model, run, tmp_path, capsys):

@@ -17,7 +17,14 @@ from tests.recipes.runs import train
 def measured(tmp_path):
     """A result with a verdict, maps and a report, as sink-eval writes them."""
     rows = [{"model": "runs/sink", "sinks": 1, "nll_after_overflow": 3.25, "by_position": [[0, 1, 3.5]]}]
-    verdict = {"answer": "equivalent", "difference": -0.001, "low": -0.004, "high": 0.002, "resampled": {}}
+    verdict = {
+        "answer": "equivalent",
+        "speaks_of": "these texts",
+        "difference": -0.001,
+        "low": -0.004,
+        "high": 0.002,
+        "resampled": {},
+    }
     (tmp_path / "verify.json").write_text(json.dumps({"command": "verify", "rows": rows, "verdict": verdict}))
     for name in ("maps", "report"):
         (tmp_path / name).mkdir()
@@ -46,13 +53,16 @@ def test_what_was_measured_goes_to_the_runs_own_page_and_its_lacking_curves_with
         for record in records_of(run, "summary")
         for item in record.update
     }
-    assert json.loads(told["verdict"]) == {"answer": "equivalent", "difference": -0.001, "low": -0.004, "high": 0.002}
+    verdict = {"answer": "equivalent", "speaks_of": "these texts", "difference": -0.001, "low": -0.004, "high": 0.002}
+    assert json.loads(told["verdict"]) == verdict
     assert points(run) == expected_points(run)
     board = EventAccumulator(str(run / "tensorboard" / "measured")).Reload()
     assert board.Images("maps/maps")[0].width == 8
     (text,) = board.Tensors("verify/verify/text_summary")
     table = text.tensor_proto.string_val[0].decode()
-    assert table.splitlines()[0] == "answer equivalent, difference -0.001, low -0.004, high 0.002"
+    assert (
+        table.splitlines()[0] == "answer equivalent, speaks_of these texts, difference -0.001, low -0.004, high 0.002"
+    )
     assert table.splitlines()[-1] == "| runs/sink | 1 | 3.25 |"
     assert "wandb has" in capsys.readouterr().err
 

@@ -50,6 +50,26 @@ def test_rows_tile_the_text(tmp_path):
     assert layout.read(0)[-1] == layout.read(1)[0], "the last target is the next row's first token"
 
 
+@pytest.mark.parametrize(("rows", "ranks"), [(8, 1), (7, 1), (3, 1), (7, 2), (9, 2), (1, 3), (12, 3), (10_000, 2)])
+def test_every_validation_row_counts_once_and_all_ranks_get_as_many_batches(tmp_path, rows, ranks):
+    """Guards the mean over ranks where rows run out: a partial micro-batch, and one that is there for the others."""
+    split = open_split(tiny.prepared(tmp_path / "data"), "validation")
+    held_out = RowLayout(split, 64)
+    module = TextDataModule(split, split, [310], 64, BatchPlan(4 * ranks, 4, ranks), 6, 1, True, rows, 0)
+    own = [module.validation_batches(rank) for rank in range(ranks)]
+    assert module.validation_rows == sum(sum(counts) for _, counts in own) == min(rows, held_out.rows)
+    assert len({len(counts) for _, counts in own}) == 1
+    read = []
+    for loader, counts in own:
+        batches = [inputs for inputs, _ in loader]
+        assert len(batches) == len(counts)
+        assert all(0 < len(inputs) <= 4 for inputs in batches), "no rank skips a forward"
+        assert all(count in (0, len(inputs)) for inputs, count in zip(batches, counts))
+        read += [inputs for inputs, count in zip(batches, counts) if count]
+    found = sorted(row[1:].tolist() for row in torch.cat(read))
+    assert found == sorted(held_out.read(row)[:63].tolist() for row in range(module.validation_rows))
+
+
 def samples_of_run(plan: BatchPlan, steps: int) -> list[list[int]]:
     """Sample numbers of each step, gathered over the ranks."""
     ranks = [list(MicroBatches(plan, steps, rank)) for rank in range(plan.ranks)]

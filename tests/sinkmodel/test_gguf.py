@@ -14,6 +14,7 @@ import xllamacpp
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sinkmodel.checkpoint import write_manifest
 from sinkmodel.errors import UserError
 from sinkmodel.export import main
 from sinkmodel.export.gguf_file import check_tokenizer, pairs_together, thirds
@@ -168,6 +169,16 @@ def test_bad_output_names_are_one_line(tmp_path, capsys):
         refused(["--checkpoint", tmp_path / "run", "--output", output, "--format", form], message, capsys)
     assert taken.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "taken.gguf"]
+
+
+@pytest.mark.parametrize(("name", "form"), [("model", "transformers"), ("m.gguf", "gguf")])
+def test_a_checkpoint_that_is_not_what_was_written_is_not_exported(tmp_path, capsys, name, form):
+    """Risk: weights with a flipped bit load as any others do, and are published."""
+    file = tiny.checkpoint(tmp_path / "run")
+    write_manifest(file.parent, file.name, "0" * 64)
+    argv = ["--checkpoint", tmp_path / "run", "--output", tmp_path / name, "--format", form]
+    refused(argv, "step7.ckpt is not what was written", capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def refused(argv, message: str, capsys) -> None:

@@ -1,9 +1,9 @@
 """`sink-eval grid`: models × S+W × budgets, with seeds as an axis: StreamingLLM's Tables 2, 3 and 6 in one run.
 
 A model is a group of twin runs, trained alike but for their seeds; a number is the mean over the runs, its interval
-Student's t over them. All numbers of a grid are means over the same targets, those that have overflowed at its largest
-budget, so that rows may be compared along every axis. The paper's number stands beside a cell
-whose model and S+W are the paper's (`paper`).
+Student's t over them: for other runs on these texts, not for other texts. All numbers of a grid are means over the same
+targets, those that have overflowed at its largest budget, so that rows may be compared along every axis. The paper's
+number stands beside a cell whose model and S+W are the paper's (`paper`).
 """
 
 from __future__ import annotations
@@ -263,7 +263,9 @@ def over_runs(values: Sequence[float], level: float = LEVEL) -> tuple[float, flo
 
 def print_table(content: dict[str, Any]) -> None:
     """One line a model and budget, a column an S; below it the paper's line for such a model, sink and budget."""
-    caption = f"S+: S first keys and C − S latest; [{100 * content['level']:g} % interval over runs]"
+    caption = (
+        f"S+: S first keys and C − S latest; [{100 * content['level']:g} % interval for other runs on these texts]"
+    )
     if any(row["paper_ppl"] for row in content["rows"]):
         caption += (
             "; paper: StreamingLLM, Tables 2, 3 and 6, another text (PG-19): compare the pattern, not the numbers"

@@ -25,7 +25,7 @@ import torch
 
 from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, mean
-from eval.measures.verdict.equivalence import Interval, Series, decide, interval, more_tokens, over_runs
+from eval.measures.verdict.equivalence import DOCUMENTS, Interval, Series, decide, interval, more_tokens, over_runs
 from eval.policies.choice import BORROWED
 from eval.policies.dense import Dense
 from eval.policies.policy import end_of
@@ -44,13 +44,14 @@ SHARE = 16  # a window that is read anew answers for one in so many of its queri
 
 @dataclass(frozen=True)
 class Question:
-    """What all comparisons of one verdict have in common."""
+    """What all comparisons of one verdict have in common; `these_texts`: it is about no other texts than the given."""
 
     budget: int
     margin: float
     level: float
     seed: int
     chunk: int
+    these_texts: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,9 @@ def paired(
 def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
     """A row: the mean of first − second in nats per token, its interval and answer; None where the texts are too few.
 
+    If the interval speaks of these texts alone and the question does not, the answer is undecided, and `why` has the
+    reason.
+
     Args:
         runs: the same comparison, on the same targets, of each pair of twin runs.
     """
@@ -160,14 +164,28 @@ def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
         "difference": sum(means) / len(means) if means else None,
     }
     over = [np.mean(series, axis=0) for series in zip(*(run.differences for run in runs))]
-    found = interval(over, one.block, question.level, question.seed)
+    found = interval(over, one.block, question.level, question.seed, these_texts=question.these_texts)
     if found is None:
         unknown = [field.name for field in fields(Interval) if field.name not in ("mean", "tokens", "runs")]
+        unknown.append("speaks_of")
         return {**row, "answer": None, **dict.fromkeys(unknown), "runs": len(runs), "more_tokens": None, **one.more}
     found = over_runs(found, means)
     known = {name: value for name, value in vars(found).items() if name not in ("mean", "tokens")}
+    known["speaks_of"] = found.speaks_of
+    if found.speaks_of == "these texts" and not question.these_texts:
+        why = no_sample(found.documents)
+        return {**row, "answer": "undecided", **known, "more_tokens": None, "why": why, **one.more}
     more = more_tokens(found, question.margin)
     return {**row, "answer": decide(found, question.margin), **known, "more_tokens": more, **one.more}
+
+
+def no_sample(documents: int) -> str:
+    """Why so many documents say nothing of other texts, and what to do."""
+    what = "too few" if documents < DOCUMENTS else "too unlike in length"
+    return (
+        f"{documents} document{'s' if documents != 1 else ''}: {what} to speak of other texts; give more of like "
+        "length, or ask about these alone with --these-texts"
+    )
 
 
 def stream_row(

@@ -8,7 +8,8 @@ One interval gives all four answers. It is two-sided at --level, so that "equiva
 half of what is left: 2.5 % at the level of 0.95, stricter than the customary 5 %, which --level 0.9 gives.
 
 Given several pairs of twin runs, trained alike but for their seeds, the interval is for other runs as well as for other
-texts; without it a verdict speaks of two checkpoints alone.
+texts; without it a verdict speaks of two checkpoints alone. If the documents are too few or too unlike in length to
+speak of other texts, the answer is undecided, unless --these-texts asks about no others.
 """
 
 from __future__ import annotations
@@ -88,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=positive, metavar="N", help="text tokens of each document (default: all)")
     parser.add_argument(
+        "--these-texts",
+        action="store_true",
+        help="answer for these texts alone, such as one long book; by default the answer is for other texts like them, "
+        "and undecided if they are too few or too unlike in length",
+    )
+    parser.add_argument(
         "--beside",
         type=positive,
         default=1 << 16,
@@ -117,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     warnings = _warnings(options, said, texts, documents)
     for warning in warnings:
         say(f"warning: {warning}")
-    question = Question(options.budget, options.margin, options.level, options.seed, options.chunk)
+    question = Question(options.budget, options.margin, options.level, options.seed, options.chunk, options.these_texts)
     runs, rows = [], []
     for place, pair in enumerate(names):
         if place > 0:
@@ -139,6 +146,7 @@ def run(options: argparse.Namespace) -> int:
         "level": options.level,
         "seed": options.seed,
         "chunk": options.chunk,
+        "these_texts": options.these_texts,
         "dtype": options.dtype,
         "device": str(sides[0].loaded.model.device),
         "texts": texts,
@@ -202,7 +210,7 @@ def _look(
         for side in sides:
             check_positions(side.loaded, fed(documents), [streaming(side.sinks, options.budget)])
             said[side.loaded.name] = said_by(side.loaded)
-    _check_length(documents, options.budget)
+    _check_length(documents, options.budget, options.these_texts)
     return sides, texts, documents, said
 
 
@@ -245,17 +253,20 @@ def _check_pair(sink: LoadedModel, vanilla: LoadedModel) -> None:
         )
 
 
-def _check_length(documents: Documents, budget: int) -> None:
-    """Whether there is enough text for an interval, known before anything is scored."""
-    from eval.measures.verdict.equivalence import BLOCKS, DOCUMENTS, enough
+def _check_length(documents: Documents, budget: int, these_texts: bool) -> None:
+    """Whether there is enough text for an interval, and for an answer; known before anything is scored."""
+    from eval.measures.verdict.equivalence import BLOCKS, DOCUMENTS, enough, is_sample
+    from eval.measures.verdict.paired import no_sample
 
     lengths = [max(0, len(ids) - 1 - budget) for ids in documents]
-    if not enough(lengths, budget):
+    if not enough(lengths, budget, these_texts):
+        of_like_length = "" if these_texts else f"{DOCUMENTS} documents of like length, "
         raise UserError(
             f"--text is too short for an interval: {sum(lengths)} tokens after overflow in {len(documents)} documents; "
-            f"give {DOCUMENTS} documents of like length, one of {(BLOCKS + 1) * budget + 1} tokens or more, or lower "
-            f"--budget {budget}"
+            f"give {of_like_length}one of {(BLOCKS + 1) * budget + 1} tokens or more, or lower --budget {budget}"
         )
+    if not these_texts and not is_sample(lengths):
+        say(f"warning: {no_sample(sum(length > 0 for length in lengths))}; the answer will be undecided")
 
 
 def _warnings(
@@ -311,7 +322,7 @@ def print_tables(content: dict[str, Any]) -> None:
             f"{row['tokens']:,}",
             number(row["difference"], "+.4f"),
             f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["low"] is not None else "–",
-            row["answer"] or row.get("why", "too little text"),
+            answer_cell(row),
         )
     show(table)
     print(in_words(verdict, content["margin"]))
@@ -323,21 +334,31 @@ def each_pair(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**row, "model": "pair", "first": row["sink"], "second": row["vanilla"]} for row in pairs if len(pairs) > 1]
 
 
+def answer_cell(row: dict[str, Any]) -> str:
+    """The answer of a row as a table has it, with the texts that it is for unless they are others like these."""
+    if not row["answer"]:
+        return row.get("why") or "too little text"
+    if row.get("why"):
+        return f"{row['answer']} for other texts"
+    return f"{row['answer']} for these texts" if row.get("speaks_of") == "these texts" else str(row["answer"])
+
+
 def in_words(verdict: dict[str, Any], margin: float) -> str:
     """The verdict as a sentence or two."""
     said = (
         f"{verdict['answer']}: {verdict['first']} − {verdict['second']} = {verdict['difference']:+.4f} nats per token, "
         f"{100 * verdict['level']:g} % interval [{verdict['low']:+.4f}, {verdict['high']:+.4f}], margin ±{margin:g}"
     )
-    documents = "1 document" if verdict["documents"] == 1 else f"{verdict['documents']} documents"
+    if verdict.get("why"):
+        said += f"\n{verdict['why']}"
     if verdict["resampled"] == "blocks":
-        said += f"\n{documents}: too few, or too unlike in length, to resample; it speaks of these texts, not of others"
+        said += "\nthe interval speaks of these texts, not of others"
     if verdict["more_tokens"]:
         said += f"\nabout {verdict['more_tokens']:,} more tokens would decide, if the difference stayed as it is"
     if verdict["runs"] == 1:
         return f"{said}\nit speaks of these two runs; twins of other seeds may differ by more: give several of each"
     runs, texts = verdict["stderr_runs"], verdict["stderr_texts"]
     said += f"\nof {verdict['runs']} pairs of runs; standard error over runs {runs:.4f}, over texts {texts:.4f}: "
-    if verdict["more_tokens"] is None:
+    if verdict["more_tokens"] is None and not verdict.get("why"):
         return f"{said}no amount of text decides this, more pairs of runs would"
     return f"{said}more {'pairs' if runs > texts else 'texts'} would narrow it most"

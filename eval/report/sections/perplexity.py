@@ -41,8 +41,8 @@ def _grid_table(content: dict[str, Any]) -> Table:
                 rows.append([f"{name}: the paper's", one["sink"], "1", str(budget), *numbers])
     caption = (
         f"Perplexity over tokens that have overflowed the largest budget; {100 * content['level']:g} % interval over "
+        "runs with different seeds, on these texts. S+: S first keys and C − S latest."
     )
-    caption += "runs with different seeds. S+: S first keys and C − S latest."
     if has_paper:
         caption += (
             " The paper's: StreamingLLM (arXiv 2309.17453), Tables 2, 3 and 6, a model of this shape on another text "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from eval.measures.verdict.verify import each_pair
+from eval.measures.verdict.verify import answer_cell, each_pair
 from eval.report.blocks import Chart, Note, Section, Table, between, figure, short_names, stream_name
 from eval.report.charts import SIZE, panel
 from eval.report.inputs import Inputs
@@ -47,8 +47,8 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
         alt = f"Intervals of {len(drawn)} paired differences against the margin. {sentence(content)}"
         size = (SIZE[0], 0.9 + 0.42 * len(drawn))
         paint = functools.partial(paint_intervals, rows=drawn, margin=content["margin"])
-        keys = ["model", "first", "second", "tokens", "difference", "low", "high", "answer"]
-        values = [[row[key] for key in keys] for row in rows]
+        keys = ["model", "first", "second", "tokens", "difference", "low", "high", "answer", "speaks_of"]
+        values = [[row.get(key) for key in keys] for row in rows]  # older results lack the last
         caption = f"{100 * content['level']:g} % intervals of first − second; left of zero the first loses less."
         made.blocks.append(Chart(f"verdict-{number}", [panel(alt, paint, size)], keys, values, caption))
     made.blocks.append(
@@ -62,7 +62,7 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
                     figure(row["tokens"], ",.0f"),
                     figure(row["difference"], "+.4f"),
                     between(row["low"], row["high"], "+.4f"),
-                    str(row["answer"] or row.get("why") or "too little text"),
+                    answer_cell(row),
                 ]
                 for row in rows
             ],
@@ -113,9 +113,12 @@ def sentence(content: dict[str, Any]) -> str:
         f"{between(verdict['low'], verdict['high'], '+.4f')}, margin ±{margin:g}, {figure(verdict['tokens'], ',.0f')} "
         f"tokens of {verdict['documents']} document{'s' if verdict['documents'] != 1 else ''}"
     )
-    said += f": {MEANING[verdict['answer']]}." if verdict["answer"] in MEANING else "."
+    why = verdict.get("why")
+    said += f": {MEANING[verdict['answer']]}." if verdict["answer"] in MEANING and not why else "."
+    if why:
+        said += f" {why}."
     if verdict["resampled"] == "blocks":
-        said += " Too few documents to resample, or too unlike in length: it speaks of these texts, not of others."
+        said += " The interval speaks of these texts, not of others."
     if verdict.get("runs", 1) > 1:
         said += (
             f" Over {verdict['runs']} pairs of runs; standard error over runs {figure(verdict['stderr_runs'], '.4f')}, "
@@ -123,6 +126,6 @@ def sentence(content: dict[str, Any]) -> str:
         )
     if verdict["more_tokens"]:
         said += f" About {verdict['more_tokens']:,.0f} more tokens would decide, if the difference stayed as it is."
-    elif verdict["more_tokens"] is None and verdict["answer"] == "undecided":
+    elif verdict["more_tokens"] is None and verdict["answer"] == "undecided" and not why:
         said += " No amount of text decides this; more pairs of runs would."
     return said

@@ -11,7 +11,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.files import read_json
 
 Cell = float | str | None
-VERDICT = ("answer", "first", "second", "difference", "low", "high", "tokens")
+VERDICT = ("answer", "speaks_of", "why", "first", "second", "difference", "low", "high", "tokens")
 
 
 @dataclass(frozen=True)

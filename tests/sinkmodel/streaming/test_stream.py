@@ -316,6 +316,39 @@ def test_evictions_of_rows_are_told_row_by_row_as_they_happen():
     assert [what[0] for what in told] == [0, 1, 0, 1, 0, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("rows", [None, 2])
+def test_a_stream_that_was_reset_is_a_new_one(rows):
+    """Risk: something of the old stream lives on: tokens told as evicted, half a word, the last that was given out."""
+    (model, text), told = sink_model(), []
+    new, used = (
+        Stream(model, text, BUDGET, pinned=[5], batch=rows, on_evict=lambda *what: told.append(what)) for _ in range(2)
+    )
+
+    def of_rows(*texts):
+        return texts[0] if rows is None else list(texts)
+
+    def interrupted():
+        yield from ("a stream ", "that stops wit")
+        raise KeyboardInterrupt
+
+    def run(stream) -> tuple:
+        told.clear()
+        first = list(stream.text(max_tokens=2, stop=())), stream.state_dict()["stream"]["recent"]
+        scores = list(stream.score(of_rows(TEXT[:90], TEXT[100:300])))
+        said = list(stream.text(max_tokens=5, stop=()))
+        beside = {name: value for name, value in stream.state_dict()["stream"].items() if name != "logits"}
+        return first, scores, said, list(told), beside, stream.seen, stream.logits.tolist()
+
+    run(used)
+    with pytest.raises(KeyboardInterrupt):
+        used.feed(of_rows(interrupted(), "b"))
+    assert list(used.tokens(max_tokens=3, stop=())), "the last one is given out and not fed"
+    assert len(told) > 10
+    used.reset()
+    assert used.logits is None
+    assert run(used) == run(new)
+
+
 @pytest.mark.parametrize("as_text", [False, True])
 def test_pinned_tokens_stay_and_are_seen(as_text):
     model, text = sink_model()
