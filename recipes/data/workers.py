@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 from recipes.data.tokenization import Vocabulary, train_vocabulary
@@ -24,6 +25,7 @@ def interrupts_held_back() -> Iterator[None]:
     A terminal sends SIGINT to all processes of a command. The signal mask is inherited, so a worker is protected
     before its first line of Python runs.
     """
+    resource_tracker.ensure_running()  # the first process would start it, which unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

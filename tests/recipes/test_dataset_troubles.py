@@ -53,7 +53,7 @@ DAMAGE = {
     "Parquet of other columns": ("1.parquet", lambda f: parquet({"body": ["x"]}, f), "columns body, and"),
     "another type": ("1.jsonl", lambda f: lines([{"text": "x", "url": {"a": 1}}]), "column 'url' has another type"),
     "cut .gz": ("1.jsonl.gz", lambda f: cut(gzip.compress(lines(LONG))), "ended before"),
-    "cut .zst": ("1.jsonl.zst", lambda f: cut(zstandard.ZstdCompressor().compress(lines(LONG))), "the last frame has no end"),
+    "cut .zst": ("1.jsonl.zst", lambda f: cut(zstandard.compress(lines(LONG))), "the last frame has no end"),
     "cut Parquet": ("1.parquet", lambda f: cut(parquet({"text": TEXTS}, f)), "damaged"),
     "broken JSON": ("1.jsonl", lambda f: b'{"text": "a"}\n{"text": \n', "damaged or not in its form"),
     "a CSV with a bad row": ("1.csv", lambda f: b"text\na\nb,c,d\n", "line 3"),
