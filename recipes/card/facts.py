@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sinkmodel.bounds import real
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, check_record, kind_of, sink_ids_of
@@ -178,6 +179,7 @@ def _points(run: Path, training: dict[str, Any]) -> list[Point]:
     from sinkmodel.checkpoint import read_metrics
 
     _check_run(run, training)
+    real(run, run / "metrics.csv")  # the card shows it
     try:
         lines = [{key: _number(text) for key, text in row.items()} for row in read_metrics(run)]
     except (ValueError, TypeError):

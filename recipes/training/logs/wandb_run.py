@@ -10,6 +10,7 @@ from recipes.training.logs.measured import Measured
 from recipes.training.logs.mirror import Mirror
 from recipes.training.logs.wandb_files import last_step, mend
 from recipes.training.settings import LoggingSettings
+from sinkmodel.bounds import files_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json, write_json
@@ -88,7 +89,8 @@ class WandbRun(Mirror):
         artifact = wandb.Artifact(f"{self._run.id}-{what}", kind)
         for path in paths:  # immutable: not copied first, and a checkpoint is large
             if path.is_dir():
-                artifact.add_dir(str(path), policy="immutable")
+                for name, file in files_of(path).items():  # add_dir would follow every link
+                    artifact.add_file(str(file), name=name, policy="immutable")
             else:
                 artifact.add_file(str(path), policy="immutable")
         logged = self._run.log_artifact(artifact, aliases=aliases)
