@@ -14,6 +14,8 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 2, heard: bool = False):
+        # A process that reads ahead hands an error over as the text of its traceback, whose end is the message.
+        message = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
         super().__init__(" ".join(message.split()))
         self.exit_code, self.heard = exit_code, heard
 

@@ -22,6 +22,7 @@ from recipes.card.metadata import metadata
 from recipes.card.report import TRAINING, Report, read_report
 from recipes.card.results import Measured, read_results
 from recipes.card.rows import citation, model_rows, training_rows
+from sinkmodel.bounds import inside
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json
 from sinkmodel.markdown import escaped
@@ -82,7 +83,7 @@ def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], b
     """
     names, places = {facts.repository}, {folder.resolve()}
     if run is not None and isinstance(facts.training.get("checkpoint"), str):
-        places.add((run / "checkpoints" / facts.training["checkpoint"]).resolve())
+        places.add(inside(run / "checkpoints", facts.training["checkpoint"], folder / PROVENANCE).resolve())
     if facts.complete:
         names |= {facts.output} if facts.output else set()
         places |= {run.resolve()} if run is not None else set()

@@ -152,6 +152,31 @@ def test_pickled_weights_are_not_read(exported):
     assert "complete .safetensors weights" in refusal(exported)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("what", ["weights", "weights by another index", "tokenizer"])
+def test_a_folder_that_names_files_outside_is_refused(exported, what, absolute):
+    """Risk: transformers opens what an index names, wherever it is."""
+    outside = exported.parent / "outside"
+    outside.mkdir()
+    name = f"{outside if absolute else '../outside'}/"
+    if what == "tokenizer":
+        (exported / "tokenizer.json").rename(outside / "tokenizer.1.0.json")
+        path = exported / "tokenizer_config.json"
+        content = json.loads(path.read_text()) | {"fast_tokenizer_files": [f"{name}tokenizer.1.0.json"]}
+    else:
+        (exported / "model.safetensors").rename(outside / "weights.safetensors")
+        weights = load_file(outside / "weights.safetensors")
+        content = {"metadata": {}, "weight_map": dict.fromkeys(weights, f"{name}weights.safetensors")}
+        path = exported / "model.safetensors.index.json"
+        if what == "weights by another index":
+            path = exported / "other.safetensors.index.json"
+            config = json.loads((exported / "config.json").read_text()) | {"transformers_weights": path.name}
+            (exported / "config.json").write_text(json.dumps(config))
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{path.name} names the file .* which is not inside"):
+        load_model(str(exported))
+
+
 def test_a_config_that_wants_code_of_its_own_is_refused(exported):
     config = json.loads((exported / "config.json").read_text())
     config |= {"model_type": "strange", "auto_map": {"AutoConfig": "x.C", "AutoModelForCausalLM": "x.M"}}
