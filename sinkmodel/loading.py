@@ -25,6 +25,7 @@ from sinkmodel.bounds import inside
 from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json
+from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
 
@@ -75,6 +76,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
     elif package := _gguf_in_package(name):
         model, tokenizer = _from_gguf(package)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir():
+        hub_token()  # one that can be sent, or none
         model, tokenizer = _from_transformers(name, use_safetensors=True)
     else:
         raise UserError(

@@ -26,6 +26,7 @@ from sinkmodel.bounds import inside
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json
 from sinkmodel.markdown import escaped
+from sinkmodel.secrets import all_redacted
 
 README = "README.md"
 
@@ -92,7 +93,7 @@ def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], b
         if name in names or Path(name).resolve() in places:
             return True
         copy = Path(name) / PROVENANCE
-        return copy.is_file() and read_json(copy) == facts.training
+        return copy.is_file() and all_redacted(read_json(copy)) == facts.training
 
     return own
 

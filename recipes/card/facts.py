@@ -15,6 +15,7 @@ from typing import Any
 from sinkmodel.bounds import real
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json
+from sinkmodel.secrets import all_redacted
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, check_record, kind_of, sink_ids_of
 
 # As sinkmodel.export and sinkmodel.architectures call them, which would bring torch.
@@ -144,7 +145,7 @@ def _object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object; export the model again with sink-export")
-    return content
+    return all_redacted(content)
 
 
 def _count(folder: Path) -> tuple[int, int, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sinkmodel.errors import UserError
+from sinkmodel.secrets import hub_token
 from sinkmodel.text import DocumentReader, is_text_file, text_files
 
 Document = tuple[Any, Iterable[str]]  # (cursor, pieces of its text); the pieces are read before the next is asked for
@@ -128,6 +129,7 @@ class HubDataset:
         import datasets
 
         if self._builder is None:
+            hub_token()  # one that can be sent, or none
             with self._explained():
                 self._builder = datasets.load_dataset_builder(self.name, self.config, revision=self._revision)
         return self._builder

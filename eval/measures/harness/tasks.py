@@ -20,6 +20,7 @@ from eval.measures.harness.files import in_memory, task_config
 from eval.measures.rows import Row, read_rows
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
+from sinkmodel.secrets import hub_token
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def _manager(names: list[str]) -> Any:
 
 def _lm_evals(manager: Any, name: str) -> dict[str, Any]:
     say(f"loading the data of {name}")
+    hub_token()  # one that can be sent, or none
     try:
         with quiet():
             return manager.load([name])["tasks"]

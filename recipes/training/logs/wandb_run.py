@@ -14,6 +14,7 @@ from sinkmodel.bounds import files_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json, write_json
+from sinkmodel.secrets import redacted
 
 IDENTITY = Path("checkpoints") / "wandb.json"
 PATIENCE = 60.0  # seconds that the end of a run waits for an upload; a job that goes back to the queue has few
@@ -147,7 +148,7 @@ def check_wandb() -> str:
         return settings.mode
     try:
         if wandb.login(prompt=False):
-            return settings.base_url
+            return redacted(settings.base_url)
         raise _refusal(f"there is no key for {settings.base_url}")
     except (wandb.errors.Error, OSError) as error:
         raise _refusal(first_line(error)) from None

@@ -218,3 +218,19 @@ def test_nobody_sees_the_token_and_torch_is_not_loaded(hub, model, trouble, debu
     for commit in repository.history():
         assert TOKEN not in commit.title + commit.message
         assert all(TOKEN.encode() not in file.content for file in commit.files.values())
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--dry-run"], 0), ([], 2)])
+def test_credentials_in_the_address_of_the_hub_are_not_shown(hub, model, words, code):
+    """Risk: HF_ENDPOINT=http://user:password@host is printed. This Hub takes tokens alone, and refuses them."""
+    environment = {**os.environ, **hub.environment, "HF_TOKEN": TOKEN, "HF_HOME": "home", "PYTHONPATH": str(ROOT)}
+    environment["HF_ENDPOINT"] = environment["HF_ENDPOINT"].replace("://", "://somebody:opensesame@")
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.publish", "--model", model, "--repo", "org/sink", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert "://***@127.0.0.1" in done.stdout + done.stderr
+    assert "opensesame" not in done.stdout + done.stderr
