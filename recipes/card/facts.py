@@ -126,7 +126,7 @@ def gather(folder: Path, repository: str, run: Path | None) -> Facts:
         parameters=total,
         without_embeddings=body,
         dtype=dtype,
-        gguf=min((path.name for path in folder.glob("*.gguf")), default=None),
+        gguf=min((path.name for path in folder.glob("*.gguf") if path.name.isprintable()), default=None),
         points=_points(run, training) if run is not None else (),
     )
 

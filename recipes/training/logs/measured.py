@@ -10,6 +10,7 @@ from typing import Any
 from sinkmodel.bounds import files_of, real
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json
+from sinkmodel.markdown import escaped
 
 Cell = float | str | None
 VERDICT = ("answer", "first", "second", "difference", "low", "high", "tokens")
@@ -98,4 +99,4 @@ def _plain(values: Any) -> bool:
 
 
 def _cell(value: Cell) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else escaped(value)
