@@ -16,6 +16,7 @@ from sinkmodel.console import command, say
 from sinkmodel.errors import UserError
 from sinkmodel.export.command import DTYPES
 from sinkmodel.parser import OneLineParser, positive
+from sinkmodel.secrets import hub_token
 
 if TYPE_CHECKING:
     from recipes.hub.folder import CardInput
@@ -89,7 +90,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def push(options: argparse.Namespace) -> list[str]:
     """Returns the lines for stdout: the address, or what a dry run has to tell."""
-    from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
     from recipes.hub.folder import CardInput
@@ -107,7 +107,7 @@ def push(options: argparse.Namespace) -> list[str]:
     one = push_model if options.run is None else push_run
     try:
         with told(options.repo):
-            if not options.dry_run and not get_token():
+            if not hub_token() and not options.dry_run:
                 raise UserError(
                     f"no token for the Hub: run `hf auth login`, or export HF_TOKEN; it must be allowed to write to "
                     f"{options.repo.partition('/')[0]}"

@@ -11,6 +11,7 @@ import csv
 import io
 import pickle
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,34 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     return steps[step]
 
 
+def load_tensors(path: Path, mmap: bool = False) -> Any:
+    """Tensors and plain values that torch.save wrote; `mmap` maps the tensors from the file.
+
+    Raises UserError for a file with objects or code, which torch refuses with the advice to load it all the same, and
+    one of NOT_A_CHECKPOINT for what is damaged or something else.
+    """
+    with path.open("rb") as file:
+        start = file.read(4)
+    archive = start == b"PK\3\4"
+    if not archive and not start.startswith(b"\x80"):
+        raise ValueError("torch.save did not write it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they say what the error says
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and archive)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+            raise
+        raise UserError(
+            f"{path} holds objects or code, not only tensors and plain values; it is not loaded, as it could run "
+            "anything here: get its weights as safetensors, or convert them where you trust the file"
+        ) from None
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The whole checkpoint, tensors mapped from the file rather than read. Raises UserError where it is none."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = load_tensors(path, mmap=True)
         Recipe.from_dict(checkpoint["recipe"])
         checkpoint["state_dict"].items()
     except FileNotFoundError:

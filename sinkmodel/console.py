@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
 
 from sinkmodel.errors import UserError
+from sinkmodel.secrets import RedactedRecord, redacted
 
 EXTRAS = {
     "lightning": "train",
@@ -41,6 +43,7 @@ def command(name: str) -> Callable:
     def decorate(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
+            logging.setLogRecordFactory(RedactedRecord)
             try:
                 return main(sys.argv[1:] if argv is None else argv) or 0
             except UserError as error:
@@ -89,4 +92,4 @@ def be_silent() -> None:
 def say(line: str, always: bool = False) -> None:
     """One line for the reader, on stderr: stdout is for results."""
     if always or not _silent:
-        print(line, file=sys.stderr, flush=True)
+        print(redacted(line), file=sys.stderr, flush=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from sinkmodel.secrets import redacted
+
 
 class UserError(Exception):
     """Wrong input. The message is one line: what is wrong, in which file or key, and the remedy.
@@ -14,7 +16,9 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 2, heard: bool = False):
-        super().__init__(" ".join(message.split()))
+        # A process that reads ahead hands an error over as the text of its traceback, whose end is the message.
+        message = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
+        super().__init__(redacted(" ".join(message.split())))
         self.exit_code, self.heard = exit_code, heard
 
 

@@ -21,8 +21,11 @@ from typing import Any
 
 import torch
 
+from sinkmodel.bounds import inside
 from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError, first_line
+from sinkmodel.files import read_json
+from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
 
@@ -64,6 +67,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
             raise UserError(
                 f"{path} is not a model folder: it has no config.json; give a folder that sink-export wrote"
             )
+        _refuse_names_outside(path)
         model, tokenizer = _from_transformers(name, use_safetensors=True, local_files_only=True)
     elif path.is_file() and path.suffix == ".gguf":
         model, tokenizer = _from_gguf(path)
@@ -72,6 +76,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
     elif package := _gguf_in_package(name):
         model, tokenizer = _from_gguf(package)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir():
+        hub_token()  # one that can be sent, or none
         model, tokenizer = _from_transformers(name, use_safetensors=True)
     else:
         raise UserError(
@@ -117,6 +122,19 @@ def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int
             return kept[:limit].tolist()
     kept.extend(encoder.flush())
     return kept[:limit].tolist()
+
+
+def _refuse_names_outside(folder: Path) -> None:
+    """Raises UserError where a model folder names weights or a tokenizer elsewhere: transformers would open them."""
+    for path in (*folder.rglob("*.index.json"), *folder.glob("tokenizer_config.json")):
+        content = read_json(path)
+        if isinstance(content, dict):
+            weights, tokenizers = content.get("weight_map"), content.get("fast_tokenizer_files")
+            for name in (
+                *(dict.fromkeys(weights.values()) if isinstance(weights, dict) else ()),
+                *(tokenizers if isinstance(tokenizers, list) else ()),
+            ):
+                inside(folder, name, path)
 
 
 def _from_gguf(path: Path) -> tuple[Any, Any]:

@@ -76,7 +76,7 @@ def checkpoint(
 
 def prepared(folder: Path, train_words: int = 4000, validation_words: int = 800) -> Path:
     """A prepared folder, written by hand in the format of recipes.data.shards."""
-    from recipes.data.shards import fingerprint_of
+    from sinkmodel.fingerprint import fingerprint_of
 
     text = tokenizer()
     backend = text.backend()

@@ -67,6 +67,7 @@ def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
     import transformers
 
     from sinkmodel.files import write_json
+    from sinkmodel.secrets import redacted
 
     versions = {
         "python": platform.python_version(),
@@ -74,7 +75,8 @@ def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
         "transformers": transformers.__version__,
     }
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_json(options.json, {**content, "command_line": options.command_line, "date": date, "versions": versions})
+    words = redacted(options.command_line)
+    write_json(options.json, {**content, "command_line": words, "date": date, "versions": versions})
     say(f"wrote {options.json}")
 
 

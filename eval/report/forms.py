@@ -6,6 +6,8 @@ import math
 import re
 from typing import Any
 
+from sinkmodel.secrets import redacted
+
 NUMBER, REAL, COUNT, TEXT, ANY = "a number or null", "a number", "a whole number", "a text", "anything"
 BAD_LETTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # \t and \n are good ones
 
@@ -120,13 +122,16 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def clean(value: Any) -> Any:
-    """JSON without what a page cannot hold: numbers that are none become None, letters that are none U+FFFD."""
+    """JSON without what a page cannot hold: numbers that are none become None, letters that are none U+FFFD.
+
+    Nor what nobody should read: credentials in addresses.
+    """
     if isinstance(value, dict):
         return {clean(key): clean(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [clean(inner) for inner in value]
     if isinstance(value, str):
-        return BAD_LETTERS.sub("\ufffd", value)
+        return redacted(BAD_LETTERS.sub("\ufffd", value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

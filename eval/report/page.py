@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 from eval.report.blocks import Chart, Code, Note, Section, Table
 from eval.report.charts import with_prefix
-from sinkmodel.markdown import escaped
+from sinkmodel.markdown import escaped, one_line
 
 TITLE = "Sink report"
 
@@ -50,7 +50,7 @@ def _write(block: Table | Chart | Note | Code) -> str:
         return f"**{escaped(block.head)}:** {escaped(block.text)}" if block.head else escaped(block.text)
     if isinstance(block, Code):
         fence = "`" * (1 + max([2, *(len(run) for run in re.findall("`+", block.text))]))
-        opening = f"<details><summary>{escape(block.title)}</summary>"
+        opening = f"<details><summary>{escape(one_line(block.title))}</summary>"
         return "\n\n".join([opening, f"{fence}\n{block.text.rstrip()}\n{fence}", "</details>"])
     if isinstance(block, Chart):
         images = [f"![{escaped(panel.alt)}]({path})" for path, panel in block.files]

@@ -10,6 +10,7 @@ The same input gives the same bytes.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from recipes.card.metadata import metadata
 from recipes.card.report import TRAINING, Report, read_report
 from recipes.card.results import Measured, read_results
 from recipes.card.rows import citation, model_rows, training_rows
+from sinkmodel.bounds import inside
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json
-from sinkmodel.markdown import escaped
+from sinkmodel.markdown import code_span, escaped, link, one_line
+from sinkmodel.secrets import all_redacted
 
 README = "README.md"
 
@@ -82,7 +85,7 @@ def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], b
     """
     names, places = {facts.repository}, {folder.resolve()}
     if run is not None and isinstance(facts.training.get("checkpoint"), str):
-        places.add((run / "checkpoints" / facts.training["checkpoint"]).resolve())
+        places.add(inside(run / "checkpoints", facts.training["checkpoint"], folder / PROVENANCE).resolve())
     if facts.complete:
         names |= {facts.output} if facts.output else set()
         places |= {run.resolve()} if run is not None else set()
@@ -91,7 +94,7 @@ def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], b
         if name in names or Path(name).resolve() in places:
             return True
         copy = Path(name) / PROVENANCE
-        return copy.is_file() and read_json(copy) == facts.training
+        return copy.is_file() and all_redacted(read_json(copy)) == facts.training
 
     return own
 
@@ -135,15 +138,16 @@ def render(
 
     environment = Environment(
         loader=PackageLoader("recipes.card"),
-        autoescape=False,  # it is Markdown, not HTML: `md` escapes
+        autoescape=False,  # it is Markdown, not HTML: `md`, `code` and `link` escape; in blocks of code `line`, `sh`
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"md": escaped, "n": "{:,}".format}
+    environment.filters |= {"md": escaped, "code": code_span, "link": link, "line": one_line, "sh": shlex.quote}
+    environment.filters["n"] = "{:,}".format
     data = metadata(facts, measured, old or {})
-    return environment.get_template("card.md.jinja").render(
+    text = environment.get_template("card.md.jinja").render(
         metadata=data.to_yaml(line_break="\n"),
         licence=data.license,
         licence_name=data.get("license_name"),
@@ -160,6 +164,8 @@ def render(
         by_hand=by_hand,
         citation=citation(facts.training),
     )
+    split_by_hand(text, "this card, with the names and the report that it is made from,")
+    return text
 
 
 def _compared(report: Report, measured: Sequence[Measured]) -> bool:

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sinkmodel.bounds import real
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json
+from sinkmodel.secrets import all_redacted
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, check_record, kind_of, sink_ids_of
 
 # As sinkmodel.export and sinkmodel.architectures call them, which would bring torch.
@@ -124,7 +126,7 @@ def gather(folder: Path, repository: str, run: Path | None) -> Facts:
         parameters=total,
         without_embeddings=body,
         dtype=dtype,
-        gguf=min((path.name for path in folder.glob("*.gguf")), default=None),
+        gguf=min((path.name for path in folder.glob("*.gguf") if path.name.isprintable()), default=None),
         points=_points(run, training) if run is not None else (),
     )
 
@@ -143,7 +145,7 @@ def _object(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object; export the model again with sink-export")
-    return content
+    return all_redacted(content)
 
 
 def _count(folder: Path) -> tuple[int, int, str]:
@@ -178,6 +180,7 @@ def _points(run: Path, training: dict[str, Any]) -> list[Point]:
     from sinkmodel.checkpoint import read_metrics
 
     _check_run(run, training)
+    real(run, run / "metrics.csv")  # the card shows it
     try:
         lines = [{key: _number(text) for key, text in row.items()} for row in read_metrics(run)]
     except (ValueError, TypeError):

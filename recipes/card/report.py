@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sinkmodel.bounds import real
 from sinkmodel.errors import UserError
 
 TRAINING = "Training of the twins"
@@ -30,14 +31,14 @@ class Report:
         assert self.folder is not None or not self.figures
         for path in self.figures:
             (folder / path).parent.mkdir(exist_ok=True)
-            shutil.copyfile(self.folder / path, folder / path)  # type: ignore[operator]
+            shutil.copyfile(real(self.folder, self.folder / path), folder / path)  # type: ignore[arg-type, operator]
 
 
 def read_report(folder: Path) -> Report:
-    """Raises UserError where the folder is no report, or a figure of it is missing."""
+    """Raises UserError if the folder is no report, or a figure of it is missing or a link that leads out of it."""
     path = folder / "report.md"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = real(folder, path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} has no report.md; give a folder that sink-eval report made") from None
     except UnicodeDecodeError:
@@ -48,6 +49,6 @@ def read_report(folder: Path) -> Report:
         raise UserError(f"{path} has no section; make the report again with sink-eval report")
     report = Report(folder, sections)
     for figure in report.figures:
-        if not (folder / figure).is_file():
+        if not real(folder, folder / figure).is_file():
             raise UserError(f"{folder} lacks {figure}, which report.md shows; make the report again")
     return report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,7 +28,8 @@ def training_rows(facts: Facts) -> list[tuple[str, str]]:
 def citation(training: dict[str, Any]) -> str:
     """The recipe's version and commit, as far as they are known."""
     said = known(
-        [("", lambda t: f"version {t['versions']['sinkmodel']}"), ("", lambda t: f"commit {_commit(t)}")], training
+        [("", lambda t: f"version {_version(t['versions']['sinkmodel'])}"), ("", lambda t: f"commit {_commit(t)}")],
+        training,
     )
     return ", ".join(["The recipe that trained this model", *(text for _, text in said)])
 
@@ -132,8 +134,18 @@ def _hardware(training: dict[str, Any]) -> str:
     return f"{_settled(training['hardware'])}, {count} process{'es' if count > 1 else ''}{where}"
 
 
+def _version(said: Any) -> str:
+    """Raises ValueError for what is none: it may end up in BibTeX, where hardly a sign means itself."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+!-]{,63}", str(said)):
+        raise ValueError(said)
+    return str(said)
+
+
 def _commit(training: dict[str, Any]) -> str:
+    """Raises ValueError for what is not a commit's id, as git writes it, with a + for changes."""
     said = str(_settled(training["git_commit"]))
+    if not re.fullmatch(r"[0-9a-f]{7,64}\+?", said):
+        raise ValueError(said)
     return said.rstrip("+") + (", with changes" if said.endswith("+") else "")
 
 
@@ -162,7 +174,7 @@ TRAINING: list[tuple[str, Told]] = [
     ("precision", _precision),
     ("hardware", _hardware),
     ("seed", lambda t: f"{_settled(t['config']['seed'])}"),
-    ("made with", lambda t: ", ".join(f"{name} {version}" for name, version in t["versions"].items())),
+    ("made with", lambda t: ", ".join(f"{name} {_version(version)}" for name, version in t["versions"].items())),
     ("commit of the recipe", _commit),
 ]
 MEASURED: list[tuple[str, Told]] = [

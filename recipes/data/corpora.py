@@ -15,6 +15,7 @@ from typing import Any
 from recipes.data.corpus import Document, stamp
 from recipes.data.troubles import dataset_error
 from sinkmodel.errors import UserError
+from sinkmodel.secrets import hub_token
 from sinkmodel.text.content import open_uncompressed
 
 
@@ -84,6 +85,7 @@ class HubDataset:
 
         if self._builder is None:
             read_compressed_files_whole()
+            hub_token()  # one that can be sent, or none
             with self._explained():
                 self._builder = datasets.load_dataset_builder(self.name, self.config, revision=self._revision)
         return self._builder

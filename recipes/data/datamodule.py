@@ -117,6 +117,8 @@ class TextDataModule(LightningDataModule):
             held_out.check("validation")
             self.validation = Samples(held_out, sink_ids, seed, shuffle=False)
             self.validation_rows = min(validation_rows, held_out.rows)
+            for row in range(self.validation_rows):  # few: an id that is not in the vocabulary is found before training
+                held_out.read(row)
         self.plan, self.steps, self.workers = plan, steps, workers
         self.consumed = 0
         self.identity: dict[str, Any] = {
@@ -144,7 +146,7 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         batches = MicroBatches(self.plan, self.steps, self.trainer.global_rank, self.consumed)
-        return self._loader(self.samples, batches)
+        return self._loader(self.samples, batches, persistent=self.workers > 0)
 
     def validation_batches(self, rank: int) -> tuple[DataLoader, list[int]] | None:
         """This rank's micro-batches of validation rows, and how many rows of each count; None without such a split.
@@ -169,11 +171,13 @@ class TextDataModule(LightningDataModule):
         """Inputs [T] of the first row that a step reads: the same one on every rank."""
         return self.samples[(step - 1) * self.plan.rows][0]
 
-    def _loader(self, samples: Samples, batches: Any) -> DataLoader:
+    def _loader(self, samples: Samples, batches: Any, persistent: bool = False) -> DataLoader:
+        """After an error Lightning ends the workers of a persistent loader; no others end, as they ignore SIGTERM."""
         return DataLoader(
             samples,
             batch_sampler=batches,
             num_workers=self.workers,
+            persistent_workers=persistent,
             worker_init_fn=leave_signals_to_the_parent,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )

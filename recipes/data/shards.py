@@ -22,8 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from recipes.data.megatron import DTYPES as MEGATRON_DTYPES
+from sinkmodel.bounds import inside
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json, sha256_of
+from sinkmodel.fingerprint import fingerprint_of
 from sinkmodel.progress import CountedProgress
 
 FORMAT = "sinkmodel-tokens"
@@ -31,9 +34,16 @@ VERSION = 1
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"  # in its place while the folder is being made: recipes/data/writing.py
 TOKENIZER = "tokenizer.json"
-SPLITS = ("train", "validation", "test")
+DTYPES = ("uint16", "uint32", *MEGATRON_DTYPES.values())
 BLOCK = 1 << 22  # bytes read at a time
 AGAIN = "prepare the folder again with sink-prepare"
+
+
+class ForeignId(UserError):
+    """A shard holds an id that is not in the vocabulary; of several ranks, one alone may read it."""
+
+    def __init__(self, message: str):
+        super().__init__(message, heard=True)
 
 
 @dataclass(frozen=True)
@@ -70,16 +80,22 @@ class TokenSplit:
         return self.__dict__ | {"_maps": {}}
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens `start` to `start + length` of the stream, int64 [length]. IndexError beyond its end."""
+        """Tokens `start` to `start + length` of the stream, int64 [length]. IndexError beyond its end.
+
+        Raises ForeignId for an id that is not in the vocabulary: `open_split(verify="sizes")` has not read the ids.
+        """
         if start < 0 or length < 0 or start + length > self.tokens:
             raise IndexError(f"tokens {start} to {start + length} of a split of {self.tokens}")
         tokens = np.empty(length, dtype=np.int64)
         done = 0
         while done < length:
             shard = int(np.searchsorted(self._starts, start + done, side="right")) - 1
-            inside = start + done - int(self._starts[shard])
-            take = min(length - done, self.shards[shard].tokens - inside)
-            tokens[done : done + take] = self._map(shard)[inside : inside + take]
+            place = start + done - int(self._starts[shard])
+            take = min(length - done, self.shards[shard].tokens - place)
+            ids = self._map(shard)[place : place + take]
+            if (found := _first_foreign(ids, self.vocabulary)) is not None:
+                raise _foreign(self.shards[shard], place + found, int(ids[found]), self.vocabulary)
+            tokens[done : done + take] = ids
             done += take
         return tokens
 
@@ -99,7 +115,8 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
 
     `verify="full"` reads every shard once and compares its SHA-256 (about a second for a gigabyte), and says how far it
     is where that takes long; `"sizes"` compares lengths alone. Raises UserError for a folder without manifest, a split
-    without tokens, and a shard or tokenizer that is missing, cut short or altered.
+    without tokens, and a shard or tokenizer that is missing, cut short or altered. `"full"` also looks for ids that are
+    not in the vocabulary.
     """
     assert verify in ("full", "sizes")
     manifest = read_manifest(folder)
@@ -109,13 +126,16 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
         if split not in present:
             raise UserError(f"{folder} has no {split} split; it has {', '.join(present)}; {AGAIN} to have one")
         entry, tokenizer = manifest["splits"][split], manifest["tokenizer"]
-        shards = [Shard(folder / shard["file"], shard["tokens"], shard["sha256"]) for shard in entry["shards"]]
+        shards = [
+            Shard(_shard_file(folder, manifest, entry, shard["file"]), shard["tokens"], shard["sha256"])
+            for shard in entry["shards"]
+        ]
         found = TokenSplit(
             tokens=entry["tokens"],
             documents=entry["documents"],
             row_tokens=entry["row_tokens"],
             fingerprint=manifest["fingerprint"],
-            tokenizer_file=folder / tokenizer["file"],
+            tokenizer_file=inside(folder, tokenizer["file"], folder / MANIFEST),
             vocabulary=tokenizer["vocabulary"],
             eos_id=tokenizer["eos_id"],
             pad_id=tokenizer["pad_id"],
@@ -124,7 +144,9 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
         )
         if fingerprint_of(tokenizer["sha256"], manifest["splits"]) != found.fingerprint:
             raise altered
-        if sum(shard.tokens for shard in shards) != found.tokens:
+        if sum(shard.tokens for shard in shards) != found.tokens or found.dtype not in DTYPES:
+            raise altered
+        if not isinstance(found.vocabulary, int):
             raise altered
     except (LookupError, TypeError, AttributeError):
         raise altered from None
@@ -133,7 +155,7 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
     for shard in shards:
         _check_size(shard, np.dtype(found.dtype).itemsize)
     if verify == "full":
-        _check_contents(shards, f"checking {folder} {split}", np.dtype(found.dtype).itemsize)
+        _check_contents(found, f"checking {folder} {split}")
     return found
 
 
@@ -159,20 +181,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def fingerprint_of(tokenizer_sha256: str, splits: dict[str, Any]) -> str:
-    """SHA-256 over the tokenizer's hash and, split by split, what each shard holds: the same bytes, the same print."""
-    digest = hashlib.sha256(tokenizer_sha256.encode())
-    for name in SPLITS:
-        entry = splits.get(name, {"shards": []})
-        for shard in entry["shards"]:
-            digest.update(
-                f"\n{name} {entry['dtype']} {entry['row_tokens']} {shard['tokens']} {shard['sha256']}".encode()
-            )
-    return digest.hexdigest()
-
-
 def dtype_for(vocabulary: int) -> str:
     return "uint16" if vocabulary <= 1 << 16 else "uint32"
+
+
+def _shard_file(folder: Path, manifest: dict[str, Any], entry: dict[str, Any], name: Any) -> Path:
+    """Where a shard lies: in the folder, but for the rows of a Megatron index, which are not copied."""
+    rows = entry["row_tokens"] and manifest.get("settings", {}).get("index")
+    return Path(name) if rows and Path(name).is_absolute() else inside(folder, name, folder / MANIFEST)
+
+
+def _first_foreign(ids: np.ndarray, vocabulary: int) -> int | None:
+    """Place of the first id that is not in the vocabulary. Without its sign a negative id is a large one."""
+    unsigned = ids.view(ids.dtype.str.replace("i", "u"))
+    return int(np.argmax(unsigned >= vocabulary)) if len(ids) and unsigned.max() >= vocabulary else None
+
+
+def _foreign(shard: Shard, place: int, token_id: int, vocabulary: int) -> ForeignId:
+    return ForeignId(
+        f"the shard {shard.file} holds the id {token_id} at token {place:,}, its tokenizer has the ids 0 to "
+        f"{vocabulary - 1}: it was made with another tokenizer, or is damaged; {AGAIN}"
+    )
 
 
 def _little_endian(dtype: str) -> np.dtype:
@@ -188,19 +217,26 @@ def _check_size(shard: Shard, itemsize: int) -> None:
         raise UserError(f"the shard {shard.file} is {what}: {size} bytes, not {expected}; restore it, or {AGAIN}")
 
 
-def _check_contents(shards: list[Shard], task: str, itemsize: int) -> None:
-    with CountedProgress(task, "bytes", sum(shard.tokens for shard in shards) * itemsize) as progress:
+def _check_contents(split: TokenSplit, task: str) -> None:
+    dtype = _little_endian(split.dtype)
+    with CountedProgress(task, "bytes", split.tokens * dtype.itemsize) as progress:
 
         def check(shard: Shard) -> None:
-            digest = hashlib.sha256()
+            digest, read, foreign = hashlib.sha256(), 0, None
             with shard.file.open("rb") as file:
                 while block := file.read(BLOCK):
                     digest.update(block)
+                    ids = np.frombuffer(block, dtype)
+                    if foreign is None and (found := _first_foreign(ids, split.vocabulary)) is not None:
+                        foreign = _foreign(shard, read + found, int(ids[found]), split.vocabulary)
+                    read += len(ids)
                     progress.add(len(block))
             if digest.hexdigest() != shard.sha256:
                 raise UserError(
                     f"the shard {shard.file} has been altered (its SHA-256 differs); restore it, or {AGAIN}"
                 )
+            if foreign is not None:
+                raise foreign
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib frees the interpreter while it hashes
-            list(pool.map(check, shards))
+            list(pool.map(check, split.shards))

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sinkmodel.errors import UserError
+from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig
 
 END_OF_TEXT = "<|endoftext|>"
@@ -144,6 +145,7 @@ def _vocabulary(tokenizer: Tokenizer, where: str, named: dict) -> Vocabulary:
 def _download(name: str) -> tuple[Path, Path]:
     import huggingface_hub
 
+    hub_token()  # one that can be sent, or none
     try:
         file = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
     except Exception as error:  # no network, no such repository, no such file: all end here

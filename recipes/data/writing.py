@@ -19,10 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from recipes.data.pipeline import ARRAY_CODES, Encoded, Place
-from recipes.data.shards import FORMAT, MANIFEST, PROGRESS, SPLITS, TOKENIZER, VERSION, fingerprint_of
+from recipes.data.shards import FORMAT, MANIFEST, PROGRESS, TOKENIZER, VERSION
 from recipes.data.tokenization import Vocabulary
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json, sha256_of, sync, write_json
+from sinkmodel.fingerprint import SPLITS, fingerprint_of
 from sinkmodel.locks import LOCK
 
 HELD_OUT_TEXT = "test.jsonl"

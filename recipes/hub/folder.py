@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from recipes.hub.plan import Plan
 from recipes.hub.repository import Repository
+from sinkmodel.bounds import files_of
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json
 
@@ -46,14 +47,13 @@ def plan_of(
 def model_files(folder: Path) -> dict[str, Path]:
     """The files of a model folder by their path in the repository; hidden ones stay here.
 
-    Raises UserError where the folder is none: no config.json, or no weights as safetensors.
+    Raises UserError if the folder has no config.json or no weights as safetensors, and for a link that leads out of it.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give one that sink-export wrote")
     if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{folder} is a run, not a model folder; push it with --run {folder}")
-    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {at.as_posix(): path for at, path in paths.items() if not any(part.startswith(".") for part in at.parts)}
+    files = files_of(folder)
     for name in ("config.json", "*.safetensors"):
         if not any(fnmatch(path, name) for path in files):
             raise UserError(f"{folder} is no model folder, it has no {name}; give one that sink-export wrote")

@@ -20,6 +20,7 @@ from recipes.hub.revisions import MAIN
 from recipes.hub.troubles import Conflict, HubAway, may_pass, of_upload, status_of, told
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
+from sinkmodel.secrets import redacted
 
 LARGE = 1 << 20  # bytes; from here on a file is sent by itself, and said to be
 
@@ -33,7 +34,7 @@ class Repository:
         self.changed: dict[str, None] = {}  # branches that have a new commit of ours, in order
 
     def url(self, branch: str = MAIN) -> str:
-        return f"{self.api.endpoint}/{self.name}{'' if branch == MAIN else f'/tree/{branch}'}"
+        return redacted(f"{self.api.endpoint}/{self.name}{'' if branch == MAIN else f'/tree/{branch}'}")
 
     def exists(self) -> bool:
         return self.api.repo_exists(self.name)

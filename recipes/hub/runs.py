@@ -21,6 +21,7 @@ from recipes.hub.plan import human_size
 from recipes.hub.repository import Repository
 from recipes.hub.revisions import LIST, MAIN, branch_of, final_tag, listing
 from recipes.hub.troubles import HubAway, told
+from sinkmodel.bounds import real
 from sinkmodel.checkpoint import checkpoint_steps, digest_of, read_checkpoint, weights_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -53,8 +54,10 @@ class RunPush:
         self.failed: dict[int, str] = {}
 
     def steps(self) -> dict[int, Path]:
-        """The checkpoints that are there. Raises UserError where there is none."""
+        """The checkpoints that are there. Raises UserError if there is none, or one is a link out of the run."""
         if steps := checkpoint_steps(self.run):
+            for path in steps.values():
+                real(self.run, path)
             return steps
         raise UserError(f"{self.run} holds no checkpoints/step*.ckpt yet; with --follow they are waited for")
 
@@ -189,6 +192,6 @@ def planned_steps(run: Path) -> int:
     """How many steps the run's config plans. Raises UserError where the folder is no run's."""
     config = run / "config.yaml"
     try:
-        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["schedule"]["steps"])
+        return int(yaml.safe_load(real(run, config).read_text(encoding="utf-8"))["schedule"]["steps"])
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError):
         raise UserError(f"{config} is not there, or plans no steps; give the folder that sink-pretrain wrote") from None

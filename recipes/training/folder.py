@@ -23,6 +23,7 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 from sinkmodel.locks import LOCK
+from sinkmodel.secrets import all_redacted
 from sinkmodel.sinks import SinkConfig
 
 # Keys that a resumed run may change: they say where and how it runs, not what is computed.
@@ -96,7 +97,7 @@ def write_folder(run: Path, config: PretrainConfig) -> None:
 
 
 def provenance_of(config: PretrainConfig, train: TokenSplit, world: World) -> dict[str, Any]:
-    return {
+    provenance = {
         "config": asdict(config),
         "data": {
             "source": read_manifest(Path(config.data.path)).get("source"),  # files, or a data set and its commit
@@ -109,6 +110,7 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World) -> di
         "git_commit": _git_commit(),
         "versions": {name: version(name) for name in ("sinkmodel", "torch", "transformers", "lightning")},
     }
+    return all_redacted(provenance)
 
 
 def _hardware(device: str) -> str:

@@ -26,6 +26,11 @@ def open_data(config: PretrainConfig, verify: str) -> tuple[TokenSplit, TokenSpl
 def open_tokenizer(config: PretrainConfig, train: TokenSplit) -> TextTokenizer:
     """What the data was encoded with. UserError where the sinks find no place behind it: no model could be exported."""
     text = TextTokenizer.from_file(train.tokenizer_file, train.eos_id, train.pad_id)
+    if text.vocabulary < train.vocabulary:  # then some of the ids that were looked for are not in it
+        raise UserError(
+            f"{train.tokenizer_file} has {text.vocabulary} ids, the manifest beside it says {train.vocabulary}: it has "
+            "been altered; prepare the folder again with sink-prepare"
+        )
     sink_tokenizer(text, config.sink)
     return text
 

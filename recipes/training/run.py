@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig) -> int:
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     sink_ids = config.sink.ids(text.vocabulary)
-    datamodule = build_datamodule(config, train, validation, sink_ids, plan)
+    datamodule = agree(lambda: build_datamodule(config, train, validation, sink_ids, plan))
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run)))
         agree(lambda: _see_folder(run))
@@ -96,8 +96,9 @@ def pretrain(config: PretrainConfig) -> int:
         with others_may_be_lost():
             try:
                 trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-            except UserError:  # which all ranks raise at the same step
-                from_first(writer.finish)
+            except UserError as error:
+                if not error.heard:  # all ranks raise it at the same step
+                    from_first(writer.finish)
                 raise
             from_first(writer.finish)  # a rank that left now would take rank 0 along, in the middle of a save
     if stop.agreed is not None and trainer.global_step < steps:

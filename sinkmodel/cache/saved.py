@@ -18,10 +18,10 @@ TENSORS = ("keys", "values", "sink_keys")  # where there are rows
 
 def read_state(path: Path) -> dict[str, Any]:
     """The content of a file that `StreamingCache.save` wrote; UserError where it is none, or damaged."""
-    from sinkmodel.checkpoint import NOT_A_CHECKPOINT  # with all of transformers' modelling code
+    from sinkmodel.checkpoint import NOT_A_CHECKPOINT, load_tensors  # with all of transformers' modelling code
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a file that StreamingCache.save wrote") from None
     except NOT_A_CHECKPOINT:

@@ -16,6 +16,7 @@ from eval.measures.command import command_line
 from eval.measures.statistics import block_stderr
 from eval.measures.verdict.equivalence import interval
 from eval.measures.verdict.paired import spread
+from eval.measures.verdict.training import trained_on
 from eval.measures.verdict.verify import in_words
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.export import export
@@ -464,6 +465,27 @@ def test_text_that_was_trained_on_is_named_and_held_out_text_is_not(tmp_path, ca
     file.write_text(known.replace(manifest["fingerprint"], "0" * 64))
     assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "other data where the training data was"
     file.write_text(known)
+    others = "".join(json.dumps({"text": part}) + "\n" for part in parts[6:])
+    (tmp_path / "others.jsonl").write_text(others)
+    other = str(tmp_path / "other")
+    prepare(
+        PrepareConfig(other, input=str(tmp_path / "others.jsonl"), validation_fraction=0.0, test_fraction=0.0,
+                      tokenizer=str(tmp_path / "tokenizer.json"), workers=1, shard_tokens=1024)
+    )  # fmt: skip
+    capsys.readouterr()
+    forged = json.loads((tmp_path / "other" / "manifest.json").read_text())
+    kept = {path: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    for path in (tmp_path / "other").glob("train-*"):  # others' tokens under the names and the manifest of the run's
+        shutil.copy(path, tmp_path / "data")
+    provenance = {"config": {"data": {"path": data}}, "data": fingerprint}
+    documents = [tiny.tokenizer().backend().encode(part).ids[:60] for part in parts]
+    assert trained_on(provenance, documents) is None, "names and a fingerprint can be repeated"
+    forged |= {"fingerprint": manifest["fingerprint"]}
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(forged))
+    assert trained_on(provenance, documents) is None, "and so can a fingerprint alone"
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert trained_on(provenance, documents) == [True] * 6 + [False] * 6
     next((tmp_path / "data").glob("train-*.offsets.npy")).write_bytes(b"")
     assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "a half-copied folder is no traceback"
     shutil.rmtree(data)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from recipes.pretrain import main
 from sinkmodel.checkpoint import checkpoint_steps, read_metrics
+from sinkmodel.files import sha256_of
+from sinkmodel.fingerprint import fingerprint_of
+from tests import tiny
 
 # 41,728 parameters; 2 micro-batches a step; 40 steps of 8 rows are 1.1 epochs of what tests.tiny prepares
 SETTINGS = {
@@ -57,6 +62,20 @@ def start_process(data: Path, output: Path, **changes: object) -> subprocess.Pop
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+def foreign_id(folder: Path, split: str, places: slice = slice(100, 101), train_words: int = 4000) -> Path:
+    """A prepared folder, consistent in itself, whose vocabulary lacks the id at some places of a split."""
+    tiny.prepared(folder, train_words)
+    file = folder / f"{split}-00000.bin"
+    ids = np.fromfile(file, "<u2")
+    ids[places] = 300
+    file.write_bytes(ids.tobytes())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"][split]["shards"][0]["sha256"] = sha256_of(file)
+    manifest["fingerprint"] = fingerprint_of(manifest["tokenizer"]["sha256"], manifest["splits"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def complete(data: Path, run: Path, processes: int = 2, **changes: object) -> str:

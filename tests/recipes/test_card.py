@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -411,6 +412,83 @@ def test_a_name_with_markup_stays_a_name(model, tmp_path):
     (model / PROVENANCE).write_text(json.dumps(provenance))
     assert f"| text | {escaped(provenance['data']['source'])} |" in card_of(model)
     assert "<script>" not in card_of(model).replace("\\<script", "")
+
+
+EVIL = "x} `` ```\n```\n\n---\n# evil <b> | [evil](http://evil) $evil$ ~~~\r```"
+
+
+def shape_of(card: str) -> list[tuple[str, str]]:
+    """Kinds and marks of all that Markdown sees in a card, without its words; its code as it is."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.partition("\n---\n")[2])
+    inner = [token for token in tokens for token in (token, *(token.children or ()))]
+    return [(token.type, token.markup) for token in inner if token.type not in ("text", "text_special", "softbreak")]
+
+
+def put_everywhere(value, text: str, path: str = ""):
+    """The same JSON with `text` for every text in it but what decides what a card says."""
+    if isinstance(value, dict):
+        return {key: put_everywhere(inner, text, f"{path}.{key}") for key, inner in value.items()}
+    if isinstance(value, list):
+        return [put_everywhere(inner, text, path) for inner in value]
+    return text if isinstance(value, str) and not path.endswith((".kind", ".precision", ".checkpoint")) else value
+
+
+def test_no_text_of_a_file_leaves_its_place_in_a_card(model, run):
+    """Risk: a stranger's training.json ends the block of BibTeX, and writes the rest of the card."""
+    said = json.loads((model / PROVENANCE).read_text())
+    (model / PROVENANCE).write_text(json.dumps(put_everywhere(said, "some words")))
+    plain = card_of(model)
+    (model / PROVENANCE).write_text(json.dumps(put_everywhere(said, EVIL)))
+    card = card_of(model)
+    assert shape_of(card) == shape_of(plain)
+    assert "evil" not in card.partition("```bibtex")[2], "neither a version nor a commit"
+    assert f"| text | {escaped(EVIL)} |" in card
+    front_matter(card)
+
+
+def test_a_version_and_a_commit_are_cited_if_they_are_some():
+    versions = {"sinkmodel": "1.2.0rc1+cpu.4"}
+    assert rows.citation({"versions": versions, "git_commit": "0a1b2c3d+"}).endswith(
+        "version 1.2.0rc1+cpu.4, commit 0a1b2c3d, with changes"
+    )
+    for word in ("}", "1}\n```", "\\input{x}", "1 2", "", "-", "a" * 65):
+        assert (
+            rows.citation({"versions": {"sinkmodel": word}, "git_commit": word}) == "The recipe that trained this model"
+        )
+
+
+@pytest.mark.parametrize("name", ["a`b.gguf", "``.gguf", "a b;rm -rf ~.gguf", "$(id) <b>[x](y)|'.gguf", "---.gguf"])
+def test_the_name_of_a_gguf_file_stays_code(model, name):
+    (model / "tiny.gguf").touch()
+    plain = shape_of(card_of(model))
+    (model / "tiny.gguf").rename(model / name)
+    card = card_of(model)
+    spans = {("code_inline", "`" * n) for n in (1, 2, 3)}
+    assert [x if x not in spans else "code" for x in shape_of(card)] == [x if x not in spans else "code" for x in plain]
+    words = shlex.split(card.partition("llama-cli ")[2].splitlines()[0])
+    assert words == ["--model", name, "--prompt", "Once upon a time"]
+
+
+def test_a_file_whose_name_no_line_can_hold_is_passed_over(model):
+    (model / "a\n```\n# evil.gguf").touch()
+    assert "evil" not in card_of(model)
+    (model / f"{BEGIN.replace('/', '')}.gguf").touch()
+    with pytest.raises(UserError, match="this card, with the names .*must have <!-- written by hand"):
+        card_of(model)
+
+
+def test_a_licence_of_the_metadata_stays_in_its_place(model):
+    previous = yaml.safe_dump({"license": "other", "license_name": EVIL, "license_link": EVIL})
+    good = yaml.safe_dump({"license": "other", "license_name": "mine", "license_link": "https://x.org/a_b"})
+    card, plain = (card_of(model, previous=f"---\n{text}---\n") for text in (previous, good))
+    assert "`mine`: <https://x.org/a_b>." in plain
+    assert "heading" not in str(shape_of(card.partition("## Licence")[2].partition("## Citation")[0]))
+    assert card.partition("## Licence\n")[2].startswith("\n```` x} `` ``` ``` ---")
+    assert escaped(EVIL) in card
+    card = card_of(model, previous="---\nlicense: 'a`b'\n---\n")
+    assert "``a`b``." in card
 
 
 def test_a_card_of_a_folder_needs_no_torch(model):

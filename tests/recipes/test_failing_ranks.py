@@ -14,7 +14,7 @@ from recipes.training.processes.launch import free_port
 from sinkmodel.checkpoint import checkpoint_steps
 from tests import tiny
 from tests.kills import children_of, kill_again_and_again
-from tests.recipes.runs import QUICK, arguments, start_process, wait_for_checkpoint
+from tests.recipes.runs import QUICK, arguments, foreign_id, start_process, wait_for_checkpoint
 
 
 @pytest.mark.slow
@@ -135,3 +135,18 @@ def by_hand(data, run, of_rank_1) -> tuple[str, list[int]]:
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=120)[1] for process in ranks]
     return "".join(said), [process.returncode for process in ranks]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_an_id_that_one_rank_alone_reads_ends_the_run_with_its_message(tmp_path, devices):
+    """Risk: the traceback of the process that reads ahead is printed; or that process is waited for without end."""
+    data = foreign_id(tmp_path / "data", "train", slice(1_000_000, None), 220_000)  # all ranks read those before
+    settings = QUICK | {"data__verify": "sizes", "data__workers": 1, "schedule__steps": 3000}
+    process = start_process(data, tmp_path / "run", **settings, training__devices=devices)
+    _, said = process.communicate(timeout=180)
+    assert process.returncode == 2, said
+    assert "sink-pretrain: the shard" in said
+    assert "holds the id 300 at token 1,0" in said
+    assert "Traceback" not in said
+    assert "nothing has moved" not in said

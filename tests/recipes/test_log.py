@@ -87,6 +87,14 @@ def test_what_cannot_be_logged_is_one_line(data, tmp_path, measured, capsys):
         (["--run", str(run), "--to", "wandb", "--report", str(tmp_path / "empty")], "has no report.html"),
         (["--run", str(run), "--to", "tensorboard", "--maps", *2 * [str(tmp_path / "maps")]], "are called maps"),
     ]
+    for link in ("maps/maps.png", "report/notes.txt"):
+        (tmp_path / "linked" / link).parent.mkdir(parents=True)
+        (tmp_path / "linked" / link).symlink_to(tmp_path / "other.json")
+    (tmp_path / "linked" / "report" / "report.html").write_text("")
+    (run / "checkpoints" / "step1.ckpt").symlink_to(tmp_path / "other.json")
+    for words in (["--maps", tmp_path / "linked" / "maps"], ["--report", tmp_path / "linked" / "report"]):
+        cases.append((["--run", str(run), "--to", "wandb", *map(str, words)], f" leads out of {words[1]}, to "))
+    cases.append((["--run", str(run), "--to", "wandb", "--checkpoints"], f"step1.ckpt leads out of {run}, to "))
     capsys.readouterr()
     for words, told in cases:
         assert log(words) == 2

@@ -51,6 +51,12 @@ def test_rows_come_back_in_the_order_given_without_a_copy(tmp_path, parts, code,
         assert split.read(row * ROW, ROW).tolist() == ids[row].tolist()
     assert not list((tmp_path / "out").glob("*.bin"))
     assert prepare.main(argv) == 0  # complete already
+    lost = tmp_path / "out" / "manifest.json"
+    manifest = lost.read_text()
+    lost.write_text(manifest.replace(str(source), "../source"))
+    with pytest.raises(UserError, match="which is not inside"):  # the rows lie elsewhere, by their whole path alone
+        open_split(tmp_path / "out", "train")
+    lost.write_text(manifest)
     part = sorted(source.glob("*.bin"))[-1]
     part.write_bytes(part.read_bytes()[:-2] + b"\x01\x00")
     with pytest.raises(UserError, match=f"{part.name} has been altered"):

@@ -9,11 +9,11 @@ import shutil
 import pytest
 from tokenizers import Tokenizer
 
-from recipes.data.shards import fingerprint_of
 from recipes.pretrain import main
 from sinkmodel.checkpoint import checkpoint_steps
 from sinkmodel.files import sha256_of
-from tests.recipes.runs import arguments, train
+from sinkmodel.fingerprint import fingerprint_of
+from tests.recipes.runs import arguments, foreign_id, train
 
 
 def test_it_prints_what_the_run_will_need_and_writes_nothing(data, tmp_path, capsys):
@@ -37,6 +37,29 @@ def test_the_checkpoints_that_it_counts_are_as_large_as_it_says(data, tmp_path):
 def test_without_a_gpu_it_assumes_one_and_says_so(data, tmp_path, capsys):
     assert main([*arguments(data, tmp_path / "run"), "--dry-run"]) == 0
     assert "on 1 of H100 at 40% MFU (assumed: no GPU here)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_an_id_beyond_the_vocabulary_stops_the_job(tmp_path, capsys, split):
+    """The validation rows that will be scored are read at the start, even where checksums are not."""
+    data = foreign_id(tmp_path / "data", split)
+    for words in (
+        [],
+        ["--dry-run"],
+        *[["--data.verify=sizes"], ["--data.verify=sizes", "--dry-run"]] * (split != "train"),
+    ):
+        assert main([*arguments(data, tmp_path / "run"), *words]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"{split}-00000.bin holds the id 300 at token 100, its tokenizer has the ids 0 to 299" in said
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_fewer_ids_than_the_manifest_says_stops_the_job(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / "manifest.json"
+    path.write_text(path.read_text().replace('"vocabulary": 300', '"vocabulary": 3000'))
+    assert main([*arguments(tmp_path / "data", tmp_path / "run"), "--dry-run"]) == 2
+    assert "has 300 ids, the manifest beside it says 3000" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_it_says_where_a_run_would_go_on(data, tmp_path, capsys):

@@ -11,9 +11,10 @@ import shutil
 import numpy as np
 import pytest
 
-from recipes.data.shards import fingerprint_of, open_split
+from recipes.data.shards import open_split
 from sinkmodel import progress
 from sinkmodel.errors import UserError
+from sinkmodel.fingerprint import fingerprint_of
 
 SHARD = 1000
 TOKENS = 2500
@@ -177,6 +178,11 @@ def test_the_fingerprint_changes_with_every_part():
     assert len(prints) == 7
 
 
+def sign(manifest):
+    """As somebody who makes a whole folder does."""
+    manifest["fingerprint"] = fingerprint_of(manifest["tokenizer"]["sha256"], manifest["splits"])
+
+
 ALTERED = {
     "fewer tokens": lambda m: m["splits"]["train"].update(tokens=m["splits"]["train"]["tokens"] - 5),
     "more tokens": lambda m: m["splits"]["train"].update(tokens=m["splits"]["train"]["tokens"] + 5),
@@ -184,6 +190,13 @@ ALTERED = {
     "no eos": lambda m: m["tokenizer"].pop("eos_id"),
     "another dtype": lambda m: m["splits"]["train"].update(dtype="uint32"),
     "a shorter shard": lambda m: m["splits"]["train"]["shards"][0].update(tokens=7),
+    "a vocabulary that is no number": lambda m: m["tokenizer"].update(vocabulary="2500"),
+    "settings that are none": lambda m: (
+        m.update(settings=[]),
+        [entry.update(row_tokens=5) for entry in m["splits"].values()],
+        sign(m),
+    ),
+    "a type that is none of ours": lambda m: ([e.update(dtype="object") for e in m["splits"].values()], sign(m)),
 }
 
 
@@ -194,3 +207,48 @@ def test_a_manifest_altered_anywhere_that_matters_is_refused(folder, change):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"manifest\.json has been altered"):
         open_split(folder, "train")
+
+
+@pytest.mark.parametrize("what", ["shard", "shard of rows", "tokenizer"])
+@pytest.mark.parametrize("name", ["../outside", "{outside}", "sub/../../outside", "..", "", None])
+def test_a_manifest_that_names_a_file_outside_is_refused(folder, tmp_path_factory, what, name):
+    """Risk: a folder from a stranger has us train on a file of ours, which the model then repeats."""
+    outside = folder.parent / "outside"
+    outside.write_bytes((folder / ("tokenizer.json" if what == "tokenizer" else "train-00000.bin")).read_bytes())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["tokenizer"] if what == "tokenizer" else manifest["splits"]["train"]["shards"][0]
+    entry["file"] = name and name.format(outside=outside)
+    if what == "shard of rows":  # as those of a Megatron index, which was not given
+        manifest["splits"]["train"]["row_tokens"] = 5
+    sign(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for verify in ("full", "sizes"):
+        with pytest.raises(UserError, match=r"manifest\.json names the file .* which is not inside"):
+            open_split(folder, "train", verify)
+
+
+@pytest.mark.parametrize(("dtype", "token_id"), [("uint16", 2500), ("uint16", 65535), ("int32", -1), ("int64", 2**40)])
+@pytest.mark.parametrize("place", [0, 1499])
+def test_an_id_that_is_not_in_the_vocabulary_is_found_where_it_is(folder, dtype, token_id, place):
+    """Risk: a folder that is consistent in itself ends training in a traceback, hours in."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for split in manifest["splits"].values():
+        split["dtype"] = dtype
+        for number, shard in enumerate(split["shards"]):
+            file = folder / shard["file"]
+            ids = np.arange(number * SHARD, number * SHARD + shard["tokens"]).astype(np.dtype(dtype).newbyteorder("<"))
+            if file.name == f"train-{place // SHARD:05d}.bin":
+                ids[place % SHARD] = token_id
+            file.write_bytes(ids.tobytes())
+            shard["sha256"] = hashlib.sha256(ids.tobytes()).hexdigest()
+    sign(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    shard, inside = divmod(place, SHARD)
+    says = rf"train-{shard:05d}\.bin holds the id {token_id} at token {inside}, its tokenizer has the ids 0 to 2499"
+    with pytest.raises(UserError, match=says):
+        open_split(folder, "train")
+    split = open_split(folder, "train", verify="sizes")
+    with pytest.raises(UserError, match=says) as caught:
+        split.read(0, TOKENS)
+    assert caught.value.heard, "of several ranks one alone reads it"
+    assert split.read(place + 1, 500).tolist() == list(range(place + 1, place + 501))

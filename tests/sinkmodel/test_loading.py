@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sinkmodel.cache.saved import read_state
 from sinkmodel.errors import UserError
 from sinkmodel.export import export
 from sinkmodel.loading import LoadedModel, encode, load_model
@@ -150,6 +152,48 @@ def test_pickled_weights_are_not_read(exported):
     torch.save(load_file(weights), exported / "pytorch_model.bin")
     weights.unlink()
     assert "complete .safetensors weights" in refusal(exported)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("what", ["weights", "weights by another index", "tokenizer"])
+def test_a_folder_that_names_files_outside_is_refused(exported, what, absolute):
+    """Risk: transformers opens what an index names, wherever it is."""
+    outside = exported.parent / "outside"
+    outside.mkdir()
+    name = f"{outside if absolute else '../outside'}/"
+    if what == "tokenizer":
+        (exported / "tokenizer.json").rename(outside / "tokenizer.1.0.json")
+        path = exported / "tokenizer_config.json"
+        content = json.loads(path.read_text()) | {"fast_tokenizer_files": [f"{name}tokenizer.1.0.json"]}
+    else:
+        (exported / "model.safetensors").rename(outside / "weights.safetensors")
+        weights = load_file(outside / "weights.safetensors")
+        content = {"metadata": {}, "weight_map": dict.fromkeys(weights, f"{name}weights.safetensors")}
+        path = exported / "model.safetensors.index.json"
+        if what == "weights by another index":
+            path = exported / "other.safetensors.index.json"
+            config = json.loads((exported / "config.json").read_text()) | {"transformers_weights": path.name}
+            (exported / "config.json").write_text(json.dumps(config))
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"{path.name} names the file .* which is not inside"):
+        load_model(str(exported))
+
+
+@pytest.mark.parametrize("how", ["archive", "older archive", "pickle", "module", "script"])
+def test_a_file_with_code_is_not_loaded_and_says_why_in_our_words(tmp_path, how):
+    """Risk: torch's words are shown, which advise to load it all the same."""
+    path, content = tmp_path / "x.ckpt", {"a": SimpleNamespace(x=1)}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    elif how == "script":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    else:
+        content = torch.nn.Linear(2, 2) if how == "module" else content
+        torch.save(content, path, _use_new_zipfile_serialization=how != "older archive")
+    for read in (lambda: load_model(str(path)), lambda: read_state(path), lambda: export(path, tmp_path / "out")):
+        with pytest.raises(UserError, match=rf"{path} holds objects or code, .*as safetensors") as caught:
+            read()
+        assert "weights_only" not in str(caught.value)
 
 
 def test_a_config_that_wants_code_of_its_own_is_refused(exported):

@@ -19,6 +19,7 @@ from typing import Any
 from eval.measures.harness.files import in_memory, task_config
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
+from sinkmodel.secrets import hub_token
 from sinkmodel.text.json_lines import Row, read_json_lines
 from sinkmodel.text.search import find_json_lines, name_without_suffixes
 
@@ -126,6 +127,7 @@ def _manager(names: list[str]) -> Any:
 
 def _lm_evals(manager: Any, name: str) -> dict[str, Any]:
     say(f"loading the data of {name}")
+    hub_token()  # one that can be sent, or none
     try:
         with quiet():
             return manager.load([name])["tasks"]

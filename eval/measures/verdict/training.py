@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinkmodel.bounds import inside
 from sinkmodel.errors import UserError
+from sinkmodel.files import sha256_of
+from sinkmodel.fingerprint import fingerprint_of
+from sinkmodel.progress import CountedProgress
 
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
@@ -135,27 +140,47 @@ def in_training(
 def trained_on(provenance: dict[str, Any], documents: Sequence[Sequence[int]]) -> list[bool] | None:
     """For each document, token ids without sinks, whether a training document of the model begins as it does.
 
-    None where that cannot be told: the prepared folder is not where it was or holds other data by its fingerprint, or
-    its shards do not say where documents begin.
+    None if that cannot be told: the prepared folder is not where it was or holds other data, by the checksums of its
+    shards, or its shards do not say where documents begin.
     """
     import numpy as np
 
     try:
         folder = Path(provenance["config"]["data"]["path"])
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["fingerprint"] != provenance["data"]["fingerprint"]:
-            return None
         split = manifest["splits"]["train"]
-        shards = [(folder / shard["file"]) for shard in split["shards"]]
+        prints = {manifest["fingerprint"], fingerprint_of(manifest["tokenizer"]["sha256"], manifest["splits"])}
+        if prints != {provenance["data"]["fingerprint"]}:
+            return None
+        shards = {inside(folder, shard["file"], folder / "manifest.json"): shard for shard in split["shards"]}
+        beginnings = {file: np.load(file.with_suffix(".offsets.npy"), mmap_mode="r") for file in shards}
+        with CountedProgress(f"checking {folder}", "tokens", split["tokens"]) as progress:
+            for file, shard in shards.items():
+                if _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) != shard["sha256"]:
+                    return None
+                progress.add(shard["tokens"])
         dtype = np.dtype(split["dtype"]).newbyteorder("<")
         heads = [tuple(ids[:HEAD]) for ids in documents]
         found: set[tuple[int, ...]] = set()
-        for shard in shards:
-            starts = np.load(shard.with_suffix(".offsets.npy"), mmap_mode="r")
-            found.update(_beginnings(np.memmap(shard, dtype, mode="r"), starts, heads))
-    except (KeyError, TypeError, OSError, ValueError, EOFError):  # the last of an empty file
+        for file, starts in beginnings.items():
+            found.update(_beginnings(np.memmap(file, dtype, mode="r"), starts, heads))
+    except (
+        LookupError,
+        AttributeError,
+        TypeError,
+        OSError,
+        ValueError,
+        EOFError,
+        UserError,
+    ):
         return None
     return [head in found for head in heads]
+
+
+@functools.cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    """Once for all models that were trained on one folder; `size` and `changed` tell whether it is still the file."""
+    return sha256_of(file)
 
 
 def _beginnings(ids: Any, starts: Any, heads: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:

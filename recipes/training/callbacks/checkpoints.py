@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from recipes.training.callbacks.health import Health
 from recipes.training.callbacks.steps import at_step_boundary
 from recipes.training.settings import CheckpointSettings
-from sinkmodel.checkpoint import checkpoint_steps, write_manifest
+from sinkmodel.checkpoint import checkpoint_steps, load_tensors, write_manifest
 from sinkmodel.files import DiskFull, atomic_file, sha256_of
 
 
@@ -79,7 +79,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         self.wait()  # what went wrong is for all ranks to hear, behind Lightning's own end
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return load_tensors(Path(path), mmap=True)
 
 
 class Checkpoints(Callback):

@@ -16,6 +16,7 @@ from recipes.training.logs.names import group_of, tags_of
 from recipes.training.settings import PretrainConfig
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.errors import UserError
+from sinkmodel.secrets import all_redacted
 
 
 def build_loggers(run: Path, config: PretrainConfig, provenance: dict[str, Any], step: int) -> list[Logger]:
@@ -46,7 +47,7 @@ def build_mirrors(run: Path, config: PretrainConfig, provenance: dict[str, Any],
         from recipes.training.logs.wandb_run import WandbRun
 
         settings = asdict(config)
-        shown = {**provenance, **settings, "data": {**settings["data"], **provenance["data"]}}
+        shown = all_redacted({**provenance, **settings, "data": {**settings["data"], **provenance["data"]}})
         shown.pop("config", None)
         group = group_of(config, provenance["data"]["fingerprint"])
         mirrors.append(WandbRun(run, config.logging, resuming, config.schedule.steps, shown, group, tags_of(config)))

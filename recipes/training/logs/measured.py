@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sinkmodel.bounds import files_of, real
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json
+from sinkmodel.markdown import escaped
 
 Cell = float | str | None
 VERDICT = ("answer", "speaks_of", "why", "first", "second", "difference", "low", "high", "tokens")
@@ -54,12 +56,20 @@ class Measured:
 def read_measured(
     results: Sequence[Path], maps: Sequence[Path], report: Path | None, checkpoints: dict[int, Path]
 ) -> Measured:
-    """Raises UserError for a file or folder that is not what it should be."""
+    """Raises UserError for a file or folder that is not what it should be, and for a link that leads out of its folder.
+
+    Args:
+        checkpoints: by step, in `RUN/checkpoints`.
+    """
+    for path in checkpoints.values():
+        real(path.parents[1], path)
     for folder in maps:
-        if not (folder / "maps.png").is_file():
+        if not real(folder, folder / "maps.png").is_file():
             raise UserError(f"{folder} has no maps.png; give a folder that sink-eval sinks --maps made")
     if report is not None and not (report / "report.html").is_file():
         raise UserError(f"{report} has no report.html; give the folder that sink-eval report made")
+    if report is not None:
+        files_of(report)
     _refuse_namesakes([path.stem for path in results], "--results")
     _refuse_namesakes([folder.name for folder in maps], "--maps")
     return Measured([read_result(path) for path in results], list(maps), report, checkpoints)
@@ -89,4 +99,4 @@ def _plain(values: Any) -> bool:
 
 
 def _cell(value: Cell) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else escaped(value)

@@ -10,9 +10,11 @@ from recipes.training.logs.measured import Measured
 from recipes.training.logs.mirror import Mirror
 from recipes.training.logs.wandb_files import last_step, mend
 from recipes.training.settings import LoggingSettings
+from sinkmodel.bounds import files_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json, write_json
+from sinkmodel.secrets import redacted
 
 IDENTITY = Path("checkpoints") / "wandb.json"
 PATIENCE = 60.0  # seconds that the end of a run waits for an upload; a job that goes back to the queue has few
@@ -88,7 +90,8 @@ class WandbRun(Mirror):
         artifact = wandb.Artifact(f"{self._run.id}-{what}", kind)
         for path in paths:  # immutable: not copied first, and a checkpoint is large
             if path.is_dir():
-                artifact.add_dir(str(path), policy="immutable")
+                for name, file in files_of(path).items():  # add_dir would follow every link
+                    artifact.add_file(str(file), name=name, policy="immutable")
             else:
                 artifact.add_file(str(path), policy="immutable")
         logged = self._run.log_artifact(artifact, aliases=aliases)
@@ -145,7 +148,7 @@ def check_wandb() -> str:
         return settings.mode
     try:
         if wandb.login(prompt=False):
-            return settings.base_url
+            return redacted(settings.base_url)
         raise _refusal(f"there is no key for {settings.base_url}")
     except (wandb.errors.Error, OSError) as error:
         raise _refusal(first_line(error)) from None

@@ -72,6 +72,34 @@ def test_the_folder_stays_as_it_is_and_so_does_what_was_written_by_hand(hub, pus
     assert "notes.txt" in repository.files()
 
 
+@pytest.mark.parametrize("place", ["model/notes.txt", "model/figures", "report/report.md", "report/figures/a.png"])
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_link_out_of_a_folder_is_refused_and_nothing_is_pushed(hub, push, model, place, dry):
+    """Risk: what a link leads to is published, as a private file, without a word."""
+    report = Path("report")
+    (report / "figures").mkdir(parents=True)
+    (report / "report.md").write_text("## A section\n\n![words](figures/a.png)\n")
+    (report / "figures" / "a.png").write_text("a picture")
+    private = Path("private")
+    private.mkdir()
+    (private / "key").write_text("secret")
+    Path(place).unlink(missing_ok=True)
+    Path(place).symlink_to((private if place.endswith("figures") else private / "key").resolve())
+    code, out, err = push("--model", model, "--report", report, "--repo", "org/sink", *dry)
+    assert (code, out, hub.repositories) == (2, "", {})
+    assert f"{place} leads out of {place.partition('/')[0]}, to " in err.splitlines()[-1]
+
+
+def test_what_a_link_inside_leads_to_is_pushed_under_both_names(hub, push, model):
+    (model / "old").mkdir()
+    (model / "old" / "notes.txt").write_text("words")
+    (model / "notes.txt").symlink_to("old/notes.txt")
+    (model / "now").symlink_to("old")
+    assert push("--model", model, "--repo", "org/sink")[0] == 0
+    files = hub.repositories["org/sink"].files()
+    assert {files[name].content for name in ("notes.txt", "old/notes.txt", "now/notes.txt")} == {b"words"}
+
+
 def test_a_checkpoint_is_a_branch_of_its_own_and_main_lists_it(hub, push, model):
     """Risk: the branch carries along what main has; or the list is out of order."""
     push("--model", model, "--repo", "org/sink")
@@ -190,3 +218,19 @@ def test_nobody_sees_the_token_and_torch_is_not_loaded(hub, model, trouble, debu
     for commit in repository.history():
         assert TOKEN not in commit.title + commit.message
         assert all(TOKEN.encode() not in file.content for file in commit.files.values())
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--dry-run"], 0), ([], 2)])
+def test_credentials_in_the_address_of_the_hub_are_not_shown(hub, model, words, code):
+    """Risk: HF_ENDPOINT=http://user:password@host is printed. This Hub takes tokens alone, and refuses them."""
+    environment = {**os.environ, **hub.environment, "HF_TOKEN": TOKEN, "HF_HOME": "home", "PYTHONPATH": str(ROOT)}
+    environment["HF_ENDPOINT"] = environment["HF_ENDPOINT"].replace("://", "://somebody:opensesame@")
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.publish", "--model", model, "--repo", "org/sink", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert "://***@127.0.0.1" in done.stdout + done.stderr
+    assert "opensesame" not in done.stdout + done.stderr

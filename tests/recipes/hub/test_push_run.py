@@ -300,6 +300,31 @@ def test_following_pushes_each_checkpoint_as_it_comes_and_ends_with_the_run(hub,
     assert "waiting for a checkpoint of runs/sink; the last one is of step 14" in err
 
 
+@pytest.mark.parametrize("place", ["config.yaml", "metrics.csv", "checkpoints", "checkpoints/step21.ckpt"])
+def test_a_link_out_of_a_run_is_refused(hub, push, run, place):
+    """Risk: somebody else's checkpoint or numbers are published through a link."""
+    (run / "metrics.csv").write_text("step,tokens,twin_loss\n7,100,3.0\n")
+    (run / place).rename("elsewhere")
+    (run / place).symlink_to(Path("elsewhere").resolve())
+    code, out, err = push("--run", run, "--repo", "org/sink")
+    assert (code, out) == (2, "")
+    assert f"{run / place}" in err.splitlines()[-1]
+    assert f"leads out of {run}, to " in err.splitlines()[-1]
+    repository = hub.repositories.get("org/sink")
+    assert repository is None or not any("model.safetensors" in repository.files(name) for name in repository.branches)
+
+
+def test_following_looks_at_the_links_of_each_new_checkpoint(hub, push, run, pauses):
+    Path("elsewhere").mkdir()
+    last = run / "checkpoints" / "step21.ckpt"
+    last.rename("elsewhere/step21.ckpt")
+    pauses.coming += [lambda: last.symlink_to(Path("elsewhere/step21.ckpt").resolve())]
+    code, _, err = push("--run", run, "--repo", "org/sink", "--follow")
+    assert code == 2
+    assert f"{last} leads out of {run}, to " in err.splitlines()[-1]
+    assert step_of(hub, "main") == 14
+
+
 def test_following_begins_before_the_first_checkpoint(hub, push, pauses):
     RUN.mkdir(parents=True)
     (RUN / "config.yaml").write_text("schedule:\n  steps: 7\n")
