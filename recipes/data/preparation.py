@@ -17,7 +17,7 @@ from recipes.data.settings import PrepareConfig
 from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_split
 from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary, train_vocabulary
 from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_settings, state_of
-from sinkmodel.console import say
+from sinkmodel.console import put, say
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
 from sinkmodel.locks import locked
@@ -41,7 +41,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make the folder, go on with it, or find it complete; returns its manifest. Raises UserError for wrong input."""
     sources = _sources(config)
     given = load_vocabulary(config.tokenizer) if config.tokenizer else None
-    folder = Path(config.output).expanduser()
+    folder = Path(config.output)
     made_here = not folder.exists()
     try:
         with locked(folder):
@@ -234,9 +234,9 @@ def _found_complete(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 def _summarise(config: PrepareConfig, folder: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["splits"].items():
         shards = len(entry["shards"])
-        print(f"{name:<10} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens {shards:>6} shard(s)")
+        put(f"{name:<10} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens {shards:>6} shard(s)")
     tokenizer = manifest["tokenizer"]
-    print(f"tokenizer  {tokenizer['vocabulary']:,} ids; fingerprint {manifest['fingerprint'][:16]}; in {folder}")
+    put(f"tokenizer  {tokenizer['vocabulary']:,} ids; fingerprint {manifest['fingerprint'][:16]}; in {folder}")
     for split, wanted in zip(("validation", "test"), config.fractions):
         if wanted and config.megatron_index is None and not manifest["splits"][split]["tokens"]:
             say(

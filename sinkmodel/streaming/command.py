@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from sinkmodel.console import command, say
+from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError
 from sinkmodel.streaming.options import BUDGET, NAME, parse
 from sinkmodel.streaming.terminal import Interrupts, Status, TextPipe, ask, write
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int | None:
                 session.converse()
             else:
                 session.go_on()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError):  # Ctrl-C, or stdout takes no more: its reader has left, the disk is full
             session.status.last(session.loss() if options.score else "")
             session.save()
             raise
@@ -87,7 +87,7 @@ class Session:
             raise UserError("there is nothing to score: a loss needs at least two tokens of text; pipe more in")
         if self.scored:
             mean = self.nll / self.scored
-            print(f"tokens {self.scored} nll {mean:.6f} ppl {math.exp(min(mean, 700.0)):.6g}", flush=True)
+            put(f"tokens {self.scored} nll {mean:.6f} ppl {math.exp(min(mean, 700.0)):.6g}")
 
     def go_on(self) -> None:
         """Read all of the input, then continue it."""
