@@ -226,7 +226,7 @@ def _stamp(path: Path, name: str) -> list[Any]:
 
 
 def _expand(name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         files = text_files(path)
         if not files:
