@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig) -> int:
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run)))
         agree(lambda: _see_folder(run))
-        start = from_first(lambda: starting_point(run))
+        start = from_first(lambda: starting_point(run, config))
         if start == run / "checkpoints" / f"step{steps}.ckpt":
             say(f"{run} is complete: {steps} of {steps} steps; {_export(run)}")
             return 0
@@ -76,7 +76,7 @@ def pretrain(config: PretrainConfig) -> int:
         model.set_attn_implementation(CAUSAL)
         if start is not None:
             agree(lambda: check_checkpoint(start, model, datamodule, config.sink))
-        provenance = provenance_of(config, train, world)
+        provenance = provenance_of(config, train, world, start)
         module = SinkLanguageModel(
             model,
             config.sink.tokens,
@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig) -> int:
             head_chunk=config.training.head_chunk,
             compile_model=config.training.compile,
         )
-        from_first(lambda: write_folder(run, config))
+        from_first(lambda: write_folder(run, config, start))
         total, body = count_parameters(model)
         shown = {**provenance, "parameters": total, "parameters_without_embeddings": body}
         trainer, stop, writer = build_trainer(run, config, strategy, world, plan, module, datamodule, start, shown)
