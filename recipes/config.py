@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.parser import name_of, path_of
 
 T = TypeVar("T")
@@ -188,7 +188,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
     """jsonargparse explains on many lines; the reader needs the key, what it takes, what it got and where."""
     text = " ".join(str(error).split())
     if stray := re.match(r"unrecognized arguments: (\S+)", text):
-        return f"{stray[1]} belongs to no option; name a config as --config {stray[1]}; --help lists the keys"
+        return f"{stray[1]} belongs to no option; name a config as {shell('--config', stray[1])}; --help lists the keys"
     match = re.search(r'key "([^"]+)":.*?Expected an? .+?(?:Got|Given) value: (.*)$', text)
     if not match:
         return text

@@ -54,8 +54,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{options.run} has no checkpoint yet; log what was measured of one")
     config = replace(config, logging=logging)
     measured = read_measured(options.results, options.maps, options.report, steps if options.checkpoints else {})
-    from recipes.training.logs.build import build_mirrors, refuse_what_is_not_installed
+    from recipes.training.logs.build import build_mirrors, refuse_what_is_not_installed, switched_off
 
+    if "wandb" in targets and (off := switched_off()):
+        raise UserError(f"{off} switches wandb off, so nothing can be logged there; unset it, or give --to tensorboard")
     refuse_what_is_not_installed(config)
     recipe = Recipe.from_dict(read_checkpoint(steps[max(steps)])["recipe"])
     with locked(options.run):

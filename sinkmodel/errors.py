@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import textwrap
 from typing import Any
 
@@ -14,8 +16,13 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 2, heard: bool = False):
-        super().__init__(" ".join(message.split()))
+        super().__init__(re.sub(r"\s*[\r\n]+\s*", " ", message.strip()))  # blanks in a file's name stay as they are
         self.exit_code, self.heard = exit_code, heard
+
+
+def shell(*words: object) -> str:
+    """A command to copy, or a part of one: quoted for a shell where a word needs it."""
+    return shlex.join(map(str, words))
 
 
 def not_finite(model: Any, what: str = "logits") -> UserError:

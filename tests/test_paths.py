@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,26 @@ def test_a_command_makes_no_folder_named_tilde(tmp_path, monkeypatch, capsys):
     assert main(["--output=~/streaming", "--format=custom_generate"]) == 0
     assert (tmp_path / "home" / "streaming").is_dir()
     assert not Path("~").exists()
+
+
+def test_what_a_message_gives_to_copy_is_quoted_for_a_shell(tmp_path, capsys):
+    """Risk: a path with a blank, pasted, is two words, or with `$(…)` a command."""
+    from recipes.pretrain import main as pretrain
+    from sinkmodel.export.command import main as export
+    from tests import tiny
+    from tests.recipes.runs import arguments
+
+    data, run = tiny.prepared(tmp_path / "my  data"), tmp_path / "a $(run)"
+    assert pretrain([*map(str, arguments(data, run, schedule__steps=2))]) == 0
+    assert words_behind("export with: ", capsys) == ["sink-export", "--checkpoint", str(run), "--output", "DIR"]
+    assert pretrain([*map(str, arguments(data, run, schedule__steps=2)), "--optimizer.betas=[0.9, 0.99]"]) == 2
+    assert words_behind("resume with ", capsys, ", or") == ["--optimizer.betas", "[0.9, 0.95]"]
+    assert pretrain([f"--data.path={tmp_path}/no  data", f"--output={run}"]) == 2
+    assert words_behind("make it with: ", capsys)[:3] == ["sink-prepare", "--output", f"{tmp_path}/no  data"]
+    assert export(["--output", str(tmp_path / "x y"), "--format", "custom_generate"]) == 0
+    assert words_behind("with: ", capsys) == ["hf", "upload", "ORG/NAME", str(tmp_path / "x y")]
+
+
+def words_behind(mark: str, capsys, end: str = "\n") -> list[str]:
+    """What a shell makes of the words of the last message, from `mark` on."""
+    return shlex.split(capsys.readouterr().err.rpartition(mark)[2].partition(end)[0])

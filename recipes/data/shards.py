@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.files import read_json, sha256_of
 from sinkmodel.progress import CountedProgress
 
@@ -134,7 +134,7 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; make it with: sink-prepare --output {folder} …")
+        raise UserError(f"{folder} is no folder; make it with: {shell('sink-prepare', '--output', folder)} …")
     if not (folder / MANIFEST).exists():
         unfinished = (folder / PROGRESS).exists()
         remedy = "its preparation was not finished: run the same sink-prepare again" if unfinished else AGAIN

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from recipes.hub.plan import Plan
 from recipes.hub.repository import Repository
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.files import read_json
 
 
@@ -51,7 +51,7 @@ def model_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give one that sink-export wrote")
     if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"{folder} is a run, not a model folder; push it with --run {folder}")
+        raise UserError(f"{folder} is a run, not a model folder; push it with {shell('--run', folder)}")
     paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {at.as_posix(): path for at, path in paths.items() if not any(part.startswith(".") for part in at.parts)}
     for name in ("config.json", "*.safetensors"):

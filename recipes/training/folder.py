@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -33,7 +34,7 @@ from sinkmodel.checkpoint import (
     write_manifest,
 )
 from sinkmodel.console import say
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.files import atomic_file
 from sinkmodel.locks import LOCK
 from sinkmodel.sinks import SinkConfig
@@ -68,7 +69,7 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
         if before.get(key) != now.get(key):
             raise UserError(
                 f"{run} holds a run with {key} = {before.get(key)}, this one has {now.get(key)}; "
-                f"resume with --{key} {before.get(key)}, or choose another --output"
+                f"resume with {_options({key: before.get(key)})}, or choose another --output"
             )
 
 
@@ -83,9 +84,9 @@ def starting_point(run: Path, config: PretrainConfig) -> Path | None:
     newest: tuple[int, ScheduleSettings] | None = None
     for step, path in reversed(checkpoint_steps(run).items()):
         try:
+            verify(path)
             before = _schedule_of(read_checkpoint(path))
             if before is None or config.schedule.continues(before, step, config.optimizer.lr):
-                verify(path)
                 return path
         except UserError as error:
             say(f"{error}; going back to the one before")
@@ -119,10 +120,15 @@ def _jump(run: Path, config: PretrainConfig, step: int, before: ScheduleSettings
         )
         if now.kind == before.kind == "wsd":
             what += ", and no checkpoint from before its decay is left"
-    shown = {f"schedule.{key}": value for key, value in asdict(before).items() if value != getattr(now, key)}
-    options = " ".join(f"--{key} {value}" for key, value in shown.items())
+    other = {f"schedule.{key}": value for key, value in asdict(before).items() if value != getattr(now, key)}
     longer = "" if now.kind == "wsd" else "; a run with schedule.kind wsd can be made longer"
-    return UserError(f"{what}; resume with {options}, or choose another --output to train anew{longer}")
+    return UserError(f"{what}; resume with {_options(other)}, or choose another --output to train anew{longer}")
+
+
+def _options(values: dict[str, Any]) -> str:
+    """`--key value …` to copy, as the command line takes numbers, lists and null."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return shell(*(word for key, text in texts.items() for word in (f"--{key}", text)))
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module, datamodule: TextDataModule, wanted: SinkConfig) -> None:

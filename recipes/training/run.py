@@ -35,7 +35,7 @@ from recipes.training.trainer import build_trainer
 from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.locks import LOCK, locked
 from sinkmodel.models import build_model, count_parameters
 from sinkmodel.sinks import write_sink
@@ -102,7 +102,7 @@ def pretrain(config: PretrainConfig) -> int:
             from_first(writer.finish)  # a rank that left now would take rank 0 along, in the middle of a save
     if stop.agreed is not None and trainer.global_step < steps:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; go on with the same command, or with:")
-        say(f"  sink-pretrain --config {run / 'config.yaml'}")
+        say(f"  {shell('sink-pretrain', '--config', run / 'config.yaml')}")
         if stop.agreed in signals.REQUEUES:
             from_first(requeue)  # the others wait: where one exits, srun ends the rest, and scontrol with it
         return 128 + stop.agreed
@@ -111,7 +111,7 @@ def pretrain(config: PretrainConfig) -> int:
 
 
 def _export(run: Path) -> str:
-    return f"export with: sink-export --checkpoint {run} --output DIR"
+    return f"export with: {shell('sink-export', '--checkpoint', run, '--output', 'DIR')}"
 
 
 def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sinkmodel.console import command, say
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.parser import OneLineParser, path_of
 
 FORMATS = ("transformers", "gguf", "custom_generate")
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         from sinkmodel.export.streaming_code import export_streaming_code
 
         folder = export_streaming_code(options.output)
-        say(f"wrote {folder}; put it on the Hub with: hf upload ORG/NAME {folder}")
+        say(f"wrote {folder}; put it on the Hub with: {shell('hf', 'upload', 'ORG/NAME', folder)}")
     elif options.format == "gguf":
         from sinkmodel.export.gguf_file import export_gguf
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import command, put, say
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.streaming.options import BUDGET, NAME, parse
 from sinkmodel.streaming.terminal import Interrupts, Status, TextPipe, ask, write
 
@@ -176,7 +176,8 @@ class Session:
         with atomic_file(self.options.save) as file:
             torch.save({**self.stream.state_dict(), "command": beside}, file)
         taken = f", {self.pipe.taken} bytes of this input" if self.pipe.taken else ""
-        say(f"{NAME}: saved the stream after {self.stream.seen} tokens{taken}; --restore {self.options.save} goes on")
+        restore = shell("--restore", self.options.save)
+        say(f"{NAME}: saved the stream after {self.stream.seen} tokens{taken}; {restore} goes on")
 
     def _new(self, loaded: Any) -> Stream:
         from sinkmodel.streaming import Stream
