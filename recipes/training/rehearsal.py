@@ -53,7 +53,8 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     steps, tokens = config.schedule.steps, config.schedule.steps * config.training.batch_tokens
     size = total * BYTES_PER_PARAMETER
     files = _at_a_time(config)
-    more = max(1, files - len(checkpoint_steps(run)))
+    kept = list(checkpoint_steps(run).values()).index(start) + 1 if start else 0  # later ones move, or are replaced
+    more = max(1, files - kept)
     free = shutil.disk_usage(next(folder for folder in (run, *run.resolve().parents) if folder.exists())).free
     speed, where = _speed(config, model)
     everything = [
