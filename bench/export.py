@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from sinkmodel.checkpoint import PREFIX, Recipe, write_manifest
 from sinkmodel.files import sha256_of, sync
 from sinkmodel.models import build_model
+from sinkmodel.parser import path_of
 from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import SinkConfig
 from sinkmodel.tokenizer import TextTokenizer
@@ -74,7 +75,7 @@ def children_seconds() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to write (default: the system's folder for such files)")
+    parser.add_argument("--folder", type=path_of, help="where to write (default: the system's folder for such files)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         folder = Path(place)
@@ -88,7 +89,8 @@ def main() -> None:
             output = folder / f"{form}-{dtype}{'.gguf' if form == 'gguf' else ''}"
             argv = ["--checkpoint", folder / "run", "--output", output, "--format", form, "--dtype", dtype]
             start, used = time.perf_counter(), children_seconds()
-            done = subprocess.run([sys.executable, "-c", PROGRAM, *argv], capture_output=True, text=True, check=True)
+            command = [sys.executable, "-c", PROGRAM, *argv]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
             seconds, used = time.perf_counter() - start, children_seconds() - used
             grown = json.loads(done.stdout.splitlines()[-1])
             print(

@@ -31,7 +31,7 @@ def resident_mb() -> float:
     gc.collect()
     with contextlib.suppress(AttributeError):  # a C library other than glibc has none
         ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -93,7 +93,8 @@ def prepare(folder: Path, source: str, output: str) -> tuple[float, int]:
     command = [sys.executable, "-m", "recipes.prepare", *argv, *HELD_OUT, "--output", str(folder / output)]
     subprocess.run(command, check=True, capture_output=True)
     seconds = time.perf_counter() - began
-    return seconds, json.loads((folder / output / "manifest.json").read_text())["splits"]["train"]["tokens"]
+    manifest = json.loads((folder / output / "manifest.json").read_text(encoding="utf-8"))
+    return seconds, manifest["splits"]["train"]["tokens"]
 
 
 if __name__ == "__main__":

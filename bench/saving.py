@@ -19,6 +19,7 @@ from recipes.training.callbacks.checkpoints import BackgroundCheckpointIO
 from sinkmodel.checkpoint import write_manifest
 from sinkmodel.files import atomic_file, sha256_of
 from sinkmodel.models import build_model
+from sinkmodel.parser import path_of
 from sinkmodel.shapes import ModelShape
 
 
@@ -42,7 +43,7 @@ def behind(checkpoint: dict, path: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write (default: the system's folder for such files)")
+    parser.add_argument("--folder", type=path_of, help="where to write (default: the system's folder for such files)")
     options = parser.parse_args()
     state = build_model(ModelShape(), 50_304, seed=0).state_dict()
     moments = {number: {"exp_avg": w.clone(), "exp_avg_sq": w.clone()} for number, w in enumerate(state.values())}

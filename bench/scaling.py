@@ -30,7 +30,7 @@ def speed(data: Path, output: Path, strategy: str, processes: int, steps: int) -
     words += ["--training.threads=1", f"--training.strategy={strategy}", "--logging.every=5"]
     words += [f"--training.devices={processes}"] if processes > 1 else []
     command = [sys.executable, "-m", "recipes.pretrain", *words]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return statistics.median([float(row["tokens_per_second"]) for row in read_metrics(output) if row["loss"]][1:])
 

@@ -32,7 +32,8 @@ keys: dense rises beyond 256 trained positions, all caches stay level, with a si
 
 
 def main(folder: Path, output: Path) -> None:
-    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("smollm2", "vanilla", "sink")}
+    files = {name: folder / f"{name}.json" for name in ("smollm2", "vanilla", "sink")}
+    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.7), layout="constrained")
         left, right = figure.subplots(1, 2)

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sinkmodel.console import command
+from sinkmodel.console import command, put
 from sinkmodel.errors import UserError
-from sinkmodel.parser import OneLineParser, positive, whole
+from sinkmodel.parser import OneLineParser, name_of, path_of, positive, whole
 
 EXAMPLE = "python examples/million_tokens.py --model models/sink --budget 128 --output million.png"
 POINTS = 200  # of the figure
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int | None:
     draw(options.output, rows, dense, f"{Path(options.model).name}, {stream.cache.sinks}+{stream.cache.window}")
     write_csv(options.output.with_suffix(".csv"), rows)
     first, last = rows[0], rows[-1]
-    print(
+    put(
         f"{options.tokens:,} tokens in {seconds:,.0f} s ({options.tokens / seconds:,.0f}/s), ppl {last['ppl']:.2f}; "
         f"memory {first['memory_mib']:.1f} MiB after {first['tokens']:,}, {last['memory_mib']:.1f} at the end; a cache "
         f"of every key would have grown by {dense / MIB:,.1f} MiB"
@@ -59,15 +59,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     description = "Stream a million tokens through a model, and draw memory and perplexity along the stream."
     parser = OneLineParser("million_tokens.py", description, f"Example:\n  {EXAMPLE}")
     parser.add_argument(
-        "--model", required=True, metavar="NAME", help="model folder, run, checkpoint, GGUF, package, or Hub name"
+        "--model",
+        type=name_of,
+        required=True,
+        metavar="NAME",
+        help="model folder, run, checkpoint, GGUF, package, or Hub name",
     )
     parser.add_argument(
-        "--text", nargs="+", type=Path, metavar="FILE", help="read in turn, without end (default: the King James Bible)"
+        "--text",
+        nargs="+",
+        type=path_of,
+        metavar="FILE",
+        help="read in turn, without end (default: the King James Bible)",
     )
     parser.add_argument("--tokens", type=positive, default=1_000_000, metavar="N")
     parser.add_argument("--budget", type=positive, default=256, metavar="C", help="slots of the cache, sinks counted")
     parser.add_argument("--sinks", type=whole, metavar="S", help="first tokens kept (default: the model's, or 1)")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="or .svg, .pdf")
+    parser.add_argument("--output", required=True, type=path_of, metavar="FILE.png", help="or .svg, .pdf")
     parser.add_argument("--device", help="default: a GPU where there is one")
     return parser.parse_args(argv)
 
@@ -139,7 +147,7 @@ def read_without_end(files: list[Path] | None) -> Iterator[str]:
 
 
 def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -12,9 +12,12 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
+from sinkmodel.parser import name_of, path_of
 
 T = TypeVar("T")
+PathText = typing.Annotated[str, "path"]
+"""The type of a key that is a path, or a name that may be one: `~` in it is the home folder."""
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
@@ -39,10 +42,34 @@ def load_config(cls: type[T], argv: list[str], description: str, example: str) -
     parser.add_class_arguments(cls, as_group=False, fail_untyped=True)
     try:
         namespace = parser.parse_args(argv)
+        for key in path_keys(cls):
+            namespace[key] = _expanded(namespace[key])
         values = parser.instantiate_classes(namespace)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise UserError(_explain(error, argv)) from None
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+def path_keys(cls: Any, prefix: str = "") -> list[str]:
+    """The keys of type PathText, also in lists and in the dataclasses below."""
+    keys: list[str] = []
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            keys += path_keys(hint, f"{prefix}{name}.")
+        elif _holds_path(hint):
+            keys.append(prefix + name)
+    return keys
+
+
+def _holds_path(hint: Any) -> bool:
+    return hint == PathText or any(_holds_path(part) for part in typing.get_args(hint))
+
+
+def _expanded(value: Any) -> Any:
+    """A path, or a list of them, with `~` as the home folder; null stays null."""
+    if isinstance(value, list):
+        return [name_of(one) for one in value]
+    return name_of(value) if value else value
 
 
 def dump_config(config: Any) -> str:
@@ -71,7 +98,7 @@ def shipped_configs() -> Path:
 
 def find_config(name: str) -> Path:
     """A path as it is, else the shipped config of that name (`pythia-160m`, `models/pythia-160m.yaml`)."""
-    given = Path(name)
+    given = path_of(name)
     if given.is_file():
         return given
     shipped = shipped_configs()
@@ -161,7 +188,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
     """jsonargparse explains on many lines; the reader needs the key, what it takes, what it got and where."""
     text = " ".join(str(error).split())
     if stray := re.match(r"unrecognized arguments: (\S+)", text):
-        return f"{stray[1]} belongs to no option; name a config as --config {stray[1]}; --help lists the keys"
+        return f"{stray[1]} belongs to no option; name a config as {shell('--config', stray[1])}; --help lists the keys"
     match = re.search(r'key "([^"]+)":.*?Expected an? .+?(?:Got|Given) value: (.*)$', text)
     if not match:
         return text

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from sinkmodel.console import command, say
 from sinkmodel.errors import UserError
-from sinkmodel.parser import OneLineParser
+from sinkmodel.parser import OneLineParser, path_of
 
 DESCRIPTION = """\
 Log to the run's own page in wandb and its TensorBoard folder, behind training or between two jobs: the results of
@@ -21,13 +20,18 @@ TARGETS = ("wandb", "tensorboard")
 @command("sink-log")
 def main(argv: list[str]) -> None:
     parser = OneLineParser("sink-log", DESCRIPTION, EXAMPLE)
-    parser.add_argument("--run", required=True, type=Path, help="a folder of sink-pretrain")
+    parser.add_argument("--run", required=True, type=path_of, help="a folder of sink-pretrain")
     parser.add_argument("--to", nargs="+", choices=TARGETS, help="(default: what the run was trained with)")
-    parser.add_argument("--results", nargs="+", type=Path, default=[], metavar="FILE", help="of sink-eval … --json")
+    parser.add_argument("--results", nargs="+", type=path_of, default=[], metavar="FILE", help="of sink-eval … --json")
     parser.add_argument(
-        "--maps", nargs="+", type=Path, default=[], metavar="FOLDER", help="of sink-eval sinks --maps, a name for each"
+        "--maps",
+        nargs="+",
+        type=path_of,
+        default=[],
+        metavar="FOLDER",
+        help="of sink-eval sinks --maps, a name for each",
     )
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="of sink-eval report; to wandb alone")
+    parser.add_argument("--report", type=path_of, metavar="FOLDER", help="of sink-eval report; to wandb alone")
     parser.add_argument("--checkpoints", action="store_true", help="keep them as artifacts; to wandb alone")
     options = parser.parse_args(argv)
     if not (options.run / "config.yaml").is_file():
@@ -50,8 +54,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{options.run} has no checkpoint yet; log what was measured of one")
     config = replace(config, logging=logging)
     measured = read_measured(options.results, options.maps, options.report, steps if options.checkpoints else {})
-    from recipes.training.logs.build import build_mirrors, refuse_what_is_not_installed
+    from recipes.training.logs.build import build_mirrors, refuse_what_is_not_installed, switched_off
 
+    if "wandb" in targets and (off := switched_off()):
+        raise UserError(f"{off} switches wandb off, so nothing can be logged there; unset it, or give --to tensorboard")
     refuse_what_is_not_installed(config)
     recipe = Recipe.from_dict(read_checkpoint(steps[max(steps)])["recipe"])
     with locked(options.run):

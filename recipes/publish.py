@@ -7,15 +7,14 @@ import contextlib
 import re
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from recipes.hub.revisions import LIST, MAIN, is_checkpoint, listing
-from sinkmodel.console import command, say
+from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError
 from sinkmodel.export.command import DTYPES
-from sinkmodel.parser import OneLineParser, positive
+from sinkmodel.parser import OneLineParser, path_of, positive
 from sinkmodel.secrets import hub_token
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed is installed, it speaks on stdout
             lines = push(options)
-        print("\n".join(lines))
+        put("\n".join(lines))
     except Terminated:
         raise UserError("stopped by SIGTERM; the same command goes on where it was", 128 + signal.SIGTERM) from None
     finally:
@@ -51,8 +50,8 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="sink-push", description=DESCRIPTION, epilog=EXAMPLE)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=Path, metavar="DIR", help="a folder that sink-export wrote")
-    what.add_argument("--run", type=Path, help="a run: its checkpoints as branches step1000 …, the newest on main")
+    what.add_argument("--model", type=path_of, metavar="DIR", help="a folder that sink-export wrote")
+    what.add_argument("--run", type=path_of, help="a run: its checkpoints as branches step1000 …, the newest on main")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="made where it is not there")
     parser.add_argument("--private", action="store_true", help="make it private; one that is public is refused")
     parser.add_argument("--dry-run", action="store_true", help="say what would be pushed, and how large it is")
@@ -63,11 +62,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     run.add_argument("--every", type=positive, metavar="N", help="branches of steps that N divides (default: of all)")
     run.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is complete")
     run.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
-    run.add_argument("--workdir", type=Path, metavar="DIR", help="for one export at a time (default: beside the run)")
+    run.add_argument(
+        "--workdir", type=path_of, metavar="DIR", help="for one export at a time (default: beside the run)"
+    )
     card = parser.add_argument_group("the model card")
-    card.add_argument("--report", type=Path, metavar="DIR", help="of sink-eval report, to be in it")
+    card.add_argument("--report", type=path_of, metavar="DIR", help="of sink-eval report, to be in it")
     card.add_argument(
-        "--results", type=Path, nargs="+", default=[], metavar="FILE", help="of sink-eval --json, as well"
+        "--results", type=path_of, nargs="+", default=[], metavar="FILE", help="of sink-eval --json, as well"
     )
     card.add_argument("--no-card", action="store_true", help="write none: README.md is the folder's, or the Hub's")
     options = parser.parse_args(argv)

@@ -5,12 +5,15 @@ Exit codes: 0 success, 1 the answer is no, 2 the input is wrong, 130 interrupted
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from sinkmodel.errors import UserError
 from sinkmodel.secrets import RedactedRecord, redacted
@@ -37,6 +40,10 @@ EXTRAS = {
 }
 
 
+# What has no file name where stdout is to blame: a full disk, a file that grew too large, a terminal that is gone.
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
 def command(name: str) -> Callable:
     """Decorate a `main(argv)` so that a user's mistake ends in one line on stderr and exit code 2."""
 
@@ -44,8 +51,10 @@ def command(name: str) -> Callable:
         @functools.wraps(main)
         def run(argv: list[str] | None = None) -> int:
             logging.setLogRecordFactory(RedactedRecord)
+            _prepare_streams()
             try:
-                return main(sys.argv[1:] if argv is None else argv) or 0
+                with _flushed():
+                    return main(sys.argv[1:] if argv is None else argv) or 0
             except UserError as error:
                 say(f"{name}: {error}", always=error.heard)
                 return error.exit_code
@@ -53,7 +62,7 @@ def command(name: str) -> Callable:
                 say(f"{name}: interrupted")
                 return 130
             except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _discard(sys.stdout)
                 return 0
             except ModuleNotFoundError as error:
                 package = (error.name or "").split(".")[0]
@@ -65,8 +74,9 @@ def command(name: str) -> Callable:
                 )
                 return 2
             except OSError as error:  # a full disk, a folder that is a file, no permission …
-                if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if error.filename is None and error.errno not in NO_PLACE:
                     raise
+                _drop_unwritten()
                 where = f"{error.filename}: " if error.filename else ""
                 what = os.strerror(error.errno).lower() if error.errno else str(error)
                 say(
@@ -90,6 +100,68 @@ def be_silent() -> None:
 
 
 def say(line: str, always: bool = False) -> None:
-    """One line for the reader, on stderr: stdout is for results."""
+    """One line for the reader, on stderr: stdout is for results. A reader who has left does not stop the work."""
     if always or not _silent:
-        print(redacted(line), file=sys.stderr, flush=True)
+        try:
+            print(redacted(line), file=sys.stderr, flush=True)
+        except OSError:
+            _discard(sys.stderr)
+
+
+def put(text: str) -> None:
+    """Print results on stdout. A reader who has left, as in `| head`, does not change how the command ends."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def _prepare_streams() -> None:
+    """Make stdin, stdout and stderr usable, whatever the encoding of the terminal, and if the caller closed them.
+
+    Characters that stdout does not have become `?`, so that columns stay in line, and escapes on stderr. Bytes of stdin
+    that its encoding does not have are kept as surrogates.
+    """
+    for descriptor in range(3):  # one that is free would be given to the next file, which would then get our output
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, errors in (("stdin", "surrogateescape"), ("stdout", "replace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # a notebook and a test have streams of their own
+            stream.reconfigure(errors=errors)
+        elif stream is None and name != "stdin":
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it stays open
+
+
+@contextlib.contextmanager
+def _flushed():
+    """Write out stdout at the end of the block, where an error can still be reported; also at the end of --help."""
+    try:
+        yield
+    except SystemExit:
+        _flush()
+        raise
+    _flush()
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def _drop_unwritten() -> None:
+    """Let go of what stdout could not take: the interpreter would fail on it again at its end, with exit code 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard(sys.stdout)
+
+
+def _discard(stream: TextIO) -> None:
+    """From here on the stream goes nowhere: what reads it is gone."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import textwrap
 from typing import Any
 
@@ -18,8 +20,14 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 2, heard: bool = False):
         # A process that reads ahead hands an error over as the text of its traceback, whose end is the message.
         message = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
-        super().__init__(redacted(" ".join(message.split())))
+        message = re.sub(r"\s*[\r\n]+\s*", " ", message.strip())  # blanks in a file's name stay as they are
+        super().__init__(redacted(message))
         self.exit_code, self.heard = exit_code, heard
+
+
+def shell(*words: object) -> str:
+    """A command to copy, or a part of one: quoted for a shell where a word needs it."""
+    return shlex.join(map(str, words))
 
 
 def not_finite(model: Any, what: str = "logits") -> UserError:

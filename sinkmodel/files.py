@@ -98,7 +98,12 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     with atomic_file(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_bytes(json_bytes(content))
+
+
+def json_bytes(content: Any) -> bytes:
+    """JSON as UTF-8. Bytes of a file's name that are no text are escaped, and are the same name when read back."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> Any:

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import difflib
 import math
+import os
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 from sinkmodel.errors import UserError
@@ -33,6 +35,27 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; {self.prog} --help shows how")
+
+
+def name_of(word: str) -> str:
+    """The type of an option that takes a name or a path: `~` is the home folder, which a shell leaves after `=`.
+
+    `~` alone, `~/…` and `~user/…`, as a shell expands them; anything else stays as it is.
+    """
+    return os.path.expanduser(word)
+
+
+def path_of(word: str) -> Path:
+    """The type of an option that takes a file or a folder."""
+    return Path(name_of(word))
+
+
+def utf8(word: str) -> str:
+    """The type of an option whose value is text for a model: UTF-8, whatever the encoding of the terminal."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeDecodeError:
+        raise argparse.ArgumentTypeError(f"{word!r} is not UTF-8") from None
 
 
 def whole(text: str) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from sinkmodel.console import command, say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json
+from sinkmodel.parser import path_of
 
 COLUMNS = ("policy", "sinks", "window", "budget", "documents", "tokens")
 NUMBERS = ("nll", "nll_after_overflow", "ppl", "ppl_after_overflow", "stderr")
@@ -57,7 +58,7 @@ def markdown(rows: list[dict]) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) != 1:
         raise UserError("give one folder, as in: python slurm/collect.py runs/sink/ppl")
-    count = collect(Path(argv[0]))
+    count = collect(path_of(argv[0]))
     say(f"{argv[0]}/table.csv and table.md hold {count} checkpoint(s)")
 
 

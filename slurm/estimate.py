@@ -15,9 +15,12 @@ For Pythia-160M's recipe under DDP: a step is forward, backward with the gradien
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 from dataclasses import dataclass
+
+from sinkmodel.console import command
+from sinkmodel.parser import OneLineParser
 
 PARAMETERS, FLOPS_PER_TOKEN = 162_322_944, 0.969e9  # at rows of 2,048 tokens
 ROWS, SEQUENCE, STEPS = 1024, 2048, 143_000
@@ -55,8 +58,9 @@ def estimate(
     return Estimate(compute, shown, 28 * PARAMETERS / MEMORY, 12 * PARAMETERS / HOST / every)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command("estimate.py")
+def main(argv: list[str]) -> None:
+    parser = OneLineParser("estimate.py", __doc__ or "", "example: python slurm/estimate.py --inter 40")
     parser.add_argument("--intra", type=float, default=300, help="GB/s of all-reduce within a node (NVLink)")
     parser.add_argument("--inter", type=float, default=200, help="GB/s across nodes (a 400 Gb/s adapter a GPU: 200)")
     parser.add_argument(
@@ -66,7 +70,7 @@ def main() -> None:
     parser.add_argument("--floor", type=float, default=6, help="least ms of a micro-batch")
     parser.add_argument("--hop", type=float, default=15, help="µs from one GPU to another")
     parser.add_argument("--every", type=int, default=1000, help="steps between checkpoints")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     print("| GPUs | rows a GPU | compute ms | all-reduce shown ms | optimiser ms | tokens/s | hours | of linear |")
     print("|---|---|---|---|---|---|---|---|")
     first = None
@@ -91,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

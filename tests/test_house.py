@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,9 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command):
     script, *rest = command.split()
-    done = subprocess.run([Path(sys.executable).with_name(script), *rest, "--help"], capture_output=True, text=True)
+    ascii_terminal = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    call = [Path(sys.executable).with_name(script), *rest, "--help"]
+    done = subprocess.run(call, capture_output=True, text=True, env=ascii_terminal)
     assert done.returncode == 0, done.stderr
     assert f"{command} --" in done.stdout.split("xample", 1)[1]
 
@@ -87,3 +90,31 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, modul
     assert f"the package {package} is not installed" in done.stderr.splitlines()[-1]
     assert f"sinkmodel[{extra}]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+OPENS, NOT_FILES = {"open", "read_text", "write_text", "fdopen"}, {"os", "Image", "split"}
+
+
+def unnamed_encodings(path: Path) -> list[int]:
+    """Lines where a text file, or a pipe as text, is opened without naming its encoding."""
+    lines = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+            continue
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        of = getattr(node.func.value, "id", "") if isinstance(node.func, ast.Attribute) else ""
+        modes = [
+            word.value for word in ast.walk(node) if isinstance(word, ast.Constant) and isinstance(word.value, str)
+        ]
+        as_text = any(word.arg in ("text", "universal_newlines") for word in node.keywords) and of == "subprocess"
+        binary = any("b" in mode and len(mode) <= 3 for mode in modes)
+        if as_text or (called in OPENS and of not in NOT_FILES and not binary):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_every_text_file_names_its_encoding():
+    """In a locale without UTF-8, and on Windows, Python would read and write ours in another one."""
+    folders = [*FORBIDDEN, "slurm", "examples", "docs", "bench"]
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        assert not unnamed_encodings(path), path

@@ -8,12 +8,13 @@ import os
 import platform
 import shlex
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkmodel.console import say
+from sinkmodel.console import put, say
 from sinkmodel.errors import UserError
+from sinkmodel.parser import path_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +28,7 @@ MODEL_HELP = "model folder, run, checkpoint, .gguf file, package with a GGUF (ll
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=path_of, metavar="FILE", help="write the rows there too")
 
 
 def check_output(option: str, path: Path | None) -> None:
@@ -57,6 +58,14 @@ def load(options: argparse.Namespace, name: str | None = None) -> LoadedModel:
     if loaded.borrowed:
         say(f"{name}: {' '.join(loaded.borrowed)} stands in front of every text, as its tokenizer puts it; not scored")
     return loaded
+
+
+def give_result(options: argparse.Namespace, content: dict[str, Any], show_tables: Callable[[], None]) -> None:
+    """The result file, then the tables on the screen. Neither is lost if the other cannot be written."""
+    try:
+        write_result(options, content)
+    finally:
+        show_tables()
 
 
 def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
@@ -109,7 +118,9 @@ def show(table: Table) -> None:
 
     console = Console()
     console.width = max(console.width, 140)  # rather lines that wrap than columns that are cut off
-    console.print(table)
+    with console.capture() as table_text:  # rich itself ends the process where the reader has left
+        console.print(table)
+    put(table_text.get().removesuffix("\n"))
 
 
 def number(value: float | None, form: str) -> str:

@@ -20,16 +20,16 @@ from eval.measures.command import (
     MODEL_HELP,
     add_common_arguments,
     check_output,
+    give_result,
     keys_seen,
     load,
     new_table,
     show,
-    write_result,
 )
 from eval.policies.choice import BORROWED, check, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.parser import positive
+from sinkmodel.parser import name_of, path_of, positive
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
 if TYPE_CHECKING:
@@ -43,9 +43,12 @@ POINTS = 5  # places along --stream-length where steps are timed
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="NAME", help=MODEL_HELP)
+    which.add_argument("--model", type=name_of, metavar="NAME", help=MODEL_HELP)
     which.add_argument(
-        "--shape", type=Path, metavar="FILE", help="random weights in the shape of a .yaml, as configs/models/tiny.yaml"
+        "--shape",
+        type=path_of,
+        metavar="FILE",
+        help="random weights in the shape of a .yaml, as configs/models/tiny.yaml",
     )
     parser.add_argument(
         "--budgets",
@@ -76,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also time window and sink at five places along a stream of N tokens",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="processor threads (default: PyTorch's choice)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the times there")
+    parser.add_argument("--plot", type=path_of, metavar="FILE.png", help="draw the times there")
     add_common_arguments(parser)
 
 
@@ -121,8 +124,7 @@ def run(options: argparse.Namespace) -> None:
         "ratios": ratios,
         "stream": stream,
     }
-    print_tables(content)
-    write_result(options, content)
+    give_result(options, content, lambda: print_tables(content))
     if options.plot is not None:
         from eval.report.plots import draw_latency
         from sinkmodel.files import atomic_file

@@ -26,7 +26,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         except OSError:
             self.forgets = False
 
@@ -60,7 +60,8 @@ def _give_back() -> None:
 def _status(field: str) -> int | None:
     """A field of /proc/self/status in bytes; None where there is no such file."""
     try:
-        return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) * 1024
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        return int(status.split(field)[1].split()[0]) * 1024
     except (OSError, IndexError):
         return None
 

@@ -19,19 +19,19 @@ from eval.measures.command import (
     MODEL_HELP,
     add_common_arguments,
     check_output,
+    give_result,
     keys_seen,
     load,
     new_table,
     number,
     show,
-    write_result,
 )
 from eval.measures.meters import PeakMemory
 from eval.measures.statistics import block_stderr, by_position, mean
 from eval.measures.texts import add_text_argument, check_files, check_positions, fed, read_texts
 from eval.policies.choice import NAMES, check, choose
 from sinkmodel.errors import UserError
-from sinkmodel.parser import positive, whole
+from sinkmodel.parser import name_of, positive, whole
 from sinkmodel.progress import CountedProgress
 from sinkmodel.sinks import kind_of
 
@@ -44,7 +44,7 @@ EXAMPLE = "sink-eval ppl --model runs/sink --text book.txt --budget 256 --sinks 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
     add_text_argument(parser)
     parser.add_argument(
         "--budget", type=positive, default=256, metavar="C", help="keys a query sees, its own and the sinks counted"
@@ -98,7 +98,6 @@ def run(options: argparse.Namespace) -> None:
         measure(loaded, documents, policy, options.budget, options.chunk, f"{i}/{len(policies)} {policy.label}")
         for i, policy in enumerate(policies, 1)
     ]
-    print_table(loaded, options, rows)
     content = {
         "command": "ppl",
         "model": options.model,
@@ -110,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
         "texts": texts,
         "rows": rows,
     }
-    write_result(options, content)
+    give_result(options, content, lambda: print_table(loaded, options, rows))
 
 
 def _check_windows(options: argparse.Namespace, sinks: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.parser import path_of
 
 if TYPE_CHECKING:
     from eval.policies.policy import Policy
@@ -24,7 +25,7 @@ def add_text_argument(parser: argparse.ArgumentParser, *aliases: str) -> None:
         *aliases,
         required=True,
         nargs="+",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help=".txt is one document; .jsonl, .ndjson, .json lines and .parquet have one a row (also .gz, .xz, .zst)",
     )

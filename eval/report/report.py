@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_folder, refuse_if_occupied
+from sinkmodel.parser import path_of
 
 if TYPE_CHECKING:
     from eval.report.blocks import Chart, Section
@@ -29,20 +30,20 @@ EXAMPLE = "sink-eval report --run runs/none runs/token --json verify.json grid.j
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--run", nargs="+", type=Path, default=[], metavar="RUN", help="folders of sink-pretrain: twins"
+        "--run", nargs="+", type=path_of, default=[], metavar="RUN", help="folders of sink-pretrain: twins"
     )
     parser.add_argument(
         "--json",
         nargs="+",
-        type=Path,
+        type=path_of,
         default=[],
         metavar="FILE",
         help="what sink-eval ppl, verify, grid, sinks, streameval, zeroshot or latency wrote with --json",
     )
     parser.add_argument(
-        "--maps", nargs="+", type=Path, default=[], metavar="FOLDER", help="what sink-eval sinks --maps made"
+        "--maps", nargs="+", type=path_of, default=[], metavar="FOLDER", help="what sink-eval sinks --maps made"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder to make")
+    parser.add_argument("--output", required=True, type=path_of, metavar="FOLDER", help="folder to make")
 
 
 def run(options: argparse.Namespace) -> None:

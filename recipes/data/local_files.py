@@ -24,7 +24,7 @@ class LocalFiles:
     """
 
     def __init__(self, names: list[str], text_key: str, separator: str | None = None):
-        found = [find_text_files(str(Path(name).expanduser())) for name in names]
+        found = [find_text_files(name) for name in names]
         given: dict[Path, Path] = {}  # where a file lies -> the name that it has here
         for path in (path for each in found for path in each.files):
             given.setdefault(path.resolve(), path)

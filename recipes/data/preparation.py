@@ -21,7 +21,7 @@ from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_s
 from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary
 from recipes.data.workers import train_apart
 from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_settings, state_of
-from sinkmodel.console import say
+from sinkmodel.console import put, say
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
 from sinkmodel.locks import locked
@@ -45,7 +45,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Make the folder, go on with it, or find it complete; returns its manifest. Raises UserError for wrong input."""
     sources = _sources(config)
     given = load_vocabulary(config.tokenizer) if config.tokenizer else None
-    folder = Path(config.output).expanduser()
+    folder = Path(config.output)
     made_here = not folder.exists()
     try:
         with locked(folder):
@@ -286,11 +286,11 @@ def _found_complete(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 def _summarise(config: PrepareConfig, folder: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["splits"].items():
         shards = len(entry["shards"])
-        print(f"{name:<10} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens {shards:>6} shard(s)")
+        put(f"{name:<10} {entry['documents']:>12,} documents {entry['tokens']:>16,} tokens {shards:>6} shard(s)")
     if manifest["skipped"]:
-        print(f"skipped    {manifest['skipped']:>12,} rows without text (null, empty or blank)")
+        put(f"skipped    {manifest['skipped']:>12,} rows without text (null, empty or blank)")
     tokenizer = manifest["tokenizer"]
-    print(f"tokenizer  {tokenizer['vocabulary']:,} ids; fingerprint {manifest['fingerprint'][:16]}; in {folder}")
+    put(f"tokenizer  {tokenizer['vocabulary']:,} ids; fingerprint {manifest['fingerprint'][:16]}; in {folder}")
     for split, wanted in zip(("validation", "test"), config.fractions):
         if wanted and config.megatron_index is None and not manifest["splits"][split]["tokens"]:
             say(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.config import PathText
 from recipes.data.tokenization import SMALLEST_VOCABULARY
 from sinkmodel.errors import UserError
 
@@ -38,18 +39,18 @@ class PrepareConfig:
         workers: processes that encode; by default one a core.
     """
 
-    output: str = ""
-    input: list[str] | str | None = None
-    validation_input: list[str] | str | None = None
-    test_input: list[str] | str | None = None
-    dataset: str | None = None
+    output: PathText = ""
+    input: list[PathText] | PathText | None = None
+    validation_input: list[PathText] | PathText | None = None
+    test_input: list[PathText] | PathText | None = None
+    dataset: PathText | None = None
     dataset_config: str | None = None
     dataset_split: str = "train"
     validation_split: str | None = None
     test_split: str | None = None
     text_key: str = "text"
     separator: str | None = None
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     vocabulary_size: int | None = None
     validation_fraction: float | None = None
     test_fraction: float | None = None
@@ -107,4 +108,4 @@ class PrepareConfig:
     def megatron_index(self) -> Path | None:
         """The .idx file, where the training text comes pre-shuffled."""
         names = [self.input] if isinstance(self.input, str) else self.input or []
-        return Path(names[0]).expanduser() if len(names) == 1 and names[0].endswith(".idx") else None
+        return Path(names[0]) if len(names) == 1 and names[0].endswith(".idx") else None

@@ -24,7 +24,7 @@ import numpy as np
 
 from recipes.data.megatron import DTYPES as MEGATRON_DTYPES
 from sinkmodel.bounds import inside
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.files import read_json, sha256_of
 from sinkmodel.fingerprint import fingerprint_of
 from sinkmodel.progress import CountedProgress
@@ -161,7 +161,7 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; make it with: sink-prepare --output {folder} …")
+        raise UserError(f"{folder} is no folder; make it with: {shell('sink-prepare', '--output', folder)} …")
     if not (folder / MANIFEST).exists():
         unfinished = (folder / PROGRESS).exists()
         remedy = "its preparation was not finished: run the same sink-prepare again" if unfinished else AGAIN

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from recipes.hub.plan import Plan
 from recipes.hub.repository import Repository
 from sinkmodel.bounds import files_of
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.files import read_json
 
 
@@ -52,7 +52,7 @@ def model_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give one that sink-export wrote")
     if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"{folder} is a run, not a model folder; push it with --run {folder}")
+        raise UserError(f"{folder} is a run, not a model folder; push it with {shell('--run', folder)}")
     files = files_of(folder)
     for name in ("config.json", "*.safetensors"):
         if not any(fnmatch(path, name) for path in files):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,10 +20,21 @@ from recipes.config import dump_config, flatten
 from recipes.data.datamodule import TextDataModule
 from recipes.data.shards import TokenSplit, read_manifest
 from recipes.training.processes.ranks import World
+from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import PretrainConfig
-from sinkmodel.checkpoint import Recipe, check_shapes, checkpoint_steps, read_checkpoint, verify, weights_of
+from sinkmodel.checkpoint import (
+    Recipe,
+    check_shapes,
+    checkpoint_steps,
+    digest_of,
+    read_checkpoint,
+    read_metrics,
+    verify,
+    weights_of,
+    write_manifest,
+)
 from sinkmodel.console import say
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.files import atomic_file
 from sinkmodel.locks import LOCK
 from sinkmodel.secrets import all_redacted
@@ -37,7 +51,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "training.threads",
 )
 FREE_TO_CHANGE += ("training.strategy", "training.devices", "training.micro_rows", "training.timeout")
-FREE_GROUPS = ("checkpoints.", "logging.")
+FREE_GROUPS = ("checkpoints.", "logging.", "schedule.")  # of the last `starting_point` says how far
 
 
 def check_folder(run: Path, config: PretrainConfig) -> None:
@@ -56,26 +70,66 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
         if before.get(key) != now.get(key):
             raise UserError(
                 f"{run} holds a run with {key} = {before.get(key)}, this one has {now.get(key)}; "
-                f"resume with --{key} {before.get(key)}, or choose another --output"
+                f"resume with {_options({key: before.get(key)})}, or choose another --output"
             )
 
 
-def starting_point(run: Path) -> Path | None:
-    """The newest checkpoint of the run that can be read, None before the first; one that cannot be is said.
+def starting_point(run: Path, config: PretrainConfig) -> Path | None:
+    """The newest checkpoint that the run can be resumed from, None before the first; one that is damaged is logged.
 
-    Raises UserError where there are some, and none can be read: starting anew would write over them.
+    If the config has another schedule than the run had, it is the newest one at which the learning rate does not jump:
+    of a run that is made longer with `wsd`, the last one before its decay.
+
+    Raises UserError if there are checkpoints and the run cannot be resumed from any: it would write over them.
     """
-    paths = list(checkpoint_steps(run).values())
-    for path in reversed(paths):
+    newest: tuple[int, ScheduleSettings] | None = None
+    for step, path in reversed(checkpoint_steps(run).items()):
         try:
             verify(path)
-            read_checkpoint(path)
-            return path
+            before = _schedule_of(read_checkpoint(path))
+            if before is None or config.schedule.continues(before, step, config.optimizer.lr):
+                return path
         except UserError as error:
             say(f"{error}; going back to the one before")
-    if paths:
+            continue
+        newest = newest or (step, before)
+        if config.schedule.steps <= before.steps:  # it is not made longer: nobody asked for an earlier checkpoint
+            break
+    if newest is not None:
+        raise _jump(run, config, *newest)
+    if checkpoint_steps(run):
         raise UserError(f"{run} has checkpoints, but none that can be read; restore one or choose another --output")
     return None
+
+
+def _schedule_of(checkpoint: dict[str, Any]) -> ScheduleSettings | None:
+    """The schedule that a checkpoint was trained with; None if it does not say."""
+    config = Recipe.from_dict(checkpoint["recipe"]).provenance.get("config", {})
+    return ScheduleSettings(**config["schedule"]) if "schedule" in config else None
+
+
+def _jump(run: Path, config: PretrainConfig, step: int, before: ScheduleSettings) -> UserError:
+    """Why a run cannot be resumed with another schedule at its newest checkpoint, which is of `step`."""
+    now, peak = config.schedule, config.optimizer.lr
+    if step > now.steps:
+        what = f"{run} has done {step} steps, more than schedule.steps = {now.steps}"
+    else:
+        rates = f"{before.lr(step - 1, peak):.3g} to {now.lr(step, peak):.3g}"
+        what = (
+            f"{run} is at step {step} of {before.steps} ({before.kind}); with schedule.steps = {now.steps} "
+            f"({now.kind}) the learning rate would jump there from {rates}"
+        )
+        if now.kind == before.kind == "wsd":
+            what += ", and no checkpoint from before its decay is left"
+    other = {f"schedule.{key}": value for key, value in asdict(before).items() if value != getattr(now, key)}
+    longer = "" if now.kind == "wsd" else "; a run with schedule.kind wsd can be made longer"
+    return UserError(f"{what}; resume with {_options(other)}, or choose another --output to train anew{longer}")
+
+
+def _options(values: dict[str, Any]) -> str:
+    """`--key value …` to copy, as the command line takes numbers, lists and null."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return shell(*(word for key, text in texts.items() for word in (f"--{key}", text)))
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module, datamodule: TextDataModule, wanted: SinkConfig) -> None:
@@ -88,16 +142,58 @@ def check_checkpoint(path: Path, model: torch.nn.Module, datamodule: TextDataMod
     datamodule.load_state_dict(checkpoint["TextDataModule"])
 
 
-def write_folder(run: Path, config: PretrainConfig) -> None:
+def write_folder(run: Path, config: PretrainConfig, start: Path | None) -> None:
+    """Make the folder ready for training from `start`, and record the config in it."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if start is not None:
+        _set_aside(run, config, start)
     for left_over in run.rglob(".*.part"):  # what a kill left half-written
         left_over.unlink()
     with atomic_file(run / "config.yaml") as aside:
         aside.write_text(dump_config(config), encoding="utf-8")
 
 
-def provenance_of(config: PretrainConfig, train: TokenSplit, world: World) -> dict[str, Any]:
+def _set_aside(run: Path, config: PretrainConfig, start: Path) -> None:
+    """Before a run takes another schedule from an earlier checkpoint: keep its end as a run folder of its own.
+
+    `RUN/until-step100` gets the checkpoints after `start`, and a copy of the config and of every number. The wandb run
+    stays with it, as wandb takes no step twice. A kill leaves the old config.yaml, so that the rest follows next time.
+    """
+    before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    if before["schedule"] == asdict(config.schedule):
+        return
+    step = Recipe.from_dict(read_checkpoint(start)["recipe"]).step
+    later = {at: path for at, path in checkpoint_steps(run).items() if at > step}
+    last = max([step, *later, *(int(row["step"]) for row in read_metrics(run))])
+    say(f"{run}: another schedule from step {step} on, up to {config.schedule.steps} steps")
+    if last == step:
+        return
+    aside = run / f"until-step{last}"
+    (aside / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "metrics.csv", "spikes.csv"):
+        if (run / name).exists():
+            shutil.copy2(run / name, aside / name)
+    identity = run / "checkpoints" / "wandb.json"
+    if identity.exists():
+        os.replace(identity, aside / "checkpoints" / identity.name)
+    for path in later.values():
+        write_manifest(aside / "checkpoints", path.name, digest_of(path))
+        os.replace(path, aside / "checkpoints" / path.name)
+    write_manifest(run / "checkpoints")
+    say(f"what the run did after step {step} is kept in {aside}")
+
+
+def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start: Path | None) -> dict[str, Any]:
+    """Where the weights come from; with `earlier_schedules` if the steps before `start` followed another schedule."""
+    earlier: list[dict[str, Any]] = []
+    if start is not None:
+        recipe = Recipe.from_dict(read_checkpoint(start)["recipe"])
+        earlier = recipe.provenance.get("earlier_schedules", [])
+        schedule = recipe.provenance.get("config", {}).get("schedule", asdict(config.schedule))
+        if schedule != asdict(config.schedule):
+            earlier = [*earlier, {"until_step": recipe.step, **schedule}]
     provenance = {
+        **({"earlier_schedules": earlier} if earlier else {}),
         "config": asdict(config),
         "data": {
             "source": read_manifest(Path(config.data.path)).get("source"),  # files, or a data set and its commit
@@ -118,7 +214,8 @@ def _hardware(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     about = Path("/proc/cpuinfo")
-    name = re.search(r"^model name\s*: (.+)$", about.read_text(), re.MULTILINE) if about.exists() else None
+    text = about.read_text(encoding="utf-8", errors="replace") if about.exists() else ""
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return name[1].strip() if name else f"CPU, {platform.machine()}"
 
 
@@ -129,8 +226,8 @@ def _git_commit() -> str | None:
         return None
     try:
         git = ["git", "-C", str(here)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout.decode().strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changed.strip() else "")

@@ -123,6 +123,7 @@ class SinkLanguageModel(LightningModule):
         for counts in (progress["total"], progress["current"]):
             behind = counts["processed"] - done
             counts.update({name: count - behind for name, count in counts.items()})
+        progress["is_last_batch"] = False  # it was the last one of a run that is now made longer
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe(self.trainer.global_step).to_dict()

@@ -17,10 +17,11 @@ from recipes.training.logs.build import rehearse as rehearse_logging
 from recipes.training.loss import LossHead
 from recipes.training.processes.ranks import World
 from recipes.training.processes.strategies import resolve_strategy
-from recipes.training.settings import CheckpointSettings, PretrainConfig
+from recipes.training.settings import PretrainConfig
 from recipes.training.throughput import PEAKS, flops_per_token
 from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import checkpoint_steps
+from sinkmodel.console import put
 from sinkmodel.errors import UserError
 from sinkmodel.models import build_model, count_parameters, head_of
 
@@ -43,7 +44,7 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     datamodule = build_datamodule(config, train, validation, config.sink.ids(text.vocabulary), plan)
     check_folder(run, config)
     logging = rehearse_logging(config)
-    start = starting_point(run) if run.exists() else None
+    start = starting_point(run, config) if run.exists() else None
     model = build_model(config.model, rows, config.seed, config.sink)
     if start is not None:
         check_checkpoint(start, model, datamodule, config.sink)
@@ -51,8 +52,9 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     total, body = count_parameters(model)
     steps, tokens = config.schedule.steps, config.schedule.steps * config.training.batch_tokens
     size = total * BYTES_PER_PARAMETER
-    files = _at_a_time(config.checkpoints, steps)
-    more = max(1, files - len(checkpoint_steps(run)))
+    files = _at_a_time(config)
+    kept = list(checkpoint_steps(run).values()).index(start) + 1 if start else 0  # later ones move, or are replaced
+    more = max(1, files - kept)
     free = shutil.disk_usage(next(folder for folder in (run, *run.resolve().parents) if folder.exists())).free
     speed, where = _speed(config, model)
     everything = [
@@ -69,7 +71,7 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
         ("folder", f"{run} goes on from {start.name}" if start else f"{run} starts anew"),
     ]  # fmt: skip
     for name, said in everything:
-        print(f"{name:>11}  {said}")
+        put(f"{name:>11}  {said}")
     if free < size * more:
         raise UserError(
             f"{run} needs up to {_gigabytes(size * more)} for {more} checkpoints more, {_gigabytes(free)} are free; "
@@ -78,11 +80,12 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     return 0
 
 
-def _at_a_time(settings: CheckpointSettings, steps: int) -> int:
+def _at_a_time(config: PretrainConfig) -> int:
     """The most files that lie in the run folder at once: what stays, the latest, and the one that is written."""
-    staying = sum(settings.stays(step) for step in range(steps + 1))
-    passing = sum((settings.due(step) or step == steps) and not settings.stays(step) for step in range(1, steps + 1))
-    return staying + min(passing, settings.keep) + 1
+    steps = config.schedule.steps
+    staying = sum(config.keeps(step) for step in range(steps + 1))
+    passing = sum((config.saves(step) or step == steps) and not config.keeps(step) for step in range(1, steps + 1))
+    return staying + min(passing, config.checkpoints.keep) + 1
 
 
 def _precision(config: PretrainConfig) -> str:

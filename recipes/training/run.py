@@ -35,7 +35,7 @@ from recipes.training.trainer import build_trainer
 from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, shell
 from sinkmodel.locks import LOCK, locked
 from sinkmodel.models import build_model, count_parameters
 from sinkmodel.sinks import write_sink
@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig) -> int:
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run)))
         agree(lambda: _see_folder(run))
-        start = from_first(lambda: starting_point(run))
+        start = from_first(lambda: starting_point(run, config))
         if start == run / "checkpoints" / f"step{steps}.ckpt":
             say(f"{run} is complete: {steps} of {steps} steps; {_export(run)}")
             return 0
@@ -76,7 +76,7 @@ def pretrain(config: PretrainConfig) -> int:
         model.set_attn_implementation(CAUSAL)
         if start is not None:
             agree(lambda: check_checkpoint(start, model, datamodule, config.sink))
-        provenance = provenance_of(config, train, world)
+        provenance = provenance_of(config, train, world, start)
         module = SinkLanguageModel(
             model,
             config.sink.tokens,
@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig) -> int:
             head_chunk=config.training.head_chunk,
             compile_model=config.training.compile,
         )
-        from_first(lambda: write_folder(run, config))
+        from_first(lambda: write_folder(run, config, start))
         total, body = count_parameters(model)
         shown = {**provenance, "parameters": total, "parameters_without_embeddings": body}
         trainer, stop, writer = build_trainer(run, config, strategy, world, plan, module, datamodule, start, shown)
@@ -103,7 +103,7 @@ def pretrain(config: PretrainConfig) -> int:
             from_first(writer.finish)  # a rank that left now would take rank 0 along, in the middle of a save
     if stop.agreed is not None and trainer.global_step < steps:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; go on with the same command, or with:")
-        say(f"  sink-pretrain --config {run / 'config.yaml'}")
+        say(f"  {shell('sink-pretrain', '--config', run / 'config.yaml')}")
         if stop.agreed in signals.REQUEUES:
             from_first(requeue)  # the others wait: where one exits, srun ends the rest, and scontrol with it
         return 128 + stop.agreed
@@ -112,7 +112,7 @@ def pretrain(config: PretrainConfig) -> int:
 
 
 def _export(run: Path) -> str:
-    return f"export with: sink-export --checkpoint {run} --output DIR"
+    return f"export with: {shell('sink-export', '--checkpoint', run, '--output', 'DIR')}"
 
 
 def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:

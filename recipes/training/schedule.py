@@ -14,7 +14,7 @@ class ScheduleSettings:
 
     Args:
         kind: `cosine` (Pythia's) or `wsd` (warm-up, stable, decay).
-        steps: optimiser steps of the run.
+        steps: optimiser steps of the run; a run can be made longer if the rate does not jump (`wsd` before its decay).
         warmup: share of the steps in which the rate rises from 0.
         min_lr: the rate never falls below this.
         decay: `wsd` only: share of the steps, at the end, in which the rate falls to min_lr.
@@ -42,6 +42,16 @@ class ScheduleSettings:
         if self.kind == "cosine":
             return cosine(step, peak, self.min_lr, warmup, self.steps)
         return warmup_stable_decay(step, peak, self.min_lr, warmup, round(self.decay * self.steps), self.steps)
+
+    @property
+    def decay_begins(self) -> int | None:
+        """The step at which the decay begins: from a checkpoint of it the run can be made longer. None without one."""
+        begins = self.steps - round(self.decay * self.steps)
+        return begins if self.kind == "wsd" and round(self.warmup * self.steps) < begins < self.steps else None
+
+    def continues(self, before: ScheduleSettings, step: int, peak: float) -> bool:
+        """Whether a run that followed `before` up to `step` can follow this from there: the rate does not jump."""
+        return self == before or (0 < step <= self.steps and self.lr(step, peak) == before.lr(step, peak))
 
 
 def cosine(step: int, peak: float, floor: float, warmup: int, steps: int) -> float:

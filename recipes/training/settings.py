@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from recipes.config import PathText
 from recipes.training.schedule import ScheduleSettings
 from sinkmodel.errors import UserError
 from sinkmodel.shapes import ModelShape
@@ -28,7 +29,7 @@ class DataSettings:
         verify: `full` compares every shard with its checksum, `sizes` only its length.
     """
 
-    path: str = ""
+    path: PathText = ""
     sequence: int = 2048
     shuffle: bool = True
     workers: int = 2
@@ -204,7 +205,7 @@ class PretrainConfig:
         seed: of the initial weights and of the order of the data.
     """
 
-    output: str = ""
+    output: PathText = ""
     seed: int = 1234
     model: ModelShape = field(default_factory=ModelShape)
     sink: SinkConfig = field(default_factory=SinkConfig)
@@ -215,6 +216,14 @@ class PretrainConfig:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint of this step is written; the last one is in any case."""
+        return self.checkpoints.due(step) or self.keeps(step)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step is kept for good."""
+        return self.checkpoints.stays(step) or step == self.schedule.decay_begins
 
     def __post_init__(self) -> None:
         if not self.output:

@@ -76,7 +76,7 @@ def build_trainer(
             metrics,
             Progress(metrics, steps),
             Validation(config.validation.every, metrics, watchdog),
-            Checkpoints(run, config.checkpoints, steps, writer, health),
+            Checkpoints(run, config, writer, health),
         ],
         logger=loggers,
         plugins=[writer, LightningEnvironment() if strategy == "one" else TorchElasticEnvironment()],

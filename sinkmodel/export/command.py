@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from sinkmodel.console import command, say
-from sinkmodel.errors import UserError
-from sinkmodel.parser import OneLineParser
+from sinkmodel.errors import UserError, shell
+from sinkmodel.parser import OneLineParser, path_of
 
 FORMATS = ("transformers", "gguf", "custom_generate")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,8 +22,8 @@ or write, of no checkpoint,
 @command("sink-export")
 def main(argv: list[str]) -> None:
     parser = OneLineParser(prog="sink-export", description=DESCRIPTION, epilog=EXAMPLE)
-    parser.add_argument("--checkpoint", type=Path, help="a run folder or a checkpoint file")
-    parser.add_argument("--output", type=Path, required=True, help="the folder or file to write; must not exist yet")
+    parser.add_argument("--checkpoint", type=path_of, help="a run folder or a checkpoint file")
+    parser.add_argument("--output", type=path_of, required=True, help="the folder or file to write; must not exist yet")
     parser.add_argument("--format", choices=FORMATS, default="transformers", help="(default: transformers)")
     parser.add_argument("--step", type=int, help="of a run folder: the checkpoint of this step (default: the newest)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
@@ -38,7 +36,7 @@ def main(argv: list[str]) -> None:
         from sinkmodel.export.streaming_code import export_streaming_code
 
         folder = export_streaming_code(options.output)
-        say(f"wrote {folder}; put it on the Hub with: hf upload ORG/NAME {folder}")
+        say(f"wrote {folder}; put it on the Hub with: {shell('hf', 'upload', 'ORG/NAME', folder)}")
     elif options.format == "gguf":
         from sinkmodel.export.gguf_file import export_gguf
 

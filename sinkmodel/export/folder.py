@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint, verify
-from sinkmodel.files import atomic_folder, refuse_if_occupied
+from sinkmodel.files import atomic_folder, json_bytes, refuse_if_occupied
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from sinkmodel.tokenizer import TextTokenizer, save_tokenizer
 
@@ -39,7 +39,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
             _write_for_transformers_4(folder / "config.json")
         save_tokenizer(folder, recipe.tokenizer, recipe.sink, model.config.max_position_embeddings)
         provenance = {"step": recipe.step, "tokens": recipe.tokens, "checkpoint": file.name, **recipe.provenance}
-        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / PROVENANCE).write_bytes(json_bytes(provenance))
     return output
 
 

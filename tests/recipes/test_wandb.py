@@ -14,6 +14,7 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from recipes import log
 from recipes.pretrain import main
 from recipes.training.logs.wandb_files import HEADER, files_of, history, mend, records
 from recipes.training.logs.wandb_run import WandbRun, identity_of
@@ -214,3 +215,33 @@ def test_a_file_of_another_version_of_wandb_is_left_as_it_is(tmp_path):
     mend(tmp_path, "abcd")
     assert [path.exists() for path in files.values()] == [False, False, True]
     assert files["3"].read_bytes().endswith(b"x" * 100)
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_DISABLED", "TRUE"), ("WANDB_MODE", "disabled")])
+def test_wandb_that_the_environment_switches_off_stops_nothing_and_is_named(
+    data, tmp_path, capsys, monkeypatch, name, value
+):
+    """Risk: a run ends because it has no key for what nobody wants, or says that it has logged and has not."""
+    run = tmp_path / "run"
+    monkeypatch.setenv(name, value)
+    quick = {"schedule__steps": 2, "logging__every": 1, "logging__wandb": True}
+    assert main([*arguments(data, run, **quick), "--dry-run"]) == 0
+    assert f"metrics.csv; not wandb, as {name}={value} switches it off" in capsys.readouterr().out
+    train(data, run, **quick)
+    assert f"{name}={value} switches wandb off: nothing is logged there" in capsys.readouterr().err
+    assert not (run / "wandb").exists()
+    assert log.main(["--run", str(run)]) == 2
+    assert f"{name}={value} switches wandb off, so nothing can be logged there" in capsys.readouterr().err
+    monkeypatch.setenv(name, "offline" if name == "WANDB_MODE" else "false")
+    assert log.main(["--run", str(run)]) == 0
+    assert logged_steps(run) == [1, 2], "nothing is lost"
+
+
+def test_a_mode_that_wandb_does_not_have_is_a_mistake_in_one_line(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    wandb.teardown()
+    assert main([*arguments(data, tmp_path / "run", logging__wandb=True), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "wandb cannot be used: mode Input should be 'online', 'offline'" in said
+    assert "Traceback" not in said
+    wandb.teardown()

@@ -16,17 +16,17 @@ from eval.measures.command import (
     MODEL_HELP,
     add_common_arguments,
     check_output,
+    give_result,
     load,
     new_table,
     number,
     show,
-    write_result,
 )
 from eval.measures.texts import add_text_argument, check_files
-from sinkmodel.console import say
+from sinkmodel.console import put, say
 from sinkmodel.errors import UserError, not_finite
 from sinkmodel.files import atomic_folder, refuse_if_occupied
-from sinkmodel.parser import positive, share
+from sinkmodel.parser import name_of, path_of, positive, share
 from sinkmodel.progress import CountedProgress
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ BORN = 0.05  # share of heads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
     add_text_argument(parser)
     parser.add_argument("--sequences", type=positive, default=100, metavar="N", help="pieces of text (default: 100)")
     parser.add_argument(
@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--epsilon", type=share, default=0.3, metavar="E", help="α above which a head has a sink (default: 0.3)"
     )
     parser.add_argument(
-        "--maps", type=Path, metavar="FOLDER", help="folder to make, with the averaged maps of the first 16 places"
+        "--maps",
+        type=path_of,
+        metavar="FOLDER",
+        help="folder to make, with the averaged maps of the first 16 places",
     )
     parser.add_argument(
         "--heads",
@@ -105,14 +108,13 @@ def run(options: argparse.Namespace) -> None:
     }
     if checkpoints:
         content |= _run_checkpoints(options, loaded, checkpoints, sequences)
-        print_checkpoints(content)
+        give_result(options, content, lambda: print_checkpoints(content))
     else:
         means = measure(loaded, sequences, options.epsilon, "sinks")
         content |= results(means, len(loaded.sink_ids), own_key_norms(loaded.model))
-        print_layers(content)
+        give_result(options, content, lambda: print_layers(content))
         if options.maps is not None:
             _write_maps(options.maps, means, heads, len(loaded.sink_ids))
-    write_result(options, content)
 
 
 # ---------------------------------------------------------------------------------------------------- what is checked
@@ -292,7 +294,7 @@ def print_checkpoints(content: dict[str, Any]) -> None:
     for row in content["rows"]:
         table.add_row(str(row["step"]), f"{row['tokens']:,}", *_cells(row, has_sink), *_peak(row))
     show(table)
-    print(birth_notice(content["born"], content["rows"][0]["step"]))
+    put(birth_notice(content["born"], content["rows"][0]["step"]))
 
 
 def birth_notice(birth: dict[str, Any], first_step: int) -> str:

@@ -22,15 +22,15 @@ from eval.measures.command import (
     MODEL_HELP,
     add_common_arguments,
     check_output,
+    give_result,
     load,
     new_table,
     number,
     show,
-    write_result,
 )
 from eval.measures.harness.tasks import PAPER, choose, load_tasks, paper_accuracy, quiet
 from sinkmodel.errors import UserError, not_finite
-from sinkmodel.parser import positive
+from sinkmodel.parser import name_of, path_of, positive
 from sinkmodel.progress import Progress
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ Scores = dict[tuple[str, str], tuple[float, float | None]]  # (metric, filter) -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data",
-        type=Path,
+        type=path_of,
         metavar="FOLDER",
         help="NAME.jsonl in it is the task NAME: rows of the paper's task of that name as its data set has them, or "
         "with question, choices, answer; or context, continuation; or text",
@@ -85,8 +85,8 @@ def run(options: argparse.Namespace) -> None:
             rows += rows_of(loaded, name, questions, scores)
     finally:  # what is answered outlives a task that fails, and Ctrl-C
         if rows:
-            print_table(loaded, options, rows)
-            write_result(options, result(loaded, options, files, rows))
+            content = result(loaded, options, files, rows)
+            give_result(options, content, lambda: print_table(loaded, options, rows))
 
 
 def language_models(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:

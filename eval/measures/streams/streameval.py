@@ -15,26 +15,25 @@ numbers say more of a small base model.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.measures.command import (
     MODEL_HELP,
     add_common_arguments,
     check_output,
+    give_result,
     keys_seen,
     load,
     new_table,
     number,
     show,
     span,
-    write_result,
 )
 from eval.measures.texts import check_positions
 from eval.policies.choice import BORROWED, NAMES, check, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.parser import positive, whole
+from sinkmodel.parser import name_of, path_of, positive, whole
 
 if TYPE_CHECKING:
     from eval.measures.streams.questions import Asked, Question
@@ -49,7 +48,7 @@ MADE = 1000  # questions of ours
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help=MODEL_HELP)
+    parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
     parser.add_argument("--task", choices=("lines", "questions"), default="lines", help="default: lines, StreamEval")
     parser.add_argument(
         "--budgets",
@@ -82,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     questions = parser.add_argument_group("questions")
     questions.add_argument(
         "--file",
-        type=Path,
+        type=path_of,
         metavar="FILE.jsonl",
         help="rows with question, choices and answer (a number from 0, or the text), or ARC's own; else made up",
     )
@@ -112,7 +111,8 @@ def run(options: argparse.Namespace) -> None:
         content = _run_questions(options, loaded, policies, asked)
     head = {"command": "streameval", "model": options.model, "sink_ids": loaded.sink_ids, "task": options.task}
     where = {"seed": options.seed, "dtype": options.dtype, "device": str(loaded.model.device)}
-    write_result(options, {**head, **where, **content})
+    show_table = print_lines if options.task == "lines" else print_questions
+    give_result(options, {**head, **where, **content}, lambda: show_table(options, content))
 
 
 def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[Policy]) -> dict[str, Any]:
@@ -142,7 +142,6 @@ def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[
         "answer_tokens": record.answer_tokens,
         "rows": rows,
     }
-    print_lines(options, content)
     return content
 
 
@@ -166,7 +165,6 @@ def _run_questions(
         "questions": len(asked),
         "rows": rows,
     }
-    print_questions(options, content)
     return content
 
 

@@ -17,11 +17,11 @@ from eval.measures.command import (
     MODEL_HELP,
     add_common_arguments,
     check_output,
+    give_result,
     load,
     new_table,
     number,
     show,
-    write_result,
 )
 from eval.measures.texts import (
     add_text_argument,
@@ -35,7 +35,7 @@ from eval.measures.texts import (
 from eval.policies.choice import check
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.parser import positive, whole
+from sinkmodel.parser import name_of, positive, whole
 
 if TYPE_CHECKING:
     from eval.measures.verdict.paired import Documents
@@ -108,14 +108,13 @@ def run(options: argparse.Namespace) -> None:
         "warnings": warnings,
         "rows": rows,
     }
-    print_table(content)
-    write_result(options, content)
+    give_result(options, content, lambda: print_table(content))
 
 
 def _group(text: str) -> tuple[str, list[str]]:
     """The type of --models: `name=run,run` or a run alone, which is its own name."""
     name, equals, listed = text.partition("=")
-    runs = listed.split(",") if equals else [text]
+    runs = [name_of(run) for run in (listed.split(",") if equals else [text])]
     if not name or not all(runs):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN,RUN…")
     if repeated(runs):

@@ -22,11 +22,11 @@ from eval.measures.command import (
     MODEL_HELP,
     add_common_arguments,
     check_output,
+    give_result,
     load,
     new_table,
     number,
     show,
-    write_result,
 )
 from eval.measures.texts import (
     add_text_argument,
@@ -38,9 +38,9 @@ from eval.measures.texts import (
     repeated,
 )
 from eval.policies.choice import BORROWED, check
-from sinkmodel.console import say
+from sinkmodel.console import put, say
 from sinkmodel.errors import UserError
-from sinkmodel.parser import positive, real, whole
+from sinkmodel.parser import name_of, positive, real, whole
 
 if TYPE_CHECKING:
     from eval.measures.verdict.paired import Documents, Side
@@ -57,6 +57,7 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sink",
+        type=name_of,
         required=True,
         nargs="+",
         metavar="NAME",
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vanilla",
+        type=name_of,
         required=True,
         nargs="+",
         metavar="NAME",
@@ -156,8 +158,7 @@ def run(options: argparse.Namespace) -> int:
         "comparisons": comparisons,
         "rows": rows,
     }
-    print_tables(content)
-    write_result(options, content)
+    give_result(options, content, lambda: print_tables(content))
     return 0 if verdict["answer"] in ("equivalent", "better") else 1
 
 
@@ -325,7 +326,7 @@ def print_tables(content: dict[str, Any]) -> None:
             answer_cell(row),
         )
     show(table)
-    print(in_words(verdict, content["margin"]))
+    put(in_words(verdict, content["margin"]))
 
 
 def each_pair(content: dict[str, Any]) -> list[dict[str, Any]]:

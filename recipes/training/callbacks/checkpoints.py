@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from recipes.training.callbacks.health import Health
 from recipes.training.callbacks.steps import at_step_boundary
-from recipes.training.settings import CheckpointSettings
+from recipes.training.settings import PretrainConfig
 from sinkmodel.checkpoint import checkpoint_steps, load_tensors, write_manifest
 from sinkmodel.files import DiskFull, atomic_file, sha256_of
 
@@ -85,21 +85,19 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 class Checkpoints(Callback):
     """Saves at the steps that the settings name, at the last step, and on demand; removes what need not stay."""
 
-    def __init__(
-        self, run: Path, settings: CheckpointSettings, last_step: int, io: BackgroundCheckpointIO, health: Health
-    ):
-        self.run, self.settings, self.last_step, self.io, self.health = run, settings, last_step, io, health
+    def __init__(self, run: Path, config: PretrainConfig, io: BackgroundCheckpointIO, health: Health):
+        self.run, self.config, self.io, self.health = run, config, io, health
         io.afterwards, health.settle = self._remove_old, io.wait
         self._written = 0  # the step of the last save
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0 and self.settings.due(0):
+        if trainer.global_step == 0 and self.config.saves(0):
             self.save(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         if at_step_boundary(trainer, batch_idx):
             step = trainer.global_step
-            if self.settings.due(step) or step == self.last_step or trainer.should_stop:
+            if self.config.saves(step) or step == self.config.schedule.steps or trainer.should_stop:
                 self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -111,7 +109,7 @@ class Checkpoints(Callback):
     def _remove_old(self) -> None:
         # Of a later step there may be a damaged file that this run went back from: it must not push out the new ones.
         steps = checkpoint_steps(self.run).items()
-        passing = [path for step, path in steps if step <= self._written and not self.settings.stays(step)]
-        for path in passing[: -self.settings.keep]:
+        passing = [path for step, path in steps if step <= self._written and not self.config.keeps(step)]
+        for path in passing[: -self.config.checkpoints.keep]:
             path.unlink()
         write_manifest(self.run / "checkpoints")

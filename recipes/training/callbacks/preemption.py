@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -68,12 +69,13 @@ def requeue() -> None:
     if job is None:
         return
     try:
-        shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=60)
+        ask = functools.partial(subprocess.run, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+        shown = ask(["scontrol", "show", "job", job])
         state = re.search(r"JobState=(\w+)", shown.stdout)
         if state and state[1] != "RUNNING":
             say(f"job {job} is {state[1]}: it is not put back into the queue")
             return
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        done = ask(["scontrol", "requeue", job])
     except (OSError, subprocess.TimeoutExpired) as error:
         say(f"job {job} could not be put back into the queue ({error}); submit it again: it goes on where it stopped")
         return

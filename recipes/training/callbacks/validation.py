@@ -16,6 +16,7 @@ from recipes.training.callbacks.metrics import Metrics, ppl
 from recipes.training.callbacks.steps import at_step_boundary
 from recipes.training.callbacks.watchdog import Watchdog
 from recipes.training.processes.ranks import mean
+from sinkmodel.console import say
 
 
 class Validation(Callback):
@@ -44,6 +45,7 @@ class Validation(Callback):
         tokens = trainer.global_step * self.metrics.tokens_per_step
         for logger in trainer.loggers:
             logger.log_metrics({"tokens": tokens, "val_loss": loss, "val_ppl": ppl(loss)}, trainer.global_step)
-        if trainer.is_global_zero:  # through tqdm, which puts its bar back behind the line
-            tqdm.write(f"step {trainer.global_step}: validation loss {loss:.4f}, ppl {ppl(loss):.2f}", file=sys.stderr)
+        if trainer.is_global_zero:
+            with tqdm.external_write_mode(file=sys.stderr):  # takes its bar away, and puts it back after the line
+                say(f"step {trainer.global_step}: validation loss {loss:.4f}, ppl {ppl(loss):.2f}")
         self.metrics.exclude(time.perf_counter() - start)

@@ -41,7 +41,7 @@ class Watchdog(Callback):
         self._ended.set()
 
     def _dump(self, rank: int) -> None:
-        with (self.run / f"hang-rank{rank}.txt").open("w") as file:
+        with (self.run / f"hang-rank{rank}.txt").open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _watch(self, rank: int) -> None:

@@ -13,9 +13,11 @@ from recipes.config import dump_config
 from recipes.training.logs.metrics_file import MetricsFile
 from recipes.training.logs.mirror import Mirror
 from recipes.training.logs.names import group_of, tags_of
+from recipes.training.logs.wandb_run import WandbRun, check_wandb, switched_off
 from recipes.training.settings import PretrainConfig
 from sinkmodel.checkpoint import read_metrics
-from sinkmodel.errors import UserError
+from sinkmodel.console import say
+from sinkmodel.errors import UserError, shell
 from sinkmodel.secrets import all_redacted
 
 
@@ -43,9 +45,9 @@ def build_mirrors(run: Path, config: PretrainConfig, provenance: dict[str, Any],
         from recipes.training.logs.tensorboard_files import TensorBoardFiles
 
         mirrors.append(TensorBoardFiles(run, dump_config(config)))
-    if config.logging.wandb:
-        from recipes.training.logs.wandb_run import WandbRun
-
+    if config.logging.wandb and (off := switched_off()):
+        say(f"{off} switches wandb off: nothing is logged there; metrics.csv has every line, for a later sink-log")
+    elif config.logging.wandb:
         settings = asdict(config)
         shown = all_redacted({**provenance, **settings, "data": {**settings["data"], **provenance["data"]}})
         shown.pop("config", None)
@@ -57,7 +59,8 @@ def build_mirrors(run: Path, config: PretrainConfig, provenance: dict[str, Any],
 def refuse_what_is_not_installed(config: PretrainConfig) -> None:
     """Raises UserError for a logger whose package is missing; none of them is needed to train."""
     for package in ("wandb", "tensorboard"):
-        if getattr(config.logging, package) and importlib.util.find_spec(package) is None:
+        wanted = getattr(config.logging, package) and not (package == "wandb" and switched_off())
+        if wanted and importlib.util.find_spec(package) is None:
             raise UserError(
                 f"logging.{package} is true, but {package} is not installed; pip install 'sinkmodel[{package}]'"
             )
@@ -68,9 +71,9 @@ def rehearse(config: PretrainConfig) -> str:
     refuse_what_is_not_installed(config)
     told = ["metrics.csv"]
     if config.logging.tensorboard:
-        told.append(f"tensorboard --logdir {config.output}")
-    if config.logging.wandb:
-        from recipes.training.logs.wandb_run import check_wandb
-
+        told.append(shell("tensorboard", "--logdir", config.output))
+    if config.logging.wandb and (off := switched_off()):
+        told.append(f"not wandb, as {off} switches it off")
+    elif config.logging.wandb:
         told.append(f"wandb ({check_wandb()}), project {config.logging.project}, tags {', '.join(tags_of(config))}")
     return "; ".join(told)

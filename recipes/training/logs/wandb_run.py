@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from recipes.training.logs.wandb_files import last_step, mend
 from recipes.training.settings import LoggingSettings
 from sinkmodel.bounds import files_of
 from sinkmodel.console import say
-from sinkmodel.errors import UserError, first_line
+from sinkmodel.errors import UserError, first_line, shell
 from sinkmodel.files import read_json, write_json
 from sinkmodel.secrets import redacted
 
@@ -133,25 +134,34 @@ def open_run(run: Path, settings: LoggingSettings, resuming: bool, **more: Any) 
         say(f"{error}; this start logs offline")
         opened = _init({**words, "mode": "offline"})
     if opened.offline:
-        say(f"wandb is offline; upload later with: wandb sync {run / 'wandb' / 'offline-run-*'}")
+        say(f"wandb is offline; upload later with: {shell('wandb', 'sync', run / 'wandb')}/offline-run-*")
     elif opened.url:
         say(f"wandb: {opened.url}")
     return opened
+
+
+def switched_off() -> str | None:
+    """The environment variable that switches wandb off, with its value; None without one."""
+    off = {"WANDB_DISABLED": ("1", "on", "yes", "true"), "WANDB_MODE": ("disabled",)}  # as transformers reads them
+    return next((f"{key}={os.environ[key]}" for key in off if os.environ.get(key, "").lower() in off[key]), None)
 
 
 def check_wandb() -> str:
     """Where wandb will log, in words. Raises UserError where it has no key, or its server does not take it."""
     import wandb
 
-    settings = wandb.setup(settings=wandb.Settings(quiet=True)).settings
-    if settings.mode != "online":
-        return settings.mode
     try:
+        settings = wandb.setup(settings=wandb.Settings(quiet=True)).settings
+        if settings.mode != "online":
+            return settings.mode
         if wandb.login(prompt=False):
             return redacted(settings.base_url)
         raise _refusal(f"there is no key for {settings.base_url}")
     except (wandb.errors.Error, OSError) as error:
         raise _refusal(first_line(error)) from None
+    except ValueError as error:  # of pydantic: a setting in the environment that wandb does not have
+        lines = str(error).partition("For further information")[0].splitlines()[1:]
+        raise _refusal(" ".join(" ".join(lines).split())) from None
 
 
 def _init(words: dict[str, Any]) -> Any:

@@ -55,4 +55,5 @@ def _note(number: int, frame: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
             once_more = "; once more stops without saving" if number == signal.SIGINT else ""
             line = f"{signal.Signals(number).name}: saving at the end of this step{once_more}\n"
-            os.write(2, line.encode())  # print() may be in the middle of a line of its own
+            with contextlib.suppress(OSError):  # nobody reads stderr any more: save all the same
+                os.write(2, line.encode())  # print() may be in the middle of a line of its own
