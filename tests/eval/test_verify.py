@@ -16,7 +16,7 @@ from eval.measures.command import command_line
 from eval.measures.statistics import block_stderr
 from eval.measures.verdict.equivalence import interval
 from eval.measures.verdict.paired import spread
-from eval.measures.verdict.training import trained_on
+from eval.measures.verdict.training import HEAD, trained_on
 from eval.measures.verdict.verify import in_words
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.export import export
@@ -490,6 +490,50 @@ def test_text_that_was_trained_on_is_named_and_held_out_text_is_not(tmp_path, ca
     assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "a half-copied folder is no traceback"
     shutil.rmtree(data)
     assert "its training data is not where it was" in verify(capsys, runs["token"], runs["none"], train)[2]
+
+
+def test_a_document_was_trained_on_if_a_training_document_begins_as_it_does(tmp_path):
+    """Guards which tokens are compared: from a beginning on, no more than HEAD, in every shard, to a shard's last."""
+    from recipes.data.preparation import prepare
+    from recipes.data.settings import PrepareConfig
+
+    (tmp_path / "tokenizer.json").write_text(tiny.tokenizer().definition)
+    parts = [tiny.words(150, seed=i) for i in range(6)] + ["q", "short one"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    data = tmp_path / "data"
+    manifest = prepare(
+        PrepareConfig(str(data), input=str(tmp_path / "train.jsonl"), validation_fraction=0.0, test_fraction=0.0,
+                      tokenizer=str(tmp_path / "tokenizer.json"), workers=1, shard_tokens=1024)
+    )  # fmt: skip
+    shards = [data / shard["file"] for shard in manifest["splits"]["train"]["shards"]]
+    assert len(shards) > 1
+    texts = {}  # of each shard its tokens, and where documents begin
+    for shard in shards:
+        texts[shard] = np.fromfile(shard, "<u2").tolist(), np.load(shard.with_suffix(".offsets.npy")).tolist()
+    (first, starts), (last, its_starts) = texts[shards[0]], texts[shards[-1]]
+    one, other = (first[start : start + HEAD] for start in starts[:2])
+    end = last[its_starts[-1] :]
+    assert len(end) < HEAD
+    documents = {
+        "the whole head": (one, True),
+        "other tokens after the head": ([*one, 1, 2, 3], True),
+        "its beginning alone": (one[:5], True),
+        "one token": (one[:1], True),
+        "in the last shard": (last[its_starts[0] :][:9], True),
+        "the end of the last shard": (end, True),
+        "beyond the end of the last shard": ([*end, 7], False),
+        "from the second token on": (one[1:], False),
+        "another last token": ([*one[:-1], (one[-1] + 1) % 300], False),
+        "another first token": ([(one[0] + 1) % 300, *one[1:]], False),
+        "half of one and half of another": (one[: HEAD // 2] + other[HEAD // 2 :], False),
+    }
+    provenance = {"config": {"data": {"path": str(data)}}, "data": {"fingerprint": manifest["fingerprint"]}}
+    found = trained_on(provenance, [ids for ids, _ in documents.values()])
+    assert dict(zip(documents, found)) == {what: known for what, (_, known) in documents.items()}
+    for lacking in ({}, {**provenance, "data": {}}, {**provenance, "data": {"fingerprint": "f00d"}}):
+        assert trained_on(lacking, [one]) is None
+    shards[-1].with_suffix(".offsets.npy").unlink()
+    assert trained_on(provenance, [one]) is None
 
 
 def test_other_shapes_and_the_same_seed_again_are_said(texts, tmp_path, capsys):

@@ -124,6 +124,14 @@ def test_validation_is_over_the_twins_targets_of_the_first_rows_of_the_validatio
     assert sorted(checkpoint_steps(run))[-1] == 10
 
 
+def test_validation_is_every_so_many_steps_and_at_the_end(data, tmp_path):
+    """Guards the last line of a run whose steps do not divide, and the tokens that a line stands at."""
+    run = train(data, tmp_path / "run", schedule__steps=5, validation__every=2)
+    rows = [row for row in read_metrics(run) if row["val_loss"]]
+    assert [(int(row["step"]), int(row["tokens"])) for row in rows] == [(step, step * ROWS * T) for step in (2, 4, 5)]
+    assert all(float(row["val_ppl"]) == pytest.approx(math.exp(float(row["val_loss"])), rel=1e-4) for row in rows)
+
+
 def test_rows_of_training_are_read_as_samples_say(data):
     """The loop above reads the shard by hand; this ties it to what the loader hands out."""
     from recipes.data.rows import RowLayout

@@ -11,7 +11,7 @@ import gguf
 import pytest
 import torch
 import xllamacpp
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sinkmodel.checkpoint import write_manifest
@@ -204,8 +204,20 @@ TOKENIZERS_REFUSED = {
     "(ByteLevel, add_prefix_space false)": lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
     "it has the normalizer 'NFKC'": lambda c: c.update(normalizer={"type": "NFKC"}),
     "its BPE has ignore_merges": lambda c: c["model"].update(ignore_merges=True),
+    "as GPT-2 does (ByteLevel": lambda c: c["pre_tokenizer"].update(use_regex=False),
     "its BPE has dropout": lambda c: c["model"].update(dropout=0.1),
+    "its BPE has unk_token": lambda c: c["model"].update(unk_token="a"),
+    "its BPE has continuing_subword_prefix": lambda c: c["model"].update(continuing_subword_prefix="##"),
+    "its BPE has end_of_word_suffix": lambda c: c["model"].update(end_of_word_suffix="</w>"),
+    "its BPE has byte_fallback": lambda c: c["model"].update(byte_fallback=True),
     "blanks around them": lambda c: c["added_tokens"][0].update(lstrip=True),
+    "take in the blanks": lambda c: c["added_tokens"][0].update(rstrip=True),
+    "stand as words only": lambda c: c["added_tokens"][0].update(single_word=True),
+    "it puts tokens of its own in front": lambda c: c.update(
+        post_processor=json.loads(
+            processors.TemplateProcessing(single="a $A", special_tokens=[("a", 2)]).__getstate__()
+        )
+    ),
     "its model is 'WordLevel', not BPE": lambda c: c.update(
         model={"type": "WordLevel", "vocab": {"a": 2}, "unk_token": "a"}
     ),
@@ -219,6 +231,11 @@ def test_a_tokenizer_that_llama_cpp_would_run_with_other_ids_is_refused(reason):
         check_tokenizer(changed(TOKENIZERS_REFUSED[reason]))
     assert reason in str(error.value)
     assert "--format transformers" in str(error.value)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused():
+    with pytest.raises(UserError, match="it has no token for the end of a text"):
+        check_tokenizer(dataclasses.replace(tiny.tokenizer(), eos_id=None))
 
 
 def test_our_own_commands_see_the_sink_of_a_gguf_file(tmp_path):
