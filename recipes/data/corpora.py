@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from recipes.data.megatron import refuse_as_text
 from recipes.data.troubles import dataset_error
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -246,12 +247,16 @@ def _expand(name: str) -> list[Path]:
     if path.is_dir():
         files = text_files(path)
         if not files:
+            refuse_as_text(name)
             raise UserError(f"the folder {name} holds no .txt, .jsonl or .parquet file; give another")
         return files
     if path.exists() or not glob.has_magic(name):
+        if not is_text_file(path):
+            refuse_as_text(name)
         return [path]
     files = sorted(Path(found) for found in glob.glob(str(path), recursive=True))
     files = [file for file in files if file.is_file() and is_text_file(file)]
     if not files:
+        refuse_as_text(name)
         raise UserError(f"{name} matches no .txt, .jsonl or .parquet file; check the pattern")
     return files
