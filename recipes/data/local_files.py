@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.corpus import Document, Stamp, stamp
+from recipes.data.megatron import refuse_as_text
 from sinkmodel.console import say
-from sinkmodel.text import DocumentReader, NoText, find_text_files
+from sinkmodel.errors import UserError
+from sinkmodel.text import DocumentReader, Found, NoText, find_text_files
+from sinkmodel.text.documents import kind_of
 
 
 class LocalFiles:
@@ -24,7 +27,7 @@ class LocalFiles:
     """
 
     def __init__(self, names: list[str], text_key: str, separator: str | None = None):
-        found = [find_text_files(name) for name in names]
+        found = [_find(name) for name in names]
         given: dict[Path, Path] = {}  # where a file lies -> the name that it has here
         for path in (path for each in found for path in each.files):
             given.setdefault(path.resolve(), path)
@@ -95,3 +98,14 @@ class LocalFiles:
 
     def _read(self, path: Path) -> DocumentReader:
         return DocumentReader(path, self.text_key, self.separator)
+
+
+def _find(name: str) -> Found:
+    try:
+        found = find_text_files(name)
+    except UserError:
+        refuse_as_text(name)
+        raise
+    if not any(kind_of(path)[0] for path in found.files):
+        refuse_as_text(name)
+    return found

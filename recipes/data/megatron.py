@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
+import shlex
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,23 @@ class Index:
     @property
     def bytes(self) -> int:
         return self.rows * self.row_tokens * np.dtype(self.dtype).itemsize
+
+
+def refuse_as_text(name: str) -> None:
+    """Raises UserError if a name that was given as text is Megatron data: an .idx, a .bin, their prefix or folder."""
+    path = Path(name)
+    if path.is_dir():
+        index = path / "*.idx"
+    elif path.suffix in (".bin", ".idx"):
+        index = path.with_name(re.sub(r"-[\d*?]+-of-[\d*?]+$", "", path.stem) + ".idx")
+    else:
+        index = path.with_name(path.name + ".idx")
+    there = [index] if index.is_file() else [Path(found) for found in sorted(glob.glob(str(index)))]
+    if there or path.suffix in (".bin", ".idx"):
+        raise UserError(
+            f"{name} is Megatron data, not text; give one .idx alone, which finds its .bin files by itself: "
+            f"--input {shlex.quote(str((there or [index])[0]))}"
+        )
 
 
 def read_index(file: Path) -> Index:

@@ -21,6 +21,7 @@ from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_s
 from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary
 from recipes.data.workers import train_apart
 from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_settings, state_of
+from recipes.training.settings import DataSettings
 from sinkmodel.console import put, say
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
@@ -30,6 +31,7 @@ from sinkmodel.progress import CountedProgress, Progress
 SAVE_EVERY = 5.0  # seconds; what a kill costs at most, unless a million files make each save slow
 SAMPLE = 1 << 25  # characters that a tokenizer is trained on
 UNCUT = 1 << 40
+USUAL_ROW = DataSettings().sequence
 
 
 @dataclass(frozen=True)
@@ -296,4 +298,11 @@ def _summarise(config: PrepareConfig, folder: Path, manifest: dict[str, Any]) ->
             say(
                 f"sink-prepare: no document fell into the {split} split; raise {split}_fraction, take another seed, "
                 f"or give {split}_input"
+            )
+    for split, remedy in (("train", "give more text"), ("validation", "raise validation_fraction, or give more text")):
+        entry = manifest["splits"][split]
+        if entry["row_tokens"] is None and 0 < entry["tokens"] <= USUAL_ROW:
+            say(
+                f"sink-prepare: the {split} split has {entry['tokens']:,} tokens, less than one row of sink-pretrain's "
+                f"usual data.sequence = {USUAL_ROW:,}; {remedy}, or train with a shorter data.sequence"
             )

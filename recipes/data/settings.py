@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,4 +109,5 @@ class PrepareConfig:
     def megatron_index(self) -> Path | None:
         """The .idx file, where the training text comes pre-shuffled."""
         names = [self.input] if isinstance(self.input, str) else self.input or []
-        return Path(names[0]) if len(names) == 1 and names[0].endswith(".idx") else None
+        alone = len(names) == 1 and names[0].endswith(".idx") and not glob.has_magic(names[0])
+        return Path(names[0]) if alone else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from recipes.data.datamodule import BatchPlan, TextDataModule
+from recipes.data.rows import RowLayout
 from recipes.data.shards import TokenSplit, open_split, read_manifest
 from recipes.training.settings import PretrainConfig
 from sinkmodel.console import say
@@ -14,13 +15,21 @@ from sinkmodel.tokenizer import TextTokenizer, sink_tokenizer
 
 
 def open_data(config: PretrainConfig, verify: str) -> tuple[TokenSplit, TokenSplit | None]:
-    """The splits for training and validation; the latter is None where none was held out, which is said."""
-    folder = Path(config.data.path)
+    """The splits for training and validation; the latter is None, which is logged, if it has not a single row."""
+    folder, sequence = Path(config.data.path), config.data.sequence
     train = open_split(folder, "train", verify)
-    if read_manifest(folder)["splits"].get("validation", {}).get("tokens"):
-        return train, open_split(folder, "validation", verify)
-    say(f"{folder} has no validation split: no validation loss is measured")
-    return train, None
+    if not read_manifest(folder)["splits"].get("validation", {}).get("tokens"):
+        say(f"{folder} has no validation split: no validation loss is measured")
+        return train, None
+    validation = open_split(folder, "validation", verify)
+    if RowLayout(validation, sequence).rows == 0:
+        say(
+            f"the validation split of {folder} has {validation.tokens:,} tokens, less than one row of data.sequence = "
+            f"{sequence:,}: no validation loss is measured; for one, hold out more text with sink-prepare "
+            "(--validation_fraction, --validation_input), or take a shorter data.sequence"
+        )
+        return train, None
+    return train, validation
 
 
 def open_tokenizer(config: PretrainConfig, train: TokenSplit) -> TextTokenizer:

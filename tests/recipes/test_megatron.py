@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from recipes import prepare
+from recipes.data.local_files import LocalFiles
 from recipes.data.megatron import find_parts, read_index
 from recipes.data.shards import open_split
 from sinkmodel.errors import UserError
@@ -72,6 +73,47 @@ def test_held_out_text_may_stand_beside_the_rows(tmp_path):
     assert open_split(tmp_path / "out", "train").row_tokens == ROW
     validation = open_split(tmp_path / "out", "validation")
     assert (validation.row_tokens, validation.documents) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["document.bin"],
+        ["document-00000-of-00002.bin", "document-00001-of-00002.bin", "document-00002-of-00002.bin"],
+        ["document-*-of-00002.bin"],
+        ["document"],
+        ["document.idx", "other.idx"],
+        ["document.idx", "a.txt"],
+        ["a.txt", "document.idx"],
+        ["*.idx"],
+        ["docu*"],
+        ["."],
+        ["a.txt", "--validation_input", "document.idx"],
+    ],
+    ids=" ".join,
+)
+def test_whatever_is_given_of_megatron_data_leads_to_its_index(tmp_path, given, capsys, monkeypatch):
+    """Risk: "is no text file", for people whose other tools take the prefix or the .bin."""
+    (tmp_path / "source").mkdir()
+    monkeypatch.chdir(tmp_path / "source")
+    write_pair(tmp_path / "source", 3 if "-" in given[0] else 1)
+    if "other.idx" in given:
+        (tmp_path / "source" / "other.idx").write_bytes((tmp_path / "source" / "document.idx").read_bytes())
+    if "a.txt" in given:
+        (tmp_path / "source" / "a.txt").write_text("text")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    argv = ["--input", *given, "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out")]
+    assert prepare.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("give one .idx alone, which finds its .bin files by itself: --input document.idx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_beside_megatron_data_is_read(tmp_path):
+    write_pair(tmp_path)
+    (tmp_path / "document.txt").write_text("text")
+    for name in (".", "*", "document.txt", "document*"):
+        assert LocalFiles([str(tmp_path / name)], "text").paths == [tmp_path / "document.txt"]
 
 
 def test_ids_beyond_the_tokenizer_are_refused(tmp_path, capsys):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -471,6 +472,21 @@ def test_an_empty_validation_split_is_said_in_one_line(tmp_path, capsys):
     argv[argv.index("--validation_fraction") + 1] = argv[argv.index("--test_fraction") + 1] = "0.001"
     assert prepare.main(argv) == 0
     assert "no document fell into the validation split; raise validation_fraction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_shorter_than_a_usual_row_is_said(tmp_path, split, capsys):
+    """Risk: the first to say so is the training that waited for it."""
+    sizes = {"train": 9000, "validation": 9000} | {split: 300}
+    for name, size in sizes.items():
+        write_lines(tmp_path / f"{name}.jsonl", make_texts(1, size))
+    write_tokenizer(tmp_path / "tokenizer.json")
+    argv = ["--input", str(tmp_path / "train.jsonl"), "--validation_input", str(tmp_path / "validation.jsonl")]
+    argv += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--test_fraction", "0", "--output", str(tmp_path / "out")]
+    assert prepare.main(argv) == 0
+    assert open_split(tmp_path / "out", split).tokens <= 2048
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"sink-prepare: the {split} split has \d+ tokens, less than one row of .* = 2,048; ", line)
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, corpus):

@@ -10,10 +10,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from recipes.pretrain import main
-from sinkmodel.checkpoint import checkpoint_steps
+from sinkmodel.checkpoint import checkpoint_steps, read_metrics
 from sinkmodel.files import sha256_of
 from sinkmodel.fingerprint import fingerprint_of
-from tests.recipes.runs import arguments, foreign_id, train
+from tests import tiny
+from tests.recipes.runs import arguments, assert_same_run, foreign_id, train
 
 
 def test_it_prints_what_the_run_will_need_and_writes_nothing(data, tmp_path, capsys):
@@ -97,8 +98,8 @@ def test_what_the_run_itself_would_refuse_is_refused(data, tmp_path, capsys):
     manifest["fingerprint"] = fingerprint_of(manifest["tokenizer"]["sha256"], manifest["splits"])
     (taken / "manifest.json").write_text(json.dumps(manifest))
     cases = [
-        (data, {"data__sequence": 4096, "model__positions": 4096, "training__batch_tokens": 16384},
-         "the validation split has"),
+        (data, {"data__sequence": 32768, "model__positions": 32768, "training__batch_tokens": 131072},
+         "the train split has"),
         (data, {"model__vocabulary": 300}, "does not fit the model"),
         (data, {"training__strategy": "deepspeed_stage_0", "training__precision": "bf16"}, "is for fp32"),
         (taken, {}, "the tokenizer has a token <|sink|> already"),
@@ -110,6 +111,30 @@ def test_what_the_run_itself_would_refuse_is_refused(data, tmp_path, capsys):
             refused.append(capsys.readouterr().err.splitlines()[-1])
         assert message in refused[0]
         assert refused[0] == refused[1]
+
+
+def test_a_validation_split_without_a_row_stops_neither(tmp_path, capsys):
+    """Risk: a run is refused for a split that it could do without, by one of the two alone, or with no way out."""
+    data = tiny.prepared(tmp_path / "data", validation_words=10)
+    words = arguments(data, tmp_path / "run", schedule__steps=7)
+    lines = []
+    for more in (["--dry-run"], [], [], ["--schedule.steps=7"]):
+        assert main([*words, *more]) == 0
+        lines.append(next(line for line in capsys.readouterr().err.splitlines() if "validation" in line))
+    assert re.match(
+        rf"the validation split of {data} has \d+ tokens, less than one row of data.sequence = 64", lines[0]
+    )
+    assert "--validation_fraction" in lines[0]
+    assert set(lines) == {lines[0]}
+    assert not any(row["val_loss"] for row in read_metrics(tmp_path / "run"))
+
+
+def test_a_run_without_a_validation_split_goes_on_as_one_that_was_not_stopped(tmp_path):
+    data = tiny.prepared(tmp_path / "data", validation_words=10)
+    whole = train(data, tmp_path / "whole", schedule__steps=14)
+    run = train(data, tmp_path / "run", schedule__steps=14)
+    (run / "checkpoints" / "step14.ckpt").unlink()
+    assert_same_run(train(data, run, schedule__steps=14), whole, 14)
 
 
 def test_a_job_for_gpus_is_checked_where_there_is_none(data, tmp_path, capsys):
