@@ -67,7 +67,7 @@ def attach(model_or_config: Any) -> None:
     @functools.wraps(prepare)
     def prepare_inputs_for_generation(self, *args, **kwargs):
         cache = kwargs.get("past_key_values")
-        if _streams(cache):
+        if cache is not None and _streams(cache):
             _check_new_tokens(cache, kwargs.get("next_sequence_length"))
         inputs = prepare(self, *args, **kwargs)
         if _streams(cache) and inputs.get("past_key_values") is not cache:  # Phi-3 with longrope, past a length
