@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,23 @@ def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int) -> Pre
     settings = tokenizer_settings(text, sink, positions)
     del settings["tokenizer_class"]
     return PreTrainedTokenizerFast(tokenizer_object=sink_tokenizer(text, sink), **settings)
+
+
+def base_ids(tokenizer: Any) -> set[int]:
+    """The ids of a tokenizer of transformers without those of added tokens, which a model may have no rows for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return set(backend.get_vocab(with_added_tokens=False).values())
+    return set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+
+
+def check_rows(ids: Iterable[int], rows: int, tokenizer: Any = None) -> None:
+    """UserError if one of the token ids has no row in the embedding of the model."""
+    for token in ids:
+        if not 0 <= token < rows:
+            name = tokenizer.convert_ids_to_tokens(token) if tokenizer is not None and token >= 0 else None
+            named = f" of the token {name!r}" if name is not None else ""
+            raise UserError(
+                f"the id {token}{named} is not one of the model's, which are 0 to {rows - 1}; leave it out, or give "
+                "the model a row for it (resize_token_embeddings)"
+            )
