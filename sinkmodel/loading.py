@@ -25,7 +25,7 @@ from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
-from sinkmodel.tokenizer import base_ids, check_rows
+from sinkmodel.tokenizer import base_ids, check_rows, suppressed_ids
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 1 << 18  # characters that a tokenizer sees at a time
@@ -95,6 +95,8 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
         model = model.to(device=device, dtype=getattr(torch, dtype or "float32")).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the model cannot be moved to device {device!r}: {first_line(error)}") from None
+    if is_ours(model.config):
+        model.generation_config.suppress_tokens = sorted(suppressed_ids(model, tokenizer))
     beyond = frozenset(token for token in tokenizer.get_vocab().values() if token >= rows)
     return LoadedModel(model, tokenizer, sink_ids, name, beyond)
 
