@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eval.measures.texts import check_same_tokens
 from recipes.data.tokenization import load_vocabulary
 from sinkmodel.export import export
 from sinkmodel.loading import load_model
@@ -121,3 +123,13 @@ def test_an_exported_tokenizer_without_a_sink_encodes_data_as_before(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == 384
     assert load_vocabulary(str(folder)).size == tiny.tokenizer().vocabulary
+
+
+def test_twins_and_their_runs_have_the_same_tokens(tmp_path):
+    """Guards a comparison of twins, of which one has a name more for rows without a token."""
+    models = []
+    for sink in ("vanilla", "one sink"):
+        folder = exported(tmp_path / sink, sink=sink)
+        models += [load_model(str(folder)), load_model(str(tmp_path / sink / "run"))]
+    for one, other in itertools.combinations(models, 2):
+        check_same_tokens(one, other, [])
