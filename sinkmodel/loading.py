@@ -28,6 +28,7 @@ from sinkmodel.files import read_json
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
+from sinkmodel.tokenizer import base_ids, check_rows, suppressed_ids
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 1 << 18  # characters that a tokenizer sees at a time
@@ -40,6 +41,7 @@ class LoadedModel:
     tokenizer: Any
     sink_ids: list[int]  # what stands in front of every text: our sinks, or somebody else's `<s>`; often nothing
     name: str
+    without_row: frozenset[int] = frozenset()  # ids of added tokens that the model has no row for; Gemma-3 has one
 
     @property
     def borrowed(self) -> list[str]:
@@ -85,8 +87,8 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
         )
     sink_ids = front_of(model.config, tokenizer)
     rows = model.get_input_embeddings().num_embeddings
-    largest = max([*tokenizer.get_vocab().values(), *sink_ids], default=0)
-    if largest >= rows:
+    largest = max([*base_ids(tokenizer), *sink_ids], default=0)
+    if largest >= rows:  # an added token beyond them is an error when it is fed, and not before
         raise UserError(
             f"{name}: the tokenizer does not fit the model: it has ids up to {largest}, the model only {rows} rows; "
             "use the tokenizer that the model was trained with"
@@ -98,15 +100,28 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
         model = model.to(device=device, dtype=getattr(torch, dtype or "float32")).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the model cannot be moved to device {device!r}: {first_line(error)}") from None
-    return LoadedModel(model, tokenizer, sink_ids, name)
+    if is_ours(model.config):
+        model.generation_config.suppress_tokens = sorted(suppressed_ids(model, tokenizer))
+    beyond = frozenset(token for token in tokenizer.get_vocab().values() if token >= rows)
+    return LoadedModel(model, tokenizer, sink_ids, name, beyond)
 
 
 def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int]:
     """The first `limit` tokens of a text, without sinks; text that spells a special token stays text.
 
-    A prefix of the text is enough for a prefix of the tokens: it grows until it gives some more than are wanted, since
-    a cut touches the last few only. A long text goes through the tokenizer in pieces: what one keeps of a token while
-    it works is some hundred bytes.
+    Raises UserError if one of them has no row in the model.
+    """
+    ids = _encode(loaded, text, limit)
+    if not loaded.without_row.isdisjoint(ids):
+        check_rows(ids, loaded.model.get_input_embeddings().num_embeddings, loaded.tokenizer)
+    return ids
+
+
+def _encode(loaded: LoadedModel, text: str, limit: int | None) -> list[int]:
+    """A prefix of the text is enough for a prefix of the tokens.
+
+    It grows until it gives some more than are wanted, since a cut touches the last few only. A long text goes through
+    the tokenizer in pieces: what one keeps of a token while it works is some hundred bytes.
     """
     encoder = TextEncoder(loaded.tokenizer)
     characters = len(text) if limit is None else min(6 * (limit + SPARE), len(text))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sinkmodel.errors import UserError
-from sinkmodel.sinks import SinkConfig
+from sinkmodel.sinks import RESERVED_ROWS, SinkConfig, is_ours, sink_ids_of
 
 # A plain template: base models know no chat, but the sink must stand in front of one too, and nowhere else.
 CHAT_TEMPLATE = (
@@ -20,6 +22,7 @@ CHAT_TEMPLATE = (
     "{{ message['role'] | capitalize CLEANED }}: {{ message['content'] CLEANED }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+UNUSED = re.compile(r"\[PAD\d+\]")  # llama.cpp's name for a row of the vocabulary without a token, and so ours
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,53 @@ def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int) ->
     return settings
 
 
-def save_tokenizer(folder: Path, text: TextTokenizer, sink: SinkConfig, positions: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, which AutoTokenizer loads without code of ours."""
-    sink_tokenizer(text, sink).save(str(folder / "tokenizer.json"))
+def save_tokenizer(folder: Path, text: TextTokenizer, sink: SinkConfig, positions: int, rows: int) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, which AutoTokenizer loads without code of ours.
+
+    Each of the `rows` of the model gets a name, as the reserved tokens of Llama 3 have. Otherwise a token that somebody
+    adds would take one of the rows that were never trained, which the export keeps from being generated.
+    """
+    backend = sink_tokenizer(text, sink)
+    free = range(text.vocabulary + sink.tokens, rows)
+    backend.add_special_tokens([AddedToken(unused_name(row), special=True, normalized=False) for row in free])
+    backend.save(str(folder / "tokenizer.json"))
     settings = json.dumps(tokenizer_settings(text, sink, positions), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
+
+
+def unused_name(row: int) -> str:
+    return f"[PAD{row}]"
+
+
+def without_unused(definition: str) -> str:
+    """A `tokenizer.json` without the names of rows that are no tokens: as it was before an export."""
+    content = json.loads(definition)
+    content["added_tokens"] = [x for x in content.get("added_tokens") or [] if not UNUSED.fullmatch(x["content"])]
+    return json.dumps(content, ensure_ascii=False)
+
+
+def suppressed_ids(model: Any, tokenizer: Any = None) -> set[int]:
+    """The ids that generation must not give: sinks, what the generation config suppresses, and what is no token.
+
+    Exports of earlier versions suppress each row that was free then, so that a token which was added later cannot be
+    generated: what has a token now is taken out of such a list again.
+    """
+    listed = set(getattr(model.generation_config, "suppress_tokens", None) or ())
+    sinks = set(sink_ids_of(model.config))
+    if tokenizer is None:
+        return listed | sinks
+    vocabulary = tokenizer.get_vocab()
+    tokens = {number for name, number in vocabulary.items() if not UNUSED.fullmatch(name)}
+    if is_ours(model.config):
+        if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+            sinks.add(tokenizer.pad_token_id)
+        free = max(listed, default=-1)
+        while free in listed:
+            free -= 1
+        if max(listed, default=-1) - free >= RESERVED_ROWS:  # the last rows of a vocabulary, as an export lists them
+            listed -= {number for number in tokenizer.added_tokens_decoder if number > free} & tokens
+    rows = range(model.get_input_embeddings().num_embeddings)
+    return listed | sinks | (set(rows) - tokens)
 
 
 def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int) -> PreTrainedTokenizerFast:
@@ -117,3 +162,23 @@ def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int) -> Pre
     settings = tokenizer_settings(text, sink, positions)
     del settings["tokenizer_class"]
     return PreTrainedTokenizerFast(tokenizer_object=sink_tokenizer(text, sink), **settings)
+
+
+def base_ids(tokenizer: Any) -> set[int]:
+    """The ids of a tokenizer of transformers without those of added tokens, which a model may have no rows for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return set(backend.get_vocab(with_added_tokens=False).values())
+    return set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+
+
+def check_rows(ids: Iterable[int], rows: int, tokenizer: Any = None) -> None:
+    """UserError if one of the token ids has no row in the embedding of the model."""
+    for token in ids:
+        if not 0 <= token < rows:
+            name = tokenizer.convert_ids_to_tokens(token) if tokenizer is not None and token >= 0 else None
+            named = f" of the token {name!r}" if name is not None else ""
+            raise UserError(
+                f"the id {token}{named} is not one of the model's, which are 0 to {rows - 1}; leave it out, or give "
+                "the model a row for it (resize_token_embeddings)"
+            )

@@ -117,11 +117,13 @@ def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path
     from sinkmodel.loading import encode
     from sinkmodel.sinks import sink_ids_of
     from sinkmodel.text import read_documents
+    from sinkmodel.tokenizer import UNUSED
 
     vocabularies = []
     for loaded in (one, other):
         sinks = sink_ids_of(loaded.model.config)
-        vocabularies.append({token: i for token, i in loaded.tokenizer.get_vocab().items() if i not in sinks})
+        names = loaded.tokenizer.get_vocab().items()
+        vocabularies.append({name: i for name, i in names if i not in sinks and not UNUSED.fullmatch(name)})
     same = vocabularies[0] == vocabularies[1]
     for file in files if same else ():
         beginning = next(read_documents(file), "")[:20_000]

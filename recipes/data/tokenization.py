@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from sinkmodel.errors import UserError
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig
+from sinkmodel.tokenizer import UNUSED, without_unused
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -139,6 +140,8 @@ def _vocabulary(tokenizer: Tokenizer, where: str, named: dict) -> Vocabulary:
             f"or add {END_OF_TEXT}"
         )
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if UNUSED.fullmatch(tokenizer.id_to_token(size - 1) or ""):  # of an exported model without a sink
+        return _vocabulary(Tokenizer.from_str(without_unused(tokenizer.to_str())), where, named)
     return Vocabulary(tokenizer.to_str(), size, eos_id, find("pad_token", PADDING_NAMES))
 
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 BOOLEAN = ("sdpa", SINK)  # the implementations that take a mask of ours as True and False, or none
 ATTENTION = (*BOOLEAN, "eager")
+TAKES_BACK = {  # generation modes that crop the cache, and the arguments that ask for them
+    "assisted_generation": "assistant_model, prompt_lookup_num_tokens, assistant_early_exit and use_mtp",
+    "contrastive_search": "penalty_alpha",
+}
 LONGEST_JOINED = 512  # queries of one joined piece; shorter where each brings many sinks along
 
 
@@ -49,6 +53,7 @@ def attach(model_or_config: Any) -> None:
     if getattr(model_class.forward, "feeds_streams", False):
         return
     original, prepare = model_class.forward, model_class.prepare_inputs_for_generation
+    prepare_cache = model_class._prepare_cache_for_generation
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
@@ -61,7 +66,10 @@ def attach(model_or_config: Any) -> None:
 
     @functools.wraps(prepare)
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        inputs, cache = prepare(self, *args, **kwargs), kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and _streams(cache):
+            _check_new_tokens(cache, kwargs.get("next_sequence_length"))
+        inputs = prepare(self, *args, **kwargs)
         if _streams(cache) and inputs.get("past_key_values") is not cache:  # Phi-3 with longrope, past a length
             raise UserError(
                 f"generate of {type(self).__name__} drops the cache at this length of the text; "
@@ -69,9 +77,18 @@ def attach(model_or_config: Any) -> None:
             )
         return inputs
 
+    @functools.wraps(prepare_cache)
+    def _prepare_cache_for_generation(self, *args, **kwargs):
+        given = inspect.signature(prepare_cache).bind(self, *args, **kwargs).arguments
+        cache = given["model_kwargs"].get("past_key_values")
+        if _streams(cache):
+            _check_generation_mode(cache, given["generation_mode"].value, given["max_cache_length"])
+        return prepare_cache(self, *args, **kwargs)
+
     forward.feeds_streams = True  # type: ignore[attr-defined]
     model_class.forward = forward
     model_class.prepare_inputs_for_generation = prepare_inputs_for_generation
+    model_class._prepare_cache_for_generation = _prepare_cache_for_generation
 
 
 def _streams(cache: Any) -> bool:
@@ -232,6 +249,35 @@ def _joined(outputs: list[Any], fed: Fed) -> Any:
     return whole.to_tuple() if fed.as_tuple else whole
 
 
+# ----------------------------------------------------------------------------------------- what `generate` asks for
+
+
+def _check_generation_mode(cache: StreamingCache, mode: str, more: int) -> None:
+    """UserError, before the first token, if `generate` would take tokens back after the first eviction.
+
+    `more` is how many tokens `generate` may feed; a used cache may hold some of them already.
+    """
+    if mode in TAKES_BACK and (tokens := cache.columns + more + 1) > cache.slots:
+        raise UserError(
+            f"{mode.replace('_', ' ')} takes tokens back, which a StreamingCache can do only until it is full: this "
+            f"text may get {tokens} tokens long; leave out {TAKES_BACK[mode]}, or use a budget of at least {tokens}"
+        )
+
+
+def _check_new_tokens(cache: StreamingCache, new: int | None) -> None:
+    """UserError if `generate` was given a prompt that has nothing new for a used cache.
+
+    transformers takes a prompt for the whole text and feeds its last `new` tokens, those that the cache does not hold.
+    With a count of 0 or less that slice would be the whole prompt, another part of it, or empty.
+    """
+    if new is not None and new <= 0:
+        raise UserError(
+            f"this StreamingCache holds {cache.columns} tokens already and the prompt has only {cache.columns + new}: "
+            "generate takes a prompt as the whole text so far, with new tokens at its end; append to that text, or "
+            "call reset() on the cache to start from the beginning"
+        )
+
+
 # ------------------------------------------------------------------------------------------- what a stream is fed
 
 
@@ -297,7 +343,8 @@ def _check(cache: StreamingCache, model: Any, tokens: Any, inputs: dict[str, Any
         )
     if cache.columns and len(tokens) != len(cache.seen):
         raise UserError(
-            f"the stream has {len(cache.seen)} rows and was fed {len(tokens)}; rows cannot come or go, reset() first"
+            f"the stream has {len(cache.seen)} rows and was fed {len(tokens)}; it holds {cache.columns} tokens of each "
+            "row, and rows cannot come or go: call reset() on the cache to start from the beginning"
         )
     if model.training:
         raise UserError("the model is in training mode, with its dropout on; call model.eval() first")

@@ -26,6 +26,10 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 
 PIECE = 64  # tokens of a long prompt that are fed at a time, each with sinks at a turn of its own
 SHIFT = 37  # positions between the two trials
+NOT_HERE = (
+    *("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"),
+    *("penalty_alpha", "dola_layers"),
+)  # settings that ask for more than the next token from the latest logits
 
 
 def generate(
@@ -60,8 +64,8 @@ def generate(
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
         if (generation_config.num_beams or 1) > 1:
             raise ValueError("beam search does not go with this custom_generate: use num_beams=1")
-        for name in ("output_attentions", "output_hidden_states"):
-            if getattr(generation_config, name):
+        for name in NOT_HERE:
+            if getattr(generation_config, name, None):
                 raise ValueError(f"{name} does not go with this custom_generate")
         stream = Stream(model, budget, sinks, turns, input_ids, inputs.get("attention_mask"))
         return continued(stream, input_ids, logits_processor, stopping_criteria, generation_config, streamer)

@@ -37,14 +37,18 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
         model.save_pretrained(folder)
         if recipe.sink.kind not in IN_SOFTMAX:
             _write_for_transformers_4(folder / "config.json")
-        save_tokenizer(folder, recipe.tokenizer, recipe.sink, model.config.max_position_embeddings)
+        config = model.config
+        save_tokenizer(folder, recipe.tokenizer, recipe.sink, config.max_position_embeddings, config.vocab_size)
         provenance = {"step": recipe.step, "tokens": recipe.tokens, "checkpoint": file.name, **recipe.provenance}
         (folder / PROVENANCE).write_bytes(json_bytes(provenance))
     return output
 
 
 def generation_config(model: PreTrainedModel, text: TextTokenizer, sink: SinkConfig) -> GenerationConfig:
-    """Generation never emits a sink, a padding token, or an id that is no token at all."""
+    """Generation never emits a sink, a padding token, or an id that is no token at all.
+
+    Tokens that are added later have ids beyond these: `save_tokenizer` gives each row a name.
+    """
     vocabulary = text.vocabulary
     never = list(range(vocabulary, model.config.vocab_size))  # the sinks are the first of these
     if text.pad_id is not None and text.pad_id != text.eos_id:

@@ -20,7 +20,7 @@ from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_ch
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
-from sinkmodel.tokenizer import TextTokenizer, chat_template, sink_tokenizer
+from sinkmodel.tokenizer import TextTokenizer, chat_template, sink_tokenizer, unused_name
 
 ARCHITECTURES = {"gpt_neox": gguf.MODEL_ARCH.GPTNEOX, "llama": gguf.MODEL_ARCH.LLAMA}
 FILE_TYPES = {
@@ -169,7 +169,7 @@ def token_list(definition: dict[str, Any], rows: int) -> Iterator[tuple[str, int
         elif number in plain:
             yield plain[number], gguf.TokenType.NORMAL
         else:
-            yield f"[PAD{number}]", gguf.TokenType.UNUSED
+            yield unused_name(number), gguf.TokenType.UNUSED
 
 
 def laid_out(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sinkmodel.errors import UserError
 from sinkmodel.streaming.intake import Intake
 
 MESSAGE, REPLY = "\ue000", "\ue001"  # of Unicode's private use: no template has them
+BLANKS = [chr(code) for code in range(0x3001) if chr(code).isspace()]  # all that `trim` removes
+INNER = "a  B\n\n\tc"  # within a message: templates that keep this keep all but the ends
 
 
 class Chat:
     """What stands around a message: rendered once on placeholders, so that turn after turn costs the same.
 
         stream = Stream(model, tokenizer, pinned=chat.pinned)
-        stream.feed([*chat.opening, "Hello", *chat.closing])       # then stream.text()
-        stream.feed([*chat.between, "And now?", *chat.closing])    # begins with the end of the reply
+        stream.feed([*chat.opening, *chat.message(["Hello"]), *chat.closing])      # then stream.text()
+        stream.feed([*chat.between, *chat.message(["And now?"]), *chat.closing])   # begins with the end of the reply
 
-    A message is fed as text, so that one which spells a special token does not get it. `pinned` is the system message
-    as the template puts it. Raises UserError where there is no chat template, or one that cannot be taken apart.
+    The ids are those of `apply_chat_template` for the whole conversation: blanks that the template trims are left out,
+    and what is no special token is encoded together with the message beside it. A message is fed as text, so that one
+    which spells a special token does not get it. `pinned` is the system message as the template puts it. `notes` says
+    what the template does to earlier messages and a stream does not. Raises UserError if there is no chat template, or
+    one that cannot be taken apart.
 
     Args:
         sinks: ids that the stream puts in front by itself, and the template perhaps too.
@@ -29,40 +35,89 @@ class Chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError("the tokenizer has no chat template; leave --chat out, and the model continues your text")
         self._tokenizer, self._sinks = tokenizer, list(sinks)
-        told = [] if system is None else [{"role": "system", "content": MESSAGE}]
-        user, reply = {"role": "user", "content": MESSAGE}, {"role": "assistant", "content": REPLY}
-        head = self._render(told) if told else ""
-        first = self._render([*told, user], add_generation_prompt=True)
-        later = self._render([*told, user, reply, user], add_generation_prompt=True)
+        self._special = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._before: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": MESSAGE}]
+        head = self._render(self._before) if self._before else ""
+        first = self._turns(MESSAGE)
+        later = self._turns(MESSAGE, REPLY, MESSAGE)
         behind = later.partition(REPLY)[2]
         rest = first[len(head) :]
-        if not first.startswith(head) or [text.count(MESSAGE) for text in (head, rest, behind)] != [len(told), 1, 1]:
+        counts = [text.count(MESSAGE) for text in (head, rest, behind)]
+        if not first.startswith(head) or counts != [len(self._before), 1, 1]:
             raise UserError("the chat template cannot be taken apart turn by turn; leave --chat out")
         self.pinned = self._system_ids(head, system or "")
         self.opening, self.closing = self._around(rest)
         self.between, _ = self._around(behind)
+        self._left = "".join(blank for blank in BLANKS if self._turns(blank + MESSAGE) == first)
+        self._right = "".join(blank for blank in BLANKS if self._turns(MESSAGE + blank) == first)
+        self.held: str | None = None  # blanks at the end of a message so far; None: nothing of it has come yet
+        self.notes = list(self._differences(first, later))
+
+    def message(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces of a user's message without the blanks that the template trims; it may be continued until `held`
+        is None again."""
+        for piece in pieces:
+            if self.held is None:
+                piece = piece.lstrip(self._left)
+            if not piece:
+                continue
+            piece = (self.held or "") + piece
+            kept = piece.rstrip(self._right)
+            self.held = piece[len(kept) :]
+            if kept:
+                yield kept
+
+    def _differences(self, first: str, later: str) -> Iterator[str]:
+        """What the template does to messages and cannot be done to those that are in the stream already."""
+        if self._turns(MESSAGE + INNER) != first.replace(MESSAGE, MESSAGE + INNER):
+            yield "the chat template changes the text of messages; the stream takes it as it is"
+        before_reply = later.partition(REPLY)[0]
+        if before_reply.removesuffix(" ") != first:
+            yield "the chat template leaves out of earlier replies what it asks for them with; the stream keeps it"
+        if self._turns(MESSAGE, f" {REPLY}\n", MESSAGE) == later:
+            yield "the chat template trims earlier replies; the stream keeps them as the model wrote them"
+        if self._turns(MESSAGE, f"<think>\n{REPLY}\n</think>\n\n{REPLY}", MESSAGE).count(REPLY) == 1:
+            yield "the chat template removes the thoughts from earlier replies; the stream keeps them"
 
     def _system_ids(self, head: str, system: str) -> list[int]:
         if not head:
             return []
-        before, after = self._around(head)
-        vocabulary = len(self._tokenizer)
-        return [
-            token for block in Intake(self._tokenizer, vocabulary).blocks([*before, system, *after]) for token in block
-        ]
+        before, after = head.split(MESSAGE)
+        whole = self._render([{"role": "system", "content": system}])  # as the template changes it, which may trim it
+        if whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before + after):
+            system = whole[len(before) : len(whole) - len(after)]
+        else:
+            raise UserError("the chat template leaves the system message out as it is; give another --system")
+        pieces = [*self._pieces(before), system, *self._pieces(after)]
+        intake = Intake(self._tokenizer, len(self._tokenizer))
+        return [token for block in intake.blocks(pieces) for token in block]
 
-    def _around(self, rendered: str) -> tuple[list[int | str], list[int]]:
-        """What is fed before a message and behind it. A space before it belongs to its first word."""
+    def _around(self, rendered: str) -> tuple[list[int | str], list[int | str]]:
+        """What is fed before a message and after it."""
         before, after = rendered.split(MESSAGE)
-        bare = before.rstrip(" ")
-        ids: list[int | str] = [*self._ids(bare)]
-        return [*ids, before[len(bare) :]] if bare != before else ids, self._ids(after)
+        return self._pieces(before), self._pieces(after)
 
-    def _ids(self, text: str) -> list[int]:
-        """Of the template's own text, in which special tokens are meant."""
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
+    def _pieces(self, text: str) -> list[int | str]:
+        """The template's own text: special tokens as ids, and between them text, which a tokenizer may join to what
+        stands beside it."""
+        names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        parts = re.split(f"({names})", text) if names else [text]
+        for place in range(1, len(parts), 2):
+            token = self._special[parts[place]]
+            if token.lstrip:
+                parts[place - 1] = parts[place - 1].rstrip()
+            if token.rstrip:
+                parts[place + 1] = parts[place + 1].lstrip()
+        ids = self._tokenizer.convert_tokens_to_ids
+        pieces = [ids(part) if place % 2 else part for place, part in enumerate(parts) if part]
         own = len(self._sinks)
-        return ids[own:] if own and ids[:own] == self._sinks else ids
+        return pieces[own:] if own and pieces[:own] == self._sinks else pieces
+
+    def _turns(self, *contents: str) -> str:
+        """The whole text of messages of the user and the model in turn, after which the model is to reply."""
+        roles = ("user", "assistant")
+        turns = [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)]
+        return self._render([*self._before, *turns], add_generation_prompt=True)
 
     def _render(self, messages: list[dict[str, str]], **settings: Any) -> str:
         try:

@@ -62,6 +62,8 @@ class Session:
             from sinkmodel.streaming.chat import Chat
 
             self.chat = Chat(loaded.tokenizer, loaded.sink_ids, options.system)
+            for note in self.chat.notes:
+                say(f"{NAME}: {note}")
         self.sampler = Sampler(options.temperature, options.top_k, options.top_p, options.seed)
         self.scored, self.nll = 0, 0.0  # tokens, and their sum
         self.open = False  # a message whose reading was broken off
@@ -127,9 +129,9 @@ class Session:
             return
         if not self.open:
             fresh = self.stream.seen <= len(self.stream.front)
-            self.open = True
+            self.open, self.chat.held = True, None
             yield from self.chat.opening if fresh else self.chat.between
-        yield from pieces
+        yield from self.chat.message(pieces)
         if self.pipe.error is None:
             self.open = False
             yield from self.chat.closing
@@ -171,6 +173,7 @@ class Session:
             "scored": self.scored,
             "nll": self.nll,
             "open": self.open,
+            "held": self.chat.held if self.chat else None,
             "draws": [generator.get_state() for generator in self.sampler.generators],
         }
         with atomic_file(self.options.save) as file:
@@ -204,6 +207,8 @@ class Session:
         try:
             stream, beside = Stream.from_state(state, loaded.model, loaded.tokenizer), state["command"]
             self.scored, self.nll, self.open = int(beside["scored"]), float(beside["nll"]), bool(beside["open"])
+            if self.chat:
+                self.chat.held = beside.get("held", "")
             for draws in beside["draws"]:
                 self.sampler.generators.append(torch.Generator(loaded.model.device))
                 self.sampler.generators[-1].set_state(draws)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sinkmodel.errors import UserError
 from sinkmodel.streaming.incremental import TextEncoder
+from sinkmodel.tokenizer import check_rows
 
 BLOCK = 256  # tokens of a row in one forward
 
@@ -38,13 +39,13 @@ class Intake:
         ids: list[int] = []
         for item in list(items) if isinstance(source, Sequence) else items:
             if isinstance(item, str):
-                ids += self.encoder.push(item)
+                ids += self._fitting(self.encoder.push(item))
             else:
-                ids += [*self.encoder.flush(), item]
+                ids += [*self._fitting(self.encoder.flush()), item]
             while len(ids) >= BLOCK or (ids and isinstance(item, str)):
                 yield ids[:BLOCK]
                 ids = ids[BLOCK:]
-        ids += self.encoder.flush()
+        ids += self._fitting(self.encoder.flush())
         for start in range(0, len(ids), BLOCK):
             yield ids[start : start + BLOCK]
 
@@ -59,9 +60,11 @@ class Intake:
             token = operator.index(item)
         except TypeError:
             raise UserError(f"a stream is fed texts or whole numbers, the token ids, not {item!r}") from None
-        if not 0 <= token < self.vocabulary:
-            raise UserError(f"the id {token} is not one of the model's, which are 0 to {self.vocabulary - 1}")
-        return token
+        return self._fitting([token])[0]
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        check_rows(ids, self.vocabulary, self.tokenizer)
+        return ids
 
 
 def rows_of(source: Any, rows: int) -> list[Any]:

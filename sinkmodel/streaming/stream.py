@@ -26,11 +26,12 @@ from torch import Tensor
 
 from sinkmodel.cache import StreamingCache
 from sinkmodel.errors import UserError
-from sinkmodel.sinks import front_of, sink_ids_of, sinks_to_keep
+from sinkmodel.sinks import front_of, sinks_to_keep
 from sinkmodel.streaming.evictions import Evictions, OnEvict
 from sinkmodel.streaming.incremental import Writer
 from sinkmodel.streaming.intake import BLOCK, Intake, rows_of
 from sinkmodel.streaming.sampling import Sampler
+from sinkmodel.tokenizer import suppressed_ids
 
 TOGETHER = 1024  # tokens of all rows in one forward: their logits may be wanted
 REMEMBERED = 8  # ids that text is decoded along with
@@ -88,7 +89,7 @@ class Stream:
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
-        never = {*sink_ids_of(model.config), *(getattr(model.generation_config, "suppress_tokens", None) or ())}
+        never = suppressed_ids(model, tokenizer)
         self._never_V = torch.zeros(self.vocabulary, dtype=torch.bool, device=model.device)
         self._never_V[[token for token in never if token < self.vocabulary]] = True
         self._begin()

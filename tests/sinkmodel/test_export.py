@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,20 @@ def test_generation_emits_neither_sink_nor_padding_nor_unused_ids(exported):
     assert not set(row) & set(unused)
     ended = (new == 0).int().cumsum(1).bool()  # behind the end a batch is filled up with padding
     assert not ((new == 1) & ~ended).any()
+
+
+def test_the_check_in_the_docs_sees_a_tokenizer_that_has_lost_the_sink(tmp_path):
+    """transformers 5 drops it for two arguments, and nothing in the folder can prevent that: docs/runtimes.md."""
+    tiny.checkpoint(tmp_path / "run", "llama", SinkConfig("token", 2))
+    assert main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "model")]) == 0
+    page = (Path(__file__).parents[2] / "docs" / "runtimes.md").read_text(encoding="utf-8")
+    (check,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "has lost the sink" in block)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    exec(check, {"model": model, "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "model")})
+    for argument, value in (("add_eos_token", True), ("add_eos_token", False), ("add_bos_token", False)):
+        lost = AutoTokenizer.from_pretrained(tmp_path / "model", **{argument: value})
+        with pytest.raises(AssertionError, match="has lost the sink"):
+            exec(check, {"model": model, "tokenizer": lost})
 
 
 def test_left_padded_batch_generates_what_single_prompts_do(exported):

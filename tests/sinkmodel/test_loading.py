@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 
 from sinkmodel.cache.saved import read_state
 from sinkmodel.errors import UserError
 from sinkmodel.export import export
 from sinkmodel.loading import LoadedModel, encode, load_model
 from sinkmodel.sinks import SinkConfig
+from sinkmodel.streaming import Stream
 from tests import tiny
 
 IDS = torch.arange(2, 30)[None]
@@ -214,6 +216,37 @@ def test_a_folder_without_tokenizer_and_one_with_another(exported):
     for file in exported.glob("token*"):
         file.unlink()
     assert "no tokenizer" in refusal(exported)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_without_a_row_is_refused_when_it_is_fed(exported, special):
+    """Gemma-3's tokenizer has 262,145 ids and its text model 262,144 rows; transformers runs it."""
+    plain = load_model(str(exported))
+    rows = plain.model.config.vocab_size
+    tokenizer = plain.tokenizer
+    while len(tokenizer) < rows:
+        tokenizer.add_tokens(f"<more{len(tokenizer)}>")
+    tokenizer.add_tokens(AddedToken("<image>", special=special))
+    assert tokenizer.convert_tokens_to_ids("<image>") == rows
+    tokenizer.save_pretrained(exported)
+    loaded = load_model(str(exported))
+    assert encode(loaded, "some words") == encode(plain, "some words")
+    stream = Stream(loaded.model, loaded.tokenizer, budget=16)
+    feeds = [lambda: stream.feed(["a", rows]), lambda: stream.feed([rows])]
+    if special:  # which no text can spell
+        assert rows not in encode(loaded, "an <image> here")
+    else:
+        feeds += [
+            lambda: encode(loaded, "an <image> here"),
+            lambda: stream.feed("an <image> here"),
+            lambda: list(stream.score("an <image>")),
+            lambda: Stream(loaded.model, loaded.tokenizer, budget=16, pinned="<image>"),
+        ]
+    for feed in feeds:
+        with pytest.raises(UserError, match=f"the id {rows} of the token '<image>' is not one of the model's"):
+            feed()
+    stream.reset()
+    stream.feed("and on")
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,62 @@ def test_a_turn_that_hides_the_pads_of_a_row_that_ended_before_others():
     assert cache.seen == [12 + 3 + 5, 14 + 1 + 3 + 5], "but those that were masked when they were fed may be hidden"
 
 
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("length", [3, 18, 29, 30])
+def test_a_used_cache_and_a_prompt_without_anything_new(stream, length, with_mask):
+    """Guards the next text of a list: transformers would feed the cache any part of its prompt, or nothing."""
+    model, cache = stream
+    ids = torch.tensor([tokens(length, seed=1)])
+    prompts = [
+        {"input_ids": ids},
+        {"inputs_embeds": model.get_input_embeddings()(ids)},
+        {"input_ids": ids.repeat(2, 1)},
+    ]
+    for prompt in prompts:
+        mask = {"attention_mask": torch.ones(len(*prompt.values()), length)} if with_mask else {}
+        call = functools.partial(model.generate, **prompt, **mask, past_key_values=cache, max_new_tokens=4)
+        message = refused(call)
+        assert f"holds 30 tokens already and the prompt has only {length}" in message
+        assert "reset() on the cache to start from the beginning" in message
+
+
+TAKING_BACK = {
+    "assistant_model": lambda: model_of("llama"),
+    "prompt_lookup_num_tokens": lambda: 3,
+    "assistant_early_exit": lambda: 1,
+}
+
+
+@pytest.mark.parametrize("name", TAKING_BACK)
+def test_generation_that_takes_tokens_back_is_refused_before_the_first_token_or_exact(name):
+    """Guards a text that is lost in the middle, at the first rejected candidate after the first eviction."""
+    model, ids = model_of("llama"), torch.tensor([tokens(6) * 2])
+    settings = {"max_new_tokens": 20, "do_sample": False}
+    plain = model.generate(ids, **settings)
+    settings[name] = TAKING_BACK[name]()
+    cache = StreamingCache(model.config, 31, SINKS)
+    message = refused(
+        lambda: model.generate(ids, past_key_values=cache, **settings), "assisted generation takes tokens"
+    )
+    assert "a budget of at least 32" in message
+    assert cache.get_seq_length() == 0, "not one token was fed"
+    cache = StreamingCache(model.config, 32, SINKS)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **settings), plain)
+
+
+def test_contrastive_search_is_refused_before_the_first_token():
+    """It crops the cache at every step; transformers gets its code from the Hub, which calls `generate` in this way."""
+    model, cache = model_of("llama"), StreamingCache(model_of("llama").config, 12, SINKS)
+
+    def loop(model, input_ids, **kwargs):
+        raise AssertionError("it began")
+
+    settings = {"penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": 20, "custom_generate": loop}
+    refused(
+        lambda: model.generate(torch.tensor([tokens(6)]), past_key_values=cache, **settings), "leave out penalty_alpha"
+    )
+
+
 def test_a_model_whose_config_turns_caching_off():
     """Guards MPT, whose published configs do: `generate` would feed the whole text again for every new token."""
     model = build("mpt", use_cache=False)

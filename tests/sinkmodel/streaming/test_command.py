@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sinkmodel import loading
 from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError
 from sinkmodel.scoring import streaming_nll
@@ -401,6 +402,28 @@ def test_turns_of_a_chat_are_what_the_template_makes_of_all_messages(sink, syste
     later = tokenizer.decode(blocks(tokenizer, [*chat.between, "and now", *chat.closing]))
     assert whole.endswith(f" a reply{later}")
     assert (chat.pinned == []) == (system is None)
+
+
+def test_a_message_that_is_trimmed_and_broken_off_loses_no_blank(stream, model, tmp_path, monkeypatch):
+    """The blank before the cut is inside of the message that a restored stream continues."""
+
+    def templated(name, *args):
+        loaded = load_model(name, *args)
+        loaded.tokenizer.chat_template = loaded.tokenizer.chat_template.replace(
+            "message['content']", "message['content'] | trim"
+        )
+        return loaded
+
+    load_model = loading.load_model
+    monkeypatch.setattr(loading, "load_model", templated)
+    saved = tmp_path / "saved"
+    whole = stream("  hello you ", "--chat", "--max-tokens", 10)
+    assert whole[0] == 0, whole
+    assert "trims earlier replies" in whole[2]
+    assert stream(b"  hello \xff", "--chat", "--save", saved)[0] == 2
+    rest = stream("you \n", "--chat", "--restore", saved, "--max-tokens", 10)
+    assert rest[1] == whole[1]
+    assert stream("hello you", "--chat", "--max-tokens", 10)[1] == whole[1]
 
 
 def test_a_message_that_spells_a_special_token_does_not_get_it():
