@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -179,7 +179,7 @@ def _pieces(chunks: Iterable[str], choose: Callable[[str], str], limit: int) -> 
         text, first = following, False
 
 
-def encode_units(units: Iterator[Unit], definition: str, dtype: str, workers: int) -> Iterator[Encoded]:
+def encode_units(units: Iterator[Unit], definition: str, dtype: str, workers: int) -> Generator[Encoded]:
     """Encode units in `workers` processes; results in order, at most IN_FLIGHT units a worker under way.
 
     Raises UserError where a worker was killed from outside.

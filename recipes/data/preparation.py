@@ -99,7 +99,7 @@ def _begun(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     place = Place(*state["place"])
     sources = []
     for number, source in enumerate(settings["sources"]):
-        if number == place.source and "text_key" in source and "dataset" not in source:
+        if number == place.source and "files" in source and "dataset" not in source:
             source = source | {"files": source["files"][: place.cursor[0] + 1 if place.cursor else 0]}
         elif number > place.source and "dataset" not in source:
             source = source | {"files": []}
@@ -131,13 +131,14 @@ def _prepare(
     try:
         limit = PIECE if cuts_exactly(vocabulary.definition) else UNCUT
         units = make_units([(source.corpus, source.choose) for source in sources], writer.place, limit)
-        for encoded in encode_units(units, vocabulary.definition, dtype, workers):
-            writer.write(encoded)
-            bar.update(writer.tokens, _share(sources, encoded.unit.end.source))
-            if (began := time.monotonic()) - saved > SAVE_EVERY * max(1, 4 * saving):
-                writer.save()
-                saved = time.monotonic()
-                saving = saved - began
+        with contextlib.closing(encode_units(units, vocabulary.definition, dtype, workers)) as encoded_units:
+            for encoded in encoded_units:
+                writer.write(encoded)
+                bar.update(writer.tokens, _share(sources, encoded.unit.end.source))
+                if (began := time.monotonic()) - saved > SAVE_EVERY * max(1, 4 * saving):
+                    writer.save()
+                    saved = time.monotonic()
+                    saving = saved - began
         return writer.finish(_describe(config, sources))
     except BaseException as error:
         kept = writer.abandon()
