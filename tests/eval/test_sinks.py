@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import resource
 import sys
 
 import pytest
@@ -169,6 +171,24 @@ def test_pieces_follow_each_other_and_sources_take_turns():
     assert pieces(range(7), 3) == [[0, 1, 2], [3, 4, 5]]
     assert pieces(range(2), 3) == []
     assert list(in_turns(["ad", "", "bef", "c"])) == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_more_files_than_a_process_may_open(runs, tmp_path):
+    """Risk: each file stays open until its next turn."""
+    loaded = load_model(str(runs["llama", "none"]))
+    files = [tmp_path / f"{number}.jsonl" for number in range(60)]
+    for number, file in enumerate(files):
+        texts = [tiny.words(20, seed=number * 10 + place) for place in range(5 if number % 20 == 0 else 1)]
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+    try:
+        taken, sequences = read_sequences(loaded, files, 66, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(sequences) == 66
+    assert [each["sequences"] for each in taken] == [3 if number % 20 == 0 else 1 for number in range(60)]
 
 
 @pytest.fixture(scope="module")

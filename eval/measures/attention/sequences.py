@@ -36,7 +36,13 @@ def read_sequences(
     def long_enough(file: Path) -> Iterator[tuple[Path, str]]:
         return ((file, text) for text in read_documents(file) if len(encode(loaded, text, length)) == length)
 
-    documents = list(islice(in_turns([long_enough(file) for file in files]), count))
+    each = -(-count // len(files))
+    while True:  # a file is read to its end or closed before the next: there may be more than a process may open
+        of_files = [list(islice(long_enough(file), each)) for file in files]
+        if sum(map(len, of_files)) >= count or all(len(found) < each for found in of_files):
+            break
+        each *= 2
+    documents = list(islice(in_turns(of_files), count))
     if not documents:
         names = ", ".join(map(str, files))
         raise UserError(f"no document of {names} has {length} tokens; lower --length or give longer texts")
