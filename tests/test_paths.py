@@ -24,7 +24,7 @@ NO_PATH = {
     "sink-push": {"repo", "revision", "tag"},
     "sink-stream": {"system", "stop", "device"},
     "million_tokens.py": {"device"},
-    PrepareConfig: {"dataset_config", "dataset_split", "validation_split", "test_split", "text_key"},
+    PrepareConfig: {"dataset_config", "dataset_split", "validation_split", "test_split", "text_key"} | {"separator"},
     PretrainConfig: {"model.architecture", "sink.kind", "data.verify", "schedule.kind", "training.device"}
     | {"training.precision", "training.strategy", "logging.project", "logging.name"},
 }

@@ -33,6 +33,7 @@ def prepare(tmp_path):
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
+                preexec_fn=hear_interrupts,
             )
         )
         return started[-1]
@@ -43,6 +44,11 @@ def prepare(tmp_path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def hear_interrupts():
+    """SIGINT is ignored by all that a script starts in its background, these tests perhaps."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def members(session):
