@@ -25,13 +25,21 @@ def main(argv: list[str]) -> int:
 def join_lists(
     argv: list[str], options: tuple[str, ...] = ("--input", "--validation_input", "--test_input")
 ) -> list[str]:
-    """`--input a b --input c` -> `--input=["a", "b", "c"]`, which is how jsonargparse takes a list."""
+    """`--input a b --input c` -> `--input=["a", "b", "c"]`, which is how jsonargparse takes a list.
+
+    The word after --separator is joined to it, since it may look like an option, as `---` does.
+    """
     rest: list[str] = []
     lists: dict[str, list[str]] = {}
     current = None
-    for word in argv:
+    words = iter(argv)
+    for word in words:
         name, equals, value = word.partition("=")
-        if name in options:
+        if name == "--separator":
+            current = None
+            separator = value if equals else next(words, None)
+            rest.append(word if separator is None else f"{name}={separator}")
+        elif name in options:
             current = lists.setdefault(name, [])
             if equals:
                 current.append(value)

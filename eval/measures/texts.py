@@ -37,11 +37,12 @@ def check_files(files: Sequence[Path]) -> None:
     The same text under two names would count as two texts, and make every interval narrower than it is.
     """
     from sinkmodel.files import sha256_of
+    from sinkmodel.text.documents import KINDS
 
     for file in files:
         if not file.is_file():
             what = "is a folder, not a file" if file.is_dir() else "does not exist"
-            raise UserError(f"{file} {what}; --text takes .txt, .jsonl or .parquet files")
+            raise UserError(f"{file} {what}; --text takes {', '.join(KINDS)} files")
     if twice := repeated(files):
         raise UserError(f"--text has {twice} twice, which is no more text; give each file once")
     known: dict[str, Path] = {}

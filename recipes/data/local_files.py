@@ -65,7 +65,7 @@ class LocalFiles:
     def documents(self, cursor: Any = None) -> Generator[Document]:
         first, skip = cursor or (0, 0)
         self.skipped, self._bytes_before = 0, sum(size for _, size, _ in self._stamps[:first])
-        has_text, mark_shown = cursor is not None, False
+        has_text, mark_shown, divided = cursor is not None, False, cursor is not None
         for number in range(first, len(self.paths)):
             reader = self._reader = self._read(self.paths[number])
             skipped = self.skipped
@@ -78,9 +78,12 @@ class LocalFiles:
                         mark_shown = True
             except NoText:
                 pass
+            divided = divided or reader.divided
             self.skipped = skipped + reader.skipped
             self._bytes_before += reader.size
             self._reader = None
+        if self.separator is not None and not divided:
+            say(f"sink-prepare: the separator {self.separator!r} occurs in no .txt file: each is one document")
         if not has_text:
             many = f" and the {len(self.paths) - 1:,} other files" if self.paths[1:] else ""
             raise NoText(f"{self.paths[0]}{many} hold no text; give files with text")

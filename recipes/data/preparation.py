@@ -155,7 +155,7 @@ def _sources(config: PrepareConfig) -> list[Source]:
 
     def add(names: list[str] | str | None, dataset_split: str | None, split: str | None, choose: Any) -> None:
         if names is not None:
-            sources.append(Source(LocalFiles(_listed(names), config.text_key, config.separator), split, choose))
+            sources.append(Source(LocalFiles(_listed(names), config.text_key, config.separator or None), split, choose))
         elif dataset_split is not None:
             sources.append(Source(_dataset(config, dataset_split), split, choose))
 

@@ -50,7 +50,7 @@ class PrepareConfig:
     validation_split: str | None = None
     test_split: str | None = None
     text_key: str = "text"
-    separator: str | None = None
+    separator: str = ""  # not null, which YAML would read in `---` or `#`
     tokenizer: PathText | None = None
     vocabulary_size: int | None = None
     validation_fraction: float | None = None
@@ -73,8 +73,8 @@ class PrepareConfig:
                 f"vocabulary_size is {self.vocabulary_size}; a byte-level BPE needs at least {SMALLEST_VOCABULARY}: "
                 "every byte and the two special tokens"
             )
-        if self.separator == "" or (self.separator and self.input is None):
-            raise UserError("separator ends a document inside the .txt files of --input, and must not be empty")
+        if self.separator and self.input is None:
+            raise UserError("separator ends a document inside the .txt files of --input; without them leave it out")
         if self.megatron_index and self.tokenizer is None:
             raise UserError("a Megatron index holds tokens, not text: give the --tokenizer that they were made with")
         for split in ("validation", "test"):

@@ -90,11 +90,9 @@ class TextPipe:
             except UnicodeDecodeError as error:
                 piece = error.object[: error.start].decode()
                 place = read - pending + error.start
-                why = f"({error.reason}): {remedy(error.object, read - pending)}"
+                why = f"is not UTF-8 at byte {place} ({error.reason}): {remedy(error.object, read - pending)}"
             if why:
-                self.error = UserError(
-                    f"the input is not UTF-8 at byte {place} {why}; what came before it is in the stream"
-                )
+                self.error = UserError(f"the input {why}; what came before it is in the stream")
             ended = not block or self.error is not None
             read += len(block)
             if piece and not begun:

@@ -28,14 +28,17 @@ MARKS = {  # a byte order mark -> its encoding; UTF-32 first, since its mark beg
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 MAGIC = {  # how files begin that often carry the wrong name
-    b"\x1f\x8b": "compressed with gzip; rename it to end in .gz",
-    b"\xfd7zXZ\0": "compressed with xz; rename it to end in .xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; rename it to end in .zst",
-    b"PAR1": "a Parquet file; rename it to end in .parquet",
-    b"BZh": "compressed with bzip2; unpack it first",
-    b"PK\x03\x04": "a ZIP archive; unpack it first",
-    b"%PDF": "a PDF; extract its text first",
+    b"\x1f\x8b": "is compressed with gzip; rename it to end in .gz",
+    b"\xfd7zXZ\0": "is compressed with xz; rename it to end in .xz",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd; rename it to end in .zst",
+    b"PAR1": "is a Parquet file; rename it to end in .parquet",
+    b"BZh": "is compressed with bzip2; unpack it first",
+    b"PK\x03\x04": "is a ZIP archive; unpack it first",
+    b"%PDF": "is a PDF; extract its text first",
+    b"version https://git-lfs": "is the pointer of a file that Git LFS has not fetched; run: git lfs pull",
 }
+CONTROLS = bytes({*range(32)} - set(b"\t\n\v\f\r"))  # no text in UTF-8 or Latin-1 has them
+WINDOW = 1 << 12  # bytes around a zero byte that are looked at
 
 
 class Content:
@@ -49,6 +52,7 @@ class Content:
         self.path, self.compression = path, compression
         self.size = path.stat().st_size
         self.mark = 0  # bytes of the byte order mark, once it has been read
+        self.beginning = b""  # of the uncompressed bytes, likewise
         self._raw: BinaryIO | None = None
 
     def fraction(self) -> float:
@@ -68,7 +72,8 @@ class Content:
             try:
                 for block in _with_whole_mark(_uncompressed(raw, self.compression)):
                     if why := not_text(block, place, self.path):
-                        raise UserError(f"{self.path} is not UTF-8 at byte {place}: {why}")
+                        raise UserError(f"{self.path} {why}")
+                    self.beginning = self.beginning or block[:WINDOW]
                     if place == 0 and block.startswith(codecs.BOM_UTF8):
                         self.mark = len(codecs.BOM_UTF8)
                     yield block[self.mark :] if place == 0 else block
@@ -88,9 +93,15 @@ class Content:
                 begun = [more[-1]]
         yield b"".join(begun)
 
-    def not_utf8(self, where: str, reason: str, sample: bytes, place: int = 0) -> UserError:
-        """The error for bytes that do not decode: `sample` is the block or line with them, at byte `place`."""
-        return UserError(f"{self.path} is not UTF-8 {where} ({reason}): {remedy(sample, place, self.path)}")
+    def not_utf8(self, where: str, reason: str, sample: bytes, place: int | None = None) -> UserError:
+        """The error for bytes that do not decode.
+
+        Args:
+            sample: the block or line with them.
+            place: its offset in the text; None if that is not known.
+        """
+        advice = f"convert it first: {_iconv(wide, self.path)}" if (wide := wide_encoding(self.beginning)) else ""
+        return UserError(f"{self.path} is not UTF-8 {where} ({reason}): {advice or remedy(sample, place, self.path)}")
 
 
 def open_uncompressed(raw: BinaryIO, compression: str) -> BinaryIO:
@@ -131,36 +142,72 @@ def _uncompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
 
 
 def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:
-    """Why a block that may well decode as UTF-8 is not text, and the remedy; None if it is text.
+    """Why a block that may well decode as UTF-8 is not text, with the remedy, as in `is a PDF; …`; None if it is text.
 
     Much of UTF-16 decodes, with a zero byte at every other place. A few zero bytes in a long text are let through.
-    """
-    marked = place == 0 and block.startswith((*MARKS, *MAGIC))
-    if not marked and block.count(0) * 32 <= len(block):
-        return None
-    if marked or wide_encoding(block, place):
-        return remedy(block, place, path)
-    return "it holds zero bytes, as an unfinished download does; copy or download it again"
-
-
-def remedy(sample: bytes, place: int = 0, path: Path | None = None) -> str:
-    """What to do with bytes that are not UTF-8: what they seem to be, and how to convert them.
 
     Args:
-        sample: the bytes in which decoding failed, and `place` their offset in the text.
+        place: offset of the block in the text, in bytes.
         path: the file, for a command to copy; None for standard input.
     """
     if place == 0:
         for magic, what in MAGIC.items():
-            if sample.startswith(magic):
-                return f"it is {what}"
-    marked = next((name for mark, name in MARKS.items() if place == 0 and sample.startswith(mark)), None)
-    wide = marked or wide_encoding(sample, place)
-    if wide:
-        return f"it is {wide}, as PowerShell writes; convert it first: {_iconv(wide, path)}"
+            if block.startswith(magic):
+                return what
+        for mark, encoding in MARKS.items():
+            if block.startswith(mark):
+                return f"is not UTF-8: it is {encoding}; convert it first: {_iconv(encoding, path)}"
+    zero = block.find(0)
+    while zero >= 0:
+        start = max(0, zero - WINDOW // 2)
+        window = block[start : zero + WINDOW // 2]
+        if (zeros := window.count(0)) >= 4 and zeros * 32 > len(window):
+            if wide := wide_encoding(window, place + start):
+                return f"is not UTF-8 at byte {place + start}: it is {wide}; convert it first: {_iconv(wide, path)}"
+            return (
+                f"is not text: it holds zero bytes from byte {place + zero} on, as an unfinished download does; copy "
+                "or download it again"
+            )
+        zero = block.find(0, zero + WINDOW // 2)
+    return None
+
+
+def remedy(sample: bytes, place: int | None, path: Path | None = None) -> str:
+    """What to do with bytes that do not decode as UTF-8: what they seem to be, and how to convert them."""
+    if encoding := wide_encoding(sample, place):
+        return f"it is {encoding}; convert it first: {_iconv(encoding, path)}"
     unpack = UNPACK.get(path.suffix.lower()) if path else None
     sound = f"check it with {unpack.split()[0]} -t, since damage looks like that too; " if unpack else ""
+    if not _printable(sample):
+        return f"{sound}it is not text: give another file, or copy or download it again"
     return f"{sound}convert it first; if it is Latin-1, with: {_iconv('latin1', path)}"
+
+
+def wide_encoding(sample: bytes, place: int | None = 0) -> str | None:
+    """`UTF-16LE`, `UTF-16BE`, `UTF-32LE` or `UTF-32BE` if bytes without a byte order mark are that.
+
+    Of each pair of bytes in UTF-16 the high one has few values (0 for Latin letters), the low one many, and in sum some
+    are control characters. In UTF-32 the two high bytes are 0.
+
+    Args:
+        place: offset of the sample in the text, in bytes; None if it may begin in the middle of a character.
+    """
+    if place is None or _printable(sample):
+        return None
+    zeros = [sample[(at - place) % 4 :: 4].count(0) * 4 >= 0.9 * len(sample) for at in range(4)]
+    if zeros in ([False, False, True, True], [False, True, True, True]):
+        return "UTF-32LE"
+    if zeros in ([True, True, False, False], [True, True, True, False]):
+        return "UTF-32BE"
+    even, odd = len(set(sample[place % 2 :: 2])), len(set(sample[(place + 1) % 2 :: 2]))
+    if min(even, odd) < (0.9 if len(sample) > 64 else 0.5) * max(even, odd):  # in a few bytes it may be chance
+        return "UTF-16BE" if even < odd else "UTF-16LE"
+    return None
+
+
+def _printable(sample: bytes) -> bool:
+    """Whether next to no byte is a control character, as in UTF-8 and Latin-1."""
+    return len(sample.translate(None, CONTROLS)) >= 0.98 * len(sample)
 
 
 def _iconv(encoding: str, path: Path | None) -> str:
@@ -172,20 +219,6 @@ def _iconv(encoding: str, path: Path | None) -> str:
     if unpack:
         return f"{unpack} {shlex.quote(str(path))} | iconv -f {encoding} -t UTF-8 > {target}"
     return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > {target}"
-
-
-def wide_encoding(sample: bytes, place: int = 0) -> str | None:
-    """`UTF-16LE`, `UTF-16BE` or `UTF-32` if the zero bytes of a text without a byte order mark say so.
-
-    Latin letters, blanks and line ends have a zero byte in UTF-16, always on the same side. UTF-8 text has none.
-    """
-    zeros = sample.count(0)
-    if 9 * len(sample) < 16 * zeros < 15 * len(sample):
-        return "UTF-32"
-    on_even = sample[place % 2 :: 2].count(0)
-    if zeros and 10 * max(on_even, zeros - on_even) >= 9 * zeros:
-        return "UTF-16BE" if on_even * 2 > zeros else "UTF-16LE"
-    return None
 
 
 def _with_whole_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -49,6 +49,11 @@ def _announced(reader: DocumentReader) -> Iterator[str]:
         yield text
 
 
+def lost_link(path: Path) -> UserError:
+    """The error for a link whose target is not there, as DVC and git-annex leave them."""
+    return UserError(f"{path} is a link to {path.readlink()}, which is not there; fetch that file, or remove the link")
+
+
 def kind_of(path: Path) -> tuple[str | None, str]:
     """(one of KINDS, the suffix of its compression or "") of a file, None for a file that is not text.
 
@@ -74,9 +79,12 @@ class DocumentReader:
     Attributes:
         skipped: rows without text so far: null, empty or blank.
         marked: whether a .txt file that is read as one document has `<|endoftext|>` in what was read so far.
+        divided: whether the separator has occurred.
     """
 
     def __init__(self, path: Path, text_key: str = "text", separator: str | None = None):
+        if path.is_symlink() and not path.exists():
+            raise lost_link(path)
         if not path.exists():
             raise UserError(f"{path} does not exist; check the name")
         kind, compression = kind_of(path)
@@ -85,7 +93,7 @@ class DocumentReader:
                 f"{path} is not a text file; give {', '.join(KINDS)}, all but .parquet also as .gz, .zst or .xz"
             )
         self.path, self.text_key, self.kind, self.separator = path, text_key, kind, separator
-        self.skipped, self.marked = 0, False
+        self.skipped, self.marked, self.divided = 0, False, False
         self._content = Content(path, compression)
         self._rows_read = 0.0
 
@@ -114,8 +122,13 @@ class DocumentReader:
 
     def check_key(self) -> None:
         """UserError if the first row of a .json file lacks the key: many such files are settings, not text."""
-        if self.kind == ".json" and (row := first_row(self.path, self._content.compression)):
-            self._text_of(row, f"{self.path}:1")
+        row = first_row(self.path, self._content.compression) if self.kind == ".json" else None
+        if row and self.text_key not in row:
+            there = ", ".join(list(row)[:8])
+            raise UserError(
+                f"{self.path}: no text under the key '{self.text_key}' (there is {there}); {self._remedy()}; if it is "
+                "not text but settings, name the other files"
+            )
 
     def mark_notice(self) -> str:
         """One line on a .txt file that seems to hold several documents."""
@@ -127,6 +140,7 @@ class DocumentReader:
     def _text(self, skip: int) -> Iterator[tuple[int, Iterable[str]]]:
         documents = [self._watched()] if self.separator is None else separated(self._decoded(), self.separator)
         for row, pieces in enumerate(documents):
+            self.divided = row > 0
             if row < skip:
                 continue
             first = next((piece for piece in pieces if piece.strip()), None)
@@ -185,7 +199,10 @@ class DocumentReader:
         text = row[self.text_key]
         if text is not None and not isinstance(text, str):
             kind = {bool: "a truth value", list: "a list", dict: "an object"}.get(type(text), "a number")
-            raise UserError(f"{where}: the key '{self.text_key}' holds {kind}, not text; {self._remedy()}")
+            raise UserError(
+                f"{where}: the key '{self.text_key}' holds {kind}, not text; make it one, or give sink-prepare the key "
+                "of the text as --text_key"
+            )
         return text
 
     def _parquet(self, skip: int) -> Iterator[tuple[int, Iterable[str]]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sinkmodel.errors import UserError
-from sinkmodel.text.content import COMPRESSIONS, Content
+from sinkmodel.text.content import COMPRESSIONS, UNPACK, Content
 
 Row = dict[str, Any]
 
@@ -33,14 +35,14 @@ def parse_line(content: Content, number: int, line: bytes) -> Row:
     """The object of one line that is not blank."""
     where = f"{content.path}:{number}"
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())  # files that were joined have marks within
     except UnicodeDecodeError as error:
         place = f"in line {number}, byte {error.start} of the line"
-        raise content.not_utf8(place, error.reason, line, 0 if number == 1 else 1) from None
+        raise content.not_utf8(place, error.reason, line) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a JSON object ({error}); {_remedy(number, line)}") from None
+        raise UserError(f"{where}: not a JSON object ({error}); {_remedy(content, line)}") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object; {_remedy(number, line)}")
+        raise UserError(f"{where}: not a JSON object; {_remedy(content, line)}")
     return row
 
 
@@ -52,26 +54,28 @@ def whole_characters(text: str) -> str:
 def first_row(path: Path, compression: str) -> Row | None:
     """The object of the first line that is not blank; an empty one if all are.
 
-    None if the file is not JSON lines: JSON files also hold an array, or one object on several lines.
+    None if the file is JSON of another form: an array, or an object over several lines. Raises UserError for a line
+    that is none of these.
     """
     content = Content(path, compression)
-    beginning = next((block.lstrip() for block in content.blocks() if block.strip()), b"{")
-    if not beginning.startswith(b"{"):
-        return None  # known without reading an array, which may be one long line
-    line = next((line for line in content.lines() if line.strip()), b"{}")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+    beginning = next((block.lstrip() for block in content.blocks() if block.strip()), b"{}\n")
+    if beginning.startswith(b"["):
+        return None  # known without reading the array, which may be one long line
+    number, line = next(((at, line) for at, line in enumerate(content.lines(), 1) if line.strip()), (1, b"{}"))
+    if line.rstrip().endswith((b"{", b"[", b",")):
         return None
-    return row if isinstance(row, dict) else None
+    return parse_line(content, number, line)
 
 
-def _remedy(number: int, line: bytes) -> str:
-    if number == 1 and line.lstrip().startswith(b"["):
-        return "turn the array into lines with: jq -c '.[]' IN.json > OUT.jsonl"
-    if number == 1 and line.strip() == b"{":
-        return "turn it into one line an object with: jq -c . IN.json > OUT.jsonl"
-    return ".jsonl has one object a line"
+def _remedy(content: Content, line: bytes) -> str:
+    first = content.beginning.removeprefix(codecs.BOM_UTF8).lstrip()
+    of_other_form = "'.[]'" if first.startswith(b"[") else "." if line.strip() == b"{" else None
+    if of_other_form is None:
+        return ".jsonl has one object a line"
+    unpack = UNPACK.get(content.compression)
+    name = shlex.quote(str(content.path))
+    source = f"{unpack} {name} | jq -c {of_other_form}" if unpack else f"jq -c {of_other_form} {name}"
+    return f"make it one object a line with: {source} > OUT.jsonl"
 
 
 def _characters(row: Row) -> Row:

@@ -23,14 +23,15 @@ def read_parquet(path: Path, column: str, remedy: str, skip: int = 0) -> Iterato
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow, column, remedy)
             total = file.metadata.num_rows
+            if total:  # a part without rows may have any columns
+                _check_column(path, file.schema_arrow.names, column, remedy)
             for group in range(file.metadata.num_row_groups):
                 if row + file.metadata.row_group(group).num_rows <= skip:
                     row += file.metadata.row_group(group).num_rows
                     continue
                 for batch in file.iter_batches(batch_size=BATCH, row_groups=[group], columns=[column]):
-                    for text in _strings(path, batch.column(0), row):
+                    for text in _texts(path, batch.column(0), column, row):
                         if row >= skip:
                             yield row, text, row / total
                         row += 1
@@ -42,29 +43,39 @@ def read_parquet(path: Path, column: str, remedy: str, skip: int = 0) -> Iterato
         ) from None
 
 
-def _check_column(path: Path, schema: Any, column: str, remedy: str) -> None:
-    import pyarrow
-
-    if column not in schema.names:
-        there = ", ".join(list(dict.fromkeys(schema.names))[:8])
+def _check_column(path: Path, names: list[str], column: str, remedy: str) -> None:
+    if column not in names:
+        there = ", ".join(list(dict.fromkeys(names))[:8])
         raise UserError(f"{path}: no column '{column}' (there is {there or 'none'}); {remedy}")
-    kind = schema.field(column).type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pyarrow.types.is_null(kind) or "string" in str(kind)):
-        raise UserError(f"{path}: the column '{column}' holds {kind}, not text; {remedy}")
 
 
-def _strings(path: Path, values: Any, first_row: int) -> list[str | None]:
+def _texts(path: Path, values: Any, column: str, first_row: int) -> list[str | None]:
+    """The texts of a batch; bytes without a type, as other programs write them, are decoded.
+
+    By the values, not by the type of the column: a part without a text may have any.
+    """
     try:
-        return values.to_pylist()
-    except UnicodeDecodeError:
+        return [_text(value) for value in values.to_pylist()]
+    except (UnicodeDecodeError, TypeError):
         for row, value in enumerate(values, first_row + 1):
             try:
-                value.as_py()
+                _text(value.as_py())
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}: row {row} is not UTF-8 at byte {error.start} ({error.reason}); mend that row, or write "
                     "the file again from text in UTF-8"
                 ) from None
+            except TypeError:
+                raise UserError(
+                    f"{path}: row {row} of the column '{column}' holds {values.type}, not text; write it as text, or "
+                    "give sink-prepare the column of the text as --text_key"
+                ) from None
         raise
+
+
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode()
+    raise TypeError

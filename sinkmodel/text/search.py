@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sinkmodel.errors import UserError
-from sinkmodel.text.documents import JSON_LINES, KINDS, kind_of
+from sinkmodel.text.documents import JSON_LINES, KINDS, kind_of, lost_link
 from sinkmodel.text.json_lines import first_row
 
 SHOWN = 3  # names of each kind of file in a message
@@ -26,7 +27,9 @@ class Found:
         """What was left out, by suffix, as in `.csv: a.csv, b.csv and 7 more; .md: notes.md`."""
         by_suffix: dict[str, list[str]] = {}
         for path in self.left_out:
-            by_suffix.setdefault("".join(path.suffixes[-2:]) or "no suffix", []).append(path.name)
+            suffix = "".join(path.suffixes[-2:]) or "no suffix"
+            form = " (not an object a line)" if kind_of(path)[0] == ".json" else ""
+            by_suffix.setdefault(suffix + form, []).append(re.sub(r"[\x00-\x1f]", "?", path.name))
         return "; ".join(
             f"{suffix}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN:,} more' if names[SHOWN:] else ''}"
             for suffix, names in sorted(by_suffix.items())
@@ -40,7 +43,7 @@ def find_text_files(name: str) -> Found:
     pattern, the files are sorted by name; hidden files and folders are not read, links to folders are. A `.json` file
     is left out if it is not JSON lines.
 
-    Raises UserError if there is nothing, or nothing that is text.
+    Raises UserError if there is nothing, or nothing that is text, and for a text file that is a link to nothing.
     """
     path = Path(name)
     if path.is_dir():
@@ -83,6 +86,8 @@ def _sorted_out(files: Iterable[Path]) -> Found:
 
 def _is_text(path: Path) -> bool:
     kind, compression = kind_of(path)
+    if kind is not None and path.is_symlink() and not path.exists():
+        raise lost_link(path)
     if kind is None or not path.is_file():
         return False
     return kind != ".json" or first_row(path, compression) is not None

@@ -9,7 +9,7 @@ def separated(pieces: Iterator[str], separator: str) -> Iterator[Iterator[str]]:
     """The documents between separators, each as an iterator over pieces of its text; what is left of one when the
     next is asked for is passed over. Line breaks beside a separator, and at both ends, belong to no document.
     """
-    source = _Divided(pieces, separator)
+    source = _Divided(pieces, separator.replace("\r\n", "\n").replace("\r", "\n"))  # as line ends in the text
     while not source.ended:
         document = _without_outer_line_breaks(source.document())
         yield document

@@ -154,10 +154,10 @@ def test_what_a_folder_or_pattern_leaves_out_is_named(tmp_path, capsys):
     for number, name in enumerate((folder, folder / "*")):
         assert run(tmp_path, f"out{number}", str(name)) == 0
         error = capsys.readouterr().err
-        assert ".csv: table.csv; .json: dataset_info.json" in error
+        assert ".csv: table.csv; .json (not an object a line): dataset_info.json" in error
         assert open_split(tmp_path / f"out{number}", "train").documents == 17
     (folder / "z.json").write_text('{"hidden_size": 64}\n')
-    with pytest.raises(UserError, match=r"z.json:1: no text under the key 'text' \(there is hidden_size\)"):
+    with pytest.raises(UserError, match=r"z.json: no text under the key 'text' \(there is hidden_size\)"):
         LocalFiles([str(folder)], "text")  # at once, not when its turn comes
 
 
@@ -191,6 +191,20 @@ def test_a_separator_makes_documents_of_one_text_file(tmp_path, small_units, cap
     assert sum(manifest(tmp_path / "out")["splits"][name]["documents"] for name in ("train", "test")) == 30
 
 
+@pytest.mark.parametrize("separator", ["---", "#", "~", "\r\n\r\n", "--output"])
+def test_a_separator_is_taken_as_it_is(tmp_path, capsys, separator):
+    """Risk: YAML reads `---` as nothing, argparse as an option; line ends are normalised in the text alone."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(f"one{separator}two{separator}three".encode())
+    write_tokenizer(tmp_path / "tokenizer.json")
+    for number, option in enumerate((["--separator", separator], [f"--separator={separator}"])):
+        assert run(tmp_path, f"out{number}", more=option) == 0
+        assert open_split(tmp_path / f"out{number}", "train").documents == 3
+    capsys.readouterr()
+    assert run(tmp_path, "other", more=["--separator", "nowhere"]) == 0
+    assert "the separator 'nowhere' occurs in no .txt file: each is one document" in capsys.readouterr().err
+
+
 class Counted(list):
     """A list that counts the elements it gives."""
 
@@ -218,6 +232,15 @@ def test_the_work_for_each_file_does_not_grow_with_their_number(tmp_path):
         assert 0 <= corpus.fraction() <= 1
     assert corpus.fraction() == 1
     assert Counted.given <= 2 * 50
+
+
+def test_a_link_to_nothing_is_no_text_left_out(tmp_path):
+    """Risk: files that DVC or git-annex has not fetched are missing from the corpus."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    for name in (tmp_path, tmp_path / "*", tmp_path / "b.txt"):
+        with pytest.raises(UserError, match=r"b.txt is a link to nowhere, which is not there; fetch that file"):
+            LocalFiles([str(name)], "text")
 
 
 def test_a_link_is_the_same_file_as_its_target(tmp_path):

@@ -122,14 +122,12 @@ def test_a_folder_gives_its_text_files_by_name_and_says_what_it_left_out(tmp_pat
     for name in ("b.txt", "a/c.jsonl.zst", "a/.hidden.txt", "notes.md", "x.parquet.gz", "d.txt.gz", "y.csv", "z.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    (tmp_path / "lost.txt").symlink_to("nowhere")
+    (tmp_path / "lost.csv").symlink_to("nowhere")
     for pattern in ("", "/*", "/**"):
         found = find_text_files(f"{tmp_path}{pattern}")
         names = [str(path.relative_to(tmp_path)) for path in found.files]
         assert names == ["a/c.jsonl.zst", "b.txt", "d.txt.gz"], pattern
-        assert found.summary() == (".csv: y.csv, z.csv; .md: notes.md; .parquet.gz: x.parquet.gz; .txt: lost.txt"), (
-            pattern
-        )
+        assert found.summary() == (".csv: lost.csv, y.csv, z.csv; .md: notes.md; .parquet.gz: x.parquet.gz"), pattern
 
 
 def test_linked_files_go_by_their_own_name_and_linked_folders_are_read_once(tmp_path):
@@ -165,7 +163,7 @@ def test_json_and_ndjson_are_json_lines(tmp_path, suffix):
     (tmp_path / f"blank.json{suffix}").write_bytes(COMPRESS[suffix](b"\n"))
     found = find_text_files(str(tmp_path))
     assert [path.name for path in found.files] == [f"{name}{suffix}" for name in ("a.json", "b.ndjson", "blank.json")]
-    assert found.summary() == f".json{suffix}: array.json{suffix}, pretty.json{suffix}"
+    assert found.summary() == f".json{suffix} (not an object a line): array.json{suffix}, pretty.json{suffix}"
 
 
 def test_rows_without_text_are_passed_over_and_counted(tmp_path):
@@ -175,6 +173,39 @@ def test_rows_without_text_are_passed_over_and_counted(tmp_path):
         reader = DocumentReader(tmp_path / name)
         assert ["".join(pieces) for _, pieces in reader.documents()] == ["a", "b"]
         assert reader.skipped == 3
+
+
+def test_parquet_parts_by_their_values(tmp_path):
+    """A part without rows may have any columns, one of nulls any type; bytes are text; a list is not."""
+
+    def read(column):
+        pyarrow.parquet.write_table(pyarrow.table(column), tmp_path / "a.parquet")
+        reader = DocumentReader(tmp_path / "a.parquet")
+        return ["".join(pieces) for _, pieces in reader.documents()]
+
+    for empty in ({}, {"x": pyarrow.array([], "int64")}, {"text": pyarrow.array([None, None], pyarrow.float64())}):
+        with pytest.raises(UserError, match="holds no text"):
+            read(empty)
+    assert read({"text": ["é".encode(), None, b"b"]}) == ["é", "b"]
+    with pytest.raises(UserError, match="row 2 is not UTF-8"):
+        read({"text": [b"a", b"\xff"]})
+    for values in ([None, 1.5], [None, ["a"]], [None, {"a": "b"}]):
+        with pytest.raises(UserError, match="row 2 of the column 'text' holds .*, not text"):
+            read({"text": values})
+
+
+def test_a_json_file_with_a_bad_first_line_is_no_other_form_of_json(tmp_path):
+    """Risk: a damaged or Latin-1 file of a folder is left out as if it were settings."""
+    (tmp_path / "good.jsonl").write_bytes(GOOD)
+    for lines in (b'{"text": "caf\xe9"}\n' + GOOD, b'{"text": "cut\n' + GOOD, b"text\n"):
+        (tmp_path / "a.json").write_bytes(lines)
+        with pytest.raises(UserError, match=r"a\.json"):
+            find_text_files(str(tmp_path))
+
+
+def test_marks_of_files_that_were_joined_are_no_part_of_a_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD + b"\xef\xbb\xbf" + GOOD)
+    assert list(read_documents(tmp_path / "a.jsonl")) == ["good", "good"]
 
 
 def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path):
@@ -207,6 +238,45 @@ def test_utf16_is_recognised_and_the_advice_converts_it(tmp_path, monkeypatch, e
     assert list(read_documents(tmp_path / "utf8-it's a.txt")) == [text.replace("\r\n", "\n") * 20]
 
 
+CHINESE = "一九八四年的春天，　他说了一句话。" + "".join(map(chr, range(0x4E00, 0x9FA0, 37)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("lines", ["", "\n"])
+def test_every_script_in_utf16_is_recognised(tmp_path, monkeypatch, encoding, lines):
+    """一 and the ideographic blank have a zero byte on the other side; without a line end there is no other."""
+    monkeypatch.undo()
+    line = CHINESE + lines
+    for name, text in (("a.txt", line * 9), ("a.jsonl", f'{{"text": "{CHINESE}"}}\n' * 9)):
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        with pytest.raises(UserError) as caught:
+            list(read_documents(tmp_path / name))
+        command = str(caught.value).partition("convert it first: ")[2]
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+        assert (tmp_path / f"utf8-{name}").read_text(encoding="utf-8") == text, caught.value
+
+
+def test_utf16_after_utf8_is_recognised(tmp_path, monkeypatch):
+    """As PowerShell's >> leaves it: a few zero bytes in a large block."""
+    monkeypatch.undo()
+    (tmp_path / "a.txt").write_bytes(b"zero \0 " + b"plain text\n" * 50_000 + "more\r\n".encode("utf-16-le") * 300)
+    with pytest.raises(UserError, match="it is UTF-16LE"):
+        list(read_documents(tmp_path / "a.txt"))
+    for text in (b"plain text\n" * 50_000 + b"\0", b"ab\0"):
+        (tmp_path / "b.txt").write_bytes(text)
+        assert list(read_documents(tmp_path / "b.txt")) == [text.decode()], "a zero byte or two do no harm"
+
+
+@pytest.mark.parametrize("words", ["café au lait, ", "à la carte\n", "ÄÖÜß\n"])
+def test_latin1_is_called_that_and_the_advice_converts_it(tmp_path, monkeypatch, words):
+    monkeypatch.undo()
+    (tmp_path / "a.txt").write_bytes((words * 99).encode("latin1"))
+    with pytest.raises(UserError, match="if it is Latin-1, with: ") as caught:
+        list(read_documents(tmp_path / "a.txt"))
+    subprocess.run(str(caught.value).partition("with: ")[2], shell=True, check=True, cwd=tmp_path)
+    assert list(read_documents(tmp_path / "utf8-a.txt")) == [words * 99]
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -214,6 +284,8 @@ def test_utf16_is_recognised_and_the_advice_converts_it(tmp_path, monkeypatch, e
         (lzma.compress(b"x"), "compressed with xz"),
         (b"PK\x03\x04\xff", "a ZIP archive"),
         (b"text" + bytes(100), "holds zero bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "Git LFS has not fetched"),
+        (bytes(range(1, 256)) * 9, "it is not text"),
         ("text".encode("utf-32"), "it is UTF-32"),
     ],
 )
@@ -262,7 +334,7 @@ BAD = {
     "keyless.jsonl": (GOOD + GOOD + b'{"body": "x"}\n', ":3: no text under the key 'text' (there is body)"),
     "null.jsonl": (b'{"text": null}\n', "holds no text"),
     "number.jsonl": (GOOD + b'{"text": 7}\n', ":2: the key 'text' holds a number, not text"),
-    "list.jsonl": (b"[1]\n", ":1: not a JSON object; turn the array into lines"),
+    "list.jsonl": (b"[1]\n", ":1: not a JSON object; make it one object a line with: jq -c '.[]'"),
     "indented.json": (b'{\n "text": "x"\n}\n', ":1: not a JSON object"),
     "a.parquet": (b"PAR1 nothing of the kind", "not a sound Parquet file"),
     "a.docx": (b"x", "is not a text file"),
@@ -305,4 +377,4 @@ def test_task_folders_take_every_form_of_json_lines(tmp_path):
     found = find_json_lines(tmp_path)
     assert [name_without_suffixes(path) for path in found.files] == ["a", "b.x", "c"]
     assert [list(read_json_lines(path)) for path in found.files] == [[(1, {"text": "good"})]] * 3
-    assert found.summary() == ".json: settings.json; .md: notes.md"
+    assert found.summary() == ".json (not an object a line): settings.json; .md: notes.md"
