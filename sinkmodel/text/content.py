@@ -162,8 +162,13 @@ def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:
         start = max(0, zero - WINDOW // 2)
         window = block[start : zero + WINDOW // 2]
         if (zeros := window.count(0)) >= 4 and zeros * 32 > len(window):
-            if wide := wide_encoding(window, place + start):
-                return f"is not UTF-8 at byte {place + start}: it is {wide}; convert it first: {_iconv(wide, path)}"
+            if place == 0 and (wide := wide_encoding(block[:WINDOW])):
+                return f"is not UTF-8 at byte 0: it is {wide}; convert it first: {_iconv(wide, path)}"
+            if wide_encoding(window, place + start):
+                return (
+                    f"is not UTF-8 from byte {place + zero - 1} on: UTF-16 follows other text there, as >> of PowerShell "
+                    "leaves it; convert that part by itself"
+                )
             return (
                 f"is not text: it holds zero bytes from byte {place + zero} on, as an unfinished download does; copy "
                 "or download it again"
