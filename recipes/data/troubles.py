@@ -140,11 +140,10 @@ def _not_text(file: str) -> str | None:
 
 
 def _not_utf8(error: UnicodeDecodeError, file: str | None) -> str:
-    path = Path(file) if file else None
-    if path is not None and path.suffix.lower() == ".parquet":
+    if file and file.lower().endswith(".parquet"):
         advice = "mend that row, or write the file again from text in UTF-8"
     else:
-        advice = remedy(bytes(error.object), 1, path)
+        advice = remedy(bytes(error.object), 1, Path(file) if file and Path(file).is_file() else None)
     return f"{file or 'what comes then'} is not UTF-8 ({_short(error)}): {advice}"
 
 

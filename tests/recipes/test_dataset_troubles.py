@@ -247,6 +247,15 @@ def test_only_what_may_pass_by_itself_is_to_be_tried_again(monkeypatch):
                 assert (AGAIN in str(dataset_error("it", each, "check it"))) == again
 
 
+def test_a_file_on_the_hub_is_named_but_is_in_no_command():
+    """Risk: `iconv hf:/datasets/…`."""
+    error = UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "unexpected end of data")
+    file = "hf://datasets/org/set@main/train.jsonl"
+    message = str(dataset_error("it", error, "check it", file))
+    assert message.startswith(f"it: {file} is not UTF-8 (")
+    assert message.endswith("iconv -f latin1 -t UTF-8")
+
+
 @pytest.mark.parametrize("variable", ["HF_DATASETS_CACHE", "HF_HOME"])
 def test_a_cache_that_cannot_be_written_is_named_with_the_variable_that_moves_it(tmp_path, variable, monkeypatch):
     """Risk: a read-only HOME is blamed on the network."""
