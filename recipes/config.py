@@ -43,6 +43,7 @@ def load_config(cls: type[T], argv: list[str], description: str, example: str) -
     try:
         namespace = parser.parse_args(argv)
         for key in path_keys(cls):
+            _refuse_empty(key, namespace[key], parser.get_default(key))
             namespace[key] = _expanded(namespace[key])
         values = parser.instantiate_classes(namespace)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
@@ -63,6 +64,12 @@ def path_keys(cls: Any, prefix: str = "") -> list[str]:
 
 def _holds_path(hint: Any) -> bool:
     return hint == PathText or any(_holds_path(part) for part in typing.get_args(hint))
+
+
+def _refuse_empty(key: str, value: Any, default: Any) -> None:
+    """An empty name would be the current folder; it comes of a shell's variable that is not set."""
+    if value != default and (value == [] or "" in (value if isinstance(value, list) else [value])):
+        raise UserError(f"{key} is empty; give a name, or leave --{key} out (is a variable of the shell not set?)")
 
 
 def _expanded(value: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.corpus import Document, stamp
-from recipes.data.troubles import dataset_error
+from recipes.data.troubles import dataset_error, quiet
 from sinkmodel.errors import UserError
 from sinkmodel.secrets import hub_token
 from sinkmodel.text.content import open_uncompressed
@@ -27,6 +27,7 @@ class HubDataset:
     """
 
     REMEMBER = 1000
+    BATCH = 1000  # rows of a Parquet file at a time; by default as many as its first row group has, which may be none
 
     def __init__(self, name: str, config: str | None, split: str, text_key: str):
         self.name, self.config, self.split, self.text_key = name, config, split, text_key
@@ -52,8 +53,11 @@ class HubDataset:
             self._revision = recorded.get("revision")
 
     def documents(self, cursor: Any = None) -> Generator[Document]:
+        with quiet("datasets", "huggingface_hub"):
+            yield from self._documents(cursor or {"row": 0, "state": None, "state_row": 0})
+
+    def _documents(self, cursor: dict[str, Any]) -> Generator[Document]:
         dataset = self._stream()
-        cursor = cursor or {"row": 0, "state": None, "state_row": 0}
         state, state_row = cursor["state"], cursor["state_row"]
         if state is not None:
             dataset.load_state_dict(state)
@@ -86,8 +90,10 @@ class HubDataset:
         if self._builder is None:
             read_compressed_files_whole()
             hub_token()  # one that can be sent, or none
-            with self._explained():
+            with self._explained(), quiet("datasets", "huggingface_hub"):
                 self._builder = datasets.load_dataset_builder(self.name, self.config, revision=self._revision)
+            if getattr(self._builder.config, "batch_size", self.BATCH) is None:
+                self._builder.config.batch_size = self.BATCH
         return self._builder
 
     def _stream(self) -> Any:
@@ -116,7 +122,7 @@ class HubDataset:
                 return
             except Exception as error:  # the network, a damaged file, files that do not go together
                 what = f"the data set {self.name} cannot be read beyond its first {row:,} rows"
-                raise dataset_error(what, error, "mend that row") from error
+                raise dataset_error(what, error, "mend that row", self._file(dataset)) from error
             if self.text_key not in content:
                 raise UserError(
                     f"the data set {self.name} has a row without text under '{self.text_key}' "
@@ -130,6 +136,14 @@ class HubDataset:
                 )
             yield text
             row += 1
+
+    def _file(self, dataset: Any) -> str | None:
+        """The file that is being read, by its number in the state that `datasets` gives; None where it has none."""
+        state, files = dataset.state_dict(), (self._open().config.data_files or {}).get(self.split, [])
+        while isinstance(state, dict) and "shard_idx" not in state:
+            state = state.get("examples_iterable")
+        number = state["shard_idx"] if state else len(files)
+        return str(files[number]) if number < len(files) else None
 
 
 def read_compressed_files_whole() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.corpus import Document, Stamp, stamp
-from recipes.data.megatron import refuse_as_text
+from recipes.data.megatron import megatron_error, refuse_as_text
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.text import DocumentReader, Found, NoText, find_text_files
@@ -22,18 +22,19 @@ class LocalFiles:
 
     Args:
         separator: what ends a document inside a .txt file; None for one document a file.
+        option: what gave the names, for the errors.
 
     Raises UserError for a name that matches nothing, a folder without text files, and a .json file with another key.
     """
 
-    def __init__(self, names: list[str], text_key: str, separator: str | None = None):
-        found = [_find(name) for name in names]
+    def __init__(self, names: list[str], text_key: str, separator: str | None = None, option: str = "input"):
+        found = [_find(name, option) for name in names]
         given: dict[Path, Path] = {}  # where a file lies -> the name that it has here
         for path in (path for each in found for path in each.files):
             given.setdefault(path.resolve(), path)
         self.paths = list(given.values())
         self.left_out = "; ".join(summary for each in found if (summary := each.summary()))
-        self.text_key, self.separator = text_key, separator
+        self.text_key, self.separator, self.option = text_key, separator, option
         for path in self.paths:
             self._read(path).check_key()
         self._stamps = [stamp(path, path.name) for path in self.paths]
@@ -85,8 +86,8 @@ class LocalFiles:
         if self.separator is not None and not divided:
             say(f"sink-prepare: the separator {self.separator!r} occurs in no .txt file: each is one document")
         if not has_text:
-            many = f" and the {len(self.paths) - 1:,} other files" if self.paths[1:] else ""
-            raise NoText(f"{self.paths[0]}{many} hold no text; give files with text")
+            many = f"its {len(self.paths):,} files, {self.paths[0]} first, hold" if self.paths[1:] else ""
+            raise NoText(f"{self.option} is without text: {many or f'{self.paths[0]} holds'} none; give others")
 
     def strands(self) -> list[Generator[Document]]:
         def strand(path: Path) -> Generator[Document]:
@@ -103,12 +104,15 @@ class LocalFiles:
         return DocumentReader(path, self.text_key, self.separator)
 
 
-def _find(name: str) -> Found:
+def _find(name: str, option: str) -> Found:
     try:
         found = find_text_files(name)
     except UserError:
-        refuse_as_text(name)
+        refuse_as_text(name, option)
         raise
     if not any(kind_of(path)[0] for path in found.files):
-        refuse_as_text(name)
+        refuse_as_text(name, option)
+    if index := next((path for path in found.left_out if path.suffix == ".idx"), None):
+        what = f"{name} holds both text (as {found.files[0].name}) and Megatron data; for the text, name its files;"
+        raise megatron_error(f"{what} for the data," if option == "input" else what, index, option)
     return found

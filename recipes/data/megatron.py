@@ -43,21 +43,30 @@ class Index:
         return self.rows * self.row_tokens * np.dtype(self.dtype).itemsize
 
 
-def refuse_as_text(name: str) -> None:
+def refuse_as_text(name: str, option: str = "input") -> None:
     """Raises UserError if a name that was given as text is Megatron data: an .idx, a .bin, their prefix or folder."""
     path = Path(name)
     if path.is_dir():
-        index = path / "*.idx"
-    elif path.suffix in (".bin", ".idx"):
-        index = path.with_name(re.sub(r"-[\d*?]+-of-[\d*?]+$", "", path.stem) + ".idx")
+        there = sorted(path.rglob("*.idx"))
     else:
-        index = path.with_name(path.name + ".idx")
-    there = [index] if index.is_file() else [Path(found) for found in sorted(glob.glob(str(index)))]
-    if there or path.suffix in (".bin", ".idx"):
+        stem = re.sub(r"-[\d*?]+-of-[\d*?]+$", "", path.stem) if path.suffix in (".bin", ".idx") else path.name
+        index = path.with_name(stem + ".idx")
+        there = [index] if index.is_file() else [Path(found) for found in sorted(glob.glob(str(index)))]
+    if there:
+        raise megatron_error(f"{name} is Megatron data, not text;", there[0], option)
+    if path.suffix == ".bin" and (path.exists() or glob.glob(name)):
         raise UserError(
-            f"{name} is Megatron data, not text; give one .idx alone, which finds its .bin files by itself: "
-            f"--input {shlex.quote(str((there or [index])[0]))}"
+            f"{name} is not text, and Megatron data only with {index.name} beside it, which is missing; "
+            f"get that file too, or give text as {option}"
         )
+
+
+def megatron_error(what: str, index: Path, option: str) -> UserError:
+    """The error for Megatron data in an option that is read as text; `what` begins it."""
+    remedy = f"give one .idx alone, which finds its .bin files by itself: --input {shlex.quote(str(index))}"
+    if option != "input":
+        remedy = f"{option} must be text, even if input is an .idx: give text files"
+    return UserError(f"{what} {remedy}")
 
 
 def read_index(file: Path) -> Index:

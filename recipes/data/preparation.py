@@ -19,6 +19,7 @@ from recipes.data.pipeline import PIECE, PREFIX, Place, beginning, cut, encode_u
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_split
 from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary
+from recipes.data.troubles import STAY
 from recipes.data.workers import train_apart
 from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_settings, state_of
 from recipes.training.settings import DataSettings
@@ -56,6 +57,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
                 state = _adopt(sources, state)
             settings = _settings(config, sources, given)
             if state is not None:
+                _refuse_other_files(folder, _begun(state["settings"], state), settings, "place" not in state)
                 refuse_other_settings(folder, _begun(state["settings"], state), _begun(settings, state))
             if (folder / MANIFEST).exists():
                 assert state is not None
@@ -86,10 +88,36 @@ def _adopt(sources: list[Source], state: dict[str, Any]) -> dict[str, Any]:
         corpora = [(source.corpus, files) for source, files in zip(sources, begun)]
         if all(corpus.put_first(files) for corpus, files in corpora if isinstance(corpus, LocalFiles)):
             if candidate is not state:
-                changed = _begun(state["settings"], state)["sources"][state["place"][0]]["files"][-1][0]
-                say(f"sink-prepare: {changed} has changed since it was read in part; what came of it is made again")
+                number = state["place"][0]
+                partly = _begun(state["settings"], state)["sources"][number]["files"][-1][0]
+                unread = sources[number].corpus.identity()["files"][len(begun[number]) :]
+                here = any(name == partly for name, _, _ in unread)
+                change = "has changed since it was read in part; what came of it is made again"
+                gone = "was read in part and is not there any more; what came of it is left out"
+                say(f"sink-prepare: {partly} {change if here else gone}")
             return candidate
     return state
+
+
+def _refuse_other_files(folder: Path, there: dict[str, Any], here: dict[str, Any], complete: bool) -> None:
+    """Raises UserError, naming the file, if one that the folder was prepared from is another now, or gone."""
+    for earlier, source in zip(there["sources"], here["sources"]):
+        if earlier.get("dataset") != source.get("dataset"):
+            continue
+        now = source.get("files", [])
+        lost = [name for name, *stamp in earlier.get("files", []) if [name, *stamp] not in now]
+        new = [name for name, *stamp in now if [name, *stamp] not in earlier.get("files", [])]
+        whole = complete or "dataset" in source
+        if not lost and not (whole and new):
+            continue
+        if not lost:
+            what, remedy = f"without {new[0]}, which has come since", "leave it out"
+        elif lost[0] in new:
+            what, remedy = f"from {lost[0]}, which has been edited since", "restore it"
+        else:
+            what, remedy = f"from {lost[0]}, which has been removed since or is not given", "restore it"
+        stay = f" ({STAY})" if "dataset" in source else ""
+        raise UserError(f"{folder} was prepared {what}; {remedy}, or choose another output folder{stay}")
 
 
 def _begun(settings: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +183,9 @@ def _sources(config: PrepareConfig) -> list[Source]:
 
     def add(names: list[str] | str | None, dataset_split: str | None, split: str | None, choose: Any) -> None:
         if names is not None:
-            sources.append(Source(LocalFiles(_listed(names), config.text_key, config.separator or None), split, choose))
+            option = f"{split}_input" if split else "input"
+            files = LocalFiles(_listed(names), config.text_key, config.separator or None, option)
+            sources.append(Source(files, split, choose))
         elif dataset_split is not None:
             sources.append(Source(_dataset(config, dataset_split), split, choose))
 
@@ -167,7 +197,7 @@ def _sources(config: PrepareConfig) -> list[Source]:
     for source in sources:
         if not isinstance(source.corpus, LocalFiles):
             continue
-        what = f"{source.split}_input" if source.split else "input"
+        what = source.corpus.option
         if source.corpus.left_out:
             say(f"sink-prepare: of {what}, left out since not text: {source.corpus.left_out}")
         for path in map(Path.resolve, source.corpus.paths):
@@ -300,7 +330,10 @@ def _summarise(config: PrepareConfig, folder: Path, manifest: dict[str, Any]) ->
                 f"sink-prepare: no document fell into the {split} split; raise {split}_fraction, take another seed, "
                 f"or give {split}_input"
             )
-    for split, remedy in (("train", "give more text"), ("validation", "raise validation_fraction, or give more text")):
+    larger = "raise validation_fraction, or give more text"
+    if config.validation_input or config.validation_split:
+        larger = f"give more {'validation_input' if config.validation_input else 'text in validation_split'}"
+    for split, remedy in (("train", "give more text"), ("validation", larger)):
         entry = manifest["splits"][split]
         if entry["row_tokens"] is None and 0 < entry["tokens"] <= USUAL_ROW:
             say(

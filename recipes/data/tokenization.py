@@ -10,9 +10,12 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from recipes.data.troubles import quiet
 from sinkmodel.errors import UserError
+from sinkmodel.files import read_json
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig
+from sinkmodel.text.content import not_text
 from sinkmodel.tokenizer import UNUSED, without_unused
 
 END_OF_TEXT = "<|endoftext|>"
@@ -52,11 +55,15 @@ def load_vocabulary(name: str) -> Vocabulary:
                 f"the tokenizer {file} does not exist; give a tokenizer.json or the name of a Hub repository"
             )
         file, settings = _download(name)
+    if why := not_text(file.read_bytes()[: 1 << 12], 0, file):
+        raise UserError(f"{file} {why}")
     try:
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{file} is no tokenizer.json that tokenizers can read ({error}); check the file") from None
-    named = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    named = read_json(settings) if settings.is_file() else {}
+    if not isinstance(named, dict):
+        raise UserError(f"{settings} is not a JSON object with the tokenizer's settings; check the file or remove it")
     return _vocabulary(tokenizer, str(file), named)
 
 
@@ -124,6 +131,8 @@ def _vocabulary(tokenizer: Tokenizer, where: str, named: dict) -> Vocabulary:
     def find(key: str, usual: tuple[str, ...]) -> int | None:
         said = named.get(key)
         said = said.get("content") if isinstance(said, dict) else said
+        if said is not None and not isinstance(said, str):
+            raise UserError(f"the tokenizer_config.json beside {where} has {said!r} as its {key}, not text; check it")
         ids = [tokenizer.token_to_id(token) for token in ([said] if said else usual)]
         return next((token_id for token_id in ids if token_id is not None), None)
 
@@ -150,7 +159,8 @@ def _download(name: str) -> tuple[Path, Path]:
 
     hub_token()  # one that can be sent, or none
     try:
-        file = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
+        with quiet("huggingface_hub"):
+            file = Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
     except Exception as error:  # no network, no such repository, no such file: all end here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -158,7 +168,8 @@ def _download(name: str) -> tuple[Path, Path]:
             f"({reason}); check the name or download it first"
         ) from None
     try:
-        settings = Path(huggingface_hub.hf_hub_download(name, "tokenizer_config.json"))
+        with quiet("huggingface_hub"):
+            settings = Path(huggingface_hub.hf_hub_download(name, "tokenizer_config.json"))
     except Exception:  # it may have none
         settings = file.with_name("tokenizer_config.json")
     return file, settings

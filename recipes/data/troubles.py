@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import importlib
+import logging
 import os
 import textwrap
 import traceback
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from sinkmodel.errors import UserError
+from sinkmodel.text.content import COMPRESSIONS, not_text, open_uncompressed, remedy
 
 NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
+PLAIN = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv")
+STAY = (
+    "the files of a data set must stay as they are while it is prepared; give them as --input to mend one and keep the "
+    "work"
+)
 
 
-def dataset_error(what: str, error: Exception, check: str) -> UserError:
+@contextlib.contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """No lines from the loggers of `libraries`: what they log before they raise an error is in our one line."""
+    for name in libraries:
+        importlib.import_module(name)  # which sets its logger's level
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def dataset_error(what: str, error: Exception, check: str, reading: str | None = None) -> UserError:
     """The error to raise when `datasets` cannot do `what`, which begins the line.
 
     Args:
         check: the remedy when the error is neither the network's nor that of a file.
+        reading: the file that was being read, for an error that does not come from its reader.
     """
     if unwritable := _unwritable_cache(error):
         folder, variable = unwritable
@@ -49,12 +76,17 @@ def dataset_error(what: str, error: Exception, check: str) -> UserError:
             f"{what}: {where}the column '{column}' has another type than in the files before it ({_short(error)}); "
             "give it one type in all files, or give the files as --input, which reads the text's column alone"
         )
+    if file is not None and (why := _not_text(file)):
+        return UserError(f"{what}: {file} {why}")
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{what}: {_not_utf8(error, file or reading)}")
     if file is not None:
-        return UserError(f"{what}: {where}damaged or not in its form ({_short(error)}); mend it or download it again")
+        return UserError(
+            f"{what}: {where}damaged or not in its form ({_short(error)}); mend it or download it again, and choose "
+            f"another output folder, since {STAY}"
+        )
     if isinstance(error, StopIteration):  # out of datasets, for files without a row
         return UserError(f"{what}: its files hold no rows; give others")
-    if isinstance(error, UnicodeDecodeError):
-        return UserError(f"{what}: what comes then is not UTF-8 ({_short(error)}); convert its file first")
     return UserError(f"{what}: {_short(error)}; {check}")
 
 
@@ -85,10 +117,34 @@ def _place(error: BaseException) -> tuple[str | None, str | None]:
             file = frame.f_locals["file"]
         if frame.f_code.co_filename.endswith("/datasets/table.py") and isinstance(frame.f_locals.get("name"), str):
             column = frame.f_locals["name"]
+    return _plain_name(file), column
+
+
+def _plain_name(file: str | None) -> str | None:
     if file is not None and "::" in file:  # gzip://train.jsonl::/data/train.jsonl.gz, zip://a.jsonl::/data/train.zip
         inner, _, outer = file.partition("::")
         file = f"{outer} ({inner.partition('://')[2]})" if inner.startswith("zip") else outer
-    return file, column
+    return file
+
+
+def _not_text(file: str) -> str | None:
+    """What the first bytes of a local file say against its being text in UTF-8, and the remedy."""
+    path = Path(file)
+    compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
+    name = path.with_suffix("") if compression else path
+    if name.suffix.lower() not in PLAIN or not path.is_file():
+        return None
+    with path.open("rb") as raw, contextlib.suppress(EOFError, OSError, zlib.error):  # damaged, not another encoding
+        return not_text(open_uncompressed(raw, compression).read(1 << 12), 0, path)
+    return None
+
+
+def _not_utf8(error: UnicodeDecodeError, file: str | None) -> str:
+    if file and file.lower().endswith(".parquet"):
+        advice = "mend that row, or write the file again from text in UTF-8"
+    else:
+        advice = remedy(bytes(error.object), 1, Path(file) if file and Path(file).is_file() else None)
+    return f"{file or 'what comes then'} is not UTF-8 ({_short(error)}): {advice}"
 
 
 def _unwritable_cache(error: BaseException) -> tuple[Path, str] | None:

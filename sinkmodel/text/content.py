@@ -166,8 +166,8 @@ def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:
                 return f"is not UTF-8 at byte 0: it is {wide}; convert it first: {_iconv(wide, path)}"
             if wide_encoding(window, place + start):
                 return (
-                    f"is not UTF-8 from byte {place + zero - 1} on: UTF-16 follows other text there, as >> of PowerShell "
-                    "leaves it; convert that part by itself"
+                    f"is not UTF-8 from byte {place + zero - 1} on: UTF-16 follows other text there, as PowerShell"
+                    " leaves it with >>; convert that part by itself"
                 )
             return (
                 f"is not text: it holds zero bytes from byte {place + zero} on, as an unfinished download does; copy "

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import lzma
 import os
 import re
@@ -16,8 +17,9 @@ import zstandard
 from huggingface_hub.errors import HfHubHTTPError
 
 from recipes import prepare
+from recipes.data import preparation
 from recipes.data.corpora import HubDataset
-from recipes.data.troubles import dataset_error, may_pass
+from recipes.data.troubles import STAY, dataset_error, may_pass
 from sinkmodel.errors import UserError
 from tests.recipes.corpus import make_texts, write_lines, write_tokenizer
 
@@ -36,6 +38,11 @@ def lines(rows):
 def parquet(table, file):
     pyarrow.parquet.write_table(pyarrow.table(table), file)
     return file.read_bytes()
+
+
+def latin1_parquet(file):
+    values = pyarrow.array([b"fine", b"caf\xe9"])
+    return parquet({"text": pyarrow.Array.from_buffers(pyarrow.string(), 2, values.buffers())}, file)
 
 
 def zipped(file):
@@ -57,14 +64,53 @@ DAMAGE = {
     "cut Parquet": ("1.parquet", lambda f: cut(parquet({"text": TEXTS}, f)), "damaged"),
     "broken JSON": ("1.jsonl", lambda f: b'{"text": "a"}\n{"text": \n', "damaged or not in its form"),
     "a CSV with a bad row": ("1.csv", lambda f: b"text\na\nb,c,d\n", "line 3"),
+    "Latin-1": (
+        "1.jsonl",
+        lambda f: b'{"text": "caf\xe9"}\n',
+        r"train-1.jsonl is not UTF-8 .*: convert it .* iconv -f latin1 -t UTF-8 .*train-1.jsonl > utf8-train-1.jsonl$",
+    ),
+    "UTF-16": (
+        "1.jsonl",
+        lambda f: lines([{"text": "x"}]).decode().encode("utf-16"),
+        "train-1.jsonl .*UTF-16.*: iconv -f UTF-16 -t UTF-8 .*train-1.jsonl > utf8-train-1.jsonl$",
+    ),
+    "UTF-16 in .gz": (
+        "1.jsonl.gz",
+        lambda f: gzip.compress(lines([{"text": "x"}]).decode().encode("utf-16-le")),
+        "train-1.jsonl.gz .*UTF-16LE.*: gzip -dc .* iconv -f UTF-16LE -t UTF-8 > utf8-train-1.jsonl$",
+    ),
+    "Latin-1 as .txt": ("1.txt", lambda f: b"caf\xe9\n", "iconv -f latin1 -t UTF-8 .*train-1.txt > utf8-train-1.txt$"),
+    "Latin-1 in Parquet": (
+        "1.parquet",
+        lambda f: latin1_parquet(f),
+        "is not UTF-8 .*: mend that row, or write the file",
+    ),
     "an archive": ("1.zip", zipped, r"\(b.jsonl\): it has the columns body, text"),
 }
 
 
-@pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named_with_its_file_and_never_to_be_tried_again(tmp_path, case, monkeypatch, capsys):
-    """Risk: "Couldn't cast; run the same command again", for ever, about one of ten thousand files."""
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    """What the loggers of Hugging Face's libraries let through; their levels must be the same afterwards."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    import datasets  # noqa: F401  # sets the levels
+
+    libraries = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [library.level for library in libraries]
+    handler = logging.Handler()
+    records = []
+    handler.emit = records.append
+    for library in libraries:
+        library.addHandler(handler)
+    yield records
+    for library in libraries:
+        library.removeHandler(handler)
+    assert [library.level for library in libraries] == levels
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named_with_its_file_and_never_to_be_tried_again(tmp_path, case, capsys, logged):
+    """Risk: "Couldn't cast; run the same command again", for ever, about one of ten thousand files."""
     name, content, message = DAMAGE[case]
     folder = tmp_path / "set"
     folder.mkdir()
@@ -79,11 +125,61 @@ def test_damage_is_named_with_its_file_and_never_to_be_tried_again(tmp_path, cas
     write_tokenizer(tmp_path / "tokenizer.json")
     argv = ["--dataset", str(folder), "--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1"]
     assert prepare.main([*argv, "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
+    assert not logged
     assert str(file) in error
     assert AGAIN not in error
     assert re.search(message, error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_data_is_one_line(tmp_path, capsys, logged):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "README.md").write_text("hi")
+    argv = ["--dataset", str(tmp_path / "set"), "--vocabulary_size", "300", "--output", str(tmp_path / "out")]
+    assert prepare.main(argv) == 2
+    assert "doesn't contain any data files" in capsys.readouterr().err
+    assert not logged
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_parquet_file_without_rows_adds_nothing(tmp_path, place, monkeypatch):
+    """Risk: "BatchSize must be greater than 0", of a sound file as filters leave it."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    parquet({"text": TEXTS[:15]}, folder / "b.parquet")
+    parquet({"text": TEXTS[15:]}, folder / "d.parquet")
+    name = {"first": "a", "middle": "c", "last": "e"}[place]
+    parquet({"text": pyarrow.array([], pyarrow.string())}, folder / f"{name}.parquet")
+    assert ["".join(chunks) for _, chunks in HubDataset(str(folder), None, "train", "text").documents()] == TEXTS
+
+
+def test_a_data_set_in_a_folder_says_that_its_files_must_stay(tmp_path, monkeypatch, capsys):
+    """Risk: "mend it", which costs what was kept: the state of `datasets` does not survive another list of files."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    make_units = preparation.make_units
+    monkeypatch.setattr(preparation, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(preparation, "make_units", lambda *a: make_units(*a, size=300))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_lines(folder / "train-0.jsonl", TEXTS)
+    (folder / "train-1.jsonl").write_text('{"text": \n')
+    write_tokenizer(tmp_path / "tokenizer.json")
+    argv = ["--dataset", str(folder), "--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1"]
+    argv += ["--output", str(tmp_path / "out")]
+    assert prepare.main(argv) == 2
+    said = capsys.readouterr().err
+    assert "train-1.jsonl: damaged" in said
+    assert f"choose another output folder, since {STAY}" in said
+    (folder / "train-1.jsonl").write_text('{"text": "mended"}\n')
+    assert prepare.main(argv) == 2
+    assert f"from train-1.jsonl, which has been edited since; restore it, or choose another output folder ({STAY})" in (
+        capsys.readouterr().err
+    )
+    (folder / "train-1.jsonl").unlink()
+    assert prepare.main(argv) == 2
+    assert "from train-1.jsonl, which has been removed since or is not given; " in capsys.readouterr().err
 
 
 def test_what_there_is_instead_is_named(tmp_path, monkeypatch):
@@ -149,6 +245,15 @@ def test_only_what_may_pass_by_itself_is_to_be_tried_again(monkeypatch):
             for each in (error, wrapped):
                 assert may_pass(each) == again, error
                 assert (AGAIN in str(dataset_error("it", each, "check it"))) == again
+
+
+def test_a_file_on_the_hub_is_named_but_is_in_no_command():
+    """Risk: `iconv hf:/datasets/…`."""
+    error = UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "unexpected end of data")
+    file = "hf://datasets/org/set@main/train.jsonl"
+    message = str(dataset_error("it", error, "check it", file))
+    assert message.startswith(f"it: {file} is not UTF-8 (")
+    assert message.endswith("iconv -f latin1 -t UTF-8")
 
 
 @pytest.mark.parametrize("variable", ["HF_DATASETS_CACHE", "HF_HOME"])

@@ -88,8 +88,28 @@ def test_a_file_that_was_read_must_stay_as_it_was(tmp_path, parts, small_units, 
     write_lines(tmp_path / "in" / "p1.jsonl", parts["p1.jsonl"][::-1])
     capsys.readouterr()
     assert run(tmp_path) == 2
-    assert 'was prepared with sources.0.files.1 = ["p1.jsonl", ' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was prepared from p1.jsonl, which has been edited since; restore it, or choose another output" in said
+    (tmp_path / "in" / "p1.jsonl").unlink()
+    assert run(tmp_path) == 2
+    assert "was prepared from p1.jsonl, which has been removed since or is not given; " in capsys.readouterr().err
     assert tree(tmp_path / "out") == before
+
+
+def test_a_file_removed_after_it_was_read_in_part_is_not_said_to_have_changed(tmp_path, parts, small_units, capsys):
+    with (tmp_path / "in" / "p3.jsonl").open("a") as file:
+        file.write("broken\n")
+    assert run(tmp_path) == 2
+    (tmp_path / "in" / "p3.jsonl").unlink()
+    capsys.readouterr()
+    assert run(tmp_path) == 0
+    said = capsys.readouterr().err
+    assert "p3.jsonl was read in part and is not there any more; what came of it is left out" in said
+    assert "changed" not in said
+    assert open_split(tmp_path / "out", "train").documents == 50
+    write_lines(tmp_path / "in" / "p7.jsonl", parts["p3.jsonl"])
+    assert run(tmp_path) == 2
+    assert "was prepared without p7.jsonl, which has come since; leave it out, or" in capsys.readouterr().err
 
 
 def test_parts_without_text_add_nothing_and_are_counted(tmp_path, parts, small_units, capsys, monkeypatch):
@@ -135,7 +155,10 @@ def test_a_corpus_without_any_text_is_an_error(tmp_path, parts, capsys):
         write_lines(tmp_path / "good.jsonl", ["text"] * 5)
         assert run(tmp_path, "out", *names, more=more) == 2
         error = capsys.readouterr().err
-        assert "hold no text; give files with text" in error.splitlines()[-1]
+        what = f"input is without text: its 6 files, {tmp_path}/in/p0.jsonl first, hold none; give others"
+        if more:
+            what = f"validation_input is without text: {tmp_path}/in/p0.jsonl holds none; give others"
+        assert error.splitlines()[-1] == f"sink-prepare: {what}"
         assert not (tmp_path / "out").exists()
 
 

@@ -88,7 +88,7 @@ def test_held_out_text_may_stand_beside_the_rows(tmp_path):
         ["*.idx"],
         ["docu*"],
         ["."],
-        ["a.txt", "--validation_input", "document.idx"],
+        [".", "a.txt"],
     ],
     ids=" ".join,
 )
@@ -109,11 +109,45 @@ def test_whatever_is_given_of_megatron_data_leads_to_its_index(tmp_path, given, 
     assert not (tmp_path / "out").exists()
 
 
-def test_text_beside_megatron_data_is_read(tmp_path):
+@pytest.mark.parametrize("option", ["validation_input", "test_input"])
+@pytest.mark.parametrize("given", ["document.idx", "document.bin", "document", ".", "beside"])
+def test_held_out_data_must_be_text(tmp_path, option, given, capsys, monkeypatch):
+    """Risk: the remedy is to train on what was to be held out."""
+    for folder in (tmp_path / "source", tmp_path / "source" / "beside"):
+        folder.mkdir()
+        write_pair(folder)
+    (tmp_path / "source" / "beside" / "README.txt").write_text("about it")
+    monkeypatch.chdir(tmp_path / "source")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    argv = ["--input", "document.idx", f"--{option}", given, "--tokenizer", str(tokenizer)]
+    assert prepare.main([*argv, "--output", str(tmp_path / "out")]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.endswith(f"{option} must be text, even if input is an .idx: give text files")
+    assert "--input" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_beside_megatron_data_is_read_if_it_is_named(tmp_path):
+    """Risk: a folder of terabytes is prepared from its README alone."""
     write_pair(tmp_path)
     (tmp_path / "document.txt").write_text("text")
-    for name in (".", "*", "document.txt", "document*"):
+    for name in ("document.txt", "*.txt"):
         assert LocalFiles([str(tmp_path / name)], "text").paths == [tmp_path / "document.txt"]
+    for name in (".", "*", "document*"):
+        with pytest.raises(
+            UserError, match=r"holds both text \(as document.txt\) and .*; for the text, name its files"
+        ):
+            LocalFiles([str(tmp_path / name)], "text")
+
+
+@pytest.mark.parametrize("name", ["lone.bin", "lone-00000-of-00001.bin", "lone*.bin"])
+def test_a_bin_without_its_index_is_not_sent_to_a_file_that_is_not_there(tmp_path, name):
+    (tmp_path / name.replace("*", "")).write_bytes(b"\x01\x02")
+    with pytest.raises(UserError, match=r"is not text, and Megatron data only with lone\*?.idx beside it, .* missing"):
+        LocalFiles([str(tmp_path / name)], "text")
+    for gone in ("gone.bin", "gone.idx"):
+        with pytest.raises(UserError, match=f"{gone} does not exist"):
+            LocalFiles([str(tmp_path / gone)], "text")
 
 
 def test_ids_beyond_the_tokenizer_are_refused(tmp_path, capsys):

@@ -176,7 +176,7 @@ def test_other_settings_or_input_on_the_same_folder_are_refused(tmp_path, corpus
     with (tmp_path / "b.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     assert prepare.main(arguments(tmp_path)) == 2
-    assert 'was prepared with sources.0.files.1 = ["b.jsonl", ' in capsys.readouterr().err
+    assert "was prepared from b.jsonl, which has been edited since; restore it" in capsys.readouterr().err
     assert tree(tmp_path / "out") == before
 
 
@@ -196,7 +196,7 @@ def test_a_file_edited_in_place_to_the_same_size_is_another_text(tmp_path, corpu
     (tmp_path / "a.jsonl").write_bytes(content)
     capsys.readouterr()
     assert prepare.main(arguments(tmp_path)) == 2
-    assert 'was prepared with sources.0.files.0 = ["a.jsonl", ' in capsys.readouterr().err
+    assert "was prepared from a.jsonl, which has been edited since; restore it" in capsys.readouterr().err
     assert tree(tmp_path / "out") == before
 
 
@@ -486,7 +486,14 @@ def test_a_split_shorter_than_a_usual_row_is_said(tmp_path, split, capsys):
     assert prepare.main(argv) == 0
     assert open_split(tmp_path / "out", split).tokens <= 2048
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(rf"sink-prepare: the {split} split has \d+ tokens, less than one row of .* = 2,048; ", line)
+    remedy = {"train": "give more text", "validation": "give more validation_input"}[split]
+    assert re.match(rf"sink-prepare: the {split} split has \d+ .* less than one row of .* = 2,048; {remedy}, or", line)
+    if split == "validation":  # what is advised must be possible
+        argv[argv.index("--validation_input") : argv.index("--validation_input") + 2] = ["--validation_fraction", "0.5"]
+        argv[argv.index("--input") + 1] = str(tmp_path / "short.jsonl")
+        write_lines(tmp_path / "short.jsonl", make_texts(8, 300))
+        assert prepare.main([*argv, "--output", str(tmp_path / "shared")]) == 0
+        assert "; raise validation_fraction, or give more text, or" in capsys.readouterr().err
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path, corpus):
@@ -519,6 +526,17 @@ WRONG = {
     "unknown": (["--imput", "a.txt"], "did you mean '--input'?"),
     "missing file": (["--input", "nowhere.txt", "--vocabulary_size", "400"], "nowhere.txt does not exist"),
     "same text": (["--input", "a.txt", "--test_input", "a.txt", "--vocabulary_size", "400"], "is given as input and"),
+    "an unset variable": (["--input", "", "--vocabulary_size", "400"], "input is empty; give a name"),
+    "one of two unset": (["--input", "a.txt", "", "--vocabulary_size", "400"], "input is empty; give a name"),
+    "nothing given": (["--input", "--vocabulary_size", "400"], "input is empty; give a name"),
+    "nothing after =": (["--input=", "--vocabulary_size", "400"], "input is empty; give a name"),
+    "no validation name": (
+        ["--input", "a.txt", "--validation_input", "", "--vocabulary_size", "400"],
+        "validation_input is empty; give a name, or leave --validation_input out",
+    ),
+    "no test name": (["--input", "a.txt", "--test_input=", "--vocabulary_size", "400"], "test_input is empty"),
+    "no data set": (["--dataset", "", "--vocabulary_size", "400"], "dataset is empty"),
+    "no tokenizer name": (["--input", "a.txt", "--tokenizer", ""], "tokenizer is empty"),
     "index": (["--input", "a.idx", "--vocabulary_size", "400"], "give the --tokenizer that they were made with"),
 }
 

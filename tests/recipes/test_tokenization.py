@@ -103,6 +103,25 @@ def test_a_tokenizer_that_cannot_serve_is_named(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"{bad", b"[]", b"null", "{}".encode("utf-16"), b'{"eos_token": 5}'])
+def test_broken_settings_beside_a_tokenizer_are_one_line(tmp_path, content):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"tokenizer_config.json .*(not valid JSON|not a JSON object|5 as its eos_token)"
+    ):
+        load_vocabulary(str(tmp_path))
+
+
+def test_a_tokenizer_in_utf16_is_told_how_to_become_utf8(tmp_path):
+    file = write_tokenizer(tmp_path / "tokenizer.json")
+    file.write_bytes(file.read_text(encoding="utf-8").encode("utf-16"))
+    with pytest.raises(
+        UserError, match=f"tokenizer.json .*UTF-16.*iconv -f UTF-16 -t UTF-8 {file} > utf8-tokenizer.json"
+    ):
+        load_vocabulary(str(tmp_path))
+
+
 def test_a_hub_name_without_network_is_one_line(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("offline\nmany lines")
