@@ -532,6 +532,13 @@ def test_a_document_was_trained_on_if_a_training_document_begins_as_it_does(tmp_
     assert dict(zip(documents, found)) == {what: known for what, (_, known) in documents.items()}
     for lacking in ({}, {**provenance, "data": {}}, {**provenance, "data": {"fingerprint": "f00d"}}):
         assert trained_on(lacking, [one]) is None
+    for file in (shards[0], shards[-1].with_suffix(".offsets.npy")):
+        file.rename(tmp_path / file.name)
+        file.symlink_to(tmp_path / file.name)
+        assert trained_on(provenance, [one]) is None, "a link out of the folder"
+        file.unlink()
+        (tmp_path / file.name).rename(file)
+    assert trained_on(provenance, [one]) == [True]
     shards[-1].with_suffix(".offsets.npy").unlink()
     assert trained_on(provenance, [one]) is None
 
