@@ -50,7 +50,7 @@ def real(folder: Path, path: Path) -> Path:
             raise UserError(f"{path} leads to {target}, which is hidden; remove the link")
     elif not _in_hub_cache(target):
         raise UserError(
-            f"{path} leads out of {folder}, to {target}, which does not belong to it; remove the link, or put a copy in "
+            f"{path} leads out of {folder}, to {target}, which is not part of it; remove the link, or put a copy in "
             "its place"
         )
     return target

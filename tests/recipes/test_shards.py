@@ -235,7 +235,9 @@ def test_a_link_out_of_the_folder_is_refused_by_name(folder, tmp_path_factory, n
     for target in (elsewhere / name, f"../{os.path.relpath(elsewhere / name, folder.parent)}"):
         (folder / name).symlink_to(target)
         for verify in ("full", "sizes"):
-            with pytest.raises(UserError, match=rf"{name} leads out of .*; remove the link, or put a copy in its place"):
+            with pytest.raises(
+                UserError, match=rf"{name} leads out of .*; remove the link, or put a copy in its place"
+            ):
                 open_split(folder, "train", verify)
         (folder / name).unlink()
     (folder / name).symlink_to("gone")
