@@ -26,8 +26,15 @@ def inside(folder: Path, name: Any, source: Path) -> Path:
     return folder / name
 
 
+def held(folder: Path, name: Any, source: Path) -> Path:
+    """As `inside`, for a file that is read as part of the folder: if it is a link, it leads where `real` allows."""
+    path = inside(folder, name, source)
+    real(folder, path)
+    return path
+
+
 def real(folder: Path, path: Path) -> Path:
-    """The file that a path in `folder` leads to, if it may be published with the folder; links are followed.
+    """The file that a path in `folder` leads to, if it may be taken for the folder's own; links are followed.
 
     They may lead to what is not hidden in the folder, or to what the Hub's cache has downloaded. Raises UserError for
     a link that leads elsewhere, or nowhere. A path where nothing is comes back as it is.
@@ -40,11 +47,11 @@ def real(folder: Path, path: Path) -> Path:
         return path
     if target.is_relative_to(home):
         if any(part.startswith(".") for part in target.relative_to(home).parts):
-            raise UserError(f"{path} leads to {target}, which is hidden and not published; remove the link")
+            raise UserError(f"{path} leads to {target}, which is hidden; remove the link")
     elif not _in_hub_cache(target):
         raise UserError(
-            f"{path} leads out of {folder}, to {target}, which is not published; remove the link, or put a copy in its "
-            "place"
+            f"{path} leads out of {folder}, to {target}, which is not part of it; remove the link, or put a copy in "
+            "its place"
         )
     return target
 

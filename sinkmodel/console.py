@@ -12,7 +12,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from sinkmodel.errors import UserError
@@ -40,7 +40,8 @@ EXTRAS = {
 }
 
 
-# What has no file name where stdout is to blame: a full disk, a file that grew too large, a terminal that is gone.
+STDOUT = "standard output"
+# Errors of a write, which name no file: a full disk, a file that grew too large, a terminal that is gone.
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
@@ -79,6 +80,9 @@ def command(name: str) -> Callable:
                 _drop_unwritten()
                 where = f"{error.filename}: " if error.filename else ""
                 what = os.strerror(error.errno).lower() if error.errno else str(error)
+                if error.filename == STDOUT:
+                    say(f"{name}: {where}{what}; send the output elsewhere and run again")
+                    return 2
                 say(
                     f"{name}: {where}{what}; nothing that was complete is lost: make room or choose another place, "
                     "then run again"
@@ -111,9 +115,20 @@ def say(line: str, always: bool = False) -> None:
 def put(text: str) -> None:
     """Print results on stdout. A reader who has left, as in `| head`, does not change how the command ends."""
     try:
-        print(text, flush=True)
+        with to_stdout():
+            print(text, flush=True)
     except BrokenPipeError:
         _discard(sys.stdout)
+
+
+@contextlib.contextmanager
+def to_stdout() -> Iterator[None]:
+    """Write to stdout in the block: an error of a write names no file, so this names it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = STDOUT
+        raise
 
 
 def _prepare_streams() -> None:
@@ -148,7 +163,8 @@ def _flushed():
 
 def _flush() -> None:
     try:
-        sys.stdout.flush()
+        with to_stdout():
+            sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
 

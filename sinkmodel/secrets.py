@@ -8,6 +8,9 @@ import re
 from typing import Any
 
 CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")  # of http://user:password@host
+WITHOUT_SCHEME = re.compile(  # of user:password@host, where the host is a name with dots, an address or has a port
+    r"(?<![\w/\\.@-])[^\s/\\@:'\"]{1,64}:[^\s/\\@]{1,256}@(?=(?:[\w-]+\.)+[\w-]|localhost\b|[\w-]+:\d{1,5}\b)"
+)
 IN_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:token|key|secret|signature|password|credential)[\w.-]*=)[^&\s'\"<>]+")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 SHORTEST = 8  # letters of a token; fewer may be any word
@@ -15,7 +18,11 @@ SHORTEST = 8  # letters of a token; fewer may be any word
 
 def redacted(text: str) -> str:
     """A text without credentials: `http://***@host`."""
-    text = IN_QUERY.sub(r"\1***", CREDENTIALS.sub("***@", text))
+    in_endpoint = os.environ.get("HF_ENDPOINT", "").partition("://")[::2]
+    if credentials := (in_endpoint[1] or in_endpoint[0]).rpartition("@")[0]:
+        text = text.replace(f"{credentials}@", "***@")
+    text = WITHOUT_SCHEME.sub("***@", CREDENTIALS.sub("***@", text))
+    text = IN_QUERY.sub(r"\1***", text)
     for token in (os.environ.get(name, "").strip() for name in TOKENS):
         if len(token) >= SHORTEST:
             text = text.replace(token, "***")
@@ -41,12 +48,16 @@ class RedactedRecord(logging.LogRecord):
 def hub_token() -> str | None:
     """The token with which the Hub is asked, None without one.
 
-    Raises UserError, without the token, for one that no header can hold.
+    Raises UserError, without the token, for one that no header can hold, and for an address of the Hub that is none.
     """
-    from huggingface_hub import get_token
+    from huggingface_hub import constants, get_token
 
     from sinkmodel.errors import UserError
 
+    if not re.match(r"https?://[^/\s]", constants.ENDPOINT):
+        raise UserError(
+            f"HF_ENDPOINT must begin with http:// or https:// and is {constants.ENDPOINT!r}; set or unset it"
+        )
     try:
         token = get_token()
     except UnicodeDecodeError:  # of the file that a login wrote

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from recipes.data.megatron import DTYPES as MEGATRON_DTYPES
-from sinkmodel.bounds import inside
+from sinkmodel.bounds import held
 from sinkmodel.errors import UserError, shell
 from sinkmodel.files import read_json, sha256_of
 from sinkmodel.fingerprint import fingerprint_of
@@ -135,7 +135,7 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
             documents=entry["documents"],
             row_tokens=entry["row_tokens"],
             fingerprint=manifest["fingerprint"],
-            tokenizer_file=inside(folder, tokenizer["file"], folder / MANIFEST),
+            tokenizer_file=held(folder, tokenizer["file"], folder / MANIFEST),
             vocabulary=tokenizer["vocabulary"],
             eos_id=tokenizer["eos_id"],
             pad_id=tokenizer["pad_id"],
@@ -186,9 +186,9 @@ def dtype_for(vocabulary: int) -> str:
 
 
 def _shard_file(folder: Path, manifest: dict[str, Any], entry: dict[str, Any], name: Any) -> Path:
-    """Where a shard lies: in the folder, but for the rows of a Megatron index, which are not copied."""
+    """Where a shard is: in the folder, except the rows of a Megatron index, which are not copied."""
     rows = entry["row_tokens"] and manifest.get("settings", {}).get("index")
-    return Path(name) if rows and Path(name).is_absolute() else inside(folder, name, folder / MANIFEST)
+    return Path(name) if rows and Path(name).is_absolute() else held(folder, name, folder / MANIFEST)
 
 
 def _first_foreign(ids: np.ndarray, vocabulary: int) -> int | None:

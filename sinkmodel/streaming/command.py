@@ -31,8 +31,9 @@ def main(argv: list[str]) -> int | None:
                 session.converse()
             else:
                 session.go_on()
-        except (KeyboardInterrupt, OSError):  # Ctrl-C, or stdout takes no more: its reader has left, the disk is full
-            session.status.last(session.loss() if options.score else "")
+        except (KeyboardInterrupt, OSError) as error:  # OSError: stdout takes no more, as on a full disk
+            if not isinstance(error, BrokenPipeError):  # a reader that left, as in `| head`, expects no report
+                session.status.last(session.loss() if options.score else "")
             session.save()
             raise
         session.save()

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from sinkmodel.console import say
+from sinkmodel.console import say, to_stdout
 from sinkmodel.errors import UserError
 from sinkmodel.progress import EVERY, progress_line
 from sinkmodel.text.content import not_text, remedy
@@ -177,5 +177,6 @@ def ask(prompt: str) -> str:
 
 
 def write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with to_stdout():
+        sys.stdout.write(text)
+        sys.stdout.flush()

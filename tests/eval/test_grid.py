@@ -7,7 +7,6 @@ import math
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -145,17 +144,24 @@ def test_the_papers_models_are_known_by_their_configs():
 
 def test_runs_that_are_no_seeds_of_one_model_and_text_that_was_trained_on_are_said(runs, texts, tmp_path, capsys):
     """Guards a grid of unlike runs, and one on its models' own training text."""
-    ids = encode(load_model(str(runs["none1"])), json.loads(texts.read_text().splitlines()[0])["text"])
-    data = tmp_path / "data"
-    data.mkdir()
-    np.array(ids, "<u2").tofile(data / "train-00000.bin")
-    np.save(data / "train-00000.offsets.npy", np.array([0]))
-    split = {"dtype": "uint16", "shards": [{"file": "train-00000.bin"}]}
-    (data / "manifest.json").write_text(json.dumps({"fingerprint": "f00d", "splits": {"train": split}}))
+    from recipes.data.preparation import prepare
+    from recipes.data.settings import PrepareConfig
+
+    (tmp_path / "train.jsonl").write_text(texts.read_text().splitlines()[0])
+    (tmp_path / "tokenizer.json").write_text(tiny.tokenizer().definition)
+    data = str(tmp_path / "data")
+    manifest = prepare(
+        PrepareConfig(data, input=str(tmp_path / "train.jsonl"), validation_fraction=0.0,
+                      tokenizer=str(tmp_path / "tokenizer.json"), workers=1)
+    )  # fmt: skip
+    provenance = {
+        "config": {"seed": 3, "data": {"path": data}},
+        "data": {"fingerprint": manifest["fingerprint"]},
+    }
     for name, shape in (("a", "llama"), ("b", "gpt_neox")):
         path = tiny.checkpoint(tmp_path / name, shape, SinkConfig("none"))
         content = torch.load(path, weights_only=True)
-        content["recipe"]["provenance"] |= {"config": {"seed": 3, "data": {"path": str(data)}}}
+        content["recipe"]["provenance"] |= provenance
         torch.save(content, path)
     a, b = tmp_path / "a", tmp_path / "b"
     code, _, err = grid(capsys, "--models", f"m={a},{b}", "--sinks", 1, "--budgets", 12, "--text", texts,

@@ -14,8 +14,8 @@ import torch
 from eval.cli import main
 from eval.measures.command import command_line
 from eval.measures.statistics import block_stderr
-from eval.measures.verdict.equivalence import interval
-from eval.measures.verdict.paired import spread
+from eval.measures.verdict.equivalence import interval, is_sample
+from eval.measures.verdict.paired import no_sample, spread
 from eval.measures.verdict.training import HEAD, trained_on
 from eval.measures.verdict.verify import in_words
 from sinkmodel.checkpoint import PREFIX
@@ -250,10 +250,15 @@ def test_the_exit_code_is_the_answer(runs, texts, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("lengths", "why"),
     [
-        ([300], "1 document: too few"),
-        ([150] * 4, "4 documents: too few"),
-        ([400, 200, 100, 50, 25, 22], "6 documents: too unlike in length"),
-        ([150] * 4 + [10], "4 documents: too few"),  # the fifth does not overflow
+        ([300], "1 document, and 5 are needed to speak of other texts; give 4 more"),
+        ([150] * 4, "4 documents, and 5 are needed to speak of other texts; give 1 more"),
+        (
+            [400, 200, 100, 50, 25, 22],
+            "6 documents of unequal length weigh as 2.46 of one length, and 5 are needed to speak of other texts; "
+            "give 3 more",
+        ),
+        # the fifth does not overflow
+        ([150] * 4 + [10], "4 documents, and 5 are needed to speak of other texts; give 1 more"),
     ],
 )
 def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, capsys, lengths, why):
@@ -276,13 +281,30 @@ def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, ca
         assert {row["speaks_of"] for row in rows} == {"these texts"}
         assert {row["answer"] for row in rows} == {"equivalent" if flag else "undecided"}
         assert code == (0 if flag else 1)
-        assert (f"{why} to speak of other texts; give more" in out) == (not flag)
+        assert (f"{why} as long as the longest, or ask" in " ".join(out.split())) == (not flag)
         assert err.count(f"warning: {why}") == (not flag), "before anything is scored"
         assert "more tokens would decide" not in out
         assert "no amount of text" not in out
         assert "speaks of these texts, not of others" in out
         found[bool(flag)] = content["verdict"]["low"], content["verdict"]["high"]
     assert found[True] == found[False], "the numbers are the same, what they are good for is not"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "says"),
+    [
+        ([150, 150, 0, 150, 150], "4 documents, and 5 are needed to speak of other texts; give 1 more"),
+        ([700, 700, 700, 699, 697], "5 documents, and 5"),
+        ([700, 700, 700, 690, 640], "5 documents of unequal length weigh as 4.99 of one length, and 5 are needed"),
+        ([8000, 4000, 2000, 1000, 500, 250, 125], "7 documents of unequal length weigh as 2.95 of one length, and 5"),
+    ],
+)
+def test_what_is_missing_of_a_sample_is_said_in_numbers(lengths, says):
+    """Risk: five texts of nearly one length are called too unlike, without how many more would do."""
+    assert says in no_sample(lengths)
+    more = int(re.search(r"give (\d+) more", no_sample(lengths)).group(1))
+    assert is_sample([*lengths, *[max(lengths)] * more])
+    assert not is_sample([*lengths, *[max(lengths)] * (more - 1)])
 
 
 def test_pairs_of_runs_on_one_text_decide_nothing_about_others(runs, texts, tmp_path, capsys):
@@ -292,7 +314,7 @@ def test_pairs_of_runs_on_one_text_decide_nothing_about_others(runs, texts, tmp_
     base = ["verify", *models, "--text", texts, "--budget", BUDGET, "--margin", 50]
     assert main(list(map(str, base))) == 1
     out, _ = capsys.readouterr()
-    assert "2 documents: too few to speak of other texts" in out
+    assert "and 5 are needed to speak of other texts" in out
     assert "no amount of text" not in out
     assert main(list(map(str, [*base, "--these-texts"]))) == 0
 
@@ -532,6 +554,13 @@ def test_a_document_was_trained_on_if_a_training_document_begins_as_it_does(tmp_
     assert dict(zip(documents, found)) == {what: known for what, (_, known) in documents.items()}
     for lacking in ({}, {**provenance, "data": {}}, {**provenance, "data": {"fingerprint": "f00d"}}):
         assert trained_on(lacking, [one]) is None
+    for file in (shards[0], shards[-1].with_suffix(".offsets.npy")):
+        file.rename(tmp_path / file.name)
+        file.symlink_to(tmp_path / file.name)
+        assert trained_on(provenance, [one]) is None, "a link out of the folder"
+        file.unlink()
+        (tmp_path / file.name).rename(file)
+    assert trained_on(provenance, [one]) == [True]
     shards[-1].with_suffix(".offsets.npy").unlink()
     assert trained_on(provenance, [one]) is None
 

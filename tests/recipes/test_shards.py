@@ -227,6 +227,40 @@ def test_a_manifest_that_names_a_file_outside_is_refused(folder, tmp_path_factor
             open_split(folder, "train", verify)
 
 
+@pytest.mark.parametrize("name", ["train-00001.bin", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused_by_name(folder, tmp_path_factory, name):
+    """Risk: a name inside the folder is a link to a file of ours, and the model is trained on it."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(folder / name, elsewhere / name)
+    for target in (elsewhere / name, f"../{os.path.relpath(elsewhere / name, folder.parent)}"):
+        (folder / name).symlink_to(target)
+        for verify in ("full", "sizes"):
+            with pytest.raises(
+                UserError, match=rf"{name} leads out of .*; remove the link, or put a copy in its place"
+            ):
+                open_split(folder, "train", verify)
+        (folder / name).unlink()
+    (folder / name).symlink_to("gone")
+    with pytest.raises(UserError, match=rf"{name} is a link to nothing that can be read"):
+        open_split(folder, "train")
+
+
+def test_links_inside_the_folder_and_into_the_cache_of_the_hub_are_read(folder, tmp_path_factory, monkeypatch):
+    """Risk: a downloaded folder, all links, cannot be trained on; or one that is a link to another disk."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    expected = open_split(folder, "train").read(0, TOKENS)
+    (cache / "datasets--org--x" / "blobs").mkdir(parents=True)
+    for name in ("train-00000.bin", "tokenizer.json"):
+        shutil.move(folder / name, cache / "datasets--org--x" / "blobs" / name)
+        (folder / name).symlink_to(cache / "datasets--org--x" / "blobs" / name)
+    (folder / "parts").mkdir()
+    shutil.move(folder / "train-00001.bin", folder / "parts" / "1")
+    (folder / "train-00001.bin").symlink_to("parts/1")
+    (cache.parent / "linked").symlink_to(folder)
+    assert np.array_equal(open_split(cache.parent / "linked", "train").read(0, TOKENS), expected)
+
+
 @pytest.mark.parametrize(("dtype", "token_id"), [("uint16", 2500), ("uint16", 65535), ("int32", -1), ("int64", 2**40)])
 @pytest.mark.parametrize("place", [0, 1499])
 def test_an_id_that_is_not_in_the_vocabulary_is_found_where_it_is(folder, dtype, token_id, place):

@@ -65,6 +65,7 @@ def test_help_of_a_script_is_shown_where_the_terminal_is_ascii(place, script):
 def test_a_measurement_outlives_what_its_output_goes_to(place, where, code):
     done = shell(f"{PPL} {where}", place)
     assert done.returncode == code, done.stderr
+    assert (b"standard output: no space left on device; send" in done.stderr) == (code == 2)
     assert b"Traceback" not in done.stderr
     assert read_json(place / "ppl.json")["rows"]
 
@@ -73,6 +74,7 @@ def test_a_measurement_outlives_what_its_output_goes_to(place, where, code):
 def test_a_stream_is_saved_whatever_its_output_goes_to(place, where, code):
     done = shell(f"{STREAM} < text.txt {where}", place)
     assert done.returncode == code, done.stderr
+    assert (b"standard output: no space left on device; send" in done.stderr) == (code == 2)
     assert b"Traceback" not in done.stderr
     assert (place / "stream").exists()
 
@@ -119,6 +121,8 @@ def test_every_command_ends_as_it_would_have_ended(tmp_path, how, where, code):
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
     assert (tmp_path / "done").exists() or code == 2
+    full = b"x: standard output: no space left on device; send the output elsewhere and run again\n"
+    assert done.stderr.endswith(full) == (code == 2), "and not advice about files"
 
 
 def test_a_closed_stdin_is_a_mistake_in_one_line(place):

@@ -95,17 +95,26 @@ def test_generation_emits_neither_sink_nor_padding_nor_unused_ids(exported):
     assert not ((new == 1) & ~ended).any()
 
 
-def test_the_check_in_the_docs_sees_a_tokenizer_that_has_lost_the_sink(tmp_path):
-    """transformers 5 drops it for two arguments, and nothing in the folder can prevent that: docs/runtimes.md."""
-    tiny.checkpoint(tmp_path / "run", "llama", SinkConfig("token", 2))
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_check_in_the_docs_sees_a_tokenizer_that_has_lost_a_sink(tmp_path, count):
+    """transformers 5 drops sinks for two arguments, and nothing in the folder can prevent that: docs/runtimes.md."""
+    tiny.checkpoint(tmp_path / "run", "llama", SinkConfig("token", count))
     assert main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "model")]) == 0
     page = (Path(__file__).parents[2] / "docs" / "runtimes.md").read_text(encoding="utf-8")
-    (check,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "has lost the sink" in block)
+    (check,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "a sink is lost" in block)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    sinks = sink_ids_of(model.config)
     exec(check, {"model": model, "tokenizer": AutoTokenizer.from_pretrained(tmp_path / "model")})
-    for argument, value in (("add_eos_token", True), ("add_eos_token", False), ("add_bos_token", False)):
-        lost = AutoTokenizer.from_pretrained(tmp_path / "model", **{argument: value})
-        with pytest.raises(AssertionError, match="has lost the sink"):
+    for bos, eos in ((None, True), (None, False), (False, None), (True, None), (True, True), (False, True)):
+        options = {"add_bos_token": bos, "add_eos_token": eos}
+        options = {name: value for name, value in options.items() if value is not None}
+        lost = AutoTokenizer.from_pretrained(tmp_path / "model", **options)
+        left = [token for token in lost("a").input_ids if token in sinks]
+        assert left == (sinks[:1] if bos else []), "as the page says"
+        if left == sinks:
+            exec(check, {"model": model, "tokenizer": lost})
+            continue
+        with pytest.raises(AssertionError, match="load without add_bos_token, add_eos_token"):
             exec(check, {"model": model, "tokenizer": lost})
 
 

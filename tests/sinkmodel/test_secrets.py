@@ -22,14 +22,30 @@ from sinkmodel.secrets import all_redacted, redacted
         ("git clone ssh://git:PASS@host/x.git", "git clone ssh://***@host/x.git"),
         ("http://h/x?a=1&X-Amz-Signature=SECRET&token=SECRET'", "http://h/x?a=1&X-Amz-Signature=***&token=***'"),
         ("http://host/x?mail=a@b me@host //a@b", "http://host/x?mail=a@b me@host //a@b"),
+        ("of 'user:PASS@127.0.0.1:9' and me:p:w@my.host", "of '***@127.0.0.1:9' and ***@my.host"),
+        ("user:PASS@hub:8080/x user:PASS@localhost", "***@hub:8080/x ***@localhost"),
+        ("at 12:30@noon git@host.org:a/b image:1@sha256:0a C:\\a@b.c a/b:c@d.e", None),
+        ("me/x of my own TOKEN@hub", "me/x of ***@hub"),
         ("Illegal header value b'Bearer hf_mine_alone'", "Illegal header value b'Bearer ***'"),
     ],
 )
 def test_credentials_are_taken_out_of_a_text(text, shown, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_mine_alone\n")
+    monkeypatch.setenv("HF_ENDPOINT", "my own TOKEN@hub")
+    shown = text if shown is None else shown
     assert redacted(text) == shown
     assert all_redacted({"a": [text, 1, (None, text)]}) == {"a": [shown, 1, (None, shown)]}
     assert str(UserError(text)) == shown
+
+
+@pytest.mark.parametrize("endpoint", ["user:S3CRET@127.0.0.1:9", "S3CRET@hub", "me S3CRET@hub.org", "ftp://hub", ""])
+def test_an_address_of_the_hub_without_its_scheme_is_one_line_without_its_secret(monkeypatch, endpoint):
+    """Risk: the password is printed, and the blame goes to huggingface.co or to the network."""
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    with pytest.raises(UserError, match="^HF_ENDPOINT must begin with http:// or https:// and is '") as caught:
+        load_model("org/name")
+    assert "S3CRET" not in str(caught.value)
 
 
 def test_what_commands_and_their_libraries_say_has_no_credentials(capsys, caplog):

@@ -148,7 +148,12 @@ def over_runs(found: Interval, means: Sequence[float]) -> Interval:
 def is_sample(lengths: Sequence[int] | Series) -> bool:
     """Whether documents of these lengths can speak of other texts: they weigh as much as DOCUMENTS of one length."""
     length = np.array([n for n in lengths if n], dtype=np.float64)
-    return len(length) > 0 and _weight(length) >= DOCUMENTS
+    return len(length) > 0 and effective_documents(length) >= DOCUMENTS
+
+
+def effective_documents(length: Series) -> float:
+    """How many documents of one length would tell as much of the mean (Kish's 1 / Σ w²)."""
+    return float(length.sum() ** 2 / (length**2).sum())
 
 
 def enough(lengths: Sequence[int], block: int, these_texts: bool = False) -> bool:
@@ -205,18 +210,13 @@ def _quantile(level: float, freedom: float) -> float:
     return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
-def _weight(length: Series) -> float:
-    """How many documents of one length would tell as much of the mean (Kish's 1 / Σ w²)."""
-    return float(length.sum() ** 2 / (length**2).sum())
-
-
 def _freedom(length: Series) -> float:
     """Satterthwaite's degrees of freedom of documents resampled by weight: n − 1 for n of one length.
 
     Resampling gives the overall mean the variance V = Σ w²(m − Σ w m)², of document means m and weights w: a quadratic
     form in m, of the matrix A[i, j] = w[i] w[j] (δ[i, j] − w[i] − w[j] + Σ w²). For normal m of one variance it has
     2 (E V)² / Var V = (tr A)² / tr A² degrees of freedom (Bell & McCaffrey 2002). The simpler (Σ w²)² / Σ w⁴ is for V
-    about a known mean: n for n of one length. `_weight` says how the mean varies, not how well V is known.
+    about a known mean: n for n of one length. `effective_documents` says how the mean varies, not how well V is known.
 
     In whole numbers, since the terms nearly cancel where one document holds nearly all, and so that five of one length
     have 4 exactly.

@@ -15,6 +15,7 @@ as `beside` allows, from places spread evenly over the texts:
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -25,7 +26,17 @@ import torch
 
 from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, mean
-from eval.measures.verdict.equivalence import DOCUMENTS, Interval, Series, decide, interval, more_tokens, over_runs
+from eval.measures.verdict.equivalence import (
+    DOCUMENTS,
+    Interval,
+    Series,
+    decide,
+    effective_documents,
+    interval,
+    is_sample,
+    more_tokens,
+    over_runs,
+)
 from eval.policies.choice import BORROWED
 from eval.policies.dense import Dense
 from eval.policies.policy import end_of
@@ -173,18 +184,25 @@ def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
     known = {name: value for name, value in vars(found).items() if name not in ("mean", "tokens")}
     known["speaks_of"] = found.speaks_of
     if found.speaks_of == "these texts" and not question.these_texts:
-        why = no_sample(found.documents)
+        why = no_sample([len(series) for series in over])
         return {**row, "answer": "undecided", **known, "more_tokens": None, "why": why, **one.more}
     more = more_tokens(found, question.margin)
     return {**row, "answer": decide(found, question.margin), **known, "more_tokens": more, **one.more}
 
 
-def no_sample(documents: int) -> str:
-    """Why so many documents say nothing of other texts, and what to do."""
-    what = "too few" if documents < DOCUMENTS else "too unlike in length"
+def no_sample(lengths: Sequence[int]) -> str:
+    """Why documents of these lengths say nothing of other texts, and what to do."""
+    used = [length for length in lengths if length]
+    weight = effective_documents(np.array(used, dtype=np.float64))
+    what = f"{len(used)} document{'s' if len(used) != 1 else ''}"
+    if weight < len(used) - 0.005:
+        what += f" of unequal length weigh as {math.floor(100 * weight) / 100:g} of one length"
+    more = 0
+    while not is_sample([*used, *[max(used)] * more]):
+        more += 1
     return (
-        f"{documents} document{'s' if documents != 1 else ''}: {what} to speak of other texts; give more of like "
-        "length, or ask about these alone with --these-texts"
+        f"{what}, and {DOCUMENTS} are needed to speak of other texts; give {more} more as long as the longest, or ask "
+        "about these alone with --these-texts"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinkmodel.bounds import inside
+from sinkmodel.bounds import held, real
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
 from sinkmodel.fingerprint import fingerprint_of
@@ -152,8 +152,9 @@ def trained_on(provenance: dict[str, Any], documents: Sequence[Sequence[int]]) -
         prints = {manifest["fingerprint"], fingerprint_of(manifest["tokenizer"]["sha256"], manifest["splits"])}
         if prints != {provenance["data"]["fingerprint"]}:
             return None
-        shards = {inside(folder, shard["file"], folder / "manifest.json"): shard for shard in split["shards"]}
-        beginnings = {file: np.load(file.with_suffix(".offsets.npy"), mmap_mode="r") for file in shards}
+        shards = {held(folder, shard["file"], folder / "manifest.json"): shard for shard in split["shards"]}
+        offsets = {file: real(folder, file.with_suffix(".offsets.npy")) for file in shards}
+        beginnings = {file: np.load(path, mmap_mode="r") for file, path in offsets.items()}
         with CountedProgress(f"checking {folder}", "tokens", split["tokens"]) as progress:
             for file, shard in shards.items():
                 if _sha256(file, file.stat().st_size, file.stat().st_mtime_ns) != shard["sha256"]:

@@ -8,8 +8,8 @@ One interval gives all four answers. It is two-sided at --level, so that "equiva
 half of what is left: 2.5 % at the level of 0.95, stricter than the customary 5 %, which --level 0.9 gives.
 
 Given several pairs of twin runs, trained alike but for their seeds, the interval is for other runs as well as for other
-texts; without it a verdict speaks of two checkpoints alone. If the documents are too few or too unlike in length to
-speak of other texts, the answer is undecided, unless --these-texts asks about no others.
+texts; without it a verdict speaks of two checkpoints alone. If the documents weigh less than five of one length, they
+say too little of other texts: the answer is undecided, unless --these-texts asks about no others.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--these-texts",
         action="store_true",
         help="answer for these texts alone, such as one long book; by default the answer is for other texts like them, "
-        "and undecided if they are too few or too unlike in length",
+        "and undecided if they weigh less than five documents of one length",
     )
     parser.add_argument(
         "--beside",
@@ -267,7 +267,7 @@ def _check_length(documents: Documents, budget: int, these_texts: bool) -> None:
             f"give {of_like_length}one of {(BLOCKS + 1) * budget + 1} tokens or more, or lower --budget {budget}"
         )
     if not these_texts and not is_sample(lengths):
-        say(f"warning: {no_sample(sum(length > 0 for length in lengths))}; the answer will be undecided")
+        say(f"warning: {no_sample(lengths)}; the answer will be undecided")
 
 
 def _warnings(

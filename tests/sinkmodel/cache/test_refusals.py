@@ -217,6 +217,14 @@ def test_generation_that_takes_tokens_back_is_refused_before_the_first_token_or_
     assert torch.equal(model.generate(ids, past_key_values=cache, **settings), plain)
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "gptj", "falcon", "stablelm", "mpt"])
+def test_early_exit_is_broken_in_transformers_for_the_families_that_our_page_names(family):
+    """Risk: sinkmodel/README.md warns of an error that is mended, or blames transformers for one of ours."""
+    model = build(family)
+    with pytest.raises(IndexError):
+        model.generate(torch.tensor([tokens(6) * 2]), assistant_early_exit=1, max_new_tokens=9, do_sample=False)
+
+
 def test_contrastive_search_is_refused_before_the_first_token():
     """It crops the cache at every step; transformers gets its code from the Hub, which calls `generate` in this way."""
     model, cache = model_of("llama"), StreamingCache(model_of("llama").config, 12, SINKS)
