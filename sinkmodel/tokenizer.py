@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import RESERVED_ROWS, SinkConfig, is_ours, sink_ids_of
+from sinkmodel.unused_rows import UNUSED, unused_name
 
 # A plain template: base models know no chat, but the sink must stand in front of one too, and nowhere else.
 CHAT_TEMPLATE = (
@@ -22,7 +22,6 @@ CHAT_TEMPLATE = (
     "{{ message['role'] | capitalize CLEANED }}: {{ message['content'] CLEANED }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-UNUSED = re.compile(r"\[PAD\d+\]")  # llama.cpp's name for a row of the vocabulary without a token, and so ours
 
 
 @dataclass(frozen=True)
@@ -120,17 +119,6 @@ def save_tokenizer(folder: Path, text: TextTokenizer, sink: SinkConfig, position
     backend.save(str(folder / "tokenizer.json"))
     settings = json.dumps(tokenizer_settings(text, sink, positions), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
-
-
-def unused_name(row: int) -> str:
-    return f"[PAD{row}]"
-
-
-def without_unused(definition: str) -> str:
-    """A `tokenizer.json` without the names of rows that are no tokens: as it was before an export."""
-    content = json.loads(definition)
-    content["added_tokens"] = [x for x in content.get("added_tokens") or [] if not UNUSED.fullmatch(x["content"])]
-    return json.dumps(content, ensure_ascii=False)
 
 
 def suppressed_ids(model: Any, tokenizer: Any = None) -> set[int]:

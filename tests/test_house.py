@@ -118,3 +118,12 @@ def test_every_text_file_names_its_encoding():
     folders = [*FORBIDDEN, "slurm", "examples", "docs", "bench"]
     for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         assert not unnamed_encodings(path), path
+
+
+def test_preparing_text_imports_no_model_code():
+    """Risk: each worker of `sink-prepare` imports transformers or torch, a second or more before its first text."""
+    program = (
+        "import sys, recipes.data.preparation; print(*({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

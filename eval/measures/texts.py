@@ -118,7 +118,7 @@ def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path
     from sinkmodel.loading import encode
     from sinkmodel.sinks import sink_ids_of
     from sinkmodel.text import read_documents
-    from sinkmodel.tokenizer import UNUSED
+    from sinkmodel.unused_rows import UNUSED
 
     vocabularies = []
     for loaded in (one, other):

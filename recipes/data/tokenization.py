@@ -16,7 +16,7 @@ from sinkmodel.files import read_json
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig
 from sinkmodel.text.content import not_text
-from sinkmodel.tokenizer import UNUSED, without_unused
+from sinkmodel.unused_rows import UNUSED, without_unused
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"

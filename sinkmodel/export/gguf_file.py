@@ -20,7 +20,8 @@ from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_ch
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
-from sinkmodel.tokenizer import TextTokenizer, chat_template, sink_tokenizer, unused_name
+from sinkmodel.tokenizer import TextTokenizer, chat_template, sink_tokenizer
+from sinkmodel.unused_rows import unused_name
 
 ARCHITECTURES = {"gpt_neox": gguf.MODEL_ARCH.GPTNEOX, "llama": gguf.MODEL_ARCH.LLAMA}
 FILE_TYPES = {

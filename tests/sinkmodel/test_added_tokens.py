@@ -16,7 +16,8 @@ from sinkmodel.export import export
 from sinkmodel.loading import load_model
 from sinkmodel.sinks import SinkConfig
 from sinkmodel.streaming import Sampler, Stream
-from sinkmodel.tokenizer import UNUSED, suppressed_ids
+from sinkmodel.tokenizer import suppressed_ids
+from sinkmodel.unused_rows import UNUSED
 from tests import tiny
 from tests.plain import told, transformers_4
 
