@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 import yaml
@@ -59,6 +60,36 @@ def test_a_longer_run_is_the_run_that_it_would_have_been(data, short, tmp_path, 
     told = Recipe.from_dict(read_checkpoint(short / "checkpoints" / "step16.ckpt")["recipe"]).provenance
     assert told["config"]["schedule"]["steps"] == 16
     assert [(one["until_step"], one["steps"]) for one in told["earlier_schedules"]] == [(5, 10)]
+
+
+@pytest.mark.slow
+def test_killed_while_its_end_is_set_aside_it_ends_the_same(data, tmp_path, monkeypatch):
+    """Risk: a kill between two moves loses a checkpoint, or has the run resumed from one of the old schedule."""
+    base = train(data, tmp_path / "base", schedule__steps=10, **WSD)
+    (base / "checkpoints" / "wandb.json").write_text('{"id": "12345678"}')
+    whole = train(data, tmp_path / "whole", schedule__steps=16, **WSD)
+    moves = 0
+    for moment in range(6):  # the first of them before anything has moved
+        run = tmp_path / f"run{moment}"
+        shutil.copytree(base, run)
+        replace, moves = os.replace, 0
+
+        def kill(source, target, moment=moment, replace=replace):
+            nonlocal moves
+            if moves == moment:
+                raise KeyboardInterrupt
+            moves += 1
+            replace(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", kill)
+            assert main([*map(str, arguments(data, run, schedule__steps=16, **WSD))]) == 130
+        train(data, run, schedule__steps=16, **WSD)
+        assert_same_run(run, whole, step=16)
+        end = run / "until-step10"
+        assert list(checkpoint_steps(end)) == [10]
+        verify(end / "checkpoints" / "step10.ckpt")
+        assert (end / "checkpoints" / "wandb.json").exists()
 
 
 def test_a_constant_rate_is_continued_from_the_last_step(data, tmp_path):
