@@ -27,6 +27,7 @@ MARKS = {  # a byte order mark -> its encoding; UTF-32 first, since its mark beg
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+LFS = b"version https://git-lfs"
 MAGIC = {  # how files begin that often carry the wrong name
     b"\x1f\x8b": "is compressed with gzip; rename it to end in .gz",
     b"\xfd7zXZ\0": "is compressed with xz; rename it to end in .xz",
@@ -35,7 +36,7 @@ MAGIC = {  # how files begin that often carry the wrong name
     b"BZh": "is compressed with bzip2; unpack it first",
     b"PK\x03\x04": "is a ZIP archive; unpack it first",
     b"%PDF": "is a PDF; extract its text first",
-    b"version https://git-lfs": "is the pointer of a file that Git LFS has not fetched; run: git lfs pull",
+    LFS: "is the pointer of a file that Git LFS has not fetched; run: git lfs pull",
 }
 CONTROLS = bytes({*range(32)} - set(b"\t\n\v\f\r"))  # no text in UTF-8 or Latin-1 has them
 WINDOW = 1 << 12  # bytes around a zero byte that are looked at
@@ -100,6 +101,8 @@ class Content:
             sample: the block or line with them.
             place: its offset in the text; None if that is not known.
         """
+        if what := _by_magic(self.beginning):
+            return UserError(f"{self.path} {what}")
         advice = f"convert it first: {_iconv(wide, self.path)}" if (wide := wide_encoding(self.beginning)) else ""
         return UserError(f"{self.path} is not UTF-8 {where} ({reason}): {advice or remedy(sample, place, self.path)}")
 
@@ -151,9 +154,8 @@ def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:
         path: the file, for a command to copy; None for standard input.
     """
     if place == 0:
-        for magic, what in MAGIC.items():
-            if block.startswith(magic):
-                return what
+        if (what := _by_magic(block)) and (block.startswith(LFS) or not _printable(block[:WINDOW])):
+            return what
         for mark, encoding in MARKS.items():
             if block.startswith(mark):
                 return f"is not UTF-8: it is {encoding}; convert it first: {_iconv(encoding, path)}"
@@ -208,6 +210,10 @@ def wide_encoding(sample: bytes, place: int | None = 0) -> str | None:
     if min(even, odd) < (0.9 if len(sample) > 64 else 0.5) * max(even, odd):  # in a few bytes it may be chance
         return "UTF-16BE" if even < odd else "UTF-16LE"
     return None
+
+
+def _by_magic(beginning: bytes) -> str | None:
+    return next((what for magic, what in MAGIC.items() if beginning.startswith(magic)), None)
 
 
 def _printable(sample: bytes) -> bool:

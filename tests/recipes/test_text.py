@@ -267,6 +267,12 @@ def test_utf16_after_utf8_is_recognised(tmp_path, monkeypatch):
         assert list(read_documents(tmp_path / "b.txt")) == [text.decode()], "a zero byte or two do no harm"
 
 
+def test_a_text_may_begin_with_the_letters_of_a_file_format(tmp_path):
+    for text in ("PAR1 is how it begins", "BZhang wrote this", "%PDF is a format"):
+        (tmp_path / "a.txt").write_text(text)
+        assert list(read_documents(tmp_path / "a.txt")) == [text]
+
+
 @pytest.mark.parametrize("words", ["café au lait, ", "à la carte\n", "ÄÖÜß\n"])
 def test_latin1_is_called_that_and_the_advice_converts_it(tmp_path, monkeypatch, words):
     monkeypatch.undo()
@@ -283,6 +289,7 @@ def test_latin1_is_called_that_and_the_advice_converts_it(tmp_path, monkeypatch,
         (gzip.compress(b"x"), "compressed with gzip; rename it to end in .gz"),
         (lzma.compress(b"x"), "compressed with xz"),
         (b"PK\x03\x04\xff", "a ZIP archive"),
+        (b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n" + b"1 0 obj\n" * 99, "is a PDF; extract its text"),
         (b"text" + bytes(100), "holds zero bytes"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "Git LFS has not fetched"),
         (bytes(range(1, 256)) * 9, "it is not text"),
