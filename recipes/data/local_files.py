@@ -28,7 +28,7 @@ class LocalFiles:
     """
 
     def __init__(self, names: list[str], text_key: str, separator: str | None = None, option: str = "input"):
-        found = [_find(name, option) for name in names]
+        found = [_find(name, text_key, option) for name in names]
         given: dict[Path, Path] = {}  # where a file lies -> the name that it has here
         for path in (path for each in found for path in each.files):
             given.setdefault(path.resolve(), path)
@@ -104,9 +104,9 @@ class LocalFiles:
         return DocumentReader(path, self.text_key, self.separator)
 
 
-def _find(name: str, option: str) -> Found:
+def _find(name: str, text_key: str, option: str) -> Found:
     try:
-        found = find_text_files(name)
+        found = find_text_files(name, text_key)
     except UserError:
         refuse_as_text(name, option)
         raise

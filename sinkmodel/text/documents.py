@@ -16,7 +16,7 @@ from pathlib import Path
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.text.content import COMPRESSIONS, Content
-from sinkmodel.text.json_lines import Row, first_row, parse_line, whole_characters
+from sinkmodel.text.json_lines import Row, first_rows, parse_line, whole_characters
 from sinkmodel.text.parquet import read_parquet
 from sinkmodel.text.separated import separated
 
@@ -121,13 +121,13 @@ class DocumentReader:
         return self._rows_read if self.kind == ".parquet" else self._content.fraction()
 
     def check_key(self) -> None:
-        """UserError if the first row of a .json file lacks the key: many such files are settings, not text."""
-        row = first_row(self.path, self._content.compression) if self.kind == ".json" else None
-        if row and self.text_key not in row:
-            there = ", ".join(list(row)[:8])
+        """UserError if the first row of a .json file lacks the key: such files are often something else."""
+        rows = first_rows(self.path, self._content.compression) if self.kind == ".json" else None
+        if rows and self.text_key not in rows[0]:
+            there = ", ".join(list(rows[0])[:8])
             raise UserError(
                 f"{self.path}: no text under the key '{self.text_key}' (there is {there}); {self._remedy()}; if it is "
-                "not text but settings, name the other files"
+                "not text, name the other files"
             )
 
     def mark_notice(self) -> str:

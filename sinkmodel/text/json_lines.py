@@ -6,6 +6,7 @@ import codecs
 import json
 import shlex
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,22 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def first_row(path: Path, compression: str) -> Row | None:
-    """The object of the first line that is not blank; an empty one if all are.
+def first_rows(path: Path, compression: str) -> list[Row] | None:
+    """The objects of the first two lines that are not blank; of a blank file none.
 
     None if the file is JSON of another form: an array, or an object over several lines. Raises UserError for a line
     that is none of these.
     """
     content = Content(path, compression)
-    beginning = next((block.lstrip() for block in content.blocks() if block.strip()), b"{}\n")
+    beginning = next((block.lstrip() for block in content.blocks() if block.strip()), b"")
     if beginning.startswith(b"["):
         return None  # known without reading the array, which may be one long line
-    number, line = next(((at, line) for at, line in enumerate(content.lines(), 1) if line.strip()), (1, b"{}"))
-    if line.rstrip().endswith((b"{", b"[", b",")):
-        return None
-    return parse_line(content, number, line)
+    rows: list[Row] = []
+    for number, line in islice(((at, line) for at, line in enumerate(content.lines(), 1) if line.strip()), 2):
+        if not rows and line.rstrip().endswith((b"{", b"[", b",")):
+            return None
+        rows.append(parse_line(content, number, line))
+    return rows
 
 
 def _remedy(content: Content, line: bytes) -> str:

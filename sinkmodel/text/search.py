@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sinkmodel.errors import UserError
 from sinkmodel.text.documents import JSON_LINES, KINDS, kind_of, lost_link
-from sinkmodel.text.json_lines import first_row
+from sinkmodel.text.json_lines import first_rows
 
 SHOWN = 3  # names of each kind of file in a message
 
@@ -28,7 +28,7 @@ class Found:
         by_suffix: dict[str, list[str]] = {}
         for path in self.left_out:
             suffix = "".join(path.suffixes[-2:]) or "no suffix"
-            form = " (not an object a line)" if kind_of(path)[0] == ".json" else ""
+            form = " (not lines of text)" if kind_of(path)[0] == ".json" else ""
             by_suffix.setdefault(suffix + form, []).append(re.sub(r"[\x00-\x1f]", "?", path.name))
         return "; ".join(
             f"{suffix}: {', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN:,} more' if names[SHOWN:] else ''}"
@@ -36,23 +36,24 @@ class Found:
         )
 
 
-def find_text_files(name: str) -> Found:
+def find_text_files(name: str, text_key: str = "text") -> Found:
     """What a name stands for: the file itself, the files below a folder, or all that a pattern matches.
 
     The kind of a file goes by the name that it has here, or else by the name of what that links to. Of a folder or
     pattern, the files are sorted by name; hidden files and folders are not read, links to folders are. A `.json` file
-    is left out if it is not JSON lines.
+    is left out if it is not JSON lines, or a single object without `text_key`, as settings are.
 
     Raises UserError if there is nothing, or nothing that is text, and for a text file that is a link to nothing.
     """
     path = Path(name)
     if path.is_dir():
-        found = _sorted_out(_below(path))
+        found = _sorted_out(_below(path), text_key)
     elif path.exists() or not glob.has_magic(name):
         return Found([path])
     else:
         matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-        found = _sorted_out(file for match in matches for file in (_below(match) if match.is_dir() else [match]))
+        files = [file for match in matches for file in (_below(match) if match.is_dir() else [match])]
+        found = _sorted_out(files, text_key)
     if not found.files:
         what = f"the folder {name} holds" if path.is_dir() else f"{name} matches"
         there = f" (there is {found.summary()})" if found.left_out else ""
@@ -77,20 +78,23 @@ def name_without_suffixes(path: Path) -> str:
     return path.with_suffix("").stem if path.suffix.lower() == compression else path.stem
 
 
-def _sorted_out(files: Iterable[Path]) -> Found:
+def _sorted_out(files: Iterable[Path], text_key: str) -> Found:
     found = Found()
     for path in dict.fromkeys(files):
-        (found.files if _is_text(path) else found.left_out).append(path)
+        (found.files if _is_text(path, text_key) else found.left_out).append(path)
     return found
 
 
-def _is_text(path: Path) -> bool:
+def _is_text(path: Path, text_key: str | None = None) -> bool:
     kind, compression = kind_of(path)
     if kind is not None and path.is_symlink() and not path.exists():
         raise lost_link(path)
     if kind is None or not path.is_file():
         return False
-    return kind != ".json" or first_row(path, compression) is not None
+    if kind != ".json":
+        return True
+    rows = first_rows(path, compression)
+    return rows is not None and not (len(rows) == 1 and text_key is not None and text_key not in rows[0])
 
 
 def _below(folder: Path) -> list[Path]:

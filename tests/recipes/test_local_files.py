@@ -177,9 +177,11 @@ def test_what_a_folder_or_pattern_leaves_out_is_named(tmp_path, capsys):
     for number, name in enumerate((folder, folder / "*")):
         assert run(tmp_path, f"out{number}", str(name)) == 0
         error = capsys.readouterr().err
-        assert ".csv: table.csv; .json (not an object a line): dataset_info.json" in error
+        assert ".csv: table.csv; .json (not lines of text): dataset_info.json" in error
         assert open_split(tmp_path / f"out{number}", "train").documents == 17
-    (folder / "z.json").write_text('{"hidden_size": 64}\n')
+    (folder / "z.json").write_text('{"hidden_size": 64}')
+    assert ".json (not lines of text): dataset_info.json, z.json" in LocalFiles([str(folder)], "text").left_out
+    (folder / "z.json").write_text('{"hidden_size": 64}\n{"hidden_size": 128}\n')
     with pytest.raises(UserError, match=r"z.json: no text under the key 'text' \(there is hidden_size\)"):
         LocalFiles([str(folder)], "text")  # at once, not when its turn comes
 

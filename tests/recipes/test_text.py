@@ -163,7 +163,7 @@ def test_json_and_ndjson_are_json_lines(tmp_path, suffix):
     (tmp_path / f"blank.json{suffix}").write_bytes(COMPRESS[suffix](b"\n"))
     found = find_text_files(str(tmp_path))
     assert [path.name for path in found.files] == [f"{name}{suffix}" for name in ("a.json", "b.ndjson", "blank.json")]
-    assert found.summary() == f".json{suffix} (not an object a line): array.json{suffix}, pretty.json{suffix}"
+    assert found.summary() == f".json{suffix} (not lines of text): array.json{suffix}, pretty.json{suffix}"
 
 
 def test_rows_without_text_are_passed_over_and_counted(tmp_path):
@@ -384,4 +384,4 @@ def test_task_folders_take_every_form_of_json_lines(tmp_path):
     found = find_json_lines(tmp_path)
     assert [name_without_suffixes(path) for path in found.files] == ["a", "b.x", "c"]
     assert [list(read_json_lines(path)) for path in found.files] == [[(1, {"text": "good"})]] * 3
-    assert found.summary() == ".json (not an object a line): settings.json; .md: notes.md"
+    assert found.summary() == ".json (not lines of text): settings.json; .md: notes.md"
