@@ -77,7 +77,8 @@ def command(name: str) -> Callable:
             except OSError as error:  # a full disk, a folder that is a file, no permission …
                 if error.filename is None and error.errno not in NO_PLACE:
                     raise
-                _drop_unwritten()
+                if not _stdout_takes_more() and error.filename is None:
+                    error.filename = STDOUT  # a library has written to it, or flushed it
                 where = f"{error.filename}: " if error.filename else ""
                 what = os.strerror(error.errno).lower() if error.errno else str(error)
                 if error.filename == STDOUT:
@@ -169,12 +170,14 @@ def _flush() -> None:
         _discard(sys.stdout)
 
 
-def _drop_unwritten() -> None:
-    """Let go of what stdout could not take: the interpreter would fail on it again at its end, with exit code 120."""
+def _stdout_takes_more() -> bool:
+    """Flush stdout. If it fails, drop the rest: the interpreter would fail on it at its end, with exit code 120."""
     try:
         sys.stdout.flush()
     except OSError:
         _discard(sys.stdout)
+        return False
+    return True
 
 
 def _discard(stream: TextIO) -> None:

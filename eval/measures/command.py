@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import os
 import platform
 import shlex
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,11 +118,12 @@ def new_table(title: str, caption: str, first: list[str], numbers: list[str]) ->
 def show(table: Table) -> None:
     from rich.console import Console
 
-    console = Console()
+    # Not on stdout itself: rich ends the process if the reader has left.
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=sys.stdout.isatty())
     console.width = max(console.width, 140)  # rather lines that wrap than columns that are cut off
-    with console.capture() as table_text:  # rich itself ends the process where the reader has left
-        console.print(table)
-    put(table_text.get().removesuffix("\n"))
+    console.print(table)
+    put(text.getvalue().removesuffix("\n"))
 
 
 def number(value: float | None, form: str) -> str:

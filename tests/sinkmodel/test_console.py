@@ -61,9 +61,10 @@ def test_help_of_a_script_is_shown_where_the_terminal_is_ascii(place, script):
     assert done.stdout.isascii()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(("where", "code"), [("<&- >&- 2>&-", 0), (">/dev/full", 2), ("|& true", 0)])
-def test_a_measurement_outlives_what_its_output_goes_to(place, where, code):
-    done = shell(f"{PPL} {where}", place)
+def test_a_measurement_outlives_what_its_output_goes_to(place, where, code, unbuffered):
+    done = shell(f"{PPL} {where}", place, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == code, done.stderr
     assert (b"standard output: no space left on device; send" in done.stderr) == (code == 2)
     assert b"Traceback" not in done.stderr
@@ -85,7 +86,7 @@ from sinkmodel.console import command, put, say
 def main(argv):
     time.sleep(0.3)
     say("a")
-    {"put": put, "print": print}[sys.argv[1]]("≥")
+    {"put": put, "print": print, "flush": lambda text: print(text, flush=True)}[sys.argv[1]]("≥")
     say("b")
     open("done", "w").close()
     return 1
@@ -101,21 +102,24 @@ sys.exit(main([]))
         ("put", ">&- 2>&-", 1),
         ("put", ">/dev/full", 2),
         ("print", ">/dev/full", 2),
+        ("flush", ">/dev/full", 2),
         ("put", "2>/dev/full", 1),
         ("put", "| true", 1),
         ("print", "| true", 1),
         ("put", "|& true", 1),
+        ("put unbuffered", ">/dev/full", 2),
+        ("put unbuffered", "| true", 1),
     ],
 )
 def test_every_command_ends_as_it_would_have_ended(tmp_path, how, where, code):
     """Risk: exit code 120 of Python's own end, 0 for an answer that is no, or a traceback into a closed descriptor."""
     (tmp_path / "any.py").write_text(ANY_COMMAND, encoding="utf-8")
     done = shell(
-        f"{sys.executable} any.py {how} {where}",
+        f"{sys.executable} any.py {how.split()[0]} {where}",
         tmp_path,
         PYTHONPATH=str(ROOT),
         PYTHONIOENCODING="ascii",
-        PYTHONUNBUFFERED="",
+        PYTHONUNBUFFERED="1" if how.endswith("unbuffered") else "",
     )
     assert done.returncode == code, done.stderr
     assert b"Traceback" not in done.stderr
