@@ -12,19 +12,17 @@ import io
 import pickle
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.initialization import no_init_weights
 
-import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
+from sinkmodel.bases import Base
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import atomic_file, sha256_of
-from sinkmodel.sinks import SinkConfig, write_sink
-from sinkmodel.tokenizer import TextTokenizer, load_tokenizer
+from sinkmodel.sinks import SinkConfig
+from sinkmodel.tokenizer import TextTokenizer
 
 FORMAT = 1
 MANIFEST = "SHA256SUMS"
@@ -45,6 +43,8 @@ class Recipe:
     step: int  # optimiser steps done
     tokens: int  # text and sink tokens that went through the model
     provenance: dict[str, Any]  # run config, data fingerprint, git commit, versions
+    base: Base | None = None  # the model that training started from
+    parts: str = "all"  # what was trained, one of PARTS; all else is the base's, and not in the checkpoint
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, strings and numbers: what `torch.load(weights_only=True)` admits."""
@@ -56,6 +56,8 @@ class Recipe:
             "step": self.step,
             "tokens": self.tokens,
             "provenance": self.provenance,
+            "base": None if self.base is None else asdict(self.base),
+            "parts": self.parts,
         }
 
     @classmethod
@@ -69,6 +71,8 @@ class Recipe:
             step=record["step"],
             tokens=record["tokens"],
             provenance=record["provenance"],
+            base=Base(**record["base"]) if record.get("base") else None,
+            parts=record.get("parts", "all"),
         )
 
 
@@ -178,32 +182,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model_of(checkpoint: dict[str, Any], path: Path) -> PreTrainedModel:
-    """The transformers model in a checkpoint, in eval mode; `path` is for messages.
-
-    Raises UserError where weights and model config do not agree in names or shapes.
-    """
-    recipe = Recipe.from_dict(checkpoint["recipe"])
-    fields = dict(recipe.model_config)
-    try:
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        with no_init_weights():  # they come from the checkpoint: drawing 160M numbers takes seconds and a second copy
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    except NOT_A_CHECKPOINT as error:
-        raise UserError(f"{path} has a model config that transformers cannot build ({first_line(error)})") from None
-    needed = recipe.tokenizer.vocabulary + recipe.sink.tokens
-    if needed > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {path} does not fit its model: {needed} ids with sinks, {model.config.vocab_size} rows"
-        )
-    state = weights_of(checkpoint)
-    check_shapes(state, model, path)
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    write_sink(model.config, recipe.sink, recipe.sink.ids(recipe.tokenizer.vocabulary))
-    return model.eval()
-
-
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The transformers model's own state dict inside a checkpoint."""
     state = checkpoint["state_dict"]
@@ -221,13 +199,3 @@ def check_shapes(state: dict[str, torch.Tensor], model: torch.nn.Module, path: P
                 f"{path} is a checkpoint of another shape: {name} is {have}, this model has {want}; "
                 "use the config that it was trained with"
             )
-
-
-def load_checkpoint(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[int]]:
-    """Model (eval mode, fp32, CPU), tokenizer (puts the sink in front) and sink ids of a run or checkpoint."""
-    file = find_checkpoint(path)
-    checkpoint = read_checkpoint(file)
-    recipe = Recipe.from_dict(checkpoint["recipe"])
-    model = load_model_of(checkpoint, file)
-    tokenizer = load_tokenizer(recipe.tokenizer, recipe.sink, model.config.max_position_embeddings)
-    return model, tokenizer, recipe.sink.ids(recipe.tokenizer.vocabulary)

@@ -20,15 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
 
+import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
+from sinkmodel.bases import Base, card_license, make_room, overlay, weights_fingerprint
 from sinkmodel.bounds import inside
-from sinkmodel.checkpoint import load_checkpoint
+from sinkmodel.checkpoint import (
+    NOT_A_CHECKPOINT,
+    Recipe,
+    check_shapes,
+    find_checkpoint,
+    read_checkpoint,
+    weights_of,
+)
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
-from sinkmodel.tokenizer import base_ids, check_rows, suppressed_ids
+from sinkmodel.tokenizer import base_ids, check_rows, load_tokenizer, suppressed_ids
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 1 << 18  # characters that a tokenizer sees at a time
@@ -54,8 +65,10 @@ class LoadedModel:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(name: str, dtype: str | None = None, device: str | None = None) -> LoadedModel:
+def load_model(name: str, dtype: str | None = None, device: str | None = None, step: int | None = None) -> LoadedModel:
     """Load `name` for inference, in `dtype` (float32 unless said otherwise) on `device` (a GPU where there is one).
+
+    `step` is for a run folder: its checkpoint of this step, in place of the newest.
 
     Raises UserError where there is no such model, where it is damaged or incomplete, or its tokenizer does not fit it.
     """
@@ -63,7 +76,9 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None) -
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     path = Path(name)
     if path.is_dir() and (path / "checkpoints").is_dir():
-        model, tokenizer, _ = load_checkpoint(path)
+        model, tokenizer, _ = load_checkpoint(path, step)
+    elif step is not None:
+        raise UserError(f"{name} is not a run folder, so it has no checkpoint of step {step}; leave the step out")
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(
@@ -168,7 +183,7 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def _from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
     if "gguf_file" in where:
@@ -220,6 +235,104 @@ def _gguf_in_package(name: str) -> Path | None:
     if not found[0].is_file():
         raise UserError(f"{found[0]} is missing; install {name} again")
     return found[0]
+
+
+# -------------------------------------------------------------------------------------------- checkpoints, and bases
+
+
+def load_checkpoint(path: Path, step: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[int]]:
+    """Model (eval mode, fp32, CPU), tokenizer (puts the sink in front) and sink ids of a run or checkpoint."""
+    file = find_checkpoint(path, step)
+    checkpoint = read_checkpoint(file)
+    recipe = Recipe.from_dict(checkpoint["recipe"])
+    model = load_model_of(checkpoint, file)
+    tokenizer = load_tokenizer(recipe.tokenizer, recipe.sink, model.config.max_position_embeddings)
+    return model, tokenizer, recipe.sink.ids(recipe.tokenizer.vocabulary)
+
+
+def load_model_of(checkpoint: dict[str, Any], path: Path) -> PreTrainedModel:
+    """The transformers model in a checkpoint, in eval mode; `path` is for messages.
+
+    Of a checkpoint that holds only what was trained, the rest comes from the base that it names.
+    Raises UserError if weights and model config do not agree in names or shapes, or the base is not what it was.
+    """
+    recipe = Recipe.from_dict(checkpoint["recipe"])
+    first = recipe.tokenizer.vocabulary
+    model = _whole(checkpoint, recipe, path) if recipe.parts == "all" else _on_base(checkpoint, recipe, path)
+    if not recipe.tokenizer.front:
+        write_sink(model.config, recipe.sink, recipe.sink.ids(first))
+    return model.eval()
+
+
+def _whole(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrainedModel:
+    fields = dict(recipe.model_config)
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with no_init_weights():  # they come from the checkpoint: drawing 160M numbers takes seconds and a second copy
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except NOT_A_CHECKPOINT as error:
+        raise UserError(f"{path} has a model config that transformers cannot build ({first_line(error)})") from None
+    needed = recipe.tokenizer.vocabulary + recipe.sink.tokens
+    if needed > model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"the tokenizer in {path} does not fit its model: {needed} ids with sinks, {model.config.vocab_size} rows"
+        )
+    state = weights_of(checkpoint)
+    check_shapes(state, model, path)
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _on_base(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrainedModel:
+    base = recipe.base
+    if base is None:
+        raise UserError(f"{path} holds only a part of a model and names no base; take another checkpoint of the run")
+    try:
+        loaded, now = load_base(base.name, base.step)
+    except UserError as error:
+        raise UserError(f"{path} holds only what was trained on top of {base.name}: {error}") from None
+    check_base(base, now, str(path))
+    model = loaded.model
+    first = recipe.tokenizer.vocabulary
+    make_room(model, first, recipe.sink.tokens)
+    try:
+        overlay(model, weights_of(checkpoint), first)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit its base {base.name}: {first_line(error)}; take another") from None
+    return model
+
+
+def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
+    """A model to start from, on the CPU in fp32, and what identifies it later; `step` as for `load_model`."""
+    loaded = load_model(name, device="cpu", step=step)
+    path = Path(name)
+    if path.exists() and (path.is_file() or (path / "checkpoints").is_dir()) and path.suffix != ".gguf":
+        step = Recipe.from_dict(read_checkpoint(find_checkpoint(path, step))["recipe"]).step
+        step = None if path.is_file() else step
+    where = str(path.absolute()) if path.exists() else name
+    return loaded, Base(where, weights_fingerprint(loaded.model), step, _license_of(name))
+
+
+def check_base(wanted: Base, found: Base, where: str) -> None:
+    """UserError if the base has other weights than the one that `where` started from."""
+    if found.fingerprint != wanted.fingerprint:
+        raise UserError(
+            f"{where} started from {wanted.name} with the fingerprint {wanted.fingerprint[:12]}, and that has "
+            f"{found.fingerprint[:12]} now: it has changed; put the former one back, or start in a new output folder"
+        )
+
+
+def _license_of(name: str) -> str | None:
+    """What the card of a model folder states, or the metadata of a package; None if neither does."""
+    card = Path(name) / "README.md"
+    if card.is_file():
+        return card_license(card.read_text(encoding="utf-8", errors="replace"))
+    try:
+        about = metadata.metadata(name)
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+    return about.get("License-Expression") or about.get("License")
 
 
 @contextlib.contextmanager

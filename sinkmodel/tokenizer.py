@@ -28,12 +28,17 @@ CHAT_TEMPLATE = (
 class TextTokenizer:
     """What the data was encoded with: a `tokenizer.json` as a string, and its special ids. It has no sink.
 
-    Raises UserError where the JSON is no tokenizer.
+    Args:
+        front: ids that it puts in front of every text by itself, if the model was trained with them and has no sink
+            of ours: `<s>` of Llama 2.
+
+    Raises UserError if the JSON is not a tokenizer.
     """
 
     definition: str
     eos_id: int | None = None
     pad_id: int | None = None
+    front: tuple[int, ...] = ()
 
     @classmethod
     def from_file(cls, path: Path, eos_id: int | None = None, pad_id: int | None = None) -> TextTokenizer:

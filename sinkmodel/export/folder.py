@@ -10,8 +10,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint, verify
+from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verify
 from sinkmodel.files import atomic_folder, json_bytes, refuse_if_occupied
+from sinkmodel.loading import load_model_of
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from sinkmodel.tokenizer import TextTokenizer, save_tokenizer
 

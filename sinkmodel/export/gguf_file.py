@@ -16,9 +16,10 @@ import gguf
 import numpy as np
 from torch import Tensor
 
-from sinkmodel.checkpoint import Recipe, find_checkpoint, load_model_of, read_checkpoint, verify
+from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verify
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
+from sinkmodel.loading import load_model_of
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from sinkmodel.tokenizer import TextTokenizer, chat_template, sink_tokenizer
 from sinkmodel.unused_rows import unused_name

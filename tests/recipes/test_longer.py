@@ -12,8 +12,9 @@ from recipes.config import load_config
 from recipes.pretrain import main
 from recipes.training.folder import starting_point
 from recipes.training.settings import PretrainConfig
-from sinkmodel.checkpoint import Recipe, checkpoint_steps, load_checkpoint, read_checkpoint, read_metrics, verify
+from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics, verify
 from sinkmodel.errors import UserError
+from sinkmodel.loading import load_checkpoint
 from tests.recipes.runs import arguments, assert_same_run, train
 
 # Without a warm-up, which is a share of the steps, a shorter run is the beginning of a longer one to the last bit.

@@ -15,7 +15,8 @@ import yaml
 
 from recipes.pretrain import main
 from recipes.training.callbacks.checkpoints import Checkpoints
-from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint, read_metrics
+from sinkmodel.checkpoint import checkpoint_steps, read_metrics
+from sinkmodel.loading import load_checkpoint
 from tests import tiny
 from tests.recipes.runs import (
     arguments,

@@ -9,7 +9,8 @@ import torch
 
 from recipes.pretrain import main
 from sinkmodel.attention import SINK
-from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint, read_metrics
+from sinkmodel.checkpoint import checkpoint_steps, read_metrics
+from sinkmodel.loading import load_checkpoint
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
 from tests.recipes.runs import arguments, complete, final_state, numbers, start_process, train, wait_for_checkpoint
 from tests.recipes.test_strategies import SHARING

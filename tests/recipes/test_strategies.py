@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint
+from sinkmodel.checkpoint import checkpoint_steps
+from sinkmodel.loading import load_checkpoint
 from tests.recipes.runs import (
     QUICK,
     STEPS,

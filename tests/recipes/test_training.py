@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from recipes.data.order import row_at
 from recipes.data.rows import Samples
 from recipes.data.shards import open_split
-from sinkmodel.checkpoint import checkpoint_steps, load_checkpoint, read_metrics
+from sinkmodel.checkpoint import checkpoint_steps, read_metrics
+from sinkmodel.loading import load_checkpoint
 from sinkmodel.models import build_model
 from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import padded_vocabulary

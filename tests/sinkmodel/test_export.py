@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sinkmodel.checkpoint import load_checkpoint, load_model_of, read_checkpoint, weights_of
+from sinkmodel.checkpoint import read_checkpoint, weights_of
 from sinkmodel.export import main
+from sinkmodel.loading import load_checkpoint, load_model_of
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, sink_ids_of
 from tests import tiny
 

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from sinkmodel import loading
-from sinkmodel.checkpoint import load_checkpoint
 from sinkmodel.errors import UserError
+from sinkmodel.loading import load_checkpoint
 from sinkmodel.scoring import streaming_nll
 from sinkmodel.sinks import SinkConfig
 from sinkmodel.streaming import Stream

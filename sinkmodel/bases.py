@@ -1,0 +1,199 @@
+"""A model that exists already, as the base of a run: how it is recognised, its room for sinks, and what a run changed.
+
+A run that trains all weights uses its base once. A run that trains a few (`PARTS`) keeps only those in its checkpoints:
+`overlay` puts them onto the base again, whose fingerprint tells that it is still the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sinkmodel.errors import UserError
+
+PARTS = ("all", "sink", "sink+norms")  # what a run may train
+SINK_ROWS = "sink_rows"  # the parameter of `SinkEmbedding` in a checkpoint
+STARTS = ("mean", "bos", "random")  # of the sink's row
+MULTIPLE = 64  # an embedding that grows gets a multiple of this many rows
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run started from.
+
+    Args:
+        name: as `load_model` takes it; a file or folder by its absolute path.
+        fingerprint: SHA-256 of its weights in fp32, before it got a row for the sink.
+        step: of the checkpoint, if it was a run of ours.
+        license: as the model states it; None if it does not.
+    """
+
+    name: str
+    fingerprint: str
+    step: int | None = None
+    license: str | None = None
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over names, shapes and numbers of all weights, in fp32; independent of the files that they lay in."""
+    digest = hashlib.sha256()
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in sorted(model.state_dict().items()):
+        key = (tensor.data_ptr(), tensor.shape)
+        if key in seen:  # a tied head
+            continue
+        seen.add(key)
+        numbers = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(numbers.numpy().data)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- a row for the sink
+
+
+@torch.no_grad()
+def make_room(
+    model: PreTrainedModel,
+    text_vocabulary: int,
+    sinks: int,
+    start: str | None = None,
+    front: Sequence[int] = (),
+    seed: int = 0,
+) -> None:
+    """Give the model embedding rows for ids `text_vocabulary` to `text_vocabulary + sinks - 1`, and set their values.
+
+    They are free rows if the model has them. If not, embedding and head grow to a multiple of MULTIPLE rows (a tied
+    head stays tied); the new rows of both are the mean of the rows of the text, so that they get hardly any
+    probability.
+
+    Args:
+        start: what the sinks' rows start as: `mean` of the text's rows, `bos` (the row of `front`, or of the config's
+            bos_token_id), or `random` numbers as large as the text's. None: `bos` if there is a `front`, else `mean`.
+        front: ids of the model's own that stood in front of every text until now, as `<s>`.
+        seed: of `random`.
+
+    Raises UserError for `bos` without such a token.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    needed = text_vocabulary + sinks
+    if needed > rows:
+        model.resize_token_embeddings(-(-needed // MULTIPLE) * MULTIPLE, mean_resizing=False)
+        for table in _tables(model):
+            table[rows:] = table[: min(rows, text_vocabulary)].mean(0)
+    if not sinks:
+        return
+    weight = model.get_input_embeddings().weight
+    text_VD = weight[: min(rows, text_vocabulary)]
+    start = start or ("bos" if front else "mean")
+    place = slice(text_vocabulary, needed)
+    if start == "mean":
+        weight[place] = text_VD.mean(0)
+    elif start == "random":
+        generator = torch.Generator().manual_seed(seed)
+        weight[place] = torch.randn(sinks, weight.shape[1], generator=generator).to(weight) * text_VD.std()
+    else:
+        bos = front[0] if front else model.config.get_text_config().bos_token_id
+        if not isinstance(bos, int) or not 0 <= bos < rows:
+            raise UserError(
+                "model.sink_row is bos, but the model in model.start_from has no token that stands in front of a text; "
+                "choose mean or random"
+            )
+        weight[place] = weight[bos].clone()
+
+
+def _tables(model: PreTrainedModel) -> list[Tensor]:
+    """Everything that has one row a vocabulary id: embedding, head, the head's bias."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {id(embedding.weight): embedding.weight, id(head.weight): head.weight}
+    if getattr(head, "bias", None) is not None:
+        tables[id(head.bias)] = head.bias
+    return [table.data for table in tables.values()]
+
+
+# ----------------------------------------------------------------------------------------------- what a run may change
+
+
+class SinkEmbedding(nn.Module):
+    """A frozen embedding with trained rows for the sinks.
+
+    Args:
+        table: the model's own embedding, [V, D]; whatever it does to its rows (Gemma scales them) is done to ours.
+        first: id of the first sink.
+        sink_rows: [S, D], a parameter of its own: no gradient of the whole table is ever computed.
+    """
+
+    def __init__(self, table: nn.Embedding, first: int, sinks: int):
+        super().__init__()
+        self.table, self.first = table, first
+        self.sink_rows = nn.Parameter(table.weight.detach()[first : first + sinks].clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The table's, in which the sinks' rows are those that it started with."""
+        return self.table.weight
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.table.num_embeddings
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        rows = getattr(self.table, "embed_scale", 1.0) * self.sink_rows
+        place_BT = ids_BT - self.first
+        is_sink_BT = (place_BT >= 0) & (place_BT < len(rows))
+        ours = nn.functional.embedding(place_BT.clamp(0, len(rows) - 1), rows)
+        return torch.where(is_sink_BT[..., None], ours.to(self.table.weight.dtype), self.table(ids_BT))
+
+
+def freeze(model: PreTrainedModel, parts: str, first: int, sinks: int) -> SinkEmbedding | None:
+    """Leave only `parts` trainable. The sinks' rows move into a `SinkEmbedding`, which is returned; None for `all`."""
+    assert parts in PARTS
+    if parts == "all":
+        model.requires_grad_(True)
+        return None
+    model.requires_grad_(False)
+    if parts == "sink+norms":
+        norms = _norms(model)
+        for name, parameter in model.named_parameters():
+            if name in norms:
+                parameter.requires_grad_(True)
+    embedding = SinkEmbedding(model.get_input_embeddings(), first, sinks)
+    model.set_input_embeddings(embedding)
+    return embedding
+
+
+def _norms(model: nn.Module) -> set[str]:
+    """Names of the parameters of all normalisations, LayerNorm and RMSNorm of any architecture."""
+    return {
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+@torch.no_grad()
+def overlay(model: PreTrainedModel, changed: Mapping[str, Tensor], first: int) -> None:
+    """Put what a run changed onto its base: `SINK_ROWS`, from id `first` on, and other weights by their names.
+
+    Raises KeyError or RuntimeError if the model has no such weight, or one of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, value in changed.items():
+        if name.endswith(f".{SINK_ROWS}"):
+            model.get_input_embeddings().weight[first : first + len(value)] = value
+        else:
+            parameters[name].copy_(value)
+
+
+def card_license(card: str) -> str | None:
+    """The `license` in the metadata on top of a model card; None if it has none."""
+    front = re.match(r"\A---\r?\n(.*?)^---", card, re.DOTALL | re.MULTILINE)
+    found = re.search(r"^license:[ \t]*([\w.-]+)[ \t]*$", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
