@@ -45,6 +45,7 @@ class Recipe:
     provenance: dict[str, Any]  # run config, data fingerprint, git commit, versions
     base: Base | None = None  # the model that training started from
     parts: str = "all"  # what was trained, one of PARTS; all else is the base's, and not in the checkpoint
+    generation: dict[str, Any] | None = None  # how the base wants to be generated from: `bases.generation_of`
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, strings and numbers: what `torch.load(weights_only=True)` admits."""
@@ -58,6 +59,7 @@ class Recipe:
             "provenance": self.provenance,
             "base": None if self.base is None else asdict(self.base),
             "parts": self.parts,
+            "generation": self.generation,
         }
 
     @classmethod
@@ -73,6 +75,7 @@ class Recipe:
             provenance=record["provenance"],
             base=Base(**record["base"]) if record.get("base") else None,
             parts=record.get("parts", "all"),
+            generation=record.get("generation"),
         )
 
 
