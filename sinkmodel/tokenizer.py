@@ -117,7 +117,7 @@ def template_without_sinks(template: str) -> str:
 
 def _names(text: TextTokenizer, ids: Iterable[int]) -> list[str]:
     backend = text.backend()
-    return [backend.id_to_token(token) for token in ids]
+    return [str(backend.id_to_token(token)) for token in ids]
 
 
 def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int | None) -> dict[str, Any]:

@@ -62,8 +62,10 @@ IN_SOFTMAX = {  # ours: a sink in the softmax
     for kind in ("zero", "logit", "kv_bias")
 }
 CLASSES = {
-    **{"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel"},
-    **{"Llama4Text": "Llama4ForCausalLM", "Gemma3Text": "Gemma3ForCausalLM"},
+    "GPT2": "GPT2LMHeadModel",
+    "Bert": "BertLMHeadModel",
+    "Llama4Text": "Llama4ForCausalLM",
+    "Gemma3Text": "Gemma3ForCausalLM",
 }
 
 

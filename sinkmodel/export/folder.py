@@ -83,9 +83,9 @@ def generation_config(rows: int, recipe: Recipe, of_base: dict[str, Any]) -> Gen
 
 
 def _settle(model: PreTrainedModel) -> None:
-    """What the config of a checkpoint says of the file that its base came from, and of special ids, is not the export's.
+    """Correct what the config says of special ids, and of how the weights of the base were stored.
 
-    A base from a GGUF file says that its weights are quantised; they were when it was read.
+    A base from a GGUF file has a quantization_config, but the weights of the export are not quantised.
     """
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
