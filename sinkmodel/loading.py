@@ -180,6 +180,13 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
                 f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[gguf]'"
             ) from None
     model, tokenizer = _from_transformers(str(path.parent), gguf_file=path.name)
+    # The weights are in fp32 now. A checkpoint or a folder of this model shall not say that they are quantised.
+    for place, names in (
+        (model.config, ("quantization_config", "_is_quantized")),
+        (model, ("is_quantized", "quantization_method", "hf_quantizer")),
+    ):
+        for attribute in names:
+            vars(place).pop(attribute, None)
     sink = SinkConfig("token")
     if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
         write_sink(model.config, sink, [tokenizer.bos_token_id])

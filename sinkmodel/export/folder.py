@@ -36,7 +36,7 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
     rows = model.get_input_embeddings().num_embeddings
     with atomic_folder(output) as folder:
         model.generation_config = generation_config(rows, recipe, generation_of(model))
-        _settle(model)
+        _name_special_ids(model)
         transformers_logging.disable_progress_bar()
         model.save_pretrained(folder)
         if recipe.sink.kind not in IN_SOFTMAX:
@@ -82,14 +82,7 @@ def generation_config(rows: int, recipe: Recipe, of_base: dict[str, Any]) -> Gen
     )
 
 
-def _settle(model: PreTrainedModel) -> None:
-    """Correct what the config says of special ids, and of how the weights of the base were stored.
-
-    A base from a GGUF file has a quantization_config, but the weights of the export are not quantised.
-    """
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+def _name_special_ids(model: PreTrainedModel) -> None:
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(model.generation_config, name))

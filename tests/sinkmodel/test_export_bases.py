@@ -268,13 +268,24 @@ def test_a_checkpoint_of_what_was_trained_becomes_a_whole_model(tmp_path, parts)
     assert len(record["base"]["fingerprint"]) == 64
 
 
-def test_a_base_that_was_quantised_leaves_no_word_of_it(tmp_path):
-    """Risk: transformers takes the weights of the export for those of the GGUF file that its base came from."""
+@pytest.mark.parametrize("form", ["transformers", "gguf"])
+def test_a_gguf_file_as_base(tmp_path, form):
+    """Risk: a config that says that its weights are quantised, in words that no checkpoint can hold."""
     model = tiny.based("llama")
-    model.config.quantization_config = {"quant_method": "gguf", "dequantize": False, "gguf_file": "x.gguf"}
-    folder = export(tiny.checkpoint(tmp_path / "run", model=model, base=BASE), tmp_path / "model")
-    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    AutoModelForCausalLM.from_pretrained(folder)
+    tiny.checkpoint(tmp_path / "first", sink=SinkConfig(), model=model, base=BASE)
+    argv = ["--checkpoint", str(tmp_path / "first"), "--output", str(tmp_path / "base.gguf"), "--format", "gguf"]
+    assert main(argv) == 0
+    base = tmp_path / "base.gguf"
+    config = load_model(str(base)).model.config.to_dict()
+    assert "quantization_config" not in config
+    tiny.partial_checkpoint(tmp_path / "run", base)
+    made = tmp_path / ("model.gguf" if form == "gguf" else "model")
+    assert main(["--checkpoint", str(tmp_path / "run"), "--output", str(made), "--format", form]) == 0
+    trained, loaded = load_model(str(tmp_path / "run")), load_model(str(made))
+    ids = trained.tokenizer("a b c d", return_tensors="pt").input_ids
+    assert loaded.tokenizer("a b c d", return_tensors="pt").input_ids.tolist() == ids.tolist()
+    with torch.no_grad():
+        assert (trained.model(ids).logits - loaded.model(ids).logits).abs().max() < 1e-4
 
 
 def test_a_run_that_started_from_nothing_says_nothing_of_a_base(tmp_path):
