@@ -22,10 +22,12 @@ from sinkmodel.sinks import is_ours
 PARTS = ("all", "sink", "sink+norms")  # what a run may train
 SINK_ROWS = "sink_rows"  # the parameter of `SinkEmbedding` in a checkpoint
 STARTS = ("mean", "bos", "random")  # of the sink's row
+# What a generation config says of how tokens are chosen. transformers does not save DRAWING without do_sample.
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 SAMPLING = (
-    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
-    *("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens"),
-)  # what a generation config says of how tokens are drawn
+    *("do_sample", "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens"),
+    *DRAWING,
+)
 MULTIPLE = 64  # an embedding that grows gets a multiple of this many rows
 
 
@@ -70,7 +72,8 @@ def generation_of(model: PreTrainedModel) -> dict[str, Any]:
     if getattr(config, "_from_model_config", False) and is_ours(model.config):
         return {}
     settings = {name: getattr(config, name, None) for name in SAMPLING}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    unused = () if config.do_sample else DRAWING
+    settings = {name: value for name, value in settings.items() if value is not None and name not in unused}
     if is_ours(model.config):  # its export made the list; ours is made anew
         settings.pop("suppress_tokens", None)
     ends = config.eos_token_id

@@ -179,6 +179,7 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
             raise UserError(
                 f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[gguf]'"
             ) from None
+    _refuse_what_transformers_ignores(path)
     model, tokenizer = _from_transformers(str(path.parent), gguf_file=path.name)
     # The weights are in fp32 now. A checkpoint or a folder of this model shall not say that they are quantised.
     for place, names in (
@@ -191,6 +192,29 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
     if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
         write_sink(model.config, sink, [tokenizer.bos_token_id])
     return model, tokenizer
+
+
+def _refuse_what_transformers_ignores(path: Path) -> None:
+    """UserError for a GGUF file of a model that transformers would load without a word, and compute in another way."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        scalings = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
+        tensors = {tensor.name for tensor in reader.tensors}
+        (kind,) = [field.contents() for name, field in reader.fields.items() if name == "general.architecture"]
+    except Exception:  # of a damaged file: anything; transformers says what is wrong
+        return
+    reason = None
+    if "rope_freqs.weight" in tensors or any(scaling != "none" for scaling in scalings):
+        reason = "it scales its rotary positions"
+    elif kind == "llama" and any(name.endswith(("attn_q.bias", "ffn_up.bias")) for name in tensors):
+        reason = "its projections have biases"
+    if reason is not None:
+        raise UserError(
+            f"{path} cannot be read with the right numbers: {reason}, and transformers leaves that out of a GGUF file; "
+            "give the model folder that the file was made from"
+        )
 
 
 def _from_transformers(name: str, **where: Any) -> tuple[Any, Any]:

@@ -129,13 +129,12 @@ def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int | N
     backend = text.backend()
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        **({"model_max_length": positions} if positions is not None else {}),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "chat_template": chat_template_of(text, sink),
     }
-    if positions is not None:
-        settings["model_max_length"] = positions
     if front := sink.names or _names(text, text.front):
         settings["bos_token"] = front[0]
     if text.eos_id is not None:

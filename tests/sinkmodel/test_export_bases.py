@@ -234,8 +234,11 @@ def test_sampling_and_ends_of_the_base_stay(tmp_path):
 
 def test_what_is_kept_of_a_generation_config():
     model = build("llama")
-    model.generation_config = GenerationConfig(temperature=0.6, top_k=3, eos_token_id=[2, 5], max_length=7)
-    assert generation_of(model) == {"temperature": 0.6, "top_k": 3, "eos_token_id": [2, 5]}
+    model.generation_config = GenerationConfig(do_sample=True, top_k=3, eos_token_id=[2, 5], max_length=7)
+    assert generation_of(model) == {"do_sample": True, "top_k": 3, "eos_token_id": [2, 5]}
+    model.generation_config = GenerationConfig(temperature=0.6, repetition_penalty=1.1, eos_token_id=5)
+    kept = {"repetition_penalty": 1.1, "eos_token_id": [5]}
+    assert generation_of(model) == kept, "Llama 2 has a temperature without do_sample, which transformers does not save"
     model.generation_config = GenerationConfig.from_model_config(model.config)
     assert generation_of(model) == {"eos_token_id": [0]}
     model.config.sink = {"kind": "none", "count": 0, "token_ids": []}

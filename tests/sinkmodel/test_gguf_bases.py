@@ -10,15 +10,17 @@ import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sinkmodel.errors import UserError
 from sinkmodel.export import main
 from sinkmodel.export.gguf_tokenizer import LLAMA_3, PATTERNS, QWEN, pattern_of
 from sinkmodel.loading import load_model
 from sinkmodel.sinks import SinkConfig
 from sinkmodel.tokenizer import TextTokenizer
 from tests import tiny
-from tests.sinkmodel.test_export_bases import BASE, CHAT
+from tests.sinkmodel.test_export_bases import BASE, TEMPLATES
 from tests.sinkmodel.test_gguf import TEXTS, ask, refused, serve
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 READ_BACK = {  # by transformers too
     "llama": ("llama", {}),
@@ -33,7 +35,7 @@ MODELS = {  # it reads no scaling of rotary positions from a GGUF file, no bias 
     "qwen3": ("qwen3", {"head_dim": 16}),
     "llama, llama3": ("llama-llama3", {}),
     "llama, linear": ("llama-linear", {}),
-    "llama, yarn": ("llama-yarn", {}),
+    "llama, yarn": ("llama", {"rope_parameters": YARN}),
     "qwen2, linear": ("qwen2", {"rope_parameters": LINEAR}),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
 }
@@ -80,11 +82,43 @@ def test_our_own_commands_read_it_back(tmp_path, name):
         assert (loaded.model(ids).logits - whole.model(ids).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("llama, llama3", "it scales its rotary positions"),
+        ("llama, linear", "it scales its rotary positions"),
+        ("qwen2, linear", "it scales its rotary positions"),
+        ("llama, biases", "its projections have biases"),
+    ],
+)
+def test_our_own_commands_refuse_what_transformers_would_leave_out(tmp_path, name, reason):
+    """Risk: a model of other numbers, and no word of it."""
+    family, changes = MODELS[name]
+    _, file = both(tmp_path, family=family, **changes)
+    with pytest.raises(UserError, match=f"cannot be read with the right numbers: {reason}"):
+        load_model(str(file))
+
+
 # --------------------------------------------------------------------------------------------------------- tokenizers
 
 
+# Merges over what one pattern or another cuts apart (digits, line ends, capitals), so that ids tell which one it was.
+MERGES = [
+    ("1", "2"),
+    ("12", "3"),
+    ("123", "4"),
+    ("Ġ", "1"),
+    ("Ċ", "Ċ"),
+    ("!", "Ċ"),
+    ("č", "Ċ"),
+    ("'", "L"),
+    ("'L", "L"),
+]
+WORD = "Ġzqx"  # a token that no merges lead to
+
+
 def cut_by(*steps, ignore_merges: bool = False, front: str | None = None) -> TextTokenizer:
-    """The tiny tokenizer with another way to cut a text into words."""
+    """The tiny tokenizer with another way to cut a text into words, and MERGES."""
     backend = tiny.tokenizer().backend()
     backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps)) if len(steps) > 1 else steps[0]
     if front is not None:
@@ -93,7 +127,11 @@ def cut_by(*steps, ignore_merges: bool = False, front: str | None = None) -> Tex
             single=f"{front} $A", pair=f"{front} $A {front} $B", special_tokens=[(front, number)]
         )
     content = json.loads(backend.to_str())
-    content["model"]["ignore_merges"] = ignore_merges
+    model = content["model"]
+    model["ignore_merges"] = ignore_merges
+    for name in (*("".join(pair) for pair in MERGES), WORD):
+        model["vocab"].setdefault(name, len(model["vocab"]))
+    model["merges"] += [list(pair) for pair in MERGES if list(pair) not in model["merges"]]
     return TextTokenizer(Tokenizer.from_str(json.dumps(content)).to_str(), eos_id=0, pad_id=1)
 
 
@@ -147,10 +185,10 @@ def test_a_vanilla_continuation_keeps_the_first_token_of_its_base(tmp_path):
     assert there.count(0) == 1
 
 
-@pytest.mark.parametrize("template", [CHAT, CHAT.replace("{{ bos_token }}", "")], ids=["bos", "no bos"])
-def test_a_chat_in_the_template_of_the_base_has_one_sink(tmp_path, template):
-    """Risk: llama.cpp's own templates engine puts a sink in each turn, or none."""
-    text = dataclasses.replace(tiny.tokenizer(), chat_template=template)
+@pytest.mark.parametrize("name", ["bos in front", "bos in each turn", "no bos"])
+def test_a_chat_in_the_template_of_the_base_has_one_sink(tmp_path, name):
+    """Risk: llama.cpp's own engine for templates puts a sink in each turn, or none."""
+    text = dataclasses.replace(tiny.tokenizer(), chat_template=TEMPLATES[name])
     folder, file = both(tmp_path, text=text)
     turns = [{"role": role, "content": "a b"} for role in ("user", "assistant", "user")]
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(turns, return_dict=True).input_ids

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sinkmodel.bases import Base
 from sinkmodel.errors import UserError
 from sinkmodel.export import main
 from sinkmodel.export.row import export_row
@@ -154,7 +155,7 @@ def test_a_row_is_a_base_as_any_other_but_has_no_row_of_its_own(run, tmp_path):
 
 
 def test_what_has_no_row_is_refused_before_anything_is_written(tmp_path, capsys):
-    tiny.checkpoint(tmp_path / "whole")
+    tiny.checkpoint(tmp_path / "whole", base=Base("org/base", "ab" * 32))
     taken = tmp_path / "taken.safetensors"
     taken.write_text("mine")
     for checkpoint, output, message in (
