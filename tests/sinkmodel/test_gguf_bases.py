@@ -148,7 +148,8 @@ CUTS = {
     "qwen2": cut_by(split(QWEN), BYTES),
 }
 MORE = [
-    "x²y ½ 1234 Ⅷ 12 3",
+    "x²y ½ 1234 Ⅷ 12 3 1212",
+    "a zqx 1!\n\n",
     "I'LL don't 'S\r\n\r\n a\n\n b  \n",
     "a\tb\u00a0c\u3000d",
     "!?...\n\n--\n word's",
