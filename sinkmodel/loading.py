@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.initialization import no_init_weights
 
 import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
-from sinkmodel.bases import Base, card_license, make_room, overlay, weights_fingerprint
+from sinkmodel.bases import Base, card_license, grow, overlay, weights_fingerprint
 from sinkmodel.bounds import inside
 from sinkmodel.checkpoint import (
     NOT_A_CHECKPOINT,
@@ -278,7 +278,7 @@ def _whole(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrained
             f"the tokenizer in {path} does not fit its model: {needed} ids with sinks, {model.config.vocab_size} rows"
         )
     state = weights_of(checkpoint)
-    check_shapes(state, model, path)
+    check_shapes(state, model.state_dict(), path)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model
@@ -295,7 +295,7 @@ def _on_base(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrain
     check_base(base, now, str(path))
     model = loaded.model
     first = recipe.tokenizer.vocabulary
-    make_room(model, first, recipe.sink.tokens)
+    grow(model, first, recipe.sink.tokens)
     try:
         overlay(model, weights_of(checkpoint), first)
     except (KeyError, RuntimeError) as error:
@@ -329,10 +329,11 @@ def _license_of(name: str) -> str | None:
     if card.is_file():
         return card_license(card.read_text(encoding="utf-8", errors="replace"))
     try:
-        about = metadata.metadata(name)
+        about = metadata.metadata(name).json
     except (metadata.PackageNotFoundError, ValueError):
         return None
-    return about.get("License-Expression") or about.get("License")
+    stated = about.get("license_expression") or about.get("license")
+    return stated if isinstance(stated, str) else None
 
 
 @contextlib.contextmanager

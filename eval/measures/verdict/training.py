@@ -33,7 +33,9 @@ SIZES = {
 
 def said_by(loaded: LoadedModel) -> Said:
     """Its `shape`, and its provenance, where it has one."""
-    return {**provenance_of(loaded.name), "shape": shape_of(loaded.model.config)}
+    from sinkmodel.provenance import read_provenance
+
+    return {**read_provenance(loaded.name), "shape": shape_of(loaded.model.config)}
 
 
 def shape_of(config: Any) -> dict[str, Any]:
@@ -44,27 +46,6 @@ def shape_of(config: Any) -> dict[str, Any]:
     config = config.get_text_config()
     shape = {size: getattr(config, key, None) for size, key in SIZES.items()}
     return {**shape, "model type": config.model_type.removeprefix("sink_")}
-
-
-def provenance_of(name: str) -> dict[str, Any]:
-    """The provenance that sink-pretrain wrote, with `step` and `tokens`: of a run, a checkpoint or an exported folder.
-
-    Empty for a model from elsewhere.
-    """
-    from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
-    from sinkmodel.export import PROVENANCE
-    from sinkmodel.files import read_json
-
-    path = Path(name)
-    if (path / PROVENANCE).is_file():
-        said = read_json(path / PROVENANCE)
-        if not isinstance(said, dict):
-            raise UserError(f"{path / PROVENANCE} is not a JSON object; export the model again")
-        return said
-    if (path / "checkpoints").is_dir() or path.suffix == ".ckpt":
-        recipe = Recipe.from_dict(read_checkpoint(find_checkpoint(path))["recipe"])
-        return {"step": recipe.step, "tokens": recipe.tokens, **recipe.provenance}
-    return {}
 
 
 def not_twins(one: Said, other: Said) -> list[str]:
