@@ -70,7 +70,7 @@ def open_base(config: PretrainConfig) -> OpenBase | None:
         return None
     refuse_too_little_memory(name, config.step, config.training.parts)
     loaded, record = load_base(name, config.step)
-    check_trainable(loaded.model, name)
+    check_trainable(loaded.model, name, config.data.sequence)
     silence_dropout(loaded.model)
     return OpenBase(loaded, record, read_provenance(name, config.step))
 
