@@ -74,17 +74,19 @@ def checkpoint(
     return path
 
 
-def prepared(folder: Path, train_words: int = 4000, validation_words: int = 800) -> Path:
+def prepared(
+    folder: Path, train_words: int = 4000, validation_words: int = 800, text: TextTokenizer | None = None
+) -> Path:
     """A prepared folder, written by hand in the format of recipes.data.shards."""
     from sinkmodel.fingerprint import fingerprint_of
 
-    text = tokenizer()
+    text = text or tokenizer()
     backend = text.backend()
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(text.definition, encoding="utf-8")
     splits = {}
     for name, count in (("train", train_words), ("validation", validation_words), ("test", 0)):
-        ids = np.array([*backend.encode(words(count, seed=len(name))).ids, 0] if count else [], dtype="<u2")
+        ids = np.array([*backend.encode(words(count, seed=len(name)), add_special_tokens=False).ids, 0] if count else [], dtype="<u2")
         shards = []
         if count:
             (folder / f"{name}-00000.bin").write_bytes(ids.tobytes())

@@ -108,7 +108,7 @@ def build_start(config: PretrainConfig, base: OpenBase | None, text: TextTokeniz
         model = build_model(config.model, vocabulary_rows(config, text.vocabulary), config.seed, sink)
         write_sink(model.config, sink, sink_ids)
         return Start(model, text, sink_ids)
-    model, own = base.loaded.model, text_tokenizer_of(base.loaded.tokenizer)
+    model, own = base.loaded.model.train(), text_tokenizer_of(base.loaded.tokenizer)
     if difference := same_tokenizer(text, own):
         raise UserError(
             f"{config.data.path} was prepared with another tokenizer than that of {base.record.name}: {difference}; "

@@ -189,7 +189,7 @@ def _introduce(
     say(f"{run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}")
     if config.model.start_from is not None:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        say(f"{config.model.start_from} is the start; {trained:,} parameters are trained ({config.training.parts})")
+        say(f"starting from {config.model.start_from}; {trained:,} parameters are trained ({config.training.parts})")
     tokens = config.schedule.steps * config.training.batch_tokens
     say(
         f"{config.schedule.steps:,} steps × {config.training.batch_tokens:,} tokens ({plan.accumulation} micro-batches "
