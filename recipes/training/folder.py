@@ -66,7 +66,8 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
     # A run of an earlier version lacks the keys that are new; it was what they are by default.
     defaults = flatten(PretrainConfig(output="-", data=DataSettings(path="-")))
     before, now = defaults | flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
-    for key in sorted(before.keys() | now.keys()):
+    # Keys of the run itself first: `step` decides others.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
         if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS) or now.get(key) == "auto":  # decided where it runs
             continue
         if before.get(key) != now.get(key):
