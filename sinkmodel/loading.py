@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from sinkmodel.checkpoint import (
 )
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json
+from sinkmodel.names import find_model
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
@@ -74,25 +74,21 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
     """
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    path = Path(name)
-    if path.is_dir() and (path / "checkpoints").is_dir():
-        model, tokenizer, _ = load_checkpoint(path, step)
-    elif step is not None:
+    kind, path = find_model(name)
+    if step is not None and kind != "run":
         raise UserError(f"{name} is not a run folder, so it has no checkpoint of step {step}; leave the step out")
-    elif path.is_dir():
+    if kind in ("run", "file"):
+        model, tokenizer, _ = load_checkpoint(path, step)
+    elif kind == "folder":
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{path} is not a model folder: it has no config.json; give a folder that sink-export wrote"
             )
-        _refuse_names_outside(path)
+        refuse_names_outside(path)
         model, tokenizer = _from_transformers(name, use_safetensors=True, local_files_only=True)
-    elif path.is_file() and path.suffix == ".gguf":
+    elif kind == "gguf":
         model, tokenizer = _from_gguf(path)
-    elif path.is_file():
-        model, tokenizer, _ = load_checkpoint(path)
-    elif package := _gguf_in_package(name):
-        model, tokenizer = _from_gguf(package)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir():
+    elif kind == "hub":
         hub_token()  # one that can be sent, or none
         model, tokenizer = _from_transformers(name, use_safetensors=True)
     else:
@@ -154,7 +150,7 @@ def _encode(loaded: LoadedModel, text: str, limit: int | None) -> list[int]:
     return kept[:limit].tolist()
 
 
-def _refuse_names_outside(folder: Path) -> None:
+def refuse_names_outside(folder: Path) -> None:
     """Raises UserError where a model folder names weights or a tokenizer elsewhere: transformers would open them."""
     for path in (*folder.rglob("*.index.json"), *folder.glob("tokenizer_config.json")):
         content = read_json(path)
@@ -167,7 +163,8 @@ def _refuse_names_outside(folder: Path) -> None:
                 inside(folder, name, path)
 
 
-def _from_gguf(path: Path) -> tuple[Any, Any]:
+def check_gguf_packages(path: Path) -> None:
+    """UserError if a package is missing with which transformers reads a GGUF file."""
     for package in ("gguf", "accelerate"):  # transformers asks for them one after the other, in long words
         try:
             metadata.version(package)
@@ -175,6 +172,10 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
             raise UserError(
                 f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[gguf]'"
             ) from None
+
+
+def _from_gguf(path: Path) -> tuple[Any, Any]:
+    check_gguf_packages(path)
     model, tokenizer = _from_transformers(str(path.parent), gguf_file=path.name)
     sink = SinkConfig("token")
     if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
@@ -183,8 +184,6 @@ def _from_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def _from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
     label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
     if "gguf_file" in where:
         needs = "a whole file of an architecture that it reads from GGUF (of ours llama, not gpt_neox)"
@@ -206,14 +205,7 @@ def _from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
                 f"{label}: the weights lack {len(missing)} tensors of the model in the config, {missing[0]} the "
                 "first; copy or export it again"
             )
-        tokenizer_at = {key: where[key] for key in ("gguf_file", "local_files_only") if key in where}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **tokenizer_at)
-        except Exception as error:
-            raise UserError(
-                f"{label} has no tokenizer that can be read: {first_line(error)}; put its tokenizer.json and "
-                "tokenizer_config.json beside the weights"
-            ) from None
+    tokenizer = tokenizer_at(name, **{key: where[key] for key in ("gguf_file", "local_files_only") if key in where})
     try:
         check_record(model.config)
     except UserError as error:
@@ -221,20 +213,19 @@ def _from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _gguf_in_package(name: str) -> Path | None:
-    """The one GGUF file that an installed distribution ships; found by its file list, nothing of it is imported."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        return None
-    try:
-        distribution = metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return None
-    found = [Path(str(file.locate())) for file in distribution.files or [] if file.suffix == ".gguf"]
-    if len(found) != 1:
-        raise UserError(f"the package {name} ships {len(found)} .gguf files; give the path of the one that you mean")
-    if not found[0].is_file():
-        raise UserError(f"{found[0]} is missing; install {name} again")
-    return found[0]
+def tokenizer_at(name: str, **where: Any) -> Any:
+    """The tokenizer of a model folder, of a GGUF file (`gguf_file` in the folder `name`) or of a Hub repository."""
+    from transformers import AutoTokenizer
+
+    label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
+    with _quiet() if where else contextlib.nullcontext():  # the Hub may take long
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        except Exception as error:
+            remedy = "put its tokenizer.json and tokenizer_config.json beside the weights"
+            if "gguf_file" in where:
+                remedy = "copy or export it again"
+            raise UserError(f"{label} has no tokenizer that can be read: {first_line(error)}; {remedy}") from None
 
 
 # -------------------------------------------------------------------------------------------- checkpoints, and bases

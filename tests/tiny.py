@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sinkmodel.checkpoint import PREFIX, Recipe
 from sinkmodel.models import build_model
@@ -48,6 +48,30 @@ def tokenizer(vocabulary: int = 300) -> TextTokenizer:
         ),
     )
     return TextTokenizer(backend.to_str(), eos_id=0, pad_id=1)
+
+
+def sentencepiece(pre_tokenizer: bool = False) -> TextTokenizer:
+    """As Llama 2: BPE that falls back to bytes, blanks as `▁`, one in front of a text, `<s>` from a template."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+    )
+    backend.train_from_iterator(words(3000).split(), trainer)
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    backend = Tokenizer.from_str(json.dumps(content))
+    if pre_tokenizer:  # the same cuts, written in another way
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return TextTokenizer(backend.to_str(), eos_id=2)
 
 
 def checkpoint(
