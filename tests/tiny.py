@@ -110,7 +110,10 @@ def prepared(
     (folder / "tokenizer.json").write_text(text.definition, encoding="utf-8")
     splits = {}
     for name, count in (("train", train_words), ("validation", validation_words), ("test", 0)):
-        ids = np.array([*backend.encode(words(count, seed=len(name)), add_special_tokens=False).ids, 0] if count else [], dtype="<u2")
+        ids = np.array(
+            [*backend.encode(words(count, seed=len(name)), add_special_tokens=False).ids, 0] if count else [],
+            dtype="<u2",
+        )
         shards = []
         if count:
             (folder / f"{name}-00000.bin").write_bytes(ids.tobytes())

@@ -96,8 +96,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(path: Path, name: str) -> Run:
-    from sinkmodel.provenance import read_provenance
     from sinkmodel.checkpoint import checkpoint_steps, read_metrics
+    from sinkmodel.provenance import read_provenance
 
     try:
         lines = read_metrics(path)

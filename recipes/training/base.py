@@ -15,7 +15,6 @@ from recipes.training.inputs import vocabulary_rows
 from recipes.training.memory import refuse_too_little_memory
 from recipes.training.settings import ModelSettings, PretrainConfig
 from sinkmodel.bases import Base, SinkEmbedding, freeze, grow, start_rows
-from sinkmodel.trainable import check_trainable, silence_dropout
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel, load_base
@@ -25,6 +24,7 @@ from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import IN_SOFTMAX, is_ours, kind_of, sink_ids_of, write_sink
 from sinkmodel.text_tokenizer import same_tokenizer, text_tokenizer_of
 from sinkmodel.tokenizer import TextTokenizer
+from sinkmodel.trainable import check_trainable, silence_dropout
 
 UNKNOWN_LR, ROW_LR = 5e-5, 2e-2  # of a base that states no rate, and of the sink's row alone
 

@@ -39,9 +39,11 @@ def available_memory() -> int | None:
         pass
     for limit, used, cached in CONTROL_GROUPS:
         try:
-            about = dict(line.split() for line in (GROUPS / "memory.stat").read_text().splitlines())
-            in_use = int((GROUPS / used).read_text()) - int(about[cached])  # the cache of files is given back
-            found.append(int((GROUPS / limit).read_text()) - in_use)
+            about = dict(line.split() for line in (GROUPS / "memory.stat").read_text(encoding="ascii").splitlines())
+            in_use = int((GROUPS / used).read_text(encoding="ascii")) - int(
+                about[cached]
+            )  # the cache of files is given back
+            found.append(int((GROUPS / limit).read_text(encoding="ascii")) - in_use)
         except (OSError, ValueError, KeyError):  # another version, or no limit: "max"
             continue
     return min(found, default=None)

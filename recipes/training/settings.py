@@ -317,7 +317,9 @@ class PretrainConfig:
             "training.parts": self.training.parts != "all",
         }
         for key in (key for key, is_given in given.items() if is_given):
-            raise UserError(f"{key} is for a model that exists already; name it with --model.start_from, or leave it out")
+            raise UserError(
+                f"{key} is for a model that exists already; name it with --model.start_from, or leave it out"
+            )
 
     def check_positions(self) -> None:
         """UserError if a row is longer than what the model is made for; with `model.start_from` that is known later."""
