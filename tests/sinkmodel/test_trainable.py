@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from transformers.utils.quantization_config import QuantizationMethod
 
 from sinkmodel.attention import CAUSAL
 from sinkmodel.errors import UserError
@@ -38,6 +40,12 @@ REFUSED = {
     "several rotary frequencies": ("Olmo3", WIDE, "olmo3.*frequencies"),
 }
 
+DROPPING = {
+    "gpt_neox": {"attention_dropout": 0.1, "hidden_dropout": 0.1},
+    "phi": {"attention_dropout": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    "stablelm": {"attention_dropout": 0.1, "hidden_dropout": 0.1},
+}
+
 
 def refusal(model, match: str) -> str:
     with pytest.raises(UserError, match=match) as caught:
@@ -60,6 +68,11 @@ def test_what_training_would_compute_wrongly_is_refused_by_name(case):
         assert torch.equal(model(ids).logits, before), "and the model is as it was"
 
 
+def test_a_window_as_wide_as_the_rows_is_not_refused():
+    check_trainable(build("mistral", sliding_window=24), "org/base", sequence=24)
+    check_trainable(build("mistral", sliding_window=8), "org/base", sequence=8)
+
+
 def test_an_encoder_with_a_decoder_is_refused():
     config = transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2)
     refusal(transformers.T5ForConditionalGeneration(config), "t5.*encoder")
@@ -77,14 +90,14 @@ def test_quantised_weights_are_refused_but_not_a_gguf_that_was_read_into_whole_o
     for method, whole in (("bitsandbytes", False), ("gptq", False), ("gguf", True)):
         model = build("llama")
         model.config.quantization_config = (
-            {"quant_method": method} if form == "dict" else transformers.utils.quantization_config.GgufConfig()
+            {"quant_method": method}
+            if form == "dict"
+            else SimpleNamespace(quant_method=QuantizationMethod(method), to_dict=dict)
         )
-        if form == "object":
-            model.config.quantization_config.quant_method = method
         if whole:
             check_trainable(model, "org/base")
         else:
-            refusal(model, f"quantised.*{method}")
+            refusal(model, rf"quantised \({method}\)")
     model = build("llama")
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), False)
     refusal(model, "quantised")
@@ -125,7 +138,7 @@ def test_a_small_change_of_the_logits_is_seen_in_every_precision(family, changes
 @pytest.mark.parametrize("attention", ["eager", "sdpa", CAUSAL])
 def test_the_model_is_as_it_was(family, dtype, attention):
     """Risk: a check leaves eval mode, gradients or another attention, and training is not what its config says."""
-    model = cast(build(family), dtype)
+    model = cast(build(family, **DROPPING.get(family, {})), dtype)
     model.set_attn_implementation(attention)
     model.train()
     model.base_model.layers[0].eval()
@@ -134,8 +147,12 @@ def test_the_model_is_as_it_was(family, dtype, attention):
     implementation, config = model.config._attn_implementation, model.config.to_dict()
     state = copy.deepcopy(model.state_dict())
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    random = torch.get_rng_state()
+    random, with_gradients = torch.get_rng_state(), []
+    hook = model.base_model.register_forward_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     check_trainable(model, family)
+    hook.remove()
+    assert with_gradients
+    assert not any(with_gradients), "a forward keeps its activations"
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.config._attn_implementation == implementation
     assert model.config.to_dict() == config
@@ -146,12 +163,6 @@ def test_the_model_is_as_it_was(family, dtype, attention):
 
 
 # ------------------------------------------------------------------------------------------------------- dropout
-
-DROPPING = {
-    "gpt_neox": {"attention_dropout": 0.1, "hidden_dropout": 0.1},
-    "phi": {"attention_dropout": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
-    "stablelm": {"attention_dropout": 0.1, "hidden_dropout": 0.1},
-}
 
 
 @pytest.mark.parametrize("family", DROPPING)
