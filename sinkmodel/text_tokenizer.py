@@ -58,12 +58,14 @@ def as_text_tokenizer(
         rows: as for `text_tokenizer_of`.
     """
 
+    definition = _without_sinks(backend, rows)
+    text = TextTokenizer(definition).backend()
+
     def find(named: str | None, usual: tuple[str, ...]) -> int | None:
-        ids = [backend.token_to_id(token) for token in ([named] if named else usual)]
+        ids = [text.token_to_id(token) for token in ([named] if named else usual)]
         return next((token_id for token_id in ids if token_id is not None), None)
 
     eos_id, pad_id = find(eos, END_NAMES), find(padding, PADDING_NAMES)
-    definition = _without_sinks(backend, rows)
     return TextTokenizer(definition, eos_id, None if pad_id == eos_id else pad_id, _strangers(template))
 
 

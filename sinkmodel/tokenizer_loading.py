@@ -79,7 +79,7 @@ def _of_gguf(file: Path) -> TextTokenizer:
 
     check_gguf_packages(file)
     tokenizer = tokenizer_at(str(file.parent), gguf_file=file.name)
-    return _named(file, tokenizer, max(base_ids(tokenizer)) + 1)
+    return _named(file, tokenizer, max(base_ids(tokenizer), default=-1) + 1)
 
 
 def _of_folder(folder: Path) -> TextTokenizer:

@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import gguf
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.errors import UserError
@@ -160,10 +159,8 @@ def test_a_chat_template_beside_a_tokenizer_is_read(tmp_path):
 
 
 def test_a_slow_tokenizer_is_refused_in_one_line():
-    with pytest.raises(
-        UserError, match="^SimpleNamespace is a slow tokenizer, which has no tokenizer.json; "
-    ) as caught:
-        text_tokenizer_of(SimpleNamespace(eos_token="x"))
+    with pytest.raises(UserError, match="^CanineTokenizer is a slow tokenizer, .*; convert it") as caught:
+        text_tokenizer_of(CanineTokenizer())
     assert "\n" not in str(caught.value)
 
 
@@ -251,6 +248,8 @@ def test_a_token_that_transformers_adds_to_a_gguf_file_is_left_out(tmp_path):
     text = load_text_tokenizer(str(tmp_path / "x.gguf"))
     assert (text.vocabulary, text.eos_id, text.pad_id) == (300, 1, None)
     assert text.backend().token_to_id("<|endoftext|>") is None
+    write_vocabulary(tmp_path / "endless.gguf", names, [3, 3, *[1] * 298, 5, 5])
+    assert load_text_tokenizer(str(tmp_path / "endless.gguf")).eos_id is None, "no id of a token that is left out"
 
 
 DIGEST = """
