@@ -32,10 +32,15 @@ SIZES = {
 
 
 def said_by(loaded: LoadedModel) -> Said:
-    """Its `shape`, and its provenance, where it has one."""
+    """Its `shape`, the `weights` as a fingerprint (in fp32 only), and its provenance, if it has one."""
+    import torch
+
+    from sinkmodel.bases import weights_fingerprint
     from sinkmodel.provenance import read_provenance
 
-    return {**read_provenance(loaded.name), "shape": shape_of(loaded.model.config)}
+    in_full = loaded.model.dtype == torch.float32
+    weights = {"weights": weights_fingerprint(loaded.model)} if in_full else {}
+    return {**read_provenance(loaded.name), "shape": shape_of(loaded.model.config), **weights}
 
 
 def shape_of(config: Any) -> dict[str, Any]:
@@ -49,7 +54,10 @@ def shape_of(config: Any) -> dict[str, Any]:
 
 
 def not_twins(one: Said, other: Said) -> list[str]:
-    """In which ways two models are no twins, in words."""
+    """In which ways two models are no twins, in words. The first may have been made of the other, its base."""
+    if one.get("parts", "all") != "all":
+        same = other.get("weights") in (None, one["base"]["fingerprint"])
+        return [] if same else [f"the first has a trained sink on another base, {one['base']['name']}"]
     ways = _trained_unlike(one, other)
     seeds = _seed(one), _seed(other)
     return ways if None in seeds or seeds[0] == seeds[1] else [*ways, "another seed"]
@@ -82,6 +90,7 @@ def _trained_unlike(one: Said, other: Said) -> list[str]:
     asked = {
         "other training data": lambda said: said["data"]["fingerprint"],
         "another number of steps": lambda said: said["step"],
+        "another model to start from": lambda said: said["base"]["fingerprint"],
     }
     told = []
     for what, ask in asked.items():
