@@ -68,7 +68,7 @@ def causal_attention(
             f"model type {kind!r} asks its attention for {', '.join(asked)}, which training does not have; "
             "choose another model"
         )
-    return sdpa_attention_forward(module, query, key, value, None, dropout, scaling, is_causal=True)
+    return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
 
 
 # What transformers passes along and we need not look at; anything else that is set is a request we would not honour.
