@@ -177,6 +177,8 @@ def check_gguf_packages(path: Path) -> None:
 def _from_gguf(path: Path) -> tuple[Any, Any]:
     check_gguf_packages(path)
     model, tokenizer = _from_transformers(str(path.parent), gguf_file=path.name)
+    if hasattr(model.config, "quantization_config"):  # of the file; the weights have been expanded to fp32
+        del model.config.quantization_config
     sink = SinkConfig("token")
     if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
         write_sink(model.config, sink, [tokenizer.bos_token_id])
