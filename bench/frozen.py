@@ -3,8 +3,8 @@
     python -m bench.frozen [--model NAME] [--steps 8] [--rounds 3] [--sequence 256] [--rows 1]
 
 `sink-pretrain` with `training.parts` sink and all, in turns, each in a process of its own with one thread. Tokens/s are
-those of metrics.csv. Memory is the largest resident size of the process, above that of the same run before its first
-step, in units of the activations: what autograd saves for the backward pass of one micro-batch.
+those of metrics.csv. Memory is the most that is alive in a forward and backward pass on top of weights and optimiser
+state, in units of the activations: what autograd saves for the backward pass of one micro-batch.
 """
 
 from __future__ import annotations
@@ -21,47 +21,59 @@ from pathlib import Path
 from sinkmodel.checkpoint import read_metrics
 from tests import tiny
 
-# Prints the resident size before the first step, its largest value after the run, and the bytes that autograd saved.
+# Prints the bytes that autograd saves in the first step, and the most that were alive in the second one, beyond what
+# was alive before it: as PyTorch's allocator counts, without what the C library keeps back.
 PROBE = """
 import json, sys, torch
+from torch.profiler import ProfilerActivity, profile
 from recipes.training import module
 from recipes.pretrain import main
 
-def resident(key):
-    return next(int(line.split()[1]) for line in open("/proc/self/status", encoding="ascii") if line.startswith(key)) * 1024
+found, profilers = {}, []
+step, clip = module.SinkLanguageModel.training_step, module.SinkLanguageModel.configure_gradient_clipping
 
-found = {}
-step = module.SinkLanguageModel.training_step
-def watched(self, batch, batch_idx):
-    if "before" not in found:
-        found["before"] = resident("VmRSS")
-        open("/proc/self/clear_refs", "w", encoding="ascii").write("5")
-        own = {p.untyped_storage().data_ptr() for p in self.parameters()}
-        saved = {}
+def watched_step(self, batch, batch_idx):
+    if "activations" not in found:
+        own, saved = {p.untyped_storage().data_ptr() for p in self.parameters()}, {}
         def keep(tensor):
-            if tensor.untyped_storage().data_ptr() not in own:
-                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
             return tensor
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = step(self, batch, batch_idx)
         found["activations"] = sum(saved.values())
         return loss
+    if not profilers:
+        profilers.append(profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__())
     return step(self, batch, batch_idx)
-module.SinkLanguageModel.training_step = watched
+
+def watched_clip(self, *args, **kwargs):
+    if profilers and "peak" not in found:
+        profilers[0].__exit__(None, None, None)
+        events = [e for e in profilers[0].profiler.kineto_results.events() if e.name() == "[memory]"]
+        alive = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            alive += event.nbytes()
+            peak = max(peak, alive)
+        found["peak"] = peak
+    return clip(self, *args, **kwargs)
+
+module.SinkLanguageModel.training_step = watched_step
+module.SinkLanguageModel.configure_gradient_clipping = watched_clip
 code = main(sys.argv[1:])
-found["peak"] = resident("VmHWM")
 print(json.dumps(found))
 sys.exit(code)
 """
 
 
 def measure(words: list[str], output: Path) -> tuple[float, dict[str, int]]:
-    """Median tokens/s of the logged lines but the first, and what PROBE prints."""
+    """Median tokens/s of the logged lines but the first two, and what PROBE prints."""
     command = [sys.executable, "-c", PROBE, *words, f"--output={output}"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     speeds = [float(row["tokens_per_second"]) for row in read_metrics(output) if row["loss"]]
-    return statistics.median(speeds[1:]), json.loads(done.stdout.splitlines()[-1])
+    return statistics.median(speeds[2:]), json.loads(done.stdout.splitlines()[-1])
 
 
 def base(folder: Path) -> tuple[Path, Path]:
@@ -85,7 +97,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         name, data = (options.model, options.data) if options.model else base(Path(folder))
         words = [f"--model.start_from={name}", f"--data.path={data}", f"--data.sequence={options.sequence}"]
-        words += ["--data.workers=0", "--sink.kind=token", "--training.threads=1", "--logging.every=1"]
+        words += [
+            "--data.workers=0",
+            "--sink.kind=token",
+            "--training.head_chunk=128",
+            "--training.threads=1",
+            "--logging.every=1",
+        ]
         words += [f"--training.batch_tokens={options.sequence * options.rows}", f"--training.micro_rows={options.rows}"]
         words += [f"--schedule.steps={options.steps}", "--validation.every=1000000", "--checkpoints.every=1000000"]
         speeds: dict[str, list[float]] = {"all": [], "sink": []}
@@ -100,11 +118,10 @@ def main() -> None:
         f"{statistics.median(speeds['all']):,.0f}; ratio {statistics.median(ratios):.2f} "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
-    for parts, found in memory.items():
-        more = found["peak"] - found["before"]
+    for parts, size in memory.items():
         print(
-            f"frozen: memory of a step with parts {parts}: {more / 1e6:,.0f} MB on top of the weights, "
-            f"{more / found['activations']:.2f} × the activations of {found['activations'] / 1e6:,.0f} MB"
+            f"frozen: parts {parts} needs {size['peak'] / 1e6:,.0f} MB on top of the weights, "
+            f"{size['peak'] / size['activations']:.2f} × the activations of {size['activations'] / 1e6:,.0f} MB"
         )
 
 

@@ -22,8 +22,9 @@ from sinkmodel.models import build_model
 from sinkmodel.provenance import read_provenance
 from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import IN_SOFTMAX, is_ours, kind_of, sink_ids_of, write_sink
-from sinkmodel.text_tokenizer import same_tokenizer, text_tokenizer_of
+from sinkmodel.text_tokenizer import same_tokenizer
 from sinkmodel.tokenizer import TextTokenizer
+from sinkmodel.tokenizer_loading import load_text_tokenizer
 from sinkmodel.trainable import check_trainable, silence_dropout
 
 UNKNOWN_LR, ROW_LR = 5e-5, 2e-2  # of a base that states no rate, and of the sink's row alone
@@ -34,6 +35,7 @@ class OpenBase:
     """The model in `model.start_from`, as it was loaded."""
 
     loaded: LoadedModel
+    text: TextTokenizer
     record: Base
     provenance: Mapping[str, Any]  # of a run of ours or its export; else empty
 
@@ -72,7 +74,7 @@ def open_base(config: PretrainConfig) -> OpenBase | None:
     loaded, record = load_base(name, config.step)
     check_trainable(loaded.model, name, config.data.sequence)
     silence_dropout(loaded.model)
-    return OpenBase(loaded, record, read_provenance(name, config.step))
+    return OpenBase(loaded, load_text_tokenizer(name), record, read_provenance(name, config.step))
 
 
 def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> PretrainConfig:
@@ -108,14 +110,14 @@ def build_start(config: PretrainConfig, base: OpenBase | None, text: TextTokeniz
         model = build_model(config.model, vocabulary_rows(config, text.vocabulary), config.seed, sink)
         write_sink(model.config, sink, sink_ids)
         return Start(model, text, sink_ids)
-    model, own = base.loaded.model.train(), text_tokenizer_of(base.loaded.tokenizer)
-    if difference := same_tokenizer(text, own):
+    model = base.loaded.model.train()
+    if difference := same_tokenizer(text, base.text):
         raise UserError(
             f"{config.data.path} was prepared with another tokenizer than that of {base.record.name}: {difference}; "
             f"prepare it with --tokenizer {base.record.name}"
         )
     _check_sink(config, base, text)
-    text = replace(text, chat_template=own.chat_template)
+    text = replace(text, chat_template=base.text.chat_template)
     before = [] if base.ours else base.loaded.sink_ids
     grow(model, text.vocabulary, max(1, sink.tokens))  # a vanilla model too, so that twins have one shape
     if sink.kind == "token" and not (base.ours and kind_of(model.config) == "token"):
