@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from recipes.data.datamodule import BatchPlan, TextDataModule
 from recipes.data.shards import open_split
 from recipes.pretrain import main
+from recipes.training.memory import parameters_of
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics
 from sinkmodel.export.folder import export
 from sinkmodel.loading import load_model
@@ -342,3 +343,21 @@ def test_without_a_base_its_keys_are_refused(data, tmp_path, capsys):
 def test_several_sinks_get_several_rows(data, base, tmp_path):
     run = train(data, base, tmp_path / "run", training__parts="sink", sink__count=2)
     assert load_model(str(run)).sink_ids == SinkConfig("token", 2).ids(SINK)
+
+
+def test_the_dry_run_counts_what_is_trained_and_writes_nothing(data, base, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*arguments(data, base, run, training__parts="sink"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "checkpoint  0.0 MB each" in out
+    assert "llama, 36,032 parameters" in out or "llama, 25,792 parameters" in out, out
+    assert not run.exists()
+
+
+def test_parameters_are_counted_without_loading_the_model(base, row_run, whole):
+    """Risk: a model that does not fit into memory is loaded before that is noticed."""
+    count = sum(value.numel() for value in load_model(str(base)).model.parameters())
+    assert parameters_of(str(base)) == count
+    assert parameters_of(str(row_run)) == count, "those of its base"
+    assert parameters_of(str(whole), 4) == 41_728
+    assert parameters_of("org/name") is None
