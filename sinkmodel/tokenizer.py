@@ -24,6 +24,8 @@ CHAT_TEMPLATE = (
     "{{ message['role'] | capitalize CLEANED }}: {{ message['content'] CLEANED }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+# In front of somebody else's template. Where it has `bos_token` (the first turn, or each, as Llama 2), it has no sink.
+NO_BOS = "{% set bos_token = '' %}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class TextTokenizer:
         chat_template: of a model that somebody else trained; None stands for ours (see `chat_template`).
         front: ids that it puts in front of every text by itself, if the model was trained with them and has no sink
             of ours: `<s>` of Llama 2.
+        chat_template: that of somebody else's model, as it came; None for the plain one of ours.
 
     Raises UserError if the JSON is not a tokenizer.
     """
@@ -64,7 +67,10 @@ class TextTokenizer:
 
 
 def sink_tokenizer(text: TextTokenizer, sink: SinkConfig) -> Tokenizer:
-    """The text tokenizer with the sink tokens added behind its ids and put in front of everything it encodes."""
+    """The text tokenizer with the sink tokens added after its ids and put in front of everything it encodes.
+
+    They stand in place of whatever the text tokenizer itself puts there, as `<s>`. Without a sink it stays as it is.
+    """
     backend = text.backend()
     if sink.tokens == 0:
         return backend
@@ -91,7 +97,33 @@ def chat_template(sink: SinkConfig) -> str:
     return CHAT_TEMPLATE.replace("{{ SINKS }}", "".join(sink.names)).replace("CLEANED", cleaned)
 
 
-def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int) -> dict[str, Any]:
+def chat_template_of(text: TextTokenizer, sink: SinkConfig) -> str:
+    """The chat template of a model, which begins with the sinks, or with `front` if it has no sink.
+
+    Somebody else's template stays as it is, but its `bos_token` is empty and the sinks stand in front: once, whether it
+    has `bos_token` nowhere, in front, or in each turn.
+    """
+    if text.chat_template is None:
+        return "".join(_names(text, text.front)) + chat_template(sink)
+    if not sink.tokens:
+        return text.chat_template
+    return NO_BOS * ("bos_token" in text.chat_template) + "".join(sink.names) + text.chat_template
+
+
+def template_without_sinks(template: str) -> str:
+    """Somebody else's template as it was before `chat_template_of` put sinks in front of it."""
+    template = template.removeprefix(NO_BOS)
+    for name in SinkConfig("token", RESERVED_ROWS).names:
+        template = template.removeprefix(name)
+    return template
+
+
+def _names(text: TextTokenizer, ids: Iterable[int]) -> list[str]:
+    backend = text.backend()
+    return [str(backend.id_to_token(token)) for token in ids]
+
+
+def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int | None) -> dict[str, Any]:
     """`tokenizer_config.json`, as both transformers 4.57 and 5.x read it.
 
     Not GPTNeoXTokenizer, which drops the post-processor and with it the sink; not the `TokenizersBackend` that
@@ -100,14 +132,14 @@ def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int) ->
     backend = text.backend()
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": positions,
+        **({"model_max_length": positions} if positions is not None else {}),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        "chat_template": chat_template(sink),
+        "chat_template": chat_template_of(text, sink),
     }
-    if sink.tokens:
-        settings["bos_token"] = sink.names[0]
+    if front := sink.names or _names(text, text.front):
+        settings["bos_token"] = front[0]
     if text.eos_id is not None:
         settings["eos_token"] = backend.id_to_token(text.eos_id)
     pad_id = text.eos_id if text.pad_id is None else text.pad_id
@@ -116,7 +148,7 @@ def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int) ->
     return settings
 
 
-def save_tokenizer(folder: Path, text: TextTokenizer, sink: SinkConfig, positions: int, rows: int) -> None:
+def save_tokenizer(folder: Path, text: TextTokenizer, sink: SinkConfig, positions: int | None, rows: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, which AutoTokenizer loads without code of ours.
 
     Each of the `rows` of the model gets a name, as the reserved tokens of Llama 3 have. Otherwise a token that somebody
@@ -143,7 +175,9 @@ def suppressed_ids(model: Any, tokenizer: Any = None) -> set[int]:
     vocabulary = tokenizer.get_vocab()
     tokens = {number for name, number in vocabulary.items() if not UNUSED.fullmatch(name)}
     if is_ours(model.config):
-        if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, *ends):
             sinks.add(tokenizer.pad_token_id)
         free = max(listed, default=-1)
         while free in listed:
@@ -154,7 +188,7 @@ def suppressed_ids(model: Any, tokenizer: Any = None) -> set[int]:
     return listed | sinks | (set(rows) - tokens)
 
 
-def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int | None) -> PreTrainedTokenizerFast:
     """The same tokenizer in memory, without a folder."""
     from transformers import PreTrainedTokenizerFast  # here: sink-prepare imports this module, and no model code
 

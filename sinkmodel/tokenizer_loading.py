@@ -75,7 +75,7 @@ def _of_gguf(file: Path) -> TextTokenizer:
 
     Every byte-level tokenizer gets GPT-2's `<|endoftext|>` there, for which a Llama 3 has no row.
     """
-    from sinkmodel.loading import check_gguf_packages, tokenizer_at
+    from sinkmodel.model_files import check_gguf_packages, tokenizer_at
 
     check_gguf_packages(file)
     tokenizer = tokenizer_at(str(file.parent), gguf_file=file.name)
@@ -83,7 +83,7 @@ def _of_gguf(file: Path) -> TextTokenizer:
 
 
 def _of_folder(folder: Path) -> TextTokenizer:
-    from sinkmodel.loading import refuse_names_outside, tokenizer_at
+    from sinkmodel.model_files import refuse_names_outside, tokenizer_at
 
     refuse_names_outside(folder)
     return _named(folder, tokenizer_at(str(folder), local_files_only=True))
@@ -125,7 +125,7 @@ def _of_hub(name: str) -> TextTokenizer:
     hub_token()  # one that can be sent, or none
     file = _download(name, TOKENIZER)
     if file is None:
-        from sinkmodel.loading import tokenizer_at
+        from sinkmodel.model_files import tokenizer_at
 
         return _named(name, tokenizer_at(name))
     settings, template = (_download(name, beside) or file.with_name(beside) for beside in (SETTINGS, TEMPLATE))

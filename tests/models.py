@@ -61,7 +61,12 @@ IN_SOFTMAX = {  # ours: a sink in the softmax
     if name in ("gpt_neox", "llama")
     for kind in ("zero", "logit", "kv_bias")
 }
-CLASSES = {"GPT2": "GPT2LMHeadModel", "Bert": "BertLMHeadModel", "Llama4Text": "Llama4ForCausalLM"}
+CLASSES = {
+    "GPT2": "GPT2LMHeadModel",
+    "Bert": "BertLMHeadModel",
+    "Llama4Text": "Llama4ForCausalLM",
+    "Gemma3Text": "Gemma3ForCausalLM",
+}
 
 
 def build(family: str, **changes):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.card import curve
-from recipes.card.facts import PROVENANCE, Facts, gather
+from recipes.card.facts import GGUF, PROVENANCE, Facts, gather
 from recipes.card.markdown import EMPTY, front_matter, split_by_hand
 from recipes.card.metadata import metadata
 from recipes.card.report import TRAINING, Report, read_report
@@ -155,6 +155,7 @@ def render(
         facts=facts,
         model=model_rows(facts),
         training=training_rows(facts),
+        writes_gguf=facts.config.get("model_type") in GGUF,
         measured=measured,
         sections={title: text for title, text in report.sections.items() if title != TRAINING},
         curves=report.sections.get(TRAINING),

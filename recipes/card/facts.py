@@ -6,9 +6,10 @@ No torch here: a card is written where there may be none.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +23,37 @@ from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, check_record, kind_of, sink_
 PROVENANCE = "training.json"
 FIELDS = "decoder"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors calls them
-# Embeddings by the end of their names, in GPT-NeoX and Llama.
-EMBEDDINGS = ("embed_in.weight", "embed_out.weight", "embed_tokens.weight", "lm_head.weight")
+GGUF = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # as sinkmodel.export.gguf_file has them
+# Embeddings by the end of their names, in GPT-NeoX, Llama and most others, Falcon.
+EMBEDDINGS = (
+    *("embed_in.weight", "embed_out.weight", "embed_tokens.weight", "lm_head.weight"),
+    "word_embeddings.weight",
+)
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # What two checkpoints of one run have in common, of the config that made it.
 OF_A_RUN = ("seed", "model", "sink", "optimizer", "schedule")
 
 Point = dict[str, "float | None"]  # a line of metrics.csv
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that training started from, as training.json has it."""
+
+    name: str  # of the Hub, of a package, or the absolute path of a folder or file
+    fingerprint: str
+    step: int | None
+    license: str | None
+
+    @property
+    def hub_name(self) -> str | None:
+        """ORG/NAME, if it is one."""
+        return self.name if HUB_NAME.fullmatch(self.name) else None
+
+    @property
+    def short(self) -> str:
+        """The name without the folders before it, which are those of one machine."""
+        return self.name if self.hub_name else PurePath(self.name).name
 
 
 @dataclass(frozen=True)
@@ -84,6 +110,26 @@ class Facts:
     @property
     def complete(self) -> bool:
         return self.steps is not None and self.steps[0] == self.steps[1]
+
+    @property
+    def base(self) -> Start | None:
+        """What training started from; None for a model that was trained from scratch."""
+        base = self.training.get("base")
+        if not isinstance(base, dict) or not isinstance(base.get("name"), str):
+            return None
+        step, license = base.get("step"), base.get("license")
+        return Start(
+            base["name"],
+            str(base.get("fingerprint")),
+            step if isinstance(step, int) else None,
+            license if isinstance(license, str) else None,
+        )
+
+    @property
+    def parts(self) -> str:
+        """What was trained of the base."""
+        parts = self.training.get("parts")
+        return parts if parts in ("sink", "sink+norms") else "all"
 
     @property
     def tokens_per_parameter(self) -> float | None:

@@ -75,10 +75,11 @@ def duration(seconds: float) -> str:
 
 
 def _architecture(config: dict[str, Any]) -> str:
-    said = {"gpt_neox": "GPT-NeoX (Pythia)", "llama": "Llama"}
+    names = {"gpt_neox": "GPT-NeoX (Pythia)", "llama": "Llama"}
     kind = config["model_type"]
     in_softmax = kind.startswith("sink_")
-    return said[kind.removeprefix("sink_")] + (f", with a sink in its softmax ({kind})" if in_softmax else "")
+    name = kind.removeprefix("sink_")
+    return names.get(name, name) + (f", with a sink in its softmax ({kind})" if in_softmax else "")
 
 
 def _heads(config: dict[str, Any]) -> str:

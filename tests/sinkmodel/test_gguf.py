@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sinkmodel.checkpoint import write_manifest
 from sinkmodel.errors import UserError
 from sinkmodel.export import main
-from sinkmodel.export.gguf_file import check_tokenizer, pairs_together, thirds
+from sinkmodel.export.gguf_file import pairs_together, thirds
+from sinkmodel.export.gguf_tokenizer import check_tokenizer
 from sinkmodel.loading import load_model
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from sinkmodel.tokenizer import TextTokenizer
@@ -58,11 +59,14 @@ def twice(request, tmp_path_factory):
     )
 
 
-def serve(path):
+def serve(path, exact: bool = False):
+    """llama.cpp with this file; `exact` without flash attention, whose scores are in fp16."""
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(path), 256, 2
     params.cpuparams.n_threads, params.warmup, params.verbosity = 1, False, -1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if exact:
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 
 
@@ -200,11 +204,11 @@ def with_pattern(content):
 
 
 TOKENIZERS_REFUSED = {
-    "it does not cut a text as GPT-2 does": with_pattern,
-    "(ByteLevel, add_prefix_space false)": lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
+    "it cuts a text in another way than GPT-2": with_pattern,
+    "than GPT-2, SmolLM": lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
     "it has the normalizer 'NFKC'": lambda c: c.update(normalizer={"type": "NFKC"}),
-    "its BPE has ignore_merges": lambda c: c["model"].update(ignore_merges=True),
-    "as GPT-2 does (ByteLevel": lambda c: c["pre_tokenizer"].update(use_regex=False),
+    "Llama 3 and Qwen 2 do": lambda c: c["model"].update(ignore_merges=True),
+    "in another way": lambda c: c["pre_tokenizer"].update(use_regex=False),
     "its BPE has dropout": lambda c: c["model"].update(dropout=0.1),
     "its BPE has unk_token": lambda c: c["model"].update(unk_token="a"),
     "its BPE has continuing_subword_prefix": lambda c: c["model"].update(continuing_subword_prefix="##"),
@@ -213,7 +217,7 @@ TOKENIZERS_REFUSED = {
     "blanks around them": lambda c: c["added_tokens"][0].update(lstrip=True),
     "take in the blanks": lambda c: c["added_tokens"][0].update(rstrip=True),
     "stand as words only": lambda c: c["added_tokens"][0].update(single_word=True),
-    "it puts tokens of its own in front": lambda c: c.update(
+    "it puts tokens of its own around a text": lambda c: c.update(
         post_processor=json.loads(
             processors.TemplateProcessing(single="a $A", special_tokens=[("a", 2)]).__getstate__()
         )
@@ -226,16 +230,16 @@ TOKENIZERS_REFUSED = {
 
 @pytest.mark.parametrize("reason", TOKENIZERS_REFUSED)
 def test_a_tokenizer_that_llama_cpp_would_run_with_other_ids_is_refused(reason):
-    check_tokenizer(tiny.tokenizer())
+    check_tokenizer(tiny.tokenizer(), SinkConfig())
     with pytest.raises(UserError) as error:
-        check_tokenizer(changed(TOKENIZERS_REFUSED[reason]))
+        check_tokenizer(changed(TOKENIZERS_REFUSED[reason]), SinkConfig())
     assert reason in str(error.value)
     assert "--format transformers" in str(error.value)
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused():
     with pytest.raises(UserError, match="it has no token for the end of a text"):
-        check_tokenizer(dataclasses.replace(tiny.tokenizer(), eos_id=None))
+        check_tokenizer(dataclasses.replace(tiny.tokenizer(), eos_id=None), SinkConfig())
 
 
 def test_our_own_commands_see_the_sink_of_a_gguf_file(tmp_path):
