@@ -82,6 +82,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.frozen
 	$(BIN)/python -m bench.saving
 	$(BIN)/python -m bench.export
 	$(BIN)/python -m bench.scaling

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotation, turn_half_split
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
@@ -33,11 +34,14 @@ aten = torch.ops.aten
 
 
 def causal_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Rows of whole text, every token seeing all before it: PyTorch's causal kernel, and no mask, ever.
@@ -45,14 +49,39 @@ def causal_attention(
     For training. Under the name `sdpa` transformers 5 looks in every forward whether rows are packed, which waits for
     the device, and once compiled always builds the mask [B, 1, T, T], with which PyTorch's flash kernel cannot be used.
     A name that has no mask function gets none (transformers, masking_utils.py, `_preprocess_mask_arguments`).
-    Takes [B, H or G, T, D], returns [B, T, H, D]. Raises ValueError where a mask comes all the same.
+    Takes [B, H or G, T, D], returns [B, T, H, D]. Raises ValueError if a mask comes all the same, and UserError if the
+    model asks for anything else that would be ignored, as a window narrower than the row.
     """
     if attention_mask is not None:
         raise ValueError("causal attention takes no mask: rows must be whole, without padding")
     if kind_of(module.config) in IN_SOFTMAX:
-        return sink_attention_forward(module, query, key, value, None, **kwargs)
-    kwargs["is_causal"] = True
-    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+        return sink_attention_forward(module, query, key, value, None, scaling, dropout, **kwargs)
+    kind = module.config.model_type
+    if sliding_window is not None and sliding_window < query.shape[2]:
+        raise UserError(
+            f"model type {kind!r} has a sliding window of {sliding_window} of its own, narrower than rows of "
+            f"{query.shape[2]} tokens; train on rows of at most {sliding_window}"
+        )
+    asked = requests(None, kwargs) + ([] if getattr(module, "is_causal", True) else ["keys after the query"])
+    if asked:
+        raise UserError(
+            f"model type {kind!r} asks its attention for {', '.join(asked)}, which training does not have; "
+            "choose another model"
+        )
+    return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
+
+
+# What transformers passes along and we need not look at; anything else that is set is a request we would not honour.
+HARMLESS = {
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    "position_ids", "cache_position", "position_embeddings", "is_causal", "past_key_values", "past_key_value",
+}  # fmt: skip
+
+
+def requests(attention_mask: Tensor | None, others: dict[str, Any]) -> list[str]:
+    """The names of what an attention function of ours was asked for and does not do."""
+    asked = [name for name, x in others.items() if name not in HARMLESS and x is not None and x is not False]
+    return asked + ["attention_mask"] * (attention_mask is not None)
 
 
 def sink_attention_forward(

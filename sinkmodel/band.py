@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from sinkmodel.attention import sink_scores
+from sinkmodel.attention import requests, sink_scores
 from sinkmodel.cache.families import check_config
 from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotary, Rotation, rotary_of
@@ -221,18 +221,6 @@ class BandLayer(CacheLayerMixin):
 # ------------------------------------------------------------------------------------------ the attention function
 
 _ACTIVE: ContextVar[Band | None] = ContextVar("sinkmodel_band", default=None)
-
-# What transformers passes along and we need not look at; anything else that is set is a request we would not honour.
-HARMLESS = {
-    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
-    "position_ids", "cache_position", "position_embeddings", "is_causal", "past_key_values", "past_key_value",
-}  # fmt: skip
-
-
-def requests(attention_mask: Tensor | None, others: dict[str, Any]) -> list[str]:
-    """The names of what an attention function of ours was asked for and does not do."""
-    asked = [name for name, x in others.items() if name not in HARMLESS and x is not None and x is not False]
-    return asked + ["attention_mask"] * (attention_mask is not None)
 
 
 def _attention(

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sinkmodel.errors import UserError
+from sinkmodel.shapes import PARTS
 from sinkmodel.sinks import is_ours
 
-PARTS = ("all", "sink", "sink+norms")  # what a run may train
 SINK_ROWS = "sink_rows"  # the parameter of `SinkEmbedding` in a checkpoint
-STARTS = ("mean", "bos", "random")  # of the sink's row
 # What a generation config says of how tokens are chosen. transformers does not save DRAWING without do_sample.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 SAMPLING = (
@@ -86,27 +85,11 @@ def generation_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def make_room(
-    model: PreTrainedModel,
-    text_vocabulary: int,
-    sinks: int,
-    start: str | None = None,
-    front: Sequence[int] = (),
-    seed: int = 0,
-) -> None:
-    """Give the model embedding rows for ids `text_vocabulary` to `text_vocabulary + sinks - 1`, and set their values.
+def grow(model: PreTrainedModel, text_vocabulary: int, sinks: int) -> None:
+    """Give the model embedding rows for ids up to `text_vocabulary + sinks - 1`, if it has too few.
 
-    They are free rows if the model has them. If not, embedding and head grow to a multiple of MULTIPLE rows (a tied
-    head stays tied); the new rows of both are the mean of the rows of the text, so that they get hardly any
-    probability.
-
-    Args:
-        start: what the sinks' rows start as: `mean` of the text's rows, `bos` (the row of `front`, or of the config's
-            bos_token_id), or `random` numbers as large as the text's. None: `bos` if there is a `front`, else `mean`.
-        front: ids of the model's own that stood in front of every text until now, as `<s>`.
-        seed: of `random`.
-
-    Raises UserError for `bos` without such a token.
+    Embedding and head grow to a multiple of MULTIPLE rows; a tied head stays tied. The new rows of both are the mean of
+    the text's rows, so that they get hardly any probability.
     """
     rows = model.get_input_embeddings().num_embeddings
     needed = text_vocabulary + sinks
@@ -114,12 +97,26 @@ def make_room(
         model.resize_token_embeddings(-(-needed // MULTIPLE) * MULTIPLE, mean_resizing=False)
         for table in _tables(model):
             table[rows:] = table[: min(rows, text_vocabulary)].mean(0)
-    if not sinks:
-        return
+
+
+@torch.no_grad()
+def start_rows(
+    model: PreTrainedModel, first: int, sinks: int, start: str | None, front: Sequence[int] = (), seed: int = 0
+) -> None:
+    """Set the embedding rows of the sinks, ids `first` to `first + sinks - 1`, before they are trained.
+
+    Args:
+        first: also the number of the text's rows.
+        start: `mean` of the text's rows, `bos` (the row of `front`, or of the config's bos_token_id), or `random`
+            numbers as large as the text's. None: `bos` if there is a `front`, else `mean`.
+        front: ids of the model's own that stood in front of every text until now, as `<s>`.
+        seed: of `random`.
+
+    Raises UserError for `bos` without such a token.
+    """
     weight = model.get_input_embeddings().weight
-    text_VD = weight[: min(rows, text_vocabulary)]
+    text_VD, place = weight[:first], slice(first, first + sinks)
     start = start or ("bos" if front else "mean")
-    place = slice(text_vocabulary, needed)
     if start == "mean":
         weight[place] = text_VD.mean(0)
     elif start == "random":
@@ -127,7 +124,7 @@ def make_room(
         weight[place] = torch.randn(sinks, weight.shape[1], generator=generator).to(weight) * text_VD.std()
     else:
         bos = front[0] if front else model.config.get_text_config().bos_token_id
-        if not isinstance(bos, int) or not 0 <= bos < rows:
+        if not isinstance(bos, int) or not 0 <= bos < first:
             raise UserError(
                 "model.sink_row is bos, but the model in model.start_from has no token that stands in front of a text; "
                 "choose mean or random"

@@ -12,6 +12,7 @@ import io
 import pickle
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ class Recipe:
     base: Base | None = None  # the model that training started from
     parts: str = "all"  # what was trained, one of PARTS; all else is the base's, and not in the checkpoint
     generation: dict[str, Any] | None = None  # how the base wants to be generated from: `bases.generation_of`
+
+    def stated(self) -> dict[str, Any]:
+        """`provenance`, and beside it what was trained, from what, and how far."""
+        base = {"base": asdict(self.base), "parts": self.parts} if self.base is not None else {}
+        return {"step": self.step, "tokens": self.tokens, **base, **self.provenance}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, strings and numbers: what `torch.load(weights_only=True)` admits."""
@@ -191,9 +197,8 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
 
 
-def check_shapes(state: dict[str, torch.Tensor], model: torch.nn.Module, path: Path) -> None:
-    """Raises UserError naming the first weight that is missing, unknown or of another shape."""
-    expected = model.state_dict()
+def check_shapes(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raises UserError naming the first weight that is missing, unknown or of another shape than expected."""
     for name in sorted(expected.keys() | state.keys()):
         want = tuple(expected[name].shape) if name in expected else "nothing"
         have = tuple(state[name].shape) if name in state else "nothing"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib
 import io
 import logging
 import os
@@ -184,3 +185,19 @@ def _discard(stream: TextIO) -> None:
     """From here on the stream goes nowhere: what reads it is gone."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextlib.contextmanager
+def quiet(*libraries: str) -> Iterator[None]:
+    """No lines from the loggers of `libraries`: what they log before they raise an error is in our one line."""
+    for name in libraries:
+        importlib.import_module(name)  # which sets its logger's level
+    loggers = [logging.getLogger(name) for name in libraries]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -2,18 +2,13 @@
 
     loaded = load_model("runs/tiny-sink")          # loaded.model, loaded.tokenizer, loaded.sink_ids
 
-Files from strangers are data (design, decision 11): weights are read as safetensors or GGUF, or by our own checkpoint
-reader with `weights_only=True`; code that comes with a model is never run.
+Of a checkpoint or row file that holds only what a run trained, the rest comes from the base that it names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,8 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.initialization import no_init_weights
 
 import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
-from sinkmodel.bases import Base, card_license, make_room, overlay, weights_fingerprint
-from sinkmodel.bounds import inside
+from sinkmodel.bases import Base, card_license, grow, overlay, weights_fingerprint
 from sinkmodel.checkpoint import (
     NOT_A_CHECKPOINT,
     Recipe,
@@ -36,12 +30,14 @@ from sinkmodel.checkpoint import (
     weights_of,
 )
 from sinkmodel.errors import UserError, first_line
-from sinkmodel.files import read_json
-from sinkmodel.row_file import SUFFIX, read_row, vocabulary_sha256
+from sinkmodel.model_files import from_gguf, from_transformers, refuse_names_outside
+from sinkmodel.names import find_model
+from sinkmodel.row_file import read_row, vocabulary_sha256
 from sinkmodel.secrets import hub_token
-from sinkmodel.sinks import SinkConfig, check_record, front_of, is_ours, write_sink
+from sinkmodel.sinks import SinkConfig, front_of, is_ours, write_sink
 from sinkmodel.streaming.incremental import TextEncoder
-from sinkmodel.tokenizer import TextTokenizer, base_ids, check_rows, load_tokenizer, suppressed_ids
+from sinkmodel.tokenizer import base_ids, check_rows, load_tokenizer, suppressed_ids
+from sinkmodel.tokenizer_loading import load_text_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 1 << 18  # characters that a tokenizer sees at a time
@@ -76,29 +72,25 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
     """
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    path = Path(name)
-    if path.is_dir() and (path / "checkpoints").is_dir():
-        model, tokenizer, _ = load_checkpoint(path, step)
-    elif step is not None:
+    kind, path = find_model(name)
+    if step is not None and kind != "run":
         raise UserError(f"{name} is not a run folder, so it has no checkpoint of step {step}; leave the step out")
-    elif path.is_dir():
+    if kind in ("run", "file"):
+        model, tokenizer, _ = load_checkpoint(path, step)
+    elif kind == "folder":
         if not (path / "config.json").is_file():
             raise UserError(
                 f"{path} is not a model folder: it has no config.json; give a folder that sink-export wrote"
             )
-        _refuse_names_outside(path)
-        model, tokenizer = _from_transformers(name, use_safetensors=True, local_files_only=True)
-    elif path.is_file() and path.suffix == ".gguf":
-        model, tokenizer = _from_gguf(path)
-    elif path.is_file() and path.suffix == SUFFIX:
+        refuse_names_outside(path)
+        model, tokenizer = from_transformers(name, use_safetensors=True, local_files_only=True)
+    elif kind == "gguf":
+        model, tokenizer = from_gguf(path)
+    elif kind == "row":
         model, tokenizer = _from_row(path)
-    elif path.is_file():
-        model, tokenizer, _ = load_checkpoint(path)
-    elif package := _gguf_in_package(name):
-        model, tokenizer = _from_gguf(package)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.parent.is_dir():
+    elif kind == "hub":
         hub_token()  # one that can be sent, or none
-        model, tokenizer = _from_transformers(name, use_safetensors=True)
+        model, tokenizer = from_transformers(name, use_safetensors=True)
     else:
         raise UserError(
             f"{name} is no folder, no file and no installed package with a GGUF in it; give a model folder, a run, "
@@ -158,120 +150,6 @@ def _encode(loaded: LoadedModel, text: str, limit: int | None) -> list[int]:
     return kept[:limit].tolist()
 
 
-def _refuse_names_outside(folder: Path) -> None:
-    """Raises UserError where a model folder names weights or a tokenizer elsewhere: transformers would open them."""
-    for path in (*folder.rglob("*.index.json"), *folder.glob("tokenizer_config.json")):
-        content = read_json(path)
-        if isinstance(content, dict):
-            weights, tokenizers = content.get("weight_map"), content.get("fast_tokenizer_files")
-            for name in (
-                *(dict.fromkeys(weights.values()) if isinstance(weights, dict) else ()),
-                *(tokenizers if isinstance(tokenizers, list) else ()),
-            ):
-                inside(folder, name, path)
-
-
-def _from_gguf(path: Path) -> tuple[Any, Any]:
-    for package in ("gguf", "accelerate"):  # transformers asks for them one after the other, in long words
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            raise UserError(
-                f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[gguf]'"
-            ) from None
-    _refuse_what_transformers_ignores(path)
-    model, tokenizer = _from_transformers(str(path.parent), gguf_file=path.name)
-    # The weights are in fp32 now. A checkpoint or a folder of this model shall not say that they are quantised.
-    for place, names in (
-        (model.config, ("quantization_config", "_is_quantized")),
-        (model, ("is_quantized", "quantization_method", "hf_quantizer")),
-    ):
-        for attribute in names:
-            vars(place).pop(attribute, None)
-    sink = SinkConfig("token")
-    if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
-        write_sink(model.config, sink, [tokenizer.bos_token_id])
-    return model, tokenizer
-
-
-def _refuse_what_transformers_ignores(path: Path) -> None:
-    """UserError for a GGUF file of a model that transformers would load without a word, and compute in another way."""
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-        scalings = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
-        tensors = {tensor.name for tensor in reader.tensors}
-        (kind,) = [field.contents() for name, field in reader.fields.items() if name == "general.architecture"]
-    except Exception:  # of a damaged file: anything; transformers says what is wrong
-        return
-    reason = None
-    if "rope_freqs.weight" in tensors or any(scaling != "none" for scaling in scalings):
-        reason = "it scales its rotary positions"
-    elif kind == "llama" and any(name.endswith(("attn_q.bias", "ffn_up.bias")) for name in tensors):
-        reason = "its projections have biases"
-    if reason is not None:
-        raise UserError(
-            f"{path} cannot be read with the right numbers: {reason}, and transformers leaves that out of a GGUF file; "
-            "give the model folder that the file was made from"
-        )
-
-
-def _from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
-    if "gguf_file" in where:
-        needs = "a whole file of an architecture that it reads from GGUF (of ours llama, not gpt_neox)"
-    else:
-        needs = "a config.json that it knows and complete .safetensors weights"
-    with contextlib.nullcontext() if not where.keys() - {"use_safetensors"} else _quiet():  # the Hub may take long
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
-            )
-        except Exception as error:  # of a damaged file: anything, from OSError to struct.error
-            raise UserError(
-                f"{label} cannot be loaded as a causal language model: {first_line(error)}; "
-                f"transformers needs {needs}, so copy or export it again"
-            ) from None
-        missing = sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", [])]
-        if missing:
-            raise UserError(
-                f"{label}: the weights lack {len(missing)} tensors of the model in the config, {missing[0]} the "
-                "first; copy or export it again"
-            )
-        tokenizer_at = {key: where[key] for key in ("gguf_file", "local_files_only") if key in where}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **tokenizer_at)
-        except Exception as error:
-            raise UserError(
-                f"{label} has no tokenizer that can be read: {first_line(error)}; put its tokenizer.json and "
-                "tokenizer_config.json beside the weights"
-            ) from None
-    try:
-        check_record(model.config)
-    except UserError as error:
-        raise UserError(f"{label}: {error}") from None
-    return model, tokenizer
-
-
-def _gguf_in_package(name: str) -> Path | None:
-    """The one GGUF file that an installed distribution ships; found by its file list, nothing of it is imported."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        return None
-    try:
-        distribution = metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return None
-    found = [Path(str(file.locate())) for file in distribution.files or [] if file.suffix == ".gguf"]
-    if len(found) != 1:
-        raise UserError(f"the package {name} ships {len(found)} .gguf files; give the path of the one that you mean")
-    if not found[0].is_file():
-        raise UserError(f"{found[0]} is missing; install {name} again")
-    return found[0]
-
-
 # -------------------------------------------------------------------------------------------- checkpoints, and bases
 
 
@@ -313,7 +191,7 @@ def _whole(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrained
             f"the tokenizer in {path} does not fit its model: {needed} ids with sinks, {model.config.vocab_size} rows"
         )
     state = weights_of(checkpoint)
-    check_shapes(state, model, path)
+    check_shapes(state, model.state_dict(), path)
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model
@@ -332,7 +210,7 @@ def _from_row(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The base of a row file with the row in its place; its tokenizer with the sinks in front."""
     row = read_row(path)
     loaded = _load_again(row.base, path)
-    model, text, sink = loaded.model, _text_tokenizer_of(loaded.tokenizer), SinkConfig("token", len(row.sink_ids))
+    model, text, sink = loaded.model, load_text_tokenizer(row.base.name), SinkConfig("token", len(row.sink_ids))
     if vocabulary_sha256(text) != row.vocabulary_sha256 or sink.ids(text.vocabulary) != row.sink_ids:
         raise UserError(
             f"{path} does not fit the tokenizer of its base {row.base.name}, which has other tokens now; "
@@ -341,13 +219,6 @@ def _from_row(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     _put_onto(model, row.weights, text.vocabulary, sink, f"{path} does not fit its base {row.base.name}")
     write_sink(model.config, sink, row.sink_ids)
     return model, load_tokenizer(text, sink, loaded.positions)
-
-
-def _text_tokenizer_of(tokenizer: Any) -> TextTokenizer:
-    """The tokenizer of a base as a text tokenizer; the sinks take the place of what it puts in front."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    definition = tokenizer.backend_tokenizer.to_str()
-    return TextTokenizer(definition, eos, None if pad == eos else pad, chat_template=tokenizer.chat_template)
 
 
 def _load_again(base: Base, path: Path) -> LoadedModel:
@@ -363,7 +234,7 @@ def _load_again(base: Base, path: Path) -> LoadedModel:
 def _put_onto(
     model: PreTrainedModel, changed: Mapping[str, Tensor], first: int, sink: SinkConfig, problem: str
 ) -> None:
-    make_room(model, first, sink.tokens)
+    grow(model, first, sink.tokens)
     try:
         overlay(model, changed, first)
     except (KeyError, RuntimeError) as error:
@@ -373,11 +244,10 @@ def _put_onto(
 def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
     """A model to start from, on the CPU in fp32, and what identifies it later; `step` as for `load_model`."""
     loaded = load_model(name, device="cpu", step=step)
-    path = Path(name)
-    if path.exists() and (path.is_file() or (path / "checkpoints").is_dir()) and path.suffix not in (".gguf", SUFFIX):
+    kind, path = find_model(name)
+    if kind == "run":
         step = Recipe.from_dict(read_checkpoint(find_checkpoint(path, step))["recipe"]).step
-        step = None if path.is_file() else step
-    where = str(path.absolute()) if path.exists() else name
+    where = str(path.absolute()) if Path(name).exists() else name
     return loaded, Base(where, weights_fingerprint(loaded.model), step, _license_of(name))
 
 
@@ -396,21 +266,8 @@ def _license_of(name: str) -> str | None:
     if card.is_file():
         return card_license(card.read_text(encoding="utf-8", errors="replace"))
     try:
-        about = metadata.metadata(name)
+        about = metadata.metadata(name).json
     except (metadata.PackageNotFoundError, ValueError):
         return None
-    return about.get("License-Expression") or about.get("License")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no advice of transformers on our screen; its settings are put back afterwards."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that no setting takes away
-            yield
-    finally:
-        logging.set_verbosity(level)
+    stated = about.get("license_expression") or about.get("license")
+    return stated if isinstance(stated, str) else None

@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.utils import logging
 
-from sinkmodel.attention import sink_scores
-from sinkmodel.band import requests
+from sinkmodel.attention import requests, sink_scores
 from sinkmodel.errors import UserError
 
 WATCHED = "sinkmodel_watched"
@@ -57,12 +56,12 @@ def watch(model: Any, ids_BT: Tensor, see: Callable[[Seen], None], **forward: An
     depth = model.config.get_text_config().num_hidden_layers
     token = _VISITOR.set(noted)
     try:
-        _set_attention(model, WATCHED)
+        set_attention(model, WATCHED)
         if model.config._attn_implementation == WATCHED:  # else the model did not take it
             with torch.compiler.set_stance("force_eager"):  # else a compiled body is compiled anew for it
                 output = model.base_model(input_ids=ids_BT, use_cache=False, **forward)
     finally:
-        _set_attention(model, before)
+        set_attention(model, before)
         _VISITOR.reset(token)
     if layers != list(range(depth)):
         raise UserError(
@@ -72,8 +71,8 @@ def watch(model: Any, ids_BT: Tensor, see: Callable[[Seen], None], **forward: An
     return output
 
 
-def _set_attention(model: Any, name: str) -> None:
-    """transformers warns where a model cannot change its attention; we see that ourselves, and say it in one line."""
+def set_attention(model: Any, name: str) -> None:
+    """Change a model's attention without transformers' warning if it cannot: the caller looks whether it did."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from sinkmodel.bases import PARTS, SINK_ROWS, Base
+from sinkmodel.bases import SINK_ROWS, Base
 from sinkmodel.errors import UserError, first_line
+from sinkmodel.shapes import PARTS
 from sinkmodel.sinks import RESERVED_ROWS
 from sinkmodel.tokenizer import TextTokenizer
 

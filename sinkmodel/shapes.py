@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from sinkmodel.errors import UserError
 
+PARTS = ("all", "sink", "sink+norms")  # of a model that exists: what a run may train
+STARTS = ("mean", "bos", "random")  # what the row of a new sink starts as: see `bases.start_rows`
+
 
 @dataclass(frozen=True)
 class ModelShape:

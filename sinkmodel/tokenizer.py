@@ -6,15 +6,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import RESERVED_ROWS, SinkConfig, is_ours, sink_ids_of
 from sinkmodel.unused_rows import UNUSED, unused_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # A plain template: base models know no chat, but the sink must stand in front of one too, and nowhere else.
 CHAT_TEMPLATE = (
@@ -31,6 +33,7 @@ class TextTokenizer:
     """What the data was encoded with: a `tokenizer.json` as a string, and its special ids. It has no sink.
 
     Args:
+        chat_template: of a model that somebody else trained; None stands for ours (see `chat_template`).
         front: ids that it puts in front of every text by itself, if the model was trained with them and has no sink
             of ours: `<s>` of Llama 2.
         chat_template: that of somebody else's model, as it came; None for the plain one of ours.
@@ -41,8 +44,8 @@ class TextTokenizer:
     definition: str
     eos_id: int | None = None
     pad_id: int | None = None
-    front: tuple[int, ...] = ()
     chat_template: str | None = None
+    front: tuple[int, ...] = ()
 
     @classmethod
     def from_file(cls, path: Path, eos_id: int | None = None, pad_id: int | None = None) -> TextTokenizer:
@@ -187,6 +190,8 @@ def suppressed_ids(model: Any, tokenizer: Any = None) -> set[int]:
 
 def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int | None) -> PreTrainedTokenizerFast:
     """The same tokenizer in memory, without a folder."""
+    from transformers import PreTrainedTokenizerFast  # here: sink-prepare imports this module, and no model code
+
     settings = tokenizer_settings(text, sink, positions)
     del settings["tokenizer_class"]
     return PreTrainedTokenizerFast(tokenizer_object=sink_tokenizer(text, sink), **settings)

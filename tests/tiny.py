@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from sinkmodel.bases import Base, freeze, make_room
+from sinkmodel.bases import Base, freeze, grow, start_rows
 from sinkmodel.checkpoint import PREFIX, Recipe
 from sinkmodel.loading import load_base
 from sinkmodel.models import build_model
@@ -54,6 +54,30 @@ def tokenizer(vocabulary: int = 300) -> TextTokenizer:
     return TextTokenizer(backend.to_str(), eos_id=0, pad_id=1)
 
 
+def sentencepiece(pre_tokenizer: bool = False) -> TextTokenizer:
+    """As Llama 2: BPE that falls back to bytes, blanks as `▁`, one in front of a text, `<s>` from a template."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))], show_progress=False
+    )
+    backend.train_from_iterator(words(3000).split(), trainer)
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    backend = Tokenizer.from_str(json.dumps(content))
+    if pre_tokenizer:  # the same cuts, written in another way
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return TextTokenizer(backend.to_str(), eos_id=2)
+
+
 def checkpoint(
     folder: Path,
     architecture: str | ModelShape = "gpt_neox",
@@ -90,7 +114,8 @@ def based(family: str, sink: SinkConfig | None = None, text: TextTokenizer | Non
     """A model of somebody else's (`tests.models.build`) with room for the sinks; it had `free` rows of no token."""
     sink, text = sink or SinkConfig("token"), text or tokenizer()
     model = build(family, vocab_size=text.vocabulary + free, **changes)
-    make_room(model, text.vocabulary, sink.tokens, "random")
+    grow(model, text.vocabulary, sink.tokens)
+    start_rows(model, text.vocabulary, sink.tokens, "random")
     return model
 
 
@@ -117,7 +142,8 @@ def partial_checkpoint(
     sink, text = sink or SinkConfig("token"), more.pop("text", None) or tokenizer()
     loaded, record = load_base(str(base))
     model, first = loaded.model, text.vocabulary
-    make_room(model, first, sink.tokens)
+    grow(model, first, sink.tokens)
+    start_rows(model, first, sink.tokens, None)
     freeze(model, parts, first, sink.tokens)
     generator = torch.Generator().manual_seed(9)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -158,17 +184,22 @@ def llama_2_tokenizer() -> TextTokenizer:
     return TextTokenizer(backend.to_str(), eos_id=2)
 
 
-def prepared(folder: Path, train_words: int = 4000, validation_words: int = 800) -> Path:
+def prepared(
+    folder: Path, train_words: int = 4000, validation_words: int = 800, text: TextTokenizer | None = None
+) -> Path:
     """A prepared folder, written by hand in the format of recipes.data.shards."""
     from sinkmodel.fingerprint import fingerprint_of
 
-    text = tokenizer()
+    text = text or tokenizer()
     backend = text.backend()
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(text.definition, encoding="utf-8")
     splits = {}
     for name, count in (("train", train_words), ("validation", validation_words), ("test", 0)):
-        ids = np.array([*backend.encode(words(count, seed=len(name))).ids, 0] if count else [], dtype="<u2")
+        ids = np.array(
+            [*backend.encode(words(count, seed=len(name)), add_special_tokens=False).ids, 0] if count else [],
+            dtype="<u2",
+        )
         shards = []
         if count:
             (folder / f"{name}-00000.bin").write_bytes(ids.tobytes())

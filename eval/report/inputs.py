@@ -96,8 +96,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(path: Path, name: str) -> Run:
-    from eval.measures.verdict.training import provenance_of
     from sinkmodel.checkpoint import checkpoint_steps, read_metrics
+    from sinkmodel.provenance import read_provenance
 
     try:
         lines = read_metrics(path)
@@ -115,7 +115,7 @@ def _read_run(path: Path, name: str) -> Run:
             raise UserError(f"{path / 'metrics.csv'}, line {number}, has no step or no tokens")
     config = path / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    provenance = provenance_of(str(path)) if checkpoint_steps(path) else {}
+    provenance = read_provenance(str(path)) if checkpoint_steps(path) else {}
     return Run(path, clean(name), points, clean(text), clean(provenance))
 
 

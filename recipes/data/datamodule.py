@@ -89,6 +89,7 @@ class TextDataModule(LightningDataModule):
         steps: optimiser steps of the whole run.
         validation_rows: how many rows of the validation split are scored, from its start.
         workers: processes that read ahead.
+        skip: rows of the training split, in their order, that come before the first one read.
     """
 
     def __init__(
@@ -103,13 +104,14 @@ class TextDataModule(LightningDataModule):
         shuffle: bool,
         validation_rows: int,
         workers: int,
+        skip: int = 0,
     ):
         super().__init__()
         layout = RowLayout(train, sequence)
         layout.check("train")
         if train.row_tokens:
             shuffle = False  # the rows come shuffled, in the order that Pythia read them
-        self.samples = Samples(layout, sink_ids, seed, shuffle)
+        self.samples = Samples(layout, sink_ids, seed, shuffle, skip)
         self.validation: Samples | None = None
         self.validation_rows = 0
         if validation is not None:
@@ -127,6 +129,7 @@ class TextDataModule(LightningDataModule):
             "seed": seed,
             "shuffle": shuffle,
             "batch_rows": plan.rows,
+            "skip": skip,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,9 +139,9 @@ class TextDataModule(LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UserError where the checkpoint was trained on other data or in another order."""
         for key, here in self.identity.items():
-            if state[key] != here:
+            if state.get(key, 0) != here:  # checkpoints of earlier versions have no `skip`
                 raise UserError(
-                    f"the checkpoint was trained with data {key} {state[key]}, this run has {here}; "
+                    f"the checkpoint was trained with data {key} {state.get(key)}, this run has {here}; "
                     "resume with the same data and settings, or start in a new output folder"
                 )
         self.consumed = state["samples"]

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from recipes.data.tokenization import text_encoder
 from recipes.data.workers import SPAWN, end_with_parent, interrupts_held_back
 from sinkmodel.errors import UserError
+from sinkmodel.text_tokenizer import text_encoder
 
 PIECE = 1 << 15  # characters; encoding is fastest on texts of this size, by a third against whole books
 UNIT = 1 << 19  # characters a worker gets at a time

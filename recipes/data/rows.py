@@ -74,13 +74,13 @@ class RowLayout:
 
 
 class Samples(Dataset):
-    """Sample n is the n-th row trained on: inputs and targets, each int64 [T]."""
+    """Sample n is the n-th row trained on, after `skip` others: inputs and targets, each int64 [T]."""
 
-    def __init__(self, layout: RowLayout, sink_ids: list[int], seed: int, shuffle: bool):
-        self.layout, self.sink_ids, self.seed, self.shuffle = layout, sink_ids, seed, shuffle
+    def __init__(self, layout: RowLayout, sink_ids: list[int], seed: int, shuffle: bool, skip: int = 0):
+        self.layout, self.sink_ids, self.seed, self.shuffle, self.skip = layout, sink_ids, seed, shuffle, skip
 
     def row(self, sample: int) -> int:
-        return row_at(sample, self.layout.rows, self.seed, self.shuffle)
+        return row_at(self.skip + sample, self.layout.rows, self.seed, self.shuffle)
 
     def __getitem__(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, targets = make_row(self.layout.read(self.row(sample)), self.sink_ids)

@@ -31,7 +31,8 @@ class PrepareConfig:
         test_split: the data set's own test split, in place of a share of the documents.
         text_key: name of the text's key in JSON lines, its column in Parquet files and data sets.
         separator: what ends a document inside a .txt file, as in `<|endoftext|>`; none reads each file as one document.
-        tokenizer: a Hub name, a tokenizer.json or a folder with one; none trains a byte-level BPE on the text.
+        tokenizer: a tokenizer.json, a folder with one, or a model whose tokenizer is taken: a Hub name, a model folder,
+            a run, a checkpoint, a `.gguf` file or a package with one; none trains a byte-level BPE on the text.
         vocabulary_size: ids of the BPE trained on the spot, end of text and padding included.
         validation_fraction: share of documents held out for validation; 0.01 unless there is validation text.
         test_fraction: share of documents held out for tests; 0.01 unless there is test text.
@@ -66,7 +67,7 @@ class PrepareConfig:
             raise UserError("give either --input FILE… or --dataset NAME; --help shows examples")
         if (self.tokenizer is None) == (self.vocabulary_size is None):
             raise UserError(
-                "give either --tokenizer (a Hub name or a tokenizer.json) or --vocabulary_size to train one here"
+                "give either --tokenizer (a tokenizer.json or a model) or --vocabulary_size to train one here"
             )
         if self.vocabulary_size is not None and self.vocabulary_size < SMALLEST_VOCABULARY:
             raise UserError(

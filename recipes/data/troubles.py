@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import importlib
-import logging
 import os
 import textwrap
 import traceback
@@ -24,22 +22,6 @@ STAY = (
     "the files of a data set must stay as they are while it is prepared; give them as --input to mend one and keep the "
     "work"
 )
-
-
-@contextlib.contextmanager
-def quiet(*libraries: str) -> Iterator[None]:
-    """No lines from the loggers of `libraries`: what they log before they raise an error is in our one line."""
-    for name in libraries:
-        importlib.import_module(name)  # which sets its logger's level
-    loggers = [logging.getLogger(name) for name in libraries]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
 
 
 def dataset_error(what: str, error: Exception, check: str, reading: str | None = None) -> UserError:

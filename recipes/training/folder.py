@@ -21,7 +21,7 @@ from recipes.data.datamodule import TextDataModule
 from recipes.data.shards import TokenSplit, read_manifest
 from recipes.training.processes.ranks import World
 from recipes.training.schedule import ScheduleSettings
-from recipes.training.settings import PretrainConfig
+from recipes.training.settings import DataSettings, PretrainConfig
 from sinkmodel.checkpoint import (
     Recipe,
     check_shapes,
@@ -63,8 +63,11 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
         raise UserError(f"{run} already holds something else; choose another --output or remove it")
     if not saved.exists():
         return
-    before, now = flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
-    for key in sorted(before.keys() | now.keys()):
+    # A run of an earlier version lacks the keys that are new; it was what they are by default.
+    defaults = flatten(PretrainConfig(output="-", data=DataSettings(path="-")))
+    before, now = defaults | flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
+    # Keys of the run itself first: `step` decides others.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
         if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS) or now.get(key) == "auto":  # decided where it runs
             continue
         if before.get(key) != now.get(key):
@@ -87,7 +90,7 @@ def starting_point(run: Path, config: PretrainConfig) -> Path | None:
         try:
             verify(path)
             before = _schedule_of(read_checkpoint(path))
-            if before is None or config.schedule.continues(before, step, config.optimizer.lr):
+            if before is None or config.schedule.continues(before, step, config.optimizer.peak):
                 return path
         except UserError as error:
             say(f"{error}; going back to the one before")
@@ -110,7 +113,7 @@ def _schedule_of(checkpoint: dict[str, Any]) -> ScheduleSettings | None:
 
 def _jump(run: Path, config: PretrainConfig, step: int, before: ScheduleSettings) -> UserError:
     """Why a run cannot be resumed with another schedule at its newest checkpoint, which is of `step`."""
-    now, peak = config.schedule, config.optimizer.lr
+    now, peak = config.schedule, config.optimizer.peak
     if step > now.steps:
         what = f"{run} has done {step} steps, more than schedule.steps = {now.steps}"
     else:
@@ -133,12 +136,14 @@ def _options(values: dict[str, Any]) -> str:
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module, datamodule: TextDataModule, wanted: SinkConfig) -> None:
-    """Raises UserError where the checkpoint has another sink, shape, data or order; Lightning would find out later."""
+    """Raises UserError if the checkpoint has another sink, shape, data or order; Lightning would find out later."""
     checkpoint = read_checkpoint(path)
     sink = Recipe.from_dict(checkpoint["recipe"]).sink
     if sink != wanted:
         raise UserError(f"{path} was trained with {sink}, this run has {wanted}; use the config of its run")
-    check_shapes(weights_of(checkpoint), model, path)
+    frozen = any(not parameter.requires_grad for parameter in model.parameters())
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    check_shapes(weights_of(checkpoint), trained if frozen else model.state_dict(), path)
     datamodule.load_state_dict(checkpoint["TextDataModule"])
 
 

@@ -74,4 +74,5 @@ def build_datamodule(
         shuffle=config.data.shuffle,
         validation_rows=config.validation.rows,
         workers=config.data.workers,
+        skip=config.data.skip or 0,
     )

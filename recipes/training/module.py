@@ -18,6 +18,7 @@ from recipes.training.optimizer import build_optimizer
 from recipes.training.processes.strategies import zero_stage
 from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import OptimizerSettings
+from sinkmodel.bases import SinkEmbedding
 from sinkmodel.checkpoint import Recipe
 from sinkmodel.maps import Seen, watch
 from sinkmodel.models import head_of
@@ -29,6 +30,8 @@ class SinkLanguageModel(LightningModule):
     Args:
         model: the decoder, in fp32.
         sinks: tokens in front of every row.
+        embedding: of a frozen model, with the rows that are trained; see `bases.freeze`.
+        moments: the optimiser's state to begin with, by the number of the parameter.
         recipe: what a checkpoint of step n says about itself; called at every save.
         head_chunk: places whose logits exist at a time.
         compile_model: compile the decoder's body in place, so that names in checkpoints stay as they are, and the loss.
@@ -43,10 +46,16 @@ class SinkLanguageModel(LightningModule):
         recipe: Callable[[int], Recipe],
         head_chunk: int = 1024,
         compile_model: bool = False,
+        embedding: SinkEmbedding | None = None,
+        moments: dict[int, dict[str, torch.Tensor]] | None = None,
     ):
         super().__init__()
         self.model = model
-        self.sinks, self.recipe = sinks, recipe
+        self.sinks, self.recipe, self.moments = sinks, recipe, moments
+        self.frozen = embedding is not None
+        self.strict_loading = not self.frozen  # a checkpoint of a frozen model lacks what is frozen
+        # A head that is tied has the trained rows as well.
+        self.tied = [embedding] if embedding is not None and head_of(model).weight is embedding.weight else []
         self.optimizer_settings, self.schedule = optimizer, schedule
         model.set_output_embeddings(LossHead(head_of(model), head_chunk, compile_model))
         if compile_model:
@@ -69,7 +78,10 @@ class SinkLanguageModel(LightningModule):
     def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean nll over all targets of [B, T] rows, with gradients, and over those a twin shares, without."""
         hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
-        loss, nll_N = head_of(self.model)(hidden_BTD.flatten(0, 1), targets_BT.flatten())
+        rows: dict[str, Any] = {}
+        if self.tied:
+            rows = {"rows_SD": self.tied[0].sink_rows, "first_row": self.tied[0].first}
+        loss, nll_N = head_of(self.model)(hidden_BTD.flatten(0, 1), targets_BT.flatten(), **rows)
         shared = twin_targets(targets_BT.shape[1], self.sinks)
         return loss, nll_N.view_as(targets_BT)[:, shared].mean()
 
@@ -79,11 +91,15 @@ class SinkLanguageModel(LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """One forward and backward pass of DDP for nothing.
+        """Take over the moments of another run, and one forward and backward pass of DDP for nothing.
 
         Behind the first one DDP sorts its buckets anew, and with them the order in which three or more ranks are
         summed: the first step of a run that goes on would not be the step that it was.
         """
+        if self.moments is not None and self.trainer.global_step == 0:
+            own = self.trainer.strategy.optimizer_state(self.trainer.optimizers[0])
+            saved = {"state": self.moments, "param_groups": own.get("param_groups", [])}
+            self.trainer.strategy.load_optimizer_state_dict({"optimizer_states": [saved]})
         model = self.trainer.strategy.model
         if not isinstance(model, DistributedDataParallel):
             return
@@ -98,7 +114,7 @@ class SinkLanguageModel(LightningModule):
         """The rate is a function of the step alone: nothing of it needs to be saved."""
         self.step_ends = at_step_boundary(self.trainer, batch_idx)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.schedule.lr(self.trainer.global_step, self.optimizer_settings.lr)
+            group["lr"] = self.schedule.lr(self.trainer.global_step, self.optimizer_settings.peak)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.model, self.optimizer_settings)
@@ -127,6 +143,13 @@ class SinkLanguageModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe(self.trainer.global_step).to_dict()
+        if self.frozen:
+            trained = self.trained()
+            checkpoint["state_dict"] = {k: value for k, value in checkpoint["state_dict"].items() if k in trained}
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by their names in a checkpoint."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def sink_share(self, inputs_T: torch.Tensor) -> torch.Tensor:
         """`sink_share` of this model. All ranks take part: where weights are sharded, each layer's are gathered."""

@@ -13,16 +13,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices are decayed; vectors (norms and biases), and sinks in the softmax, are not."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     plain = [parameter.ndim < 2 or name.endswith(f".{SINK_PARAMETER}") for name, parameter in named]
-    return [
+    groups = [
         {"params": [p for (_, p), free in zip(named, plain) if not free], "weight_decay": weight_decay},
         {"params": [p for (_, p), free in zip(named, plain) if free], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]  # of a frozen model one may be empty
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay),
-        lr=settings.lr,
+        lr=settings.peak,
         betas=(settings.betas[0], settings.betas[1]),
         eps=settings.eps,
         fused=True,

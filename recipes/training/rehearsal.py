@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from recipes.data.datamodule import plan_batches
+from recipes.training.base import build_start, check_unchanged, moments_of, open_base, settle
 from recipes.training.folder import check_checkpoint, check_folder, starting_point
-from recipes.training.inputs import build_datamodule, open_data, open_tokenizer, vocabulary_rows
+from recipes.training.inputs import build_datamodule, open_data, open_tokenizer
 from recipes.training.logs.build import rehearse as rehearse_logging
 from recipes.training.loss import LossHead
 from recipes.training.processes.ranks import World
@@ -23,7 +24,7 @@ from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import checkpoint_steps
 from sinkmodel.console import put
 from sinkmodel.errors import UserError
-from sinkmodel.models import build_model, count_parameters, head_of
+from sinkmodel.models import count_parameters, head_of
 
 ASSUMED_GPU, ASSUMED_MFU = "H100", 0.40  # what well-tuned trainers of this size reach (llm.c, modded-nanogpt, nanochat)
 BYTES_PER_PARAMETER = 12  # of a checkpoint: weight and two moments in fp32
@@ -38,20 +39,24 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     run, data = Path(config.output), Path(config.data.path)
     resolve_strategy(replace(config.training, precision=_precision(config)), World(size=processes))
     train, validation = open_data(config, config.data.verify)
+    base = open_base(config)
+    config = settle(config, base, train)
     text = open_tokenizer(config, train)
-    rows = vocabulary_rows(config, text.vocabulary)
     plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, processes)
-    datamodule = build_datamodule(config, train, validation, config.sink.ids(text.vocabulary), plan)
+    begin = build_start(config, base, text)
+    model = begin.model
+    datamodule = build_datamodule(config, train, validation, begin.front, plan)
+    moments_of(config, model)
     check_folder(run, config)
     logging = rehearse_logging(config)
     start = starting_point(run, config) if run.exists() else None
-    model = build_model(config.model, rows, config.seed, config.sink)
     if start is not None:
+        check_unchanged(base, start)
         check_checkpoint(start, model, datamodule, config.sink)
     layout = datamodule.samples.layout
     total, body = count_parameters(model)
     steps, tokens = config.schedule.steps, config.schedule.steps * config.training.batch_tokens
-    size = total * BYTES_PER_PARAMETER
+    size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * BYTES_PER_PARAMETER
     files = _at_a_time(config)
     kept = list(checkpoint_steps(run).values()).index(start) + 1 if start else 0  # later ones move, or are replaced
     more = max(1, files - kept)

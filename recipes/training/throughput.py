@@ -23,12 +23,16 @@ PEAKS = {
 def flops_per_token(model: PreTrainedModel, sequence: int) -> float:
     """6 · (parameters that multiply) + 12 · layers · hidden · T: forward and backward of one token.
 
-    The output head multiplies, the input embedding does not; attention is counted over all T keys as is customary
+    Frozen parameters count 4 times: they get no gradients of their own. The output head multiplies, the input embedding
+    does not; attention is counted over all T keys as is customary
     (PaLM, arXiv 2204.02311, appendix B). Pythia-160M at T = 2,048: 0.968 GFLOP.
     """
     _, body = count_parameters(model)
-    config = model.config
-    return 6 * (body + head_of(model).weight.numel()) + 12 * config.num_hidden_layers * config.hidden_size * sequence
+    config = model.config.get_text_config()
+    times = 6 if head_of(model).weight.requires_grad else 4
+    return (
+        times * (body + head_of(model).weight.numel()) + 12 * config.num_hidden_layers * config.hidden_size * sequence
+    )
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -16,7 +16,7 @@ from eval.cli import main
 from eval.measures.statistics import block_stderr
 from eval.measures.verdict import paper
 from eval.measures.verdict.grid import over_runs
-from eval.measures.verdict.training import said_by
+from eval.measures.verdict.training import shape_of
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.loading import LoadedModel, encode, load_model
 from sinkmodel.models import transformers_config
@@ -115,7 +115,7 @@ def test_the_papers_models_are_known_by_their_configs():
 
     def of_paper(config, kind, budget, sinks):
         loaded = LoadedModel(SimpleNamespace(config=config), None, [], "")
-        return paper.of_paper(said_by(loaded)["shape"], kind, budget, sinks)
+        return paper.of_paper(shape_of(loaded.model.config), kind, budget, sinks)
 
     def sized(config, hidden, layers, heads, ffn, **others):
         sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}

@@ -418,7 +418,7 @@ def test_an_undecided_verdict_over_pairs_says_what_would_decide():
 @pytest.mark.parametrize(
     ("sink", "vanilla", "says"),
     [
-        (["token", "token2"], ["none"], "--sink has 2 models and --vanilla has 1; give pairs"),
+        (["token", "token2", "token"], ["none", "copy"], "--sink has 3 models and --vanilla has 2; give pairs"),
         (["token", "token"], ["none", "neox"], "--sink .* twice, which is not another seed"),
         (["token", "token2"], ["none", "again"], "--vanilla .*/ twice, which is not another seed"),
         (["token", "token2"], ["none", "copy"], "differ in their sinks"),

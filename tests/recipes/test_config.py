@@ -61,7 +61,7 @@ def test_pythia_160m_is_the_paper_recipe():
 CASES = {
     "optimizer: {lrr: 1}": "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
     "warmup: 0.1": "unknown key 'warmup'; did you mean 'schedule.warmup'?",
-    "optimizer: {lr: fast}": "optimizer.lr takes a number, not 'fast'",
+    "optimizer: {lr: fast}": "optimizer.lr takes a number or null, not 'fast'",
     "optimizer: 4": "unknown key 'optimizer' (it takes keys below it)",
     "model: {layers: 1.5}": "model.layers takes a whole number, not '1.5'",
     "training: {compile: perhaps}": "training.compile takes true or false, not 'perhaps'",

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from recipes.data.pipeline import PREFIX, Piece, Place, beginning, cut, make_units, split_of
-from recipes.data.tokenization import cuts_exactly, text_encoder, train_vocabulary
+from recipes.data.tokenization import cuts_exactly, train_vocabulary
+from sinkmodel.text_tokenizer import text_encoder
 from tests.recipes.corpus import make_text, make_texts
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from recipes import prepare
 from recipes.config import shipped_configs
@@ -23,9 +24,11 @@ from recipes.data.corpora import KingJames
 from recipes.data.pipeline import Encoded, split_of
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import open_split
-from recipes.data.tokenization import cuts_exactly, text_encoder
+from recipes.data.tokenization import cuts_exactly
 from recipes.prepare import join_lists
 from sinkmodel.text import read_documents
+from sinkmodel.text_tokenizer import text_encoder
+from tests import tiny
 from tests.recipes.corpus import make_text, make_texts, tree, write_lines, write_tokenizer
 
 # The command with small units, a note after each, and 5 ms a unit, so that a kill falls in the middle.
@@ -505,6 +508,23 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, corpus):
     assert (split.dtype, split.vocabulary) == ("uint32", 66_000)
     assert (tmp_path / "out" / "test-00000.bin").stat().st_size == 4 * min(split.tokens, 20_000)
     assert (split.read(0, split.tokens) == 0).sum() == split.documents
+
+
+def test_the_tokenizer_of_a_model_encodes_text_alone(tmp_path, corpus):
+    """Risk: `<s>` stands in front of each document in the shards, or the same command cannot resume."""
+    tokenizer = tiny.sentencepiece().backend()
+    model = tmp_path / "model"
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    wrapped.save_pretrained(model)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "<s> a king</s> \u5929"}) + "\n")
+    argv = arguments(tmp_path)
+    argv[argv.index("--tokenizer") + 1] = str(model)
+    assert prepare.main(argv) == 0
+    assert prepare.main(argv) == 0
+    first = open_split(tmp_path / "out", split_of("<s> a king</s> \u5929", 0, 0.1, 0.1)).read(0, 20).tolist()
+    ids = first[: first.index(2)]
+    assert tokenizer.decode(ids) == "<s> a king</s> \u5929", "what looks like a special token is text"
+    assert 1 not in ids
 
 
 WRONG = {

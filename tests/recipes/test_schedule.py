@@ -9,7 +9,7 @@ import pytest
 from recipes.training.schedule import ScheduleSettings, cosine, warmup_stable_decay
 from sinkmodel.errors import UserError
 
-PYTHIA = ScheduleSettings()
+PYTHIA = ScheduleSettings(min_lr=6e-5)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def wsd(steps: int, **more) -> ScheduleSettings:
         (wsd(100), wsd(60), 80, False),
         (wsd(100), wsd(100), 95, True),  # nothing has changed
         (wsd(100, warmup=0), wsd(200, warmup=0), 0, False),  # that would be to begin again
-        (ScheduleSettings(steps=100), ScheduleSettings(steps=200), 50, False),
-        (ScheduleSettings(steps=100), ScheduleSettings(steps=100), 50, True),
+        (ScheduleSettings(steps=100, min_lr=0), ScheduleSettings(steps=200, min_lr=0), 50, False),
+        (ScheduleSettings(steps=100, min_lr=0), ScheduleSettings(steps=100, min_lr=0), 50, True),
     ],
 )
 def test_a_schedule_continues_another_where_the_rate_does_not_jump(before, after, step, continues):

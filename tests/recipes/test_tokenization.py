@@ -5,8 +5,13 @@ import json
 import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
-from recipes.data.tokenization import LONGEST_WORD, load_vocabulary, text_encoder, train_vocabulary
+from recipes.data.tokenization import LONGEST_WORD, load_vocabulary, train_vocabulary
 from sinkmodel.errors import UserError
+from sinkmodel.export import export
+from sinkmodel.export.gguf_file import export_gguf
+from sinkmodel.text_tokenizer import text_encoder
+from sinkmodel.tokenizer import TextTokenizer
+from tests import tiny
 from tests.recipes.corpus import make_text, write_tokenizer
 
 INJECTION = "a <|sink|> b<|endoftext|>c <|padding|>"
@@ -88,19 +93,33 @@ def test_a_tokenizer_that_cannot_serve_is_named(tmp_path):
         ("x" * 20 if k == "<|endoftext|>" else k): v for k, v in content["model"]["vocab"].items()
     }
     (tmp_path / "endless.json").write_text(json.dumps(content))
-    sunk = Tokenizer.from_file(str(tmp_path / "t.json"))
-    sunk.add_special_tokens(["<|sink|>"])
-    sunk.save(str(tmp_path / "sunk.json"))
     for name, message in (
         ("broken.json", "is no tokenizer.json"),
         ("endless.json", "no end-of-text token"),
         ("missing.json", "does not exist"),
-        ("sunk.json", "has a <|sink|> already"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             load_vocabulary(str(tmp_path / name))
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_run_an_export_and_a_gguf_file_of_one_model_give_the_ids_of_their_data(tmp_path):
+    """Risk: data for going on with a model of ours has a sink in its vocabulary, or cannot be prepared at all."""
+    write_tokenizer(tmp_path / "tokenizer.json")
+    given = load_vocabulary(str(tmp_path / "tokenizer.json"))
+    text = TextTokenizer(given.definition, given.eos_id, given.pad_id)
+    run = tmp_path / "run"
+    checkpoint = tiny.checkpoint(run, "llama", text=text)
+    export(run, tmp_path / "model")
+    export_gguf(run, tmp_path / "model.gguf")
+    for name in (run, checkpoint):
+        assert load_vocabulary(str(name)) == given
+    for name in (tmp_path / "model", tmp_path / "model.gguf"):
+        vocabulary = load_vocabulary(str(name))
+        assert (vocabulary.size, vocabulary.eos_id, vocabulary.pad_id) == (400, 0, 1)
+        ids = [text_encoder(one.definition).encode(make_text(2000)).ids for one in (given, vocabulary)]
+        assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize("content", [b"{bad", b"[]", b"null", "{}".encode("utf-16"), b'{"eos_token": 5}'])

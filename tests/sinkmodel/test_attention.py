@@ -10,8 +10,10 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from sinkmodel import attention
 from sinkmodel.attention import CAUSAL, attend, causal_attention, sink_attention_forward
+from sinkmodel.errors import UserError
 from sinkmodel.models import build_model
 from tests import tiny
+from tests.models import build, tokens
 
 B, H, D, SCALE = 2, 4, 8, 0.4
 LENGTHS = [
@@ -68,6 +70,60 @@ def test_a_mask_is_refused():
     model.set_attn_implementation(CAUSAL)
     with pytest.raises(ValueError, match="takes no mask"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.zeros(1, 1, 4, 4))
+
+
+ASKED = {  # what architectures pass to their attention, and whether it may pass
+    "sliding_window": ((None, 12, 40), (11, 1)),
+    "softcap": ((None,), (50.0, torch.tensor(30.0))),
+    "s_aux": ((None,), (torch.zeros(H),)),
+    "position_bias": ((None,), (torch.zeros(1, H, 12, 12),)),
+    "indices": ((None, False), (torch.zeros(B, 12, 4),)),
+    "position_ids": ((None, torch.arange(12)[None]), ()),
+    "is_causal": ((None, True), ()),
+    "output_attentions": ((None, False, True), ()),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_causal_attention_ignores_no_request_of_an_architecture(name):
+    """Risk: a model with a window, soft-capping or sinks of its own is trained as another model, without a word."""
+    module = SimpleNamespace(config=SimpleNamespace(model_type="gemma2"), is_causal=True)
+    q, k, v = (torch.randn(B, H, 12, D, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    plain, _ = causal_attention(module, q, k, v, None, scaling=SCALE)
+    harmless, asked = ASKED[name]
+    for x in harmless:
+        assert torch.equal(causal_attention(module, q, k, v, None, scaling=SCALE, **{name: x})[0], plain)
+    for x in asked:
+        with pytest.raises(UserError, match=f"gemma2.*{name.replace('_', '.')}.*;"):
+            causal_attention(module, q, k, v, None, scaling=SCALE, **{name: x})
+
+
+def test_causal_attention_is_for_decoders_and_keeps_scale_and_dropout():
+    """Risk: an encoder's tokens are cut off from those after them; a model's own scale or dropout is lost."""
+    module = SimpleNamespace(config=SimpleNamespace(model_type="bert"), is_causal=False)
+    q, k, v = (torch.randn(B, H, 12, D, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    with pytest.raises(UserError, match="bert.*keys after the query"):
+        causal_attention(module, q, k, v, None)
+    module.is_causal = True
+    expected = written_out(q, k, v, torch.full((B, H, 12), -torch.inf), lower(12, 12), 0.7).transpose(1, 2)
+    torch.testing.assert_close(
+        causal_attention(module, q, k, v, None, scaling=0.7)[0].double(), expected, atol=1e-5, rtol=0
+    )
+    ones = torch.ones_like(v)
+    assert (causal_attention(module, q, k, ones, None, dropout=0.5)[0] - 1).abs().max() > 0.1
+
+
+def test_with_a_window_as_wide_as_the_row_the_body_compiles_to_one_graph():
+    """Risk: looking at what is asked for breaks the graph of a compiled body, and with it the speed of training."""
+    model = build("mistral", sliding_window=40)
+    model.set_attn_implementation(CAUSAL)
+    ids = torch.tensor([tokens(40)])
+    expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    torch.compiler.reset()
+    compiled = torch.compile(model.base_model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).last_hidden_state, expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="mistral.*window of 40 .*at most 40"):
+        model.base_model(input_ids=torch.tensor([tokens(41)]), use_cache=False)
 
 
 # --------------------------------------------------------------------------------------------- a sink in the softmax

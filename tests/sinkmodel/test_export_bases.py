@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from sinkmodel.bases import MULTIPLE, Base, generation_of, make_room
+from sinkmodel.bases import MULTIPLE, Base, generation_of, grow
 from sinkmodel.checkpoint import read_checkpoint
 from sinkmodel.export import export, main
 from sinkmodel.export.folder import words_of_transformers_4
@@ -299,7 +299,7 @@ def test_a_run_that_started_from_nothing_says_nothing_of_a_base(tmp_path):
 def test_the_row_of_the_sink_is_not_that_of_the_head(tmp_path):
     """Risk: an untied head that grew keeps random rows, so that the sink becomes likely."""
     model = build("llama", vocab_size=tiny.tokenizer().vocabulary)
-    make_room(model, tiny.tokenizer().vocabulary, 1)
+    grow(model, tiny.tokenizer().vocabulary, 1)
     folder = export(tiny.checkpoint(tmp_path / "run", model=model, base=BASE), tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert len(loaded.lm_head.weight) == loaded.config.vocab_size == 320

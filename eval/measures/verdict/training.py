@@ -32,8 +32,15 @@ SIZES = {
 
 
 def said_by(loaded: LoadedModel) -> Said:
-    """Its `shape`, and its provenance, where it has one."""
-    return {**provenance_of(loaded.name), "shape": shape_of(loaded.model.config)}
+    """Its `shape`, the `weights` as a fingerprint (in fp32 only), and its provenance, if it has one."""
+    import torch
+
+    from sinkmodel.bases import weights_fingerprint
+    from sinkmodel.provenance import read_provenance
+
+    in_full = loaded.model.dtype == torch.float32
+    weights = {"weights": weights_fingerprint(loaded.model)} if in_full else {}
+    return {**read_provenance(loaded.name), "shape": shape_of(loaded.model.config), **weights}
 
 
 def shape_of(config: Any) -> dict[str, Any]:
@@ -46,29 +53,11 @@ def shape_of(config: Any) -> dict[str, Any]:
     return {**shape, "model type": config.model_type.removeprefix("sink_")}
 
 
-def provenance_of(name: str) -> dict[str, Any]:
-    """The provenance that sink-pretrain wrote, with `step` and `tokens`: of a run, a checkpoint or an exported folder.
-
-    Empty for a model from elsewhere.
-    """
-    from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
-    from sinkmodel.export import PROVENANCE
-    from sinkmodel.files import read_json
-
-    path = Path(name)
-    if (path / PROVENANCE).is_file():
-        said = read_json(path / PROVENANCE)
-        if not isinstance(said, dict):
-            raise UserError(f"{path / PROVENANCE} is not a JSON object; export the model again")
-        return said
-    if (path / "checkpoints").is_dir() or path.suffix == ".ckpt":
-        recipe = Recipe.from_dict(read_checkpoint(find_checkpoint(path))["recipe"])
-        return {"step": recipe.step, "tokens": recipe.tokens, **recipe.provenance}
-    return {}
-
-
 def not_twins(one: Said, other: Said) -> list[str]:
-    """In which ways two models are no twins, in words."""
+    """In which ways two models are no twins, in words. The first may have been made of the other, its base."""
+    if one.get("parts", "all") != "all":
+        same = other.get("weights") in (None, one["base"]["fingerprint"])
+        return [] if same else [f"the first has a trained sink on another base, {one['base']['name']}"]
     ways = _trained_unlike(one, other)
     seeds = _seed(one), _seed(other)
     return ways if None in seeds or seeds[0] == seeds[1] else [*ways, "another seed"]
@@ -101,6 +90,7 @@ def _trained_unlike(one: Said, other: Said) -> list[str]:
     asked = {
         "other training data": lambda said: said["data"]["fingerprint"],
         "another number of steps": lambda said: said["step"],
+        "another model to start from": lambda said: said["base"]["fingerprint"],
     }
     told = []
     for what, ask in asked.items():

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="NAME",
-        help="its twin without one, or several, in the same order",
+        help="its twin without one, or several, in the same order; or one for all, the model that they started from",
     )
     add_text_argument(parser, "--texts")
     parser.add_argument(
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     check_output("--json", options.json)
     from eval.measures.verdict.paired import Question, answered, measure
 
-    names = list(zip(options.sink, options.vanilla))
+    names = _pairs(options)
     sides, texts, documents, said = _look(options, names)
     warnings = _warnings(options, said, texts, documents)
     for warning in warnings:
@@ -177,8 +177,14 @@ def _level(text: str) -> float:
 # ------------------------------------------------------------------------------------------------------ what is checked
 
 
+def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """The names of twins. One vanilla model is the twin of all, as runs that train a sink alone share their base."""
+    one_for_all = len(options.vanilla) == 1
+    return list(zip(options.sink, options.vanilla * len(options.sink) if one_for_all else options.vanilla))
+
+
 def _check_names(sinks: Sequence[str], vanillas: Sequence[str]) -> None:
-    if len(sinks) != len(vanillas):
+    if len(vanillas) not in (1, len(sinks)):
         raise UserError(
             f"--sink has {len(sinks)} models and --vanilla has {len(vanillas)}; give pairs of twins in the same order"
         )
@@ -278,7 +284,7 @@ def _warnings(
 
     sinks, vanillas = ({name: said[name] for name in names} for names in (options.sink, options.vanilla))
     warnings = []
-    for sink, vanilla in zip(sinks, vanillas):
+    for sink, vanilla in _pairs(options):
         if ways := not_twins(said[sink], said[vanilla]):
             warnings.append(f"{sink} and {vanilla} are no twins: {', '.join(ways)}")
     return [*warnings, *not_seeds(sinks), *not_seeds(vanillas), *in_training(sinks | vanillas, texts, documents)]

@@ -91,7 +91,8 @@ class Health(Callback):
     def stop_if_weights_are_not_finite(self, pl_module: LightningModule) -> None:
         """A checkpoint of them would be no good one. Waits for the device; all ranks stop where one must."""
         step = pl_module.trainer.global_step
-        finite = torch.stack([_local(parameter).isfinite().all() for parameter in pl_module.parameters()]).all()
+        trained = [_local(parameter) for parameter in pl_module.parameters() if parameter.requires_grad]
+        finite = torch.stack([part.isfinite().all() for part in trained]).all()
         if pl_module.trainer.strategy.reduce(finite.float(), reduce_op="sum") != pl_module.trainer.world_size:
             self.stop(f"the weights behind step {step} are not finite", step)
 

@@ -77,7 +77,7 @@ class Metrics(Callback):
             "loss": loss,
             "ppl": ppl(loss),
             "twin_loss": twin_loss,
-            "lr": pl_module.schedule.lr(step - 1, pl_module.optimizer_settings.lr),
+            "lr": pl_module.schedule.lr(step - 1, pl_module.optimizer_settings.peak),
             "grad_norm": grad_norm,
             "sink_share": share,
             "sink_heads": heads,

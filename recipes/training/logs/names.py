@@ -11,6 +11,10 @@ from recipes.training.folder import FREE_GROUPS, FREE_TO_CHANGE
 from recipes.training.settings import PretrainConfig
 from sinkmodel.sinks import SinkConfig
 
+OF_A_BASE = {  # keys of a model that exists, and what they are without one
+    **dict.fromkeys(("step", "model.start_from", "model.sink_row", "data.skip", "optimizer.start_from")),
+    "training.parts": "all",
+}
 WHERE = 24  # letters of a data folder's name; wandb takes 64 for a tag
 
 
@@ -28,7 +32,9 @@ def group_of(config: PretrainConfig, fingerprint: str) -> str:
     deciding = {
         key: value
         for key, value in flatten(config).items()
-        if key not in FREE_TO_CHANGE and not key.startswith((*FREE_GROUPS, "sink."))
+        if key not in FREE_TO_CHANGE
+        and not key.startswith((*FREE_GROUPS, "sink."))
+        and not (key in OF_A_BASE and OF_A_BASE[key] == value)  # so that runs of earlier versions stay in their groups
     }
     digest = hashlib.sha256(json.dumps([fingerprint, deciding], sort_keys=True).encode()).hexdigest()
     return f"{_shape(config)}-{_data(config)}-{digest[:8]}"

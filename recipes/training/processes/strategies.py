@@ -167,6 +167,7 @@ class WholeDeepSpeed(DeepSpeedStrategy):
         return self._whole(
             (name, functools.partial(torch.Tensor.detach if self.zero_stage == 0 else safe_get_full_fp32_param, p))
             for name, p in self.lightning_module.named_parameters(remove_duplicate=False)
+            if p.requires_grad
         )
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -198,6 +199,8 @@ class WholeDeepSpeed(DeepSpeedStrategy):
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, parameter in self.lightning_module.named_parameters():
+            if not parameter.requires_grad:  # frozen: as the base has it
+                continue
             value = weights[name].to(self.root_device, torch.float32)
             if self.zero_stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):

@@ -1,0 +1,233 @@
+"""What a run starts from: random weights of a shape, or a model that exists and its place for a sink."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from recipes.data.shards import TokenSplit
+from recipes.training.inputs import vocabulary_rows
+from recipes.training.memory import refuse_too_little_memory
+from recipes.training.settings import ModelSettings, PretrainConfig
+from sinkmodel.bases import Base, SinkEmbedding, freeze, grow, start_rows
+from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
+from sinkmodel.errors import UserError
+from sinkmodel.loading import LoadedModel, load_base
+from sinkmodel.models import build_model
+from sinkmodel.provenance import read_provenance
+from sinkmodel.shapes import ModelShape
+from sinkmodel.sinks import IN_SOFTMAX, is_ours, kind_of, sink_ids_of, write_sink
+from sinkmodel.text_tokenizer import same_tokenizer
+from sinkmodel.tokenizer import TextTokenizer
+from sinkmodel.tokenizer_loading import load_text_tokenizer
+from sinkmodel.trainable import check_trainable, silence_dropout
+
+UNKNOWN_LR, ROW_LR = 5e-5, 2e-2  # of a base that states no rate, and of the sink's row alone
+
+
+@dataclass(frozen=True)
+class OpenBase:
+    """The model in `model.start_from`, as it was loaded."""
+
+    loaded: LoadedModel
+    text: TextTokenizer
+    record: Base
+    provenance: Mapping[str, Any]  # of a run of ours or its export; else empty
+
+    @property
+    def ours(self) -> bool:
+        return is_ours(self.loaded.model.config)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model of a run before its first step.
+
+    Args:
+        text: the tokenizer of the data, with what the base's tokenizer adds to it.
+        front: ids in front of every row: the sinks, or what a vanilla model has had there.
+        base: None for a model with random weights.
+        embedding: of a frozen model, with the rows that are trained.
+    """
+
+    model: PreTrainedModel
+    text: TextTokenizer
+    front: list[int]
+    base: Base | None = None
+    embedding: SinkEmbedding | None = None
+
+
+def open_base(config: PretrainConfig) -> OpenBase | None:
+    """Load `model.start_from`; None without one.
+
+    Raises UserError if there is no such model, too little memory for it, or training cannot compute it.
+    """
+    name = config.model.start_from
+    if name is None:
+        return None
+    refuse_too_little_memory(name, config.step, config.training.parts)
+    loaded, record = load_base(name, config.step)
+    check_trainable(loaded.model, name, config.data.sequence)
+    silence_dropout(loaded.model)
+    return OpenBase(loaded, load_text_tokenizer(name), record, read_provenance(name, config.step))
+
+
+def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> PretrainConfig:
+    """The config with all that depends on the base decided: shape, learning rate, rows to skip.
+
+    Raises UserError for keys that contradict the base.
+    """
+    if base is None:
+        return config
+    lr = config.optimizer.lr or _last_rate(base) if config.training.parts == "all" else config.optimizer.lr or ROW_LR
+    lr = lr or UNKNOWN_LR
+    min_lr = lr / 10 if config.schedule.min_lr is None else config.schedule.min_lr
+    skip = _rows_read(config, base, train) if config.data.skip is None else config.data.skip
+    settled = replace(
+        config,
+        step=base.record.step,  # also if it was not given: the run in model.start_from may be trained further
+        model=_shape_of(config.model, base),
+        optimizer=replace(config.optimizer, lr=lr),
+        schedule=replace(config.schedule, min_lr=min_lr),
+        data=replace(config.data, skip=skip),
+    )
+    settled.check_positions()
+    return settled
+
+
+def build_start(config: PretrainConfig, base: OpenBase | None, text: TextTokenizer) -> Start:
+    """The model in fp32 on the CPU, a function of config, base and tokenizer alone: twins start equal.
+
+    Raises UserError if the data was prepared with another tokenizer than the base's, or if the sinks do not fit it.
+    """
+    sink, sink_ids = config.sink, config.sink.ids(text.vocabulary)
+    if base is None:
+        model = build_model(config.model, vocabulary_rows(config, text.vocabulary), config.seed, sink)
+        write_sink(model.config, sink, sink_ids)
+        return Start(model, text, sink_ids)
+    model = base.loaded.model.train()
+    if difference := same_tokenizer(text, base.text):
+        raise UserError(
+            f"{config.data.path} was prepared with another tokenizer than that of {base.record.name}: {difference}; "
+            f"prepare it with --tokenizer {base.record.name}"
+        )
+    _check_sink(config, base, text)
+    text = replace(text, chat_template=base.text.chat_template)
+    before = [] if base.ours else base.loaded.sink_ids
+    grow(model, text.vocabulary, max(1, sink.tokens))  # a vanilla model too, so that twins have one shape
+    if sink.kind == "token" and not (base.ours and kind_of(model.config) == "token"):
+        start_rows(model, text.vocabulary, sink.tokens, config.model.sink_row, before, config.seed)
+    embedding = freeze(model, config.training.parts, text.vocabulary, sink.tokens)
+    if sink.kind == "none" and before:
+        return Start(model, replace(text, front=tuple(before)), before, base.record, embedding)
+    write_sink(model.config, sink, sink_ids)
+    return Start(model, text, sink_ids, base.record, embedding)
+
+
+def _check_sink(config: PretrainConfig, base: OpenBase, text: TextTokenizer) -> None:
+    """UserError if the base has another sink, which it cannot lose, or would need one in its softmax."""
+    have, want = kind_of(base.loaded.model.config), config.sink.kind
+    ids, wanted = sink_ids_of(base.loaded.model.config), config.sink.ids(text.vocabulary)
+    name = base.record.name
+    if have != want and (have != "none" or want in IN_SOFTMAX):
+        raise UserError(
+            f"{name} has a sink of kind {have}, this run has sink.kind {want}; a model that exists can only get sinks "
+            f"of kind token, and keeps what it has: set sink.kind to {'token' if have == 'none' else have}"
+        )
+    if have == "token" and ids != wanted:
+        raise UserError(f"{name} has {len(ids)} sinks, this run has {len(wanted)}; set sink.count to {len(ids)}")
+    if have == "token" and config.model.sink_row is not None:
+        raise UserError(f"{name} has a sink that is trained already, which goes on; leave model.sink_row out")
+
+
+# ----------------------------------------------------------------------------------------------- what a base decides
+
+
+def _shape_of(asked: ModelSettings, base: OpenBase) -> ModelSettings:
+    """The base's shape, as far as the config of its architecture gives it. UserError if another one was asked for."""
+    config = base.loaded.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    heads = config.num_attention_heads
+    found = {
+        "architecture": config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "ffn": config.intermediate_size,
+        "positions": config.max_position_embeddings,
+        "rotary_pct": rope.get("partial_rotary_factor", 1.0),
+        "rope_theta": rope.get("rope_theta", asked.rope_theta),
+        "tie_embeddings": bool(base.loaded.model.config.tie_word_embeddings),
+    }
+    for field in fields(ModelShape):
+        value = getattr(asked, field.name)
+        if field.name in found and value not in (field.default, found[field.name]):
+            raise UserError(
+                f"model.{field.name} is {value}, but {base.record.name} has {found[field.name]}; leave out what the "
+                "model in model.start_from decides"
+            )
+    if asked.vocabulary is not None:
+        raise UserError("model.vocabulary is decided by the model in model.start_from; leave it out")
+    return replace(asked, **found)
+
+
+def _last_rate(base: OpenBase) -> float | None:
+    """The learning rate of the last step of a run of ours; None if it is not known, or 0."""
+    from recipes.training.schedule import ScheduleSettings
+
+    try:
+        run = base.provenance["config"]
+        return ScheduleSettings(**run["schedule"]).lr(base.provenance["step"] - 1, run["optimizer"]["lr"]) or None
+    except (LookupError, TypeError):
+        return None
+
+
+def _rows_read(config: PretrainConfig, base: OpenBase, train: TokenSplit) -> int:
+    """Rows of this data, in this order, that the base has been trained on."""
+    try:
+        run, data = base.provenance["config"], base.provenance["data"]
+        same = data["fingerprint"] == train.fingerprint and run["seed"] == config.seed
+        same = same and all(run["data"][key] == getattr(config.data, key) for key in ("sequence", "shuffle"))
+        rows = base.provenance["step"] * (run["training"]["batch_tokens"] // run["data"]["sequence"])
+        return rows + (run["data"].get("skip") or 0) if same else 0
+    except (LookupError, TypeError):
+        return 0
+
+
+def moments_of(config: PretrainConfig, model: torch.nn.Module) -> dict[int, dict[str, torch.Tensor]] | None:
+    """The optimiser's state in `optimizer.start_from`, by the number of the parameter; None if there is none to take.
+
+    Raises UserError if it belongs to other parameters than those that are trained here.
+    """
+    from recipes.training.optimizer import parameter_groups
+
+    name = config.optimizer.start_from
+    if name is None:
+        return None
+    path = Path(name)
+    file = find_checkpoint(path, None if path.is_file() else config.step)
+    state = read_checkpoint(file).get("optimizer_states", [{}])[0].get("state", {})
+    trained = [parameter for group in parameter_groups(model, 0.0) for parameter in group["params"]]
+    shapes = {number: tuple(parameter.shape) for number, parameter in enumerate(trained)}
+    if {number: tuple(one["exp_avg"].shape) for number, one in state.items()} != shapes:
+        raise UserError(
+            f"optimizer.start_from: {file} has moments of other parameters than this run trains; leave it out, or give "
+            "the checkpoint that model.start_from was made from"
+        )
+    return state
+
+
+def check_unchanged(base: OpenBase | None, checkpoint: Path) -> None:
+    """UserError if the run of `checkpoint` started from another base, or from none."""
+    from sinkmodel.loading import check_base
+
+    before = Recipe.from_dict(read_checkpoint(checkpoint)["recipe"]).base
+    if base is not None and before is not None:
+        check_base(before, base.record, str(checkpoint))

@@ -1,0 +1,80 @@
+"""Whether a model fits into the memory of this machine, before it is loaded."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
+from sinkmodel.errors import UserError
+from sinkmodel.names import find_model
+
+GROUPS = Path("/sys/fs/cgroup")
+CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+)
+BYTES = {"all": 16, "sink": 4, "sink+norms": 4}  # a parameter: weight in fp32; trained also gradient and two moments
+
+
+def refuse_too_little_memory(name: str, step: int | None, parts: str) -> None:
+    """UserError if the weights in `name`, and what training `parts` of them needs, are more than what is free."""
+    count, free = parameters_of(name, step), available_memory()
+    if count is not None and free is not None and count * BYTES[parts] > free:
+        raise UserError(
+            f"{name} has {count:,} parameters; to train {parts} of them takes {count * BYTES[parts] / 1e9:.1f} GB of "
+            f"memory and activations on top, and {free / 1e9:.1f} GB are free; take a smaller model or a larger machine"
+            + ("" if parts != "all" else ", or train less (training.parts sink)")
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still have: of the machine, and of the control group that a job runs in."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(1024 * int(line.split()[1]))
+    except (OSError, ValueError):
+        pass
+    for limit, used, cached in CONTROL_GROUPS:
+        try:
+            about = dict(line.split() for line in (GROUPS / "memory.stat").read_text(encoding="ascii").splitlines())
+            in_use = int((GROUPS / used).read_text(encoding="ascii")) - int(
+                about[cached]
+            )  # the cache of files is given back
+            found.append(int((GROUPS / limit).read_text(encoding="ascii")) - in_use)
+        except (OSError, ValueError, KeyError):  # another version, or no limit: "max"
+            continue
+    return min(found, default=None)
+
+
+def parameters_of(name: str, step: int | None = None) -> int | None:
+    """How many parameters a model has, from the headers of its files; None if that is not known before it is loaded."""
+    kind, path = find_model(name)
+    if kind in ("run", "file") and (kind == "run" or path.suffix == ".ckpt"):
+        content = read_checkpoint(find_checkpoint(path, step))
+        recipe = Recipe.from_dict(content["recipe"])
+        if recipe.parts != "all" and recipe.base is not None:
+            return parameters_of(recipe.base.name, recipe.base.step)
+        return sum(value.numel() for value in content["state_dict"].values())
+    if kind == "folder":
+        return sum(map(_numbers_in, path.glob("*.safetensors"))) or None
+    if kind == "gguf":
+        try:
+            from gguf import GGUFReader
+
+            return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+        except Exception:  # no such package, or a damaged file: loading explains it
+            return None
+    return None
+
+
+def _numbers_in(path: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as weights:
+            return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):  # loading explains it
+        return 0

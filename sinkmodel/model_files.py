@@ -1,0 +1,147 @@
+"""Models and tokenizers that other programs wrote: a folder or a Hub repository of transformers, a GGUF file.
+
+Files from strangers are data (design, decision 11): weights are read as safetensors or GGUF, and code that comes with a
+model is never run. `loading` reads models of any kind through this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sinkmodel.bounds import inside
+from sinkmodel.errors import UserError, first_line
+from sinkmodel.files import read_json
+from sinkmodel.sinks import SinkConfig, check_record, write_sink
+
+
+def refuse_names_outside(folder: Path) -> None:
+    """Raises UserError where a model folder names weights or a tokenizer elsewhere: transformers would open them."""
+    for path in (*folder.rglob("*.index.json"), *folder.glob("tokenizer_config.json")):
+        content = read_json(path)
+        if isinstance(content, dict):
+            weights, tokenizers = content.get("weight_map"), content.get("fast_tokenizer_files")
+            for name in (
+                *(dict.fromkeys(weights.values()) if isinstance(weights, dict) else ()),
+                *(tokenizers if isinstance(tokenizers, list) else ()),
+            ):
+                inside(folder, name, path)
+
+
+def check_gguf_packages(path: Path) -> None:
+    """UserError if a package is missing with which transformers reads a GGUF file."""
+    for package in ("gguf", "accelerate"):  # transformers asks for them one after the other, in long words
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise UserError(
+                f"reading {path.name} needs the package {package}; install it with: pip install 'sinkmodel[gguf]'"
+            ) from None
+
+
+def from_gguf(path: Path) -> tuple[Any, Any]:
+    check_gguf_packages(path)
+    _refuse_what_transformers_ignores(path)
+    model, tokenizer = from_transformers(str(path.parent), gguf_file=path.name)
+    # The weights are in fp32 now. A checkpoint or a folder of this model shall not say that they are quantised.
+    for place, names in (
+        (model.config, ("quantization_config", "_is_quantized")),
+        (model, ("is_quantized", "quantization_method", "hf_quantizer")),
+    ):
+        for attribute in names:
+            vars(place).pop(attribute, None)
+    sink = SinkConfig("token")
+    if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
+        write_sink(model.config, sink, [tokenizer.bos_token_id])
+    return model, tokenizer
+
+
+def _refuse_what_transformers_ignores(path: Path) -> None:
+    """UserError for a GGUF file of a model that transformers would load without a word, and compute in another way."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        scalings = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
+        tensors = {tensor.name for tensor in reader.tensors}
+        (kind,) = [field.contents() for name, field in reader.fields.items() if name == "general.architecture"]
+    except Exception:  # of a damaged file: anything; transformers says what is wrong
+        return
+    reason = None
+    if "rope_freqs.weight" in tensors or any(scaling != "none" for scaling in scalings):
+        reason = "it scales its rotary positions"
+    elif kind == "llama" and any(name.endswith(("attn_q.bias", "ffn_up.bias")) for name in tensors):
+        reason = "its projections have biases"
+    if reason is not None:
+        raise UserError(
+            f"{path} cannot be read with the right numbers: {reason}, and transformers leaves that out of a GGUF file; "
+            "give the model folder that the file was made from"
+        )
+
+
+def from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
+    if "gguf_file" in where:
+        needs = "a whole file of an architecture that it reads from GGUF (of ours llama, not gpt_neox)"
+    else:
+        needs = "a config.json that it knows and complete .safetensors weights"
+    with contextlib.nullcontext() if not where.keys() - {"use_safetensors"} else _quiet():  # the Hub may take long
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
+            )
+        except Exception as error:  # of a damaged file: anything, from OSError to struct.error
+            raise UserError(
+                f"{label} cannot be loaded as a causal language model: {first_line(error)}; "
+                f"transformers needs {needs}, so copy or export it again"
+            ) from None
+        missing = sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", [])]
+        if missing:
+            raise UserError(
+                f"{label}: the weights lack {len(missing)} tensors of the model in the config, {missing[0]} the "
+                "first; copy or export it again"
+            )
+    tokenizer = tokenizer_at(name, **{key: where[key] for key in ("gguf_file", "local_files_only") if key in where})
+    try:
+        check_record(model.config)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from None
+    return model, tokenizer
+
+
+def tokenizer_at(name: str, **where: Any) -> Any:
+    """The tokenizer of a model folder, of a GGUF file (`gguf_file` in the folder `name`) or of a Hub repository."""
+    from transformers import AutoTokenizer
+
+    label = os.path.join(name, where["gguf_file"]) if "gguf_file" in where else name
+    with _quiet() if where else contextlib.nullcontext():  # the Hub may take long
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        except Exception as error:
+            remedy = "put its tokenizer.json and tokenizer_config.json beside the weights"
+            if "gguf_file" in where:
+                remedy = "copy or export it again"
+            raise UserError(f"{label} has no tokenizer that can be read: {first_line(error)}; {remedy}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no advice of transformers on our screen; its settings are put back afterwards."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that no setting takes away
+            yield
+    finally:
+        logging.set_verbosity(level)

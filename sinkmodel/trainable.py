@@ -1,0 +1,172 @@
+"""Which models the training path carries: refused by name from the config, or after a trial on the model itself.
+
+    check_trainable(model, "org/name")    # raises UserError; the model is as it was
+    silence_dropout(model)
+
+Training runs the decoder's body on whole rows with an attention that has no mask (`sinkmodel.attention.CAUSAL`), and
+takes the loss from its last hidden states and the weight and bias of the output projection. Whether this is what the
+model itself computes is found out by computing both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sinkmodel.attention import CAUSAL
+from sinkmodel.cache.families import check_config, own_window
+from sinkmodel.errors import UserError, first_line, not_finite
+from sinkmodel.maps import set_attention, watch
+from sinkmodel.rope import rotary_of
+
+TRIAL_TOKENS = 16
+TOLERANCE = 1e-4  # relative
+COARSE = 0.05  # of another attention in half precision; a wrong one is off by far more
+REMEDY = "start from a dense decoder with RoPE, such as Llama, Mistral, Qwen3 or GPT-NeoX"
+
+
+def check_trainable(model: PreTrainedModel, name: str, sequence: int = TRIAL_TOKENS) -> None:
+    """Whether training computes the loss of this model, and what it trains can be streamed.
+
+    Runs the model a few times on one row of at most 16 tokens, without gradients. The model is as it was afterwards.
+
+    Args:
+        model: a causal language model of transformers, with its own output projection.
+        name: what the user called it; stands in the message.
+        sequence: tokens of a row of training.
+
+    Raises:
+        UserError: the model is an encoder, has positions that are not RoPE, layers without keys, experts, quantised
+            weights or a window narrower than a row, or it computes its logits in another way.
+    """
+    try:
+        _check_by_config(model, sequence)
+        with _as_it_was(model):
+            _check_by_trial(model, min(TRIAL_TOKENS, sequence))
+    except UserError as error:
+        raise UserError(f"training cannot start from {name}: {error}") from None
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0, in its modules and its configs: training then draws no random number.
+
+    So a run that is resumed needs no random state to be exact (design, decision 5). The dropout of a classifier that
+    others may put on top stays in the config.
+    """
+    configs = [
+        module.config for module in model.modules() if isinstance(getattr(module, "config", None), PretrainedConfig)
+    ]
+    configs += [part for config in configs for part in vars(config).values() if isinstance(part, PretrainedConfig)]
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    for holder in (*model.modules(), *configs):
+        for key, value in list(vars(holder).items()):
+            if isinstance(value, float) and "drop" in key and not key.startswith(("classifier", "summary")):
+                setattr(holder, key, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def _check_by_config(model: PreTrainedModel, sequence: int) -> None:
+    config, kind, head = model.config.get_text_config(), model.config.model_type, model.get_output_embeddings()
+    with _or_another():
+        for part in (model.config, config):
+            check_config(part, slots=1, text=False)
+        if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+            raise UserError(f"model type {kind!r} is an encoder: its tokens see those after them")
+        if experts := _experts(config.to_dict()):
+            raise UserError(
+                f"model type {kind!r} is a mixture of experts ({experts}), and the loss that balances its router is "
+                "not part of training here"
+            )
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"model type {kind!r} has no linear output projection")
+    window = own_window(config)
+    if window is not None and window < sequence:
+        raise UserError(
+            f"model type {kind!r} has a window of {window} tokens of its own, narrower than rows of {sequence}; "
+            f"train on rows of at most {window}"
+        )
+    method = getattr(model.config, "quantization_config", None)
+    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+    method = getattr(method, "value", method)
+    whole = all(p.is_floating_point() and p.element_size() > 1 for p in model.parameters())
+    if method not in (None, "gguf") or not whole:  # transformers reads GGUF into whole weights
+        raise UserError(
+            f"its weights are quantised ({method or 'not floating point'}) and cannot be trained; "
+            "start from the model that was quantised, in float32 or bfloat16"
+        )
+
+
+def _experts(config: dict[str, Any]) -> str | None:
+    """The key and value by which a config declares a mixture of experts; None for a dense model."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (found := _experts(value)):
+            return found
+        if value and str(key).endswith(("experts", "router_aux_loss_coef")):
+            return f"{key} {value}"
+    return None
+
+
+@torch.no_grad()
+def _check_by_trial(model: PreTrainedModel, tokens: int) -> None:
+    kind, head = model.config.model_type, model.get_output_embeddings()
+    rows = model.get_input_embeddings().num_embeddings
+    ids_1T = (torch.arange(1, tokens + 1, device=model.device) * 7 % rows).unsqueeze(0)
+    try:
+        set_attention(model, "eager")
+        logits_1TV = model(input_ids=ids_1T, use_cache=False).logits
+        body_1TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+        set_attention(model, CAUSAL)
+        hidden_1TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
+        ours_1TV = F.linear(body_1TD, head.weight, head.bias)  # the same numbers, in half precision too
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"model type {kind!r} does not run as training runs it ({first_line(error)}); {REMEDY}"
+        ) from None
+    if not logits_1TV.isfinite().all():
+        raise not_finite(model)
+    with _or_another():
+        watch(model, ids_1T, lambda seen: None)  # every layer calls the attention that it is given, once
+        rotary_of(model)
+        if not _difference(hidden_1TD, body_1TD) < (TOLERANCE if model.dtype == torch.float32 else COARSE):
+            raise UserError(f"model type {kind!r} has an attention that training does not have")
+        if not _difference(ours_1TV, logits_1TV) < TOLERANCE:
+            raise UserError(
+                f"model type {kind!r} computes its logits in a way that training does not have "
+                "(soft-capping or scaling)"
+            )
+
+
+def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
+    return ((x.float() - y.float()).norm() / y.float().norm()).item() if x.shape == y.shape else float("inf")
+
+
+@contextlib.contextmanager
+def _or_another() -> Iterator[None]:
+    """Adds a remedy to what is raised within the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {REMEDY}") from None
+
+
+@contextlib.contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model is in eval mode; afterwards its modes and its attention are what they were."""
+    attention, modes = model.config._attn_implementation, [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        set_attention(model, attention)
+        for module, training in modes:
+            module.training = training

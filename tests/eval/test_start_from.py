@@ -1,0 +1,93 @@
+"""Every question of sink-eval, and a stream, on models that got their sink after they were trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from eval.cli import main
+from sinkmodel import StreamingCache
+from sinkmodel.loading import load_model
+from tests import bases, tiny
+from tests.recipes.test_start_from import train
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return bases.save_base(tmp_path_factory.mktemp("base") / "qwen3", "qwen3", num_key_value_heads=2, head_dim=8)
+
+
+@pytest.fixture(scope="module")
+def rows(base, tmp_path_factory):
+    """Two seeds of a trained row on one base."""
+    folder = tmp_path_factory.mktemp("rows")
+    data = tiny.prepared(folder / "data")
+    more = {"training__parts": "sink", "model__sink_row": "random"}
+    return [train(data, base, folder / f"row{seed}", seed=seed, **more) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": tiny.words(60, seed=i)}) + "\n" for i in range(6)))
+    return path
+
+
+def result(tmp_path, *words: object) -> dict:
+    file = tmp_path / "result.json"
+    assert main([*map(str, words), "--json", str(file)]) in (0, 1)
+    return json.loads(file.read_text())
+
+
+def test_verify_takes_the_base_as_the_twin_of_every_row(base, rows, texts, tmp_path, capsys):
+    """Risk: a row is compared with another model than the one that it was trained on, and nobody is warned."""
+    words = ["verify", "--sink", *rows, "--text", texts, "--budget", "16", "--vanilla"]
+    content = result(tmp_path, *words, base)
+    assert [pair["vanilla"] for pair in content["pairs"]] == [str(base)] * 2
+    assert content["verdict"]["runs"] == 2
+    assert "no twins" not in capsys.readouterr().err
+    other = bases.save_base(tmp_path / "other", "qwen3", num_key_value_heads=2, head_dim=8, initializer_range=0.2)
+    result(tmp_path, *words, other)
+    assert f"no twins: the first has a trained sink on another base, {base}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("ppl", "--model", "{}", "--text", "{text}", "--budget", "16", "--policies", "dense", "window", "sink"),
+        ("sinks", "--model", "{}", "--text", "{text}", "--length", "32", "--sequences", "2"),
+        ("streameval", "--model", "{}", "--budgets", "32", "--samples", "1", "--queries", "2"),
+        ("grid", "--models", "a={}", "--text", "{text}", "--budgets", "16", "--sinks", "0", "1"),
+        ("zeroshot", "--model", "{}", "--data", "{tasks}"),
+    ],
+)
+def test_every_question_is_asked_of_a_row(rows, texts, tmp_path, words):
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    question = {"context": "one two", "continuation": " three"}
+    (tasks / "mine.jsonl").write_text(json.dumps(question) + "\n")
+    content = result(tmp_path, *(word.format(rows[0], text=texts, tasks=tasks) for word in words))
+    assert content["rows"]
+
+
+def test_a_stream_keeps_the_sink_and_generates_none(rows):
+    loaded = load_model(str(rows[0]))
+    cache = StreamingCache(loaded.model.config, budget=16)
+    prompt = loaded.tokenizer(tiny.words(10), return_tensors="pt")
+    assert prompt.input_ids[0, 0] == 300
+    ids = loaded.model.generate(
+        **prompt, past_key_values=cache, max_new_tokens=60, do_sample=True, eos_token_id=None
+    )  # fmt: skip
+    assert (ids[0] == 300).sum() == 1
+    assert cache.sinks == 1
+
+
+def test_a_base_that_is_gone_is_one_line(base, rows, texts, tmp_path, capsys):
+    hidden = shutil.move(base, tmp_path / "hidden")
+    try:
+        assert main(["ppl", "--model", str(rows[0]), "--text", str(texts), "--budget", "16"]) == 2
+    finally:
+        shutil.move(hidden, base)
+    assert "holds only what was trained on top of" in capsys.readouterr().err
