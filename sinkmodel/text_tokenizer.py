@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import RESERVED_ROWS, SinkConfig
-from sinkmodel.tokenizer import TextTokenizer, chat_template
+from sinkmodel.tokenizer import TextTokenizer, chat_template, template_without_sinks
 from sinkmodel.unused_rows import unused_name
 
 END_OF_TEXT = "<|endoftext|>"
@@ -181,8 +181,7 @@ def _strangers(template: Any) -> str | None:
     if not isinstance(template, str):
         return None
     counts = range(1, RESERVED_ROWS + 1)
-    if template in [chat_template(sink) for sink in (SinkConfig(), *(SinkConfig("token", n) for n in counts))]:
+    ours = [chat_template(sink) for sink in (SinkConfig(), *(SinkConfig("token", n) for n in counts))]
+    if template.endswith(tuple(ours)):  # a model that has `<s>` in front has it in front of ours too
         return None
-    for name in SINK_NAMES:
-        template = template.removeprefix(name)
-    return template
+    return template_without_sinks(template)

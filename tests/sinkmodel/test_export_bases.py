@@ -15,6 +15,7 @@ from sinkmodel.export import export, main
 from sinkmodel.export.folder import words_of_transformers_4
 from sinkmodel.loading import load_model, load_model_of
 from sinkmodel.sinks import SinkConfig, is_ours
+from sinkmodel.text_tokenizer import text_tokenizer_of
 from sinkmodel.tokenizer import NO_BOS, chat_template_of, load_tokenizer, template_without_sinks
 from tests import tiny
 from tests.models import build
@@ -201,6 +202,16 @@ def test_a_template_of_the_base_has_the_sinks_in_front_once(name, count):
     assert "[user] a b\n" in without
     assert template_without_sinks(chat_template_of(text, sink)) == template
     assert NO_BOS not in chat_template_of(text, SinkConfig())
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, None])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_an_export_is_a_base_again_with_the_template_that_it_came_with(tmp_path, name, count):
+    """Risk: a run that starts from an export of ours, and puts a second sink in front of each chat."""
+    template, sink = TEMPLATES.get(name), SinkConfig("token", count) if count else SinkConfig()
+    front = () if count else (1,)
+    folder = of_llama_2(tmp_path, sink, dataclasses.replace(LLAMA_2, front=front, chat_template=template))
+    assert text_tokenizer_of(AutoTokenizer.from_pretrained(folder)).chat_template == template
 
 
 # ------------------------------------------------------------------------------------------------ generation, partial

@@ -209,7 +209,7 @@ def test_no_weights_are_read(run, tmp_path, monkeypatch):
         load_text_tokenizer(str(exported))
     (tmp_path / "tokenizer.json").rename(exported / "tokenizer.json")
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    monkeypatch.setattr("sinkmodel.checkpoint.load_model_of", None)
+    monkeypatch.setattr("sinkmodel.loading.load_model_of", None)
     for name in (run, exported, file):
         assert load_text_tokenizer(str(name)).vocabulary == 300
 
