@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,7 @@ from sinkmodel.checkpoint import (
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.model_files import from_gguf, from_transformers, refuse_names_outside
 from sinkmodel.names import find_model
+from sinkmodel.provenance import read_provenance
 from sinkmodel.row_file import read_row, vocabulary_sha256
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, front_of, is_ours, write_sink
@@ -222,13 +224,21 @@ def _from_row(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def _load_again(base: Base, path: Path) -> LoadedModel:
-    """The base that `path` names. Raises UserError if it is not there, or not what it was."""
+    """The base that `path` names. Raises UserError if it is not there, not what it was, or stands on `path` itself."""
+    if path.absolute() in _OPEN.get():
+        raise UserError(f"{path} is a base of itself: it is damaged, or made to mislead; get another")
+    token = _OPEN.set((*_OPEN.get(), path.absolute()))
     try:
         loaded, now = load_base(base.name, base.step)
     except UserError as error:
         raise UserError(f"{path} holds only what was trained on top of {base.name}: {error}") from None
+    finally:
+        _OPEN.reset(token)
     check_base(base, now, str(path))
     return loaded
+
+
+_OPEN: ContextVar[tuple[Path, ...]] = ContextVar("sinkmodel_open_bases", default=())
 
 
 def _put_onto(
@@ -248,7 +258,8 @@ def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
     if kind == "run":
         step = Recipe.from_dict(read_checkpoint(find_checkpoint(path, step))["recipe"]).step
     where = str(path.absolute()) if Path(name).exists() else name
-    return loaded, Base(where, weights_fingerprint(loaded.model), step, _license_of(name))
+    passed_on = (read_provenance(name, step).get("base") or {}).get("license")  # from the base of a run of ours
+    return loaded, Base(where, weights_fingerprint(loaded.model), step, passed_on or _license_of(name))
 
 
 def check_base(wanted: Base, found: Base, where: str) -> None:

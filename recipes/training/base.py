@@ -14,7 +14,7 @@ from recipes.data.shards import TokenSplit
 from recipes.training.inputs import vocabulary_rows
 from recipes.training.memory import refuse_too_little_memory
 from recipes.training.settings import ModelSettings, PretrainConfig
-from sinkmodel.bases import Base, SinkEmbedding, freeze, grow, start_rows
+from sinkmodel.bases import Base, SinkEmbedding, freeze, generation_of, grow, start_rows
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel, load_base
@@ -53,6 +53,7 @@ class Start:
         front: ids in front of every row: the sinks, or what a vanilla model has had there.
         base: None for a model with random weights.
         embedding: of a frozen model, with the rows that are trained.
+        generation: how the base wants to be generated from; see `bases.generation_of`.
     """
 
     model: PreTrainedModel
@@ -60,6 +61,7 @@ class Start:
     front: list[int]
     base: Base | None = None
     embedding: SinkEmbedding | None = None
+    generation: dict[str, Any] | None = None
 
 
 def open_base(config: PretrainConfig) -> OpenBase | None:
@@ -110,7 +112,7 @@ def build_start(config: PretrainConfig, base: OpenBase | None, text: TextTokeniz
         model = build_model(config.model, vocabulary_rows(config, text.vocabulary), config.seed, sink)
         write_sink(model.config, sink, sink_ids)
         return Start(model, text, sink_ids)
-    model = base.loaded.model.train()
+    model, generation = base.loaded.model.train(), generation_of(base.loaded.model)
     if difference := same_tokenizer(text, base.text):
         raise UserError(
             f"{config.data.path} was prepared with another tokenizer than that of {base.record.name}: {difference}; "
@@ -124,9 +126,9 @@ def build_start(config: PretrainConfig, base: OpenBase | None, text: TextTokeniz
         start_rows(model, text.vocabulary, sink.tokens, config.model.sink_row, before, config.seed)
     embedding = freeze(model, config.training.parts, text.vocabulary, sink.tokens)
     if sink.kind == "none" and before:
-        return Start(model, replace(text, front=tuple(before)), before, base.record, embedding)
+        return Start(model, replace(text, front=tuple(before)), before, base.record, embedding, generation)
     write_sink(model.config, sink, sink_ids)
-    return Start(model, text, sink_ids, base.record, embedding)
+    return Start(model, text, sink_ids, base.record, embedding, generation)
 
 
 def _check_sink(config: PretrainConfig, base: OpenBase, text: TextTokenizer) -> None:

@@ -51,6 +51,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "training.threads",
 )
 FREE_TO_CHANGE += ("training.strategy", "training.devices", "training.micro_rows", "training.timeout")
+DEFAULTS = flatten(PretrainConfig(output="-", data=DataSettings(path="-")))  # these two have none
 FREE_GROUPS = ("checkpoints.", "logging.", "schedule.")  # of the last `starting_point` says how far
 
 
@@ -64,8 +65,7 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
     if not saved.exists():
         return
     # A run of an earlier version lacks the keys that are new; it was what they are by default.
-    defaults = flatten(PretrainConfig(output="-", data=DataSettings(path="-")))
-    before, now = defaults | flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
+    before, now = DEFAULTS | flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
     # Keys of the run itself first: `step` decides others.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
         if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS) or now.get(key) == "auto":  # decided where it runs
@@ -200,6 +200,7 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start
     provenance = {
         **({"earlier_schedules": earlier} if earlier else {}),
         "config": asdict(config),
+        "command": _command_of(config),
         "data": {
             "source": read_manifest(Path(config.data.path)).get("source"),  # files, or a data set and its commit
             "fingerprint": train.fingerprint,
@@ -212,6 +213,12 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start
         "versions": {name: version(name) for name in ("sinkmodel", "torch", "transformers", "lightning")},
     }
     return all_redacted(provenance)
+
+
+def _command_of(config: PretrainConfig) -> str:
+    """The command that makes this run anew, wherever its keys were given."""
+    values = {key: value for key, value in flatten(config).items() if DEFAULTS[key] != value}
+    return f"sink-pretrain {_options(values)}"
 
 
 def _hardware(device: str) -> str:

@@ -93,6 +93,7 @@ def pretrain(config: PretrainConfig) -> int:
                 provenance,
                 record,
                 config.training.parts,
+                begin.generation,
             ),
             head_chunk=config.training.head_chunk,
             compile_model=config.training.compile,

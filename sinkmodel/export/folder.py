@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from sinkmodel.bases import generation_of
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verify
 from sinkmodel.files import atomic_folder, json_bytes, refuse_if_occupied
 from sinkmodel.loading import load_model_of
+from sinkmodel.provenance import PROVENANCE
 from sinkmodel.sinks import IN_SOFTMAX
 from sinkmodel.tokenizer import save_tokenizer
-
-PROVENANCE = "training.json"
 
 
 def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
@@ -43,15 +41,8 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
             write_for_transformers_4(folder / "config.json")
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         save_tokenizer(folder, recipe.tokenizer, recipe.sink, positions, rows)
-        (folder / PROVENANCE).write_bytes(json_bytes({**_record(recipe), "checkpoint": file.name, **recipe.provenance}))
+        (folder / PROVENANCE).write_bytes(json_bytes({**recipe.stated(), "checkpoint": file.name}))
     return output
-
-
-def _record(recipe: Recipe) -> dict[str, Any]:
-    record: dict[str, Any] = {"step": recipe.step, "tokens": recipe.tokens}
-    if recipe.base is not None:
-        record |= {"base": asdict(recipe.base), "parts": recipe.parts}
-    return record
 
 
 def generation_config(rows: int, recipe: Recipe, of_base: dict[str, Any]) -> GenerationConfig:

