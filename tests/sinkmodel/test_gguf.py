@@ -67,7 +67,9 @@ def serve(path, exact: bool = False):
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     if exact:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    return xllamacpp.Server(params)
+    server = xllamacpp.Server(params)
+    ask(server, "/completion", prompt=[0], n_predict=1)  # one that is ended before its loop has begun never ends
+    return server
 
 
 def ask(server, path: str, **body):
