@@ -299,6 +299,8 @@ class PretrainConfig:
                 f"training.parts is {self.training.parts}, but sink.kind is {self.sink.kind}: there is no row to "
                 "train; set sink.kind to token"
             )
+        if self.model.sink_row is not None and self.sink.kind != "token":
+            raise UserError(f"model.sink_row is for sink.kind token, and sink.kind is {self.sink.kind}; leave it out")
         lr, min_lr = self.optimizer.lr, self.schedule.min_lr
         if lr is not None and min_lr is not None and not 0 <= min_lr <= lr:
             raise UserError(

@@ -293,6 +293,10 @@ WRONG = {
     "too long rows": ({"data__sequence": 256}, "longer than model.positions = 128"),
     "a step of a folder": ({"step": 3}, "is not a run folder, so it has no checkpoint of step 3"),
     "no such start": ({"model__sink_row": "zero"}, "choose mean, bos, random"),
+    "a row without a sink": (
+        {"model__sink_row": "mean", "sink__kind": "none"},
+        "model.sink_row is for sink.kind token",
+    ),
     "no bos": ({"model__sink_row": "bos"}, "has no token that stands in front"),
     "no such model": ({"model__start_from": "nowhere"}, "nowhere is no folder, no file"),
     "no such moments": ({"optimizer__start_from": "nowhere"}, "nowhere does not exist"),
