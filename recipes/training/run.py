@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig) -> int:
     config, data or run folder that do not fit each other, before anything is written.
     """
     world = find_world()
-    config = agree(lambda: resolve_device(config, world))
+    config = agree(lambda: _resolve(config, world))
     strategy = agree(lambda: resolve_strategy(config.training, world))
     if strategy != "one":
         join(world, config.training.timeout, config.training.device)
@@ -127,7 +127,7 @@ def _export(run: Path) -> str:
     return f"export with: {shell('sink-export', '--checkpoint', run, '--output', 'DIR')}"
 
 
-def resolve_device(config: PretrainConfig, world: World) -> PretrainConfig:
+def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
     """The config with device and precision decided; what the run folder keeps, so that a resume computes the same."""
     device, precision = config.training.device, config.training.precision
     if device == "cuda" and not torch.cuda.is_available():

@@ -267,6 +267,15 @@ def test_every_strategy_trains_the_row_alone(data, base, row_run, tmp_path, stra
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_1", "deepspeed_stage_3"])
+def test_every_strategy_takes_over_the_moments(data, whole, tmp_path, strategy):
+    more = {"training__strategy": strategy, "training__devices": 2, "training__micro_rows": 1, "training__timeout": 120}
+    run = tmp_path / "run"
+    assert main(arguments(data, whole, run, step=4, optimizer__start_from=whole, **more)) == 0
+    assert losses(run) == pytest.approx(losses(whole)[4:], abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
