@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from recipes.training.memory import parameters_of
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics
 from sinkmodel.export.folder import export
 from sinkmodel.loading import load_model
+from sinkmodel.provenance import read_provenance
 from sinkmodel.sinks import SinkConfig
 from tests import bases, tiny
 from tests.recipes import runs
@@ -117,6 +119,16 @@ def test_a_checkpoint_of_a_frozen_run_holds_the_row_and_names_the_base(base, row
     recipe = Recipe.from_dict(content["recipe"])
     assert (recipe.base.name, recipe.parts) == (str(base), "sink")
     assert checkpoint_steps(row_run)[4].stat().st_size < 60_000
+
+
+def test_the_recorded_command_makes_the_run_anew(data, base, row_run, tmp_path):
+    """Risk: a row cannot be made again, as nobody knows how."""
+    command = read_provenance(str(row_run))["command"]
+    assert command.startswith("sink-pretrain --model.start_from ")
+    assert "--model.layers" not in command
+    run = tmp_path / "again"
+    assert main([*shlex.split(command)[1:], f"--output={run}", "--data.workers=0"]) == 0
+    assert losses(run) == losses(row_run)
 
 
 def test_norms_are_trained_with_the_row_if_asked_for(data, base, tmp_path):
