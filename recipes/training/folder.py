@@ -218,11 +218,12 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start
 
 def _command_of(config: PretrainConfig) -> str:
     """The command that makes this run anew, wherever its keys were given: what decides its numbers, and the data."""
+    needed = ("data.path", "training.micro_rows")  # though they are free to change
     decided = {f"model.{field.name}" for field in fields(ModelShape)} if config.model.start_from else set()
     values = {
         key: value
         for key, value in flatten(config).items()
-        if value != DEFAULTS[key] and key not in decided and (key == "data.path" or key not in FREE_TO_CHANGE)
+        if value != DEFAULTS[key] and key not in decided and (key in needed or key not in FREE_TO_CHANGE)
     }
     return f"sink-pretrain {_options(values)}"
 
