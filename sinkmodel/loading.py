@@ -280,8 +280,8 @@ def _license_of(name: str, kind: str, step: int | None) -> str | None:
     base = read_provenance(name, step).get("base")
     if base and base["license"] is not None:
         return str(base["license"])
-    if (card := _card_of(name, kind)) is not None and (stated := card_license(card)) is not None:
-        return stated
+    if (card := _card_of(name, kind)) is not None and (of_card := card_license(card)) is not None:
+        return of_card
     if base and base["step"] is None:
         return "unknown"
     try:

@@ -10,7 +10,7 @@ import pytest
 from eval.cli import main
 from eval.measures.verdict.training import not_seeds, not_twins, said_by
 from sinkmodel import StreamingCache
-from sinkmodel.loading import load_model
+from sinkmodel.loading import load_base, load_model
 from tests import bases, tiny
 from tests.recipes.test_start_from import train
 
@@ -95,6 +95,13 @@ def test_every_question_is_asked_of_a_row(rows, texts, tmp_path, words):
     (tasks / "mine.jsonl").write_text(json.dumps(question) + "\n")
     content = result(tmp_path, *(word.format(rows[0], text=texts, tasks=tasks) for word in words))
     assert content["rows"]
+
+
+def test_a_report_tells_what_a_run_started_from(base, rows, tmp_path):
+    """Risk: runs on several bases look alike."""
+    assert main(["report", "--run", str(rows[0]), "--output", str(tmp_path / "report")]) == 0
+    fingerprint = load_base(str(base))[1].fingerprint
+    assert f"| {base.name} {fingerprint[:16]}, sink |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_stream_keeps_the_sink_and_generates_none(rows):
