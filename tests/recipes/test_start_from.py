@@ -18,6 +18,7 @@ from recipes.pretrain import main
 from recipes.training.memory import parameters_of
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics
 from sinkmodel.export.folder import export
+from sinkmodel.export.row import export_row
 from sinkmodel.loading import load_model
 from sinkmodel.provenance import read_provenance
 from sinkmodel.sinks import SinkConfig
@@ -251,6 +252,16 @@ def test_a_branch_with_the_moments_is_the_uninterrupted_run(data, whole, tmp_pat
     cold = train(data, whole, tmp_path / "cold", step=4)
     assert losses(cold)[0] == pytest.approx(ends[0], abs=1e-6)
     assert abs(losses(cold)[-1] - ends[-1]) > 1e-4
+
+
+def test_a_row_file_is_started_from_as_the_run_that_it_came_from(data, row_run, tmp_path):
+    """Risk: what `load_model` takes is refused as a start, or its sink is trained anew."""
+    row = export_row(row_run, tmp_path / "row.safetensors")
+    both = [
+        train(data, name, tmp_path / f"of {i}", training__parts="sink", data__skip=0)
+        for i, name in enumerate((row, row_run))
+    ]
+    assert losses(both[0]) == losses(both[1])
 
 
 def test_a_branch_takes_the_rate_at_which_its_base_ended(data, whole, tmp_path):
