@@ -39,6 +39,10 @@ def load_text_tokenizer(name: str) -> TextTokenizer:
         return _of_checkpoint(path)
     if kind == "gguf":
         return _of_gguf(path)
+    if kind == "row":
+        from sinkmodel.row_file import read_row
+
+        return load_text_tokenizer(read_row(path).base.name)
     if kind == "folder" and not (path / TOKENIZER).is_file() and (path / "config.json").is_file():
         return _of_folder(path)
     file = path / TOKENIZER if kind == "folder" else path
