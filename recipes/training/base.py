@@ -74,7 +74,7 @@ def open_base(config: PretrainConfig) -> OpenBase | None:
     name = config.model.start_from
     if name is None:
         return None
-    refuse_too_little_memory(name, config.step, config.training.parts)
+    refuse_too_little_memory(name, config.step, config.training.parts, config.training.device)
     loaded, record = load_base(name, config.step)
     check_trainable(loaded.model, name, config.data.sequence)
     silence_dropout(loaded.model)

@@ -6,6 +6,7 @@ No torch and no Lightning here: a config is checked before anything heavy is loa
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from recipes.config import PathText
 from recipes.training.schedule import ScheduleSettings
@@ -294,6 +295,11 @@ class PretrainConfig:
             object.__setattr__(self, "optimizer", replace(self.optimizer, lr=self.optimizer.lr or LR))
             if self.schedule.min_lr is None:
                 object.__setattr__(self, "schedule", replace(self.schedule, min_lr=MIN_LR))
+        elif Path(self.model.start_from).absolute() == Path(self.output).absolute():
+            raise UserError(
+                f"{self.output} is output and model.start_from; choose another --output, or, to go on with the run in "
+                "it, give the command that it was started with"
+            )
         if self.training.parts != "all" and self.sink.kind != "token":
             raise UserError(
                 f"training.parts is {self.training.parts}, but sink.kind is {self.sink.kind}: there is no row to "

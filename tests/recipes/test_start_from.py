@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from recipes.data.datamodule import BatchPlan, TextDataModule
 from recipes.data.shards import open_split
 from recipes.pretrain import main
+from recipes.training import memory
 from recipes.training.memory import parameters_of
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics
+from sinkmodel.errors import UserError
 from sinkmodel.export.folder import export
 from sinkmodel.export.row import export_row
 from sinkmodel.loading import load_model
@@ -408,8 +410,6 @@ def test_a_mistake_is_one_line_before_anything_is_written(data, tmp_path, capsys
 
 
 def test_bases_that_cannot_be_trained_are_refused_by_name(data, tmp_path, capsys, monkeypatch):
-    from recipes.training import memory
-
     run = tmp_path / "run"
     learned = bases.save_base(tmp_path / "gpt2", "GPT2", n_positions=128, n_embd=32, n_head=4, n_layer=2)
     assert main(arguments(data, learned, run)) == 2
@@ -427,6 +427,37 @@ def test_bases_that_cannot_be_trained_are_refused_by_name(data, tmp_path, capsys
     assert main(arguments(data, whole, run)) == 2
     assert "take a smaller model or a larger machine" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_a_model_for_a_gpu_needs_room_for_its_weights_alone(base, row_run, tmp_path, monkeypatch):
+    """Risk: a large GPU in a small machine is refused; or the base of a row file is not counted."""
+    count = parameters_of(str(base))
+    assert parameters_of(str(export_row(row_run, tmp_path / "row.safetensors"))) == count
+    monkeypatch.setattr(memory, "available_memory", lambda: 5 * count)
+    memory.refuse_too_little_memory(str(base), None, "all", "cuda")
+    with pytest.raises(UserError, match=r"or train less \(training.parts sink\)"):
+        memory.refuse_too_little_memory(str(base), None, "all", "cpu")
+    monkeypatch.setattr(memory, "available_memory", lambda: 3 * count)
+    with pytest.raises(UserError, match="to load them takes"):
+        memory.refuse_too_little_memory(str(base), None, "all", "cuda")
+
+
+def test_a_run_is_no_base_of_itself(data, row_run, capsys):
+    """Risk: the message advises --step null, which leads back to the same message."""
+    assert main(arguments(data, row_run, row_run, training__parts="sink")) == 2
+    assert "is output and model.start_from" in capsys.readouterr().err
+
+
+def test_a_sink_in_the_softmax_has_no_row_to_train(data, tmp_path, capsys):
+    """Risk: the message advises sink.kind zero, with which training.parts sink is refused."""
+    run = tmp_path / "zero"
+    words = [
+        word for word in arguments(data, "x", run, sink__kind="zero", schedule__steps=1) if "start_from" not in word
+    ]
+    shape = ("layers=1", "hidden=32", "heads=4", "kv_heads=4", "ffn=64", "positions=64")
+    assert main([*words, *(f"--model.{one}" for one in shape)]) == 0
+    assert main(arguments(data, run, tmp_path / "run", training__parts="sink")) == 2
+    assert "which is no row of the embedding" in capsys.readouterr().err
 
 
 def test_without_a_base_its_keys_are_refused(data, tmp_path, capsys):
