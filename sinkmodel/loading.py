@@ -265,11 +265,15 @@ def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
 
 def check_base(wanted: Base, found: Base, where: str) -> None:
     """UserError if the base has other weights than the one that `where` started from."""
-    if found.fingerprint != wanted.fingerprint:
-        raise UserError(
-            f"{where} started from {wanted.name} with the fingerprint {wanted.fingerprint[:12]}, and that has "
-            f"{found.fingerprint[:12]} now: it has changed; put the former one back, or start in a new output folder"
-        )
+    if found.fingerprint == wanted.fingerprint:
+        return
+    now, remedy = "that has {} now: it has changed", "put the former one back"
+    if found.name != wanted.name:
+        now, remedy = f"{found.name} has {{}}: it is another model", "name the former one"
+    raise UserError(
+        f"{where} started from {wanted.name} with the fingerprint {wanted.fingerprint[:12]}, and "
+        f"{now.format(found.fingerprint[:12])}; {remedy}, or start in a new output folder"
+    )
 
 
 def _license_of(name: str, kind: str, step: int | None) -> str | None:

@@ -17,7 +17,7 @@ from recipes.training.optimizer import parameter_groups
 from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import ModelSettings, PretrainConfig
 from sinkmodel.bases import Base, SinkEmbedding, freeze, generation_of, grow, start_rows
-from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
+from sinkmodel.checkpoint import Recipe, checkpoint_steps, find_checkpoint, read_checkpoint
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel, check_base, load_base
 from sinkmodel.models import build_model
@@ -29,7 +29,8 @@ from sinkmodel.tokenizer import TextTokenizer
 from sinkmodel.tokenizer_loading import load_text_tokenizer
 from sinkmodel.trainable import check_trainable, silence_dropout
 
-UNKNOWN_LR, ROW_LR = 5e-5, 2e-2  # of a base that states no rate, and of the sink's row alone
+UNKNOWN_LR = 5e-5  # of a base that states no rate
+FROZEN_LR = {"sink": 2e-2, "sink+norms": 1e-3}  # at the rate of the row alone norms ruin the model
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def open_base(config: PretrainConfig) -> OpenBase | None:
     name = config.model.start_from
     if name is None:
         return None
-    refuse_too_little_memory(name, config.step, config.training.parts)
+    refuse_too_little_memory(name, config.step, config.training.parts, config.training.device)
     loaded, record = load_base(name, config.step)
     check_trainable(loaded.model, name, config.data.sequence)
     silence_dropout(loaded.model)
@@ -90,7 +91,7 @@ def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> 
         return config
     lr = config.optimizer.lr
     if lr is None:
-        lr = _last_rate(base) or UNKNOWN_LR if config.training.parts == "all" else ROW_LR
+        lr = FROZEN_LR.get(config.training.parts) or _last_rate(base) or UNKNOWN_LR
     min_lr = lr / 10 if config.schedule.min_lr is None else config.schedule.min_lr
     skip = _rows_read(config, base, train) if config.data.skip is None else config.data.skip
     settled = replace(
@@ -139,6 +140,11 @@ def _check_sink(config: PretrainConfig, base: OpenBase, text: TextTokenizer) -> 
     have, want = kind_of(base.loaded.model.config), config.sink.kind
     ids, wanted = sink_ids_of(base.loaded.model.config), config.sink.ids(text.vocabulary)
     name = base.record.name
+    if have in IN_SOFTMAX and config.training.parts != "all":
+        raise UserError(
+            f"{name} has a sink of kind {have}, which is no row of the embedding: training.parts is "
+            f"{config.training.parts} for sinks of kind token; start from another model, or set training.parts to all"
+        )
     if have != want and (have != "none" or want in IN_SOFTMAX):
         raise UserError(
             f"{name} has a sink of kind {have}, this run has sink.kind {want}; a model that exists can only get sinks "
@@ -184,10 +190,12 @@ def _shape_of(asked: ModelSettings, base: OpenBase) -> ModelSettings:
 
 
 def _last_rate(base: OpenBase) -> float | None:
-    """The learning rate of the last step of a run of ours; None if it is not known, or 0."""
+    """The learning rate at which a run of ours trained all weights last; None if there is none, or it is 0."""
+    if base.provenance.get("parts", "all") != "all":  # the rate of a sink's row would ruin the other weights
+        return None
     try:
-        run = base.provenance["config"]
-        return ScheduleSettings(**run["schedule"]).lr(base.provenance["step"] - 1, run["optimizer"]["lr"]) or None
+        run, step = base.provenance["config"], base.provenance["step"]
+        return ScheduleSettings(**run["schedule"]).lr(step - 1, run["optimizer"]["lr"]) or None if step > 0 else None
     except (LookupError, TypeError):
         return None
 
@@ -204,17 +212,23 @@ def _rows_read(config: PretrainConfig, base: OpenBase, train: TokenSplit) -> int
         return 0
 
 
-def moments_of(config: PretrainConfig, model: torch.nn.Module) -> dict[int, dict[str, torch.Tensor]] | None:
+def moments_of(
+    config: PretrainConfig, base: OpenBase | None, model: torch.nn.Module
+) -> dict[int, dict[str, torch.Tensor]] | None:
     """The optimiser's state in `optimizer.start_from`, by the number of the parameter; None if there is none to take.
+
+    A run that goes on from a checkpoint of its own has its own. Of a run in `optimizer.start_from` it is the state of
+    the step at which the base was, also if that is an export.
 
     Raises UserError if it belongs to other parameters than those that are trained here.
     """
     name = config.optimizer.start_from
-    if name is None:
+    if name is None or base is None or checkpoint_steps(Path(config.output)):
         return None
-    path = Path(name)
-    file = find_checkpoint(path, None if path.is_file() else config.step)
-    state = read_checkpoint(file).get("optimizer_states", [{}])[0].get("state", {})
+    path, step = Path(name), base.provenance.get("step")
+    file = find_checkpoint(path, None if path.is_file() else step)
+    states = read_checkpoint(file).get("optimizer_states") or [{}]
+    state = states[0].get("state", {})
     trained = [parameter for group in parameter_groups(model, 0.0) for parameter in group["params"]]
     shapes = {number: tuple(parameter.shape) for number, parameter in enumerate(trained)}
     if {number: tuple(one["exp_avg"].shape) for number, one in state.items()} != shapes:

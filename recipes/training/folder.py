@@ -53,6 +53,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
 )
 FREE_TO_CHANGE += ("training.strategy", "training.devices", "training.micro_rows", "training.timeout")
 DEFAULTS = flatten(PretrainConfig(output="-", data=DataSettings(path="-")))  # these two have none
+UNDECIDED = {"optimizer.lr": None, "schedule.min_lr": None}  # by default, of a model that exists
 FREE_GROUPS = ("checkpoints.", "logging.", "schedule.")  # of the last `starting_point` says how far
 
 
@@ -67,11 +68,14 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
         return
     # A run of an earlier version lacks the keys that are new; it was what they are by default.
     before, now = DEFAULTS | flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
+    names = {before.get("model.start_from"), now.get("model.start_from")}
+    moved = len(names) == 2 and None not in names  # perhaps: `check_unchanged` compares the fingerprints
     # Keys of the run itself first: `step` decides others.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
         if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS) or now.get(key) == "auto":  # decided where it runs
             continue
-        if before.get(key) != now.get(key):
+        if before.get(key) != now.get(key) and not (moved and key == "model.start_from"):
+            key = "model.start_from" if moved and key.startswith("model.") else key  # another base has another shape
             raise UserError(
                 f"{run} holds a run with {key} = {before.get(key)}, this one has {now.get(key)}; "
                 f"resume with {_options({key: before.get(key)})}, or choose another --output"
@@ -219,11 +223,13 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start
 def _command_of(config: PretrainConfig) -> str:
     """The command that makes this run anew, wherever its keys were given: what decides its numbers, and the data."""
     needed = ("data.path", "training.micro_rows")  # though they are free to change
-    decided = {f"model.{field.name}" for field in fields(ModelShape)} if config.model.start_from else set()
+    with_base = config.model.start_from is not None
+    decided = {f"model.{field.name}" for field in fields(ModelShape)} if with_base else set()
+    defaults = DEFAULTS | (UNDECIDED if with_base else {})
     values = {
         key: value
         for key, value in flatten(config).items()
-        if value != DEFAULTS[key] and key not in decided and (key in needed or key not in FREE_TO_CHANGE)
+        if value != defaults[key] and key not in decided and (key in needed or key not in FREE_TO_CHANGE)
     }
     return f"sink-pretrain {_options(values)}"
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import torch
+
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
 from sinkmodel.errors import UserError
 from sinkmodel.names import find_model
+from sinkmodel.row_file import read_row
 
 GROUPS = Path("/sys/fs/cgroup")
 CONTROL_GROUPS = (
@@ -17,14 +20,21 @@ CONTROL_GROUPS = (
 BYTES = {"all": 16, "sink": 4, "sink+norms": 4}  # a parameter: weight in fp32; trained also gradient and two moments
 
 
-def refuse_too_little_memory(name: str, step: int | None, parts: str) -> None:
-    """UserError if the weights in `name`, and what training `parts` of them needs, are more than what is free."""
+def refuse_too_little_memory(name: str, step: int | None, parts: str, device: str = "cpu") -> None:
+    """UserError if the weights in `name`, and what training `parts` of them on `device` needs, are more than is free.
+
+    A model on its way to a GPU needs room for its weights alone in the memory of the machine.
+    """
     count, free = parameters_of(name, step), available_memory()
-    if count is not None and free is not None and count * BYTES[parts] > free:
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    needed = None if count is None else count * (BYTES["sink"] if on_gpu else BYTES[parts])
+    if needed is not None and free is not None and needed > free:
+        to_train = "to load them" if on_gpu else f"to train {parts} of them"
         raise UserError(
-            f"{name} has {count:,} parameters; to train {parts} of them takes {count * BYTES[parts] / 1e9:.1f} GB of "
-            f"memory and activations on top, and {free / 1e9:.1f} GB are free; take a smaller model or a larger machine"
-            + ("" if parts != "all" else ", or train less (training.parts sink)")
+            f"{name} has {count:,} parameters; {to_train} takes {needed / 1e9:.1f} GB of "
+            f"memory{'' if on_gpu else ' and activations on top'}, and {free / 1e9:.1f} GB are free; take a smaller "
+            "model or a larger machine"
+            + (", or train less (training.parts sink)" if parts == "all" and not on_gpu else "")
         )
 
 
@@ -58,6 +68,9 @@ def parameters_of(name: str, step: int | None = None) -> int | None:
         if recipe.parts != "all" and recipe.base is not None:
             return parameters_of(recipe.base.name, recipe.base.step)
         return sum(value.numel() for value in content["state_dict"].values())
+    if kind == "row":
+        base = read_row(path).base
+        return parameters_of(base.name, base.step)
     if kind == "folder":
         return sum(map(_numbers_in, path.glob("*.safetensors"))) or None
     if kind == "gguf":

@@ -100,6 +100,7 @@ class SinkLanguageModel(LightningModule):
             own = self.trainer.strategy.optimizer_state(self.trainer.optimizers[0])
             saved = {"state": self.moments, "param_groups": own.get("param_groups", [])}
             self.trainer.strategy.load_optimizer_state_dict({"optimizer_states": [saved]})
+        self.moments = None  # they are the optimiser's now, and need no second place
         model = self.trainer.strategy.model
         if not isinstance(model, DistributedDataParallel):
             return

@@ -46,7 +46,7 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     begin = build_start(config, base, text)
     model = begin.model
     datamodule = build_datamodule(config, train, validation, begin.front, plan)
-    moments_of(config, model)
+    moments_of(config, base, model)
     check_folder(run, config)
     logging = rehearse_logging(config)
     start = starting_point(run, config) if run.exists() else None

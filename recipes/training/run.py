@@ -65,7 +65,7 @@ def pretrain(config: PretrainConfig) -> int:
         torch.set_num_threads(config.training.threads)
     begin = agree(lambda: build_start(config, base, text))
     datamodule = agree(lambda: build_datamodule(config, train, validation, begin.front, plan))
-    moments = agree(lambda: moments_of(config, begin.model))
+    moments = agree(lambda: moments_of(config, base, begin.model))
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run)))
         agree(lambda: _see_folder(run))

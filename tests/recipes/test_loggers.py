@@ -10,7 +10,7 @@ import pytest
 
 from recipes.training.logs.mirror import Mirror
 from recipes.training.logs.names import group_of, tags_of
-from recipes.training.settings import DataSettings, OptimizerSettings, PretrainConfig
+from recipes.training.settings import DataSettings, ModelSettings, OptimizerSettings, PretrainConfig
 from sinkmodel.checkpoint import checkpoint_steps, read_metrics
 from sinkmodel.sinks import SinkConfig
 from tests.recipes.logged import expected_points, forget, points
@@ -70,6 +70,9 @@ def test_twins_share_a_group_and_differ_in_a_tag():
     assert group.startswith("gpt_neox-12x768-fineweb-edu-")
     elsewhere = replace(sink, data=replace(data, path="/there/fineweb-edu", workers=7))
     assert group_of(sink, "f00d") == group_of(elsewhere, "f00d") == group
+    base = ModelSettings(start_from="base")
+    twins = [replace(vanilla, model=base), replace(sink, model=replace(base, sink_row="random"))]
+    assert group_of(twins[0], "f00d") == group_of(twins[1], "f00d") != group, "how the sink's row starts is of the sink"
     others = [
         group_of(vanilla, "beef"),
         group_of(replace(vanilla, seed=1), "f00d"),

@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from recipes.data.datamodule import BatchPlan, TextDataModule
 from recipes.data.shards import open_split
 from recipes.pretrain import main
+from recipes.training import memory
 from recipes.training.memory import parameters_of
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics
+from sinkmodel.errors import UserError
 from sinkmodel.export.folder import export
 from sinkmodel.export.row import export_row
 from sinkmodel.loading import load_model
 from sinkmodel.provenance import read_provenance
 from sinkmodel.sinks import SinkConfig
+from sinkmodel.tokenizer_loading import load_text_tokenizer
 from tests import bases, tiny
 from tests.recipes import runs
 
@@ -133,7 +136,9 @@ def test_the_recorded_command_makes_the_run_anew(data, base, row_run, tmp_path):
 
 
 def test_norms_are_trained_with_the_row_if_asked_for(data, base, tmp_path):
+    """Risk: other weights change too; or the norms get the rate of the row, which ruins a model in a few steps."""
     run = train(data, base, tmp_path / "run", training__parts="sink+norms")
+    assert float(read_metrics(run)[0]["lr"]) == 1e-3
     before, after = weights(base), weights(run)
     changed = {name for name in before if not torch.equal(before[name], after[name][: len(before[name])])}
     assert changed == {name for name in before if "norm" in name}
@@ -299,6 +304,85 @@ def test_every_strategy_takes_over_the_moments(data, whole, tmp_path, strategy):
     assert losses(run) == pytest.approx(losses(whole)[4:], abs=1e-5)
 
 
+def test_a_row_file_is_a_base(data, base, row_run, tmp_path):
+    """Risk: what one run of the row wrote can be evaluated, and not trained further."""
+    file = export_row(row_run, tmp_path / "row.safetensors")
+    text = load_text_tokenizer(str(file))
+    assert text.definition == load_text_tokenizer(str(base)).definition
+    of_run = train(data, row_run, tmp_path / "of_run", training__parts="sink", data__skip=0)
+    of_file = train(data, file, tmp_path / "of_file", training__parts="sink")
+    assert losses(of_file) == losses(of_run)
+    assert load_model(str(of_file)).sink_ids == [SINK]
+
+
+def test_a_frozen_run_gives_no_rate_for_all_weights(data, row_run, tmp_path):
+    """Risk: the rate of the sink's row, 2e-2, is taken for all weights and ruins them."""
+    run = train(data, row_run, tmp_path / "run", schedule__steps=1)
+    assert float(read_metrics(run)[0]["lr"]) == 5e-5
+
+
+def test_a_branch_from_before_the_first_step(data, tmp_path):
+    """Risk: step 0 has no last rate, and the branch ends in a traceback."""
+    shape = ("layers=2", "hidden=32", "heads=4", "kv_heads=4", "ffn=64", "positions=64")
+    words = [
+        word for word in arguments(data, "x", tmp_path / "run", checkpoints__early="true") if "start_from" not in word
+    ]
+    for decay in (0.0, 0.5):
+        run = tmp_path / f"run{decay}"
+        more = [f"--model.{one}" for one in shape] + [
+            f"--output={run}",
+            "--schedule.steps=1",
+            f"--schedule.decay={decay}",
+        ]
+        assert main([*words, *more]) == 0
+        branch = train(data, run, tmp_path / f"branch{decay}", step=0, schedule__steps=1)
+        assert float(read_metrics(branch)[0]["lr"]) == 5e-5
+
+
+def test_the_moments_of_a_run_are_of_the_step_that_was_exported(data, whole, tmp_path):
+    """Risk: weights of step 4 get the moments of step 8."""
+    folder = export(whole, tmp_path / "export", step=4)
+    run = train(data, folder, tmp_path / "run", optimizer__start_from=whole)
+    assert losses(run) == pytest.approx(losses(whole)[4:], abs=1e-6)
+
+
+def test_moments_that_are_gone_do_not_stop_a_run_that_has_its_own(data, whole, tmp_path):
+    other = shutil.copytree(whole, tmp_path / "other")
+    run = train(data, whole, tmp_path / "run", step=4, optimizer__start_from=other)
+    ends = losses(run)
+    shutil.rmtree(other)
+    checkpoint_steps(run)[4].unlink()
+    train(data, whole, run, step=4, optimizer__start_from=other)
+    assert losses(run) == ends
+
+
+def test_the_recorded_command_makes_the_run_anew(data, base, tmp_path):
+    """Risk: a rate that is the default of new models is left out of the command, and a base has another default."""
+    run = train(data, base, tmp_path / "run", optimizer__lr=6e-4, schedule__min_lr=6e-5, schedule__steps=2)
+    command = read_checkpoint(checkpoint_steps(run)[2])["recipe"]["provenance"]["command"]
+    words = shlex.split(command)[1:]
+    assert main([*words, f"--output={tmp_path / 'again'}"]) == 0
+    assert losses(tmp_path / "again") == losses(run)
+
+
+@pytest.mark.parametrize("parts", ["all", "sink"])
+def test_a_base_may_move_and_not_be_replaced(data, base, tmp_path, capsys, parts):
+    """Risk: a run cannot go on after its base was moved; or goes on with another."""
+    folder, place = shutil.copytree(base, tmp_path / "base"), tmp_path / "place"
+    run = train(data, folder, tmp_path / "run", training__parts=parts)
+    ends = losses(run)
+    folder.rename(place)
+    checkpoint_steps(run)[4].unlink()
+    other = bases.save_base(tmp_path / "other", "llama", tie_word_embeddings=True, initializer_range=0.2)
+    wide = bases.save_base(tmp_path / "wide", "llama", intermediate_size=64)
+    for wrong, message in ((other, "is another model; name the former one"), (wide, "resume with --model.start_from")):
+        assert main(arguments(data, wrong, run, training__parts=parts)) == 2
+        assert message in capsys.readouterr().err
+    train(data, place, run, training__parts=parts)
+    assert losses(run) == ends
+    assert load_model(str(run)).sink_ids == [SINK]
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -349,8 +433,6 @@ def test_a_mistake_is_one_line_before_anything_is_written(data, tmp_path, capsys
 
 
 def test_bases_that_cannot_be_trained_are_refused_by_name(data, tmp_path, capsys, monkeypatch):
-    from recipes.training import memory
-
     run = tmp_path / "run"
     learned = bases.save_base(tmp_path / "gpt2", "GPT2", n_positions=128, n_embd=32, n_head=4, n_layer=2)
     assert main(arguments(data, learned, run)) == 2
@@ -368,6 +450,37 @@ def test_bases_that_cannot_be_trained_are_refused_by_name(data, tmp_path, capsys
     assert main(arguments(data, whole, run)) == 2
     assert "take a smaller model or a larger machine" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_a_model_for_a_gpu_needs_room_for_its_weights_alone(base, row_run, tmp_path, monkeypatch):
+    """Risk: a large GPU in a small machine is refused; or the base of a row file is not counted."""
+    count = parameters_of(str(base))
+    assert parameters_of(str(export_row(row_run, tmp_path / "row.safetensors"))) == count
+    monkeypatch.setattr(memory, "available_memory", lambda: 5 * count)
+    memory.refuse_too_little_memory(str(base), None, "all", "cuda")
+    with pytest.raises(UserError, match=r"or train less \(training.parts sink\)"):
+        memory.refuse_too_little_memory(str(base), None, "all", "cpu")
+    monkeypatch.setattr(memory, "available_memory", lambda: 3 * count)
+    with pytest.raises(UserError, match="to load them takes"):
+        memory.refuse_too_little_memory(str(base), None, "all", "cuda")
+
+
+def test_a_run_is_no_base_of_itself(data, row_run, capsys):
+    """Risk: the message advises --step null, which leads back to the same message."""
+    assert main(arguments(data, row_run, row_run, training__parts="sink")) == 2
+    assert "is output and model.start_from" in capsys.readouterr().err
+
+
+def test_a_sink_in_the_softmax_has_no_row_to_train(data, tmp_path, capsys):
+    """Risk: the message advises sink.kind zero, with which training.parts sink is refused."""
+    run = tmp_path / "zero"
+    words = [
+        word for word in arguments(data, "x", run, sink__kind="zero", schedule__steps=1) if "start_from" not in word
+    ]
+    shape = ("layers=1", "hidden=32", "heads=4", "kv_heads=4", "ffn=64", "positions=64")
+    assert main([*words, *(f"--model.{one}" for one in shape)]) == 0
+    assert main(arguments(data, run, tmp_path / "run", training__parts="sink")) == 2
+    assert "which is no row of the embedding" in capsys.readouterr().err
 
 
 def test_without_a_base_its_keys_are_refused(data, tmp_path, capsys):

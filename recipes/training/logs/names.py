@@ -12,7 +12,7 @@ from recipes.training.settings import PretrainConfig
 from sinkmodel.sinks import SinkConfig
 
 OF_A_BASE = {  # keys of a model that exists, and what they are without one
-    **dict.fromkeys(("step", "model.start_from", "model.sink_row", "data.skip", "optimizer.start_from")),
+    **dict.fromkeys(("step", "model.start_from", "data.skip", "optimizer.start_from")),
     "training.parts": "all",
 }
 WHERE = 24  # letters of a data folder's name; wandb takes 64 for a tag
@@ -33,7 +33,7 @@ def group_of(config: PretrainConfig, fingerprint: str) -> str:
         key: value
         for key, value in flatten(config).items()
         if key not in FREE_TO_CHANGE
-        and not key.startswith((*FREE_GROUPS, "sink."))
+        and not key.startswith((*FREE_GROUPS, "sink.", "model.sink_row"))
         and not (key in OF_A_BASE and OF_A_BASE[key] == value)  # so that runs of earlier versions stay in their groups
     }
     digest = hashlib.sha256(json.dumps([fingerprint, deciding], sort_keys=True).encode()).hexdigest()
