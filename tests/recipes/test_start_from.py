@@ -356,7 +356,7 @@ def test_moments_that_are_gone_do_not_stop_a_run_that_has_its_own(data, whole, t
     assert losses(run) == ends
 
 
-def test_the_recorded_command_makes_the_run_anew(data, base, tmp_path):
+def test_the_recorded_command_states_a_rate_that_is_the_default_of_new_models(data, base, tmp_path):
     """Risk: a rate that is the default of new models is left out of the command, and a base has another default."""
     run = train(data, base, tmp_path / "run", optimizer__lr=6e-4, schedule__min_lr=6e-5, schedule__steps=2)
     command = read_checkpoint(checkpoint_steps(run)[2])["recipe"]["provenance"]["command"]
