@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from sinkmodel.errors import UserError, shell
 from sinkmodel.files import atomic_file
 from sinkmodel.locks import LOCK
 from sinkmodel.secrets import all_redacted
+from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import SinkConfig
 
 # Keys that a resumed run may change: they say where and how it runs, not what is computed.
@@ -220,9 +221,15 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start
 
 
 def _command_of(config: PretrainConfig) -> str:
-    """The command that makes this run anew, wherever its keys were given."""
-    undecided = UNDECIDED if config.model.start_from is not None else {}
-    values = {key: value for key, value in flatten(config).items() if (DEFAULTS | undecided)[key] != value}
+    """The command that makes this run anew, wherever its keys were given: what decides its numbers, and the data."""
+    needed = ("data.path", "training.micro_rows")  # though they are free to change
+    decided = {f"model.{field.name}" for field in fields(ModelShape)} if config.model.start_from else set()
+    defaults = DEFAULTS | (UNDECIDED if config.model.start_from else {})
+    values = {
+        key: value
+        for key, value in flatten(config).items()
+        if value != defaults[key] and key not in decided and (key in needed or key not in FREE_TO_CHANGE)
+    }
     return f"sink-pretrain {_options(values)}"
 
 
