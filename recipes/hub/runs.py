@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipes.hub.folder import CardInput, plan_of
 from recipes.hub.plan import human_size
@@ -22,7 +23,7 @@ from recipes.hub.repository import Repository
 from recipes.hub.revisions import LIST, MAIN, branch_of, final_tag, listing
 from recipes.hub.troubles import HubAway, told
 from sinkmodel.bounds import real
-from sinkmodel.checkpoint import checkpoint_steps, digest_of, read_checkpoint, weights_of
+from sinkmodel.checkpoint import Recipe, checkpoint_steps, digest_of, read_checkpoint, weights_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.export import export
@@ -184,7 +185,15 @@ class RunPush:
 
 def size_of_export(checkpoint: Path, dtype: str) -> int:
     """Bytes of the weights, tied ones once; config and tokenizer are little beside them."""
-    weights = {weight.data_ptr(): weight.numel() for weight in weights_of(read_checkpoint(checkpoint)).values()}
+    content = read_checkpoint(checkpoint)
+    recipe = Recipe.from_dict(content["recipe"])
+    if recipe.parts == "all":
+        weights = {weight.data_ptr(): weight.numel() for weight in weights_of(content).values()}
+    else:  # the rest lies with the base
+        fields = dict(recipe.model_config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+        weights = {id(weight): weight.numel() for weight in model.parameters()}
     return sum(weights.values()) * getattr(torch, dtype).itemsize
 
 

@@ -223,8 +223,9 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start
 def _command_of(config: PretrainConfig) -> str:
     """The command that makes this run anew, wherever its keys were given: what decides its numbers, and the data."""
     needed = ("data.path", "training.micro_rows")  # though they are free to change
-    decided = {f"model.{field.name}" for field in fields(ModelShape)} if config.model.start_from else set()
-    defaults = DEFAULTS | (UNDECIDED if config.model.start_from else {})
+    with_base = config.model.start_from is not None
+    decided = {f"model.{field.name}" for field in fields(ModelShape)} if with_base else set()
+    defaults = DEFAULTS | (UNDECIDED if with_base else {})
     values = {
         key: value
         for key, value in flatten(config).items()

@@ -41,7 +41,10 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
             write_for_transformers_4(folder / "config.json")
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         save_tokenizer(folder, recipe.tokenizer, recipe.sink, positions, rows)
-        (folder / PROVENANCE).write_bytes(json_bytes({**recipe.stated(), "checkpoint": file.name}))
+        stated = {**recipe.stated(), "checkpoint": file.name}
+        if recipe.base is not None and Path(recipe.base.name).is_absolute():  # nobody's business on the Hub
+            stated["base"]["name"] = Path(recipe.base.name).name
+        (folder / PROVENANCE).write_bytes(json_bytes(stated))
     return output
 
 

@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from eval.cli import main
+from eval.measures.verdict.training import not_seeds, not_twins, said_by
 from sinkmodel import StreamingCache
-from sinkmodel.loading import load_model
+from sinkmodel.loading import load_base, load_model
 from tests import bases, tiny
 from tests.recipes.test_start_from import train
 
@@ -53,6 +54,30 @@ def test_verify_takes_the_base_as_the_twin_of_every_row(base, rows, texts, tmp_p
     assert f"no twins: the first has a trained sink on another base, {base}" in capsys.readouterr().err
 
 
+def said(name: object, dtype: str = "float32") -> dict:
+    return said_by(load_model(str(name), dtype))
+
+
+def test_the_base_is_no_twin_of_a_run_that_trained_all(base, rows, tmp_path):
+    """Risk: what a run gained by further training passes for the work of its sink."""
+    run = train(tiny.prepared(tmp_path / "data"), base, tmp_path / "all", schedule__steps=2, checkpoints__every=2)
+    assert not_twins(said(run), said(base)) == ["the second is the base that the first was trained further from"]
+    both = {"row": said(rows[0]), "all": said(run)}
+    assert "other parts trained" in not_seeds(both)[0]
+
+
+def test_another_base_is_named_in_half_precision_as_well(base, rows, tmp_path, monkeypatch):
+    """Risk: fingerprints are of fp32, so that in bf16 any model passes for the base."""
+    other = shutil.copytree(base, tmp_path / "other")
+    row = said(rows[0], "bfloat16")
+    assert not_twins(row, said(base, "bfloat16")) == []
+    monkeypatch.chdir(base.parent)
+    assert not_twins(row, said(base.name, "bfloat16")) == []
+    assert not_twins(row, said(other, "bfloat16")) == [
+        f"nobody checked, as --dtype is not float32, whether the second is {base}, the base"
+    ]
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -70,6 +95,13 @@ def test_every_question_is_asked_of_a_row(rows, texts, tmp_path, words):
     (tasks / "mine.jsonl").write_text(json.dumps(question) + "\n")
     content = result(tmp_path, *(word.format(rows[0], text=texts, tasks=tasks) for word in words))
     assert content["rows"]
+
+
+def test_a_report_tells_what_a_run_started_from(base, rows, tmp_path):
+    """Risk: runs on several bases look alike."""
+    assert main(["report", "--run", str(rows[0]), "--output", str(tmp_path / "report")]) == 0
+    fingerprint = load_base(str(base))[1].fingerprint
+    assert f"| {base.name} {fingerprint[:16]}, sink |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_a_stream_keeps_the_sink_and_generates_none(rows):

@@ -339,6 +339,9 @@ def test_a_card_says_what_was_trained(tmp_path, parts, count, what):
     text = card_of(made)
     fingerprint = json.loads((made / PROVENANCE).read_text())["base"]["fingerprint"]
     assert f"It started from `base`, whose weights have the fingerprint `{fingerprint[:12]}`.\n{what}" in text
+    sinks = "one trained sink token" if count == 1 else f"{count} trained sink tokens"
+    assert f"parameters: `base` with {sinks} in front of every text, for streams without end.\nOnly the row" in text
+    assert "trained on emozilla/pg19@0a1b2c train.\n" in text
     assert "base_model" not in ModelCard(text).data.to_dict(), "a folder is not on the Hub"
     assert str(tmp_path) not in text, "nor is it anybody's business where it lay"
     assert "\n\n\n" not in text

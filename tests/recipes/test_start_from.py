@@ -258,6 +258,16 @@ def test_a_branch_with_the_moments_is_the_uninterrupted_run(data, whole, tmp_pat
     assert abs(losses(cold)[-1] - ends[-1]) > 1e-4
 
 
+def test_a_row_file_is_started_from_as_the_run_that_it_came_from(data, row_run, tmp_path):
+    """Risk: what `load_model` takes is refused as a start, or its sink is trained anew."""
+    row = export_row(row_run, tmp_path / "row.safetensors")
+    both = [
+        train(data, name, tmp_path / f"of {i}", training__parts="sink", data__skip=0)
+        for i, name in enumerate((row, row_run))
+    ]
+    assert losses(both[0]) == losses(both[1])
+
+
 def test_a_branch_takes_the_rate_at_which_its_base_ended(data, whole, tmp_path):
     run = train(data, whole, tmp_path / "run", step=4)
     assert {float(row["lr"]) for row in read_metrics(run) if row["lr"]} == {3e-3}

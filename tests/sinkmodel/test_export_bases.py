@@ -13,14 +13,17 @@ from sinkmodel.bases import MULTIPLE, Base, generation_of, grow
 from sinkmodel.checkpoint import read_checkpoint
 from sinkmodel.export import export, main
 from sinkmodel.export.folder import words_of_transformers_4
-from sinkmodel.loading import load_model, load_model_of
+from sinkmodel.loading import load_base, load_model, load_model_of
 from sinkmodel.sinks import SinkConfig, is_ours
 from sinkmodel.text_tokenizer import text_tokenizer_of
 from sinkmodel.tokenizer import NO_BOS, chat_template_of, load_tokenizer, template_without_sinks
 from tests import tiny
+from tests.hub import hub, upload
 from tests.models import build
 from tests.plain import told, transformers_4
 from tests.sinkmodel.test_transformers_4 import PROGRAM
+
+__all__ = ["hub"]
 
 BASE = Base("org/base", "ab" * 32, license="mit")
 PLAIN = {  # family of tests.models, and what is changed of it
@@ -277,7 +280,8 @@ def test_a_checkpoint_of_what_was_trained_becomes_a_whole_model(tmp_path, parts)
     assert torch.equal(before.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["parts"] == parts
-    assert record["base"]["name"] == str(base)
+    assert record["base"]["name"] == "base"
+    assert str(tmp_path) not in json.dumps(record), "an export is published: where a base lay is nobody's business"
     assert record["base"]["license"] == "mit"
     assert len(record["base"]["fingerprint"]) == 64
 
@@ -315,3 +319,21 @@ def test_the_row_of_the_sink_is_not_that_of_the_head(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert len(loaded.lm_head.weight) == loaded.config.vocab_size == 320
     assert torch.equal(loaded.lm_head.weight[300], loaded.lm_head.weight[319])
+
+
+@pytest.mark.parametrize("stated", [None, "mit"])
+def test_a_licence_is_passed_on_through_runs_of_ours(tmp_path, stated):
+    """Risk: somebody else's weights are under our licence as soon as they went through two runs."""
+    base = tiny.base_folder(tmp_path / "base", "qwen2", license=stated)
+    tiny.partial_checkpoint(tmp_path / "run", base)
+    assert load_base(str(base))[1].license == stated
+    branch = load_base(str(tmp_path / "run"))[1]
+    assert (branch.step, branch.license) == (7, stated or "unknown")
+
+
+def test_a_licence_is_read_from_the_card_on_the_hub(tmp_path, hub):
+    """Risk: the usual base has no known licence."""
+    upload(hub, "org/base", tiny.base_folder(tmp_path / "base", "qwen2", license="mit"))
+    upload(hub, "org/bare", tiny.base_folder(tmp_path / "bare", "qwen2"))
+    assert load_base("org/base")[1].license == "mit"
+    assert load_base("org/bare")[1].license is None

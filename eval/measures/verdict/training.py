@@ -32,7 +32,7 @@ SIZES = {
 
 
 def said_by(loaded: LoadedModel) -> Said:
-    """Its `shape`, the `weights` as a fingerprint (in fp32 only), and its provenance, if it has one."""
+    """Its `name`, `shape`, the `weights` as a fingerprint (in fp32 only), and its provenance, if it has one."""
     import torch
 
     from sinkmodel.bases import weights_fingerprint
@@ -40,7 +40,8 @@ def said_by(loaded: LoadedModel) -> Said:
 
     in_full = loaded.model.dtype == torch.float32
     weights = {"weights": weights_fingerprint(loaded.model)} if in_full else {}
-    return {**read_provenance(loaded.name), "shape": shape_of(loaded.model.config), **weights}
+    shape = shape_of(loaded.model.config)
+    return {**read_provenance(loaded.name), "name": loaded.name, "shape": shape, **weights}
 
 
 def shape_of(config: Any) -> dict[str, Any]:
@@ -56,11 +57,26 @@ def shape_of(config: Any) -> dict[str, Any]:
 def not_twins(one: Said, other: Said) -> list[str]:
     """In which ways two models are no twins, in words. The first may have been made of the other, its base."""
     if one.get("parts", "all") != "all":
-        same = other.get("weights") in (None, one["base"]["fingerprint"])
+        same = _is_base(one, other)
+        if same is None:
+            return [f"nobody checked, as --dtype is not float32, whether the second is {one['base']['name']}, the base"]
         return [] if same else [f"the first has a trained sink on another base, {one['base']['name']}"]
     ways = _trained_unlike(one, other)
+    if _is_base(one, other):
+        ways.append("the second is the base that the first was trained further from")
     seeds = _seed(one), _seed(other)
     return ways if None in seeds or seeds[0] == seeds[1] else [*ways, "another seed"]
+
+
+def _is_base(one: Said, other: Said) -> bool | None:
+    """Whether the first started from the second. None if nobody can tell: one of other name, in another dtype."""
+    base = one.get("base")
+    if not isinstance(base, dict):
+        return False
+    if "weights" in other:
+        return other["weights"] == base["fingerprint"]
+    same_name = base["name"] in (other["name"], str(Path(other["name"]).absolute()))
+    return True if same_name and base["step"] in (None, other.get("step")) else None
 
 
 def not_seeds(runs: dict[str, Said]) -> list[str]:
@@ -91,6 +107,7 @@ def _trained_unlike(one: Said, other: Said) -> list[str]:
         "other training data": lambda said: said["data"]["fingerprint"],
         "another number of steps": lambda said: said["step"],
         "another model to start from": lambda said: said["base"]["fingerprint"],
+        "other parts trained": lambda said: said["parts"],
     }
     told = []
     for what, ask in asked.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 from eval.report.blocks import Code, Note, Section, Table
@@ -84,7 +85,7 @@ def section(inputs: Inputs) -> Section:
         rows = [[file, ", ".join(dict.fromkeys(used)), digest] for (file, digest), used in texts.items()]
         made.blocks.append(Table(["text", "read by", "sha256"], rows, words=3))
     if inputs.runs:
-        columns = ["run", "folder", "data fingerprint", "training tokens", "git commit", "versions"]
+        columns = ["run", "folder", "started from", "data fingerprint", "training tokens", "git commit", "versions"]
         caption = "Runs, and the first 16 digits of fingerprints and commits; + behind one: with changes."
         made.blocks.append(Table(columns, list(map(_run_row, inputs.runs)), words=len(columns), caption=caption))
     made.blocks += [Code(f"{run.name}: config.yaml", run.config) for run in inputs.runs if run.config]
@@ -96,7 +97,15 @@ def _run_row(run: Run) -> list[str]:
     data = told.get("data")
     data = data if isinstance(data, dict) else {}
     said = [_short(data.get("fingerprint")), _said(data.get("train_tokens")), _short(told.get("git_commit"))]
-    return [run.name, str(run.path), *said, _versions(told.get("versions"))]
+    return [run.name, str(run.path), _start(told), *said, _versions(told.get("versions"))]
+
+
+def _start(told: Any) -> str:
+    """The name of the base without its folder, its fingerprint, and what was trained of it."""
+    base = told.get("base")
+    if not isinstance(base, dict):
+        return "random weights" if told else "–"
+    return f"{PurePath(_said(base.get('name'))).name} {_short(base.get('fingerprint'))}, {_said(told.get('parts'))}"
 
 
 def _short(value: Any) -> str:

@@ -179,6 +179,18 @@ def test_a_dry_run_tells_the_revisions_and_their_size(hub, push, run):
     assert hub.asked("^GET ") == hub.log
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_dry_run_tells_the_size_of_the_whole_model_if_a_checkpoint_holds_a_row(push, tied):
+    """Risk: 128 B are announced, and a model of gigabytes is pushed."""
+    tiny.partial_checkpoint(RUN, tiny.base_folder(Path("base"), "qwen2", tie_word_embeddings=tied))
+    (RUN / "config.yaml").write_text("schedule:\n  steps: 7\n")
+    size = (export(RUN, Path("whole")) / "model.safetensors").stat().st_size
+    code, out, _ = push("--run", RUN, "--repo", "org/sink", "--dry-run")
+    number, unit = re.search(r"step7  (\d+)(k?B)", out).groups()
+    assert (code, unit) == (0, "kB")
+    assert int(number) == pytest.approx(size / 1000, rel=0.05)
+
+
 # -------------------------------------------------------------------------------------------------------------- breaks
 
 
