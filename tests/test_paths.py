@@ -26,7 +26,8 @@ NO_PATH = {
     "million_tokens.py": {"device"},
     PrepareConfig: {"dataset_config", "dataset_split", "validation_split", "test_split", "text_key"} | {"separator"},
     PretrainConfig: {"model.architecture", "sink.kind", "data.verify", "schedule.kind", "training.device"}
-    | {"training.precision", "training.strategy", "logging.project", "logging.name"},
+    | {"training.precision", "training.strategy", "training.parts", "logging.project", "logging.name"}
+    | {"model.sink_row"},
 }
 MODULES = {
     "sink-export": "sinkmodel.export.command",
@@ -82,7 +83,7 @@ def keys_of_text(cls) -> set[str]:
 @pytest.mark.parametrize("cls", [PrepareConfig, PretrainConfig])
 def test_every_key_with_a_path_is_marked_as_one(cls):
     numbers = {"workers", "training.devices", "training.threads", "model.vocabulary", "test_fraction"}
-    numbers |= {"validation_fraction", "vocabulary_size"}
+    numbers |= {"validation_fraction", "vocabulary_size", "data.skip", "step"}
     assert keys_of_text(cls) - numbers == NO_PATH[cls] | set(path_keys(cls))
 
 
