@@ -49,7 +49,7 @@ def metadata(facts: Facts, measured: Sequence[Measured], old: dict[str, Any]) ->
 
 
 def licence_of(base: Start | None) -> dict[str, str]:
-    """The licence of the base goes on; one that is not among the Hub's short names is named in full."""
+    """The licence of the base is passed on; one that is not among the Hub's short names is named in full."""
     if base is None or (base.license is None and base.step is not None):  # a run of this recipe
         return {"license": LICENCE}
     if base.license is None:

