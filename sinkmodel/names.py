@@ -62,7 +62,7 @@ def shipped_row(name: str) -> Path | None:
     """
     if not re.fullmatch(r"[\w.-]+\+sink", name):
         return None
-    path = (ROWS / name.removesuffix("+sink")).with_suffix(".safetensors")
+    path = ROWS / f"{name.removesuffix('+sink')}.safetensors"
     if not path.is_file():
         known = ", ".join(f"{row.stem}+sink" for row in sorted(ROWS.glob("*.safetensors")))
         raise UserError(f"{name}: no trained row is shipped for this model; there is {known or 'none at all'}")

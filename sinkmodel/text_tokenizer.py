@@ -173,7 +173,7 @@ def _without_sinks_in_front(processor: dict[str, Any] | None) -> dict[str, Any] 
 
 
 def _strangers(template: Any) -> str | None:
-    """A chat template without the sinks in front of it; None for ours, which every export gets anew."""
+    """A chat template without the sinks in front of it; None for ours, since every export writes it again."""
     if isinstance(template, list):  # as tokenizer_config.json has several
         template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
     if isinstance(template, dict):

@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
     "{{ message['role'] | capitalize CLEANED }}: {{ message['content'] CLEANED }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# In front of somebody else's template. Where it has `bos_token` (the first turn, or each, as Llama 2), it has no sink.
+# Stands before somebody else's template. If that writes `bos_token`, once or in each turn (Llama 2), nothing appears.
 NO_BOS = "{% set bos_token = '' %}"
 
 

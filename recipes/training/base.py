@@ -217,8 +217,8 @@ def moments_of(
 ) -> dict[int, dict[str, torch.Tensor]] | None:
     """The optimiser's state in `optimizer.start_from`, by the number of the parameter; None if there is none to take.
 
-    A run that goes on from a checkpoint of its own has its own. Of a run in `optimizer.start_from` it is the state of
-    the step at which the base was, also if that is an export.
+    A run that resumes from a checkpoint of its own has its own state. If `optimizer.start_from` is a run, the state is
+    that of the step of the base, also if the base is an export.
 
     Raises UserError if it belongs to other parameters than those that are trained here.
     """
@@ -240,7 +240,7 @@ def moments_of(
 
 
 def check_unchanged(base: OpenBase | None, checkpoint: Path) -> None:
-    """UserError if the run of `checkpoint` started from another base, or from none."""
+    """UserError if the run of `checkpoint` started from a base with other weights."""
     before = Recipe.from_dict(read_checkpoint(checkpoint)["recipe"]).base
     if base is not None and before is not None:
         check_base(before, base.record, str(checkpoint))

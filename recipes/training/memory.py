@@ -50,9 +50,8 @@ def available_memory() -> int | None:
     for limit, used, cached in CONTROL_GROUPS:
         try:
             about = dict(line.split() for line in (GROUPS / "memory.stat").read_text(encoding="ascii").splitlines())
-            in_use = int((GROUPS / used).read_text(encoding="ascii")) - int(
-                about[cached]
-            )  # the cache of files is given back
+            # The cache of files is given back when memory is short.
+            in_use = int((GROUPS / used).read_text(encoding="ascii")) - int(about[cached])
             found.append(int((GROUPS / limit).read_text(encoding="ascii")) - in_use)
         except (OSError, ValueError, KeyError):  # another version, or no limit: "max"
             continue

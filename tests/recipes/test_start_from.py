@@ -1,4 +1,4 @@
-"""Training that starts from a model that exists: what changes of it, what a checkpoint holds, and how it goes on."""
+"""Training that starts from a model that exists: what of it changes, what a checkpoint holds, and how it resumes."""
 
 from __future__ import annotations
 
@@ -358,7 +358,7 @@ def test_the_recorded_command_has_the_rate_of_new_models(data, base, tmp_path):
 
 @pytest.mark.parametrize("parts", ["all", "sink"])
 def test_a_base_may_move_and_not_be_replaced(data, base, tmp_path, capsys, parts):
-    """Risk: a run cannot go on after its base was moved; or goes on with another."""
+    """Risk: a run cannot resume after its base was moved, or it resumes with another base."""
     folder, place = shutil.copytree(base, tmp_path / "base"), tmp_path / "place"
     run = train(data, folder, tmp_path / "run", training__parts=parts)
     ends = losses(run)
