@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch import Tensor
 from transformers import Cache
 
 from sinkmodel.cache.families import Traits, check_config, signature
+from sinkmodel.cache.feeding import feed
+from sinkmodel.cache.hook import install_hook
 from sinkmodel.cache.pieces import Piece, Ring
 from sinkmodel.cache.saved import FORMAT, NUMBERS, ROWS, TENSORS, check_state, read_state, settings_of
 from sinkmodel.cache.slots import StreamingLayer
@@ -34,6 +37,10 @@ from sinkmodel.sinks import IN_SOFTMAX, kind_of, sinks_to_keep
 
 POSITIONS = ("cache", "text")
 CONVENTIONS = ("inclusive", "paper")
+TAKES_BACK = {  # generation modes that crop the cache, and the arguments that ask for them
+    "assisted_generation": "assistant_model, prompt_lookup_num_tokens, assistant_early_exit and use_mtp",
+    "contrastive_search": "penalty_alpha",
+}
 
 
 class StreamingCache(Cache):
@@ -58,8 +65,6 @@ class StreamingCache(Cache):
         UserError: here for settings that make no sense and for models that cannot be streamed, by name; in a forward,
             before anything is written, for inputs that do not go on the stream.
     """
-
-    is_streaming = True  # by which a model's forward knows it (`sinkmodel.cache.feeding`)
 
     def __init__(
         self,
@@ -92,10 +97,7 @@ class StreamingCache(Cache):
         self.ring = Ring(self.slots, sinks, text=positions == "text", ordered=self.config.model_type == "mpt")
         super().__init__(layers=[StreamingLayer() for _ in range(self.config.num_hidden_layers)])
         self._forget()
-        # Here, since it brings transformers' modelling code: who has a model has that, who only imports us has not.
-        from sinkmodel.cache.feeding import attach
-
-        attach(model_or_config)
+        install_hook(model_or_config)
 
     @property
     def window(self) -> int:
@@ -115,6 +117,41 @@ class StreamingCache(Cache):
         self.piece: Piece | None = None  # what the forward that is under way does
         self.sink_keys: Tensor | None = None  # [L, B, G, S, D], as the model rotated them
 
+    # ---------------------------------------------------------------------------------------- what the hook asks for
+
+    @property
+    def in_forward(self) -> bool:
+        return self.piece is not None
+
+    def run_forward(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What `model(...)` gives with this cache; `sinkmodel.cache.hook` calls it."""
+        return feed(self, forward, model, args, kwargs, torch.compiler.is_compiling())
+
+    def check_new_tokens(self, new: int | None) -> None:
+        """UserError if `generate` was given a prompt that has nothing new for a used cache.
+
+        transformers takes a prompt for the whole text and feeds its last `new` tokens, those that the cache does not
+        hold. With a count of 0 or less that slice would be the whole prompt, another part of it, or empty.
+        """
+        if new is not None and new <= 0:
+            raise UserError(
+                f"this StreamingCache holds {self.columns} tokens already and the prompt has only "
+                f"{self.columns + new}: generate takes a prompt as the whole text so far, with new tokens at its end; "
+                "append to that text, or call reset() on the cache to start from the beginning"
+            )
+
+    def check_generation(self, mode: str, prompt: int | None, most: int) -> None:
+        """UserError, before the first token, if `generate` would take tokens back after the first eviction.
+
+        `most` is how many tokens `generate` may feed; a used cache may hold some of them already.
+        """
+        if mode in TAKES_BACK and (tokens := self.columns + most + 1) > self.slots:
+            raise UserError(
+                f"{mode.replace('_', ' ')} takes tokens back, which a StreamingCache can do only until it is full: "
+                f"this text may get {tokens} tokens long; leave out {TAKES_BACK[mode]}, or use a budget of at least "
+                f"{tokens}"
+            )
+
     # ------------------------------------------------------------------------------------- what transformers calls
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +160,8 @@ class StreamingCache(Cache):
         if piece is None:
             raise UserError(
                 "the StreamingCache was not told of this forward: call the causal language model that its config "
-                "belongs to, and make the cache before the model's forward is compiled or wrapped"
+                "belongs to, and make the cache before the model's forward is compiled or wrapped; if its hook was "
+                "uninstalled, call sinkmodel.cache.hook.install_hook(model)"
             )
         layer = self.layers[layer_idx]
         if key_states.dtype != layer.keys.dtype:
