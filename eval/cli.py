@@ -16,6 +16,7 @@ MEASURES = {
     "grid": "eval.measures.verdict.grid",
     "sinks": "eval.measures.attention.sinks",
     "streameval": "eval.measures.streams.streameval",
+    "longcontext": "eval.measures.longcontext.longcontext",
     "zeroshot": "eval.measures.harness.zeroshot",
     "report": "eval.report.report",
 }
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int | None:
 def _questions() -> str:
     """A line each, from the modules' own descriptions."""
     told = {name: importlib.import_module(module).DESCRIPTION.splitlines()[0] for name, module in MEASURES.items()}
-    return "\n".join(f"  {name:10}  {description}" for name, description in told.items())
+    return "\n".join(f"  {name:11}  {description}" for name, description in told.items())
 
 
 if __name__ == "__main__":

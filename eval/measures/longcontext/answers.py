@@ -1,0 +1,140 @@
+"""How a memory answers: it reads a context, is asked, generates greedily, and scores given answers.
+
+A question is *outside* of what is compressed if the memory compresses at the end of the context, and the question is
+read after that by a fork of the one compressed context. It is *inside* if the memory compresses at the end of the
+question, which takes a new reading for each question. The first token of an answer to a question inside is predicted by
+the forward that reads the prompt, as in the papers; what a memory has forgotten shows from the second token on.
+
+Nothing that is generated or scored stays in a memory: each answer gets a fork of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from eval.measures.longcontext.samples import Metric
+from eval.measures.longcontext.tokens import Asked, Reading
+from eval.measures.streams.answers import rank_of_first
+from sinkmodel.errors import not_finite
+from sinkmodel.scoring import nll_of
+from sinkmodel.tokenizer import suppressed_ids
+
+if TYPE_CHECKING:
+    from sinkmodel.loading import LoadedModel
+
+Place = Literal["inside", "outside"]  # of the question, of what is compressed
+PLACES: tuple[Place, ...] = ("outside", "inside")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one question was answered.
+
+    Attributes:
+        text: the greedy generation.
+        score: the metric's, from 0 to 1.
+        nll: nats per token of the right answer.
+        rank: of the right answer among it and its distractors by nats per token, from 1; None without distractors.
+    """
+
+    text: str
+    score: float
+    nll: float
+    rank: float | None
+
+
+class Reader:
+    """A model that reads contexts with memories and answers questions."""
+
+    def __init__(self, loaded: LoadedModel):
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        rows = self.model.get_input_embeddings().num_embeddings
+        never = [token for token in suppressed_ids(self.model, self.tokenizer) if token < rows]
+        self._never_V = torch.zeros(rows, dtype=torch.bool, device=self.model.device)
+        self._never_V[never] = True
+        ends = self.model.generation_config.eos_token_id
+        self._ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+
+    @torch.inference_mode()
+    def ask(self, memory: Any, reading: Reading, place: Place, metric: Metric) -> tuple[list[Answer], int, int]:
+        """The answers to all questions of a context; bytes held and kept by the memory once it was compressed.
+
+        Args:
+            memory: of `sinkmodel.memories`; what it has read before is forgotten.
+        """
+        answers = []
+        held = kept = 0
+        for asked, state, logits_V in self._states(memory, reading, place):
+            held, kept = max(held, memory.bytes_held), max(kept, memory.bytes_kept)
+            text = self.generate(state.fork(), logits_V, asked, metric)
+            nll_K = torch.stack([self._nll(state, logits_V, ids) for ids in asked.candidates])
+            rank = rank_of_first(nll_K[None]).item() if len(nll_K) > 1 else None
+            answers.append(Answer(text, metric.score(text, asked.question), nll_K[0].item(), rank))
+        return answers, held, kept
+
+    @torch.inference_mode()
+    def nll_alone(self, asked: Asked) -> float:
+        """Nats per token of the right answer after the prompt without its context."""
+        ids = asked.candidates[0]
+        ids_1N = torch.tensor([[*asked.alone, *ids[:-1]]], device=self.model.device)
+        logits_NV = self.model(input_ids=ids_1N, use_cache=False).logits[0]
+        return self._mean_nll(logits_NV[-len(ids) :], ids).item()
+
+    def generate(self, memory: Any, logits_V: Tensor, asked: Asked, metric: Metric) -> str:
+        """The greedy continuation, until the room is used, the text ends, or the score can no longer change."""
+        text, ids = "", list[int]()
+        while True:
+            token = int(logits_V.masked_fill(self._never_V, -torch.inf).argmax())
+            if token in self._ends:
+                return text
+            ids.append(token)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            if len(ids) == asked.room or metric.is_final(text, asked.question):
+                return text
+            logits_V = self._feed(memory, [token])[-1]
+
+    # ------------------------------------------------------------------------------------------------ with a memory
+
+    def _states(self, memory: Any, reading: Reading, place: Place) -> Iterator[tuple[Asked, Any, Tensor]]:
+        """Each question, a memory that has read it, and the logits [V] of the first token of its answer."""
+        if place == "outside":
+            self._read(memory, reading.context)
+        for asked in reading.asked:
+            if place == "outside":
+                state = memory.fork()
+                yield asked, state, self._feed(state, asked.ids)[-1]
+            else:
+                yield asked, memory, self._read(memory, [*reading.context, *asked.ids])
+
+    def _read(self, memory: Any, ids: Sequence[int]) -> Tensor:
+        """Read a new prompt, compressed at its end; the logits [V] of what comes next."""
+        memory.reset()
+        memory.expect(len(ids))
+        logits_NV = self._feed(memory, ids)
+        if not memory.ended:
+            memory.end_prompt()
+        return logits_NV[-1]
+
+    def _feed(self, memory: Any, ids: Sequence[int], keep: int = 1) -> Tensor:
+        """The logits [n, V] after each of the last `keep` tokens."""
+        ids_1N = torch.tensor([list(ids)], device=self.model.device)
+        output = self.model(input_ids=ids_1N, past_key_values=memory, use_cache=True, logits_to_keep=keep)
+        return output.logits[0, -keep:]
+
+    def _nll(self, state: Any, logits_V: Tensor, ids: Sequence[int]) -> Tensor:
+        """Nats per token of an answer, teacher-forced, on a fork."""
+        logits_AV = logits_V[None]
+        if len(ids) > 1:
+            logits_AV = torch.cat([logits_AV, self._feed(state.fork(), ids[:-1], len(ids) - 1)])
+        return self._mean_nll(logits_AV, ids)
+
+    def _mean_nll(self, logits_AV: Tensor, ids: Sequence[int]) -> Tensor:
+        nll = nll_of(logits_AV[None], torch.tensor([list(ids)], device=self.model.device)).mean()
+        if not bool(torch.isfinite(nll)):
+            raise not_finite(self.model)
+        return nll

@@ -1,0 +1,133 @@
+"""The cells of a command: each task at each length, its samples made as long as fits, in the tokens of a model.
+
+A sample has the most haystack with which its prompt and the room for its answer take at most --length tokens; the
+model's own sink tokens come on top. A prompt of LongBench is cut in its middle instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
+
+from eval.measures.longcontext.longbench import DATASETS, sample_of
+from eval.measures.longcontext.samples import CONTAINED, Metric, Sample, Setting, Task
+from eval.measures.longcontext.tokens import Reading, in_tokens, in_tokens_cut, prompt_size
+from sinkmodel.errors import UserError
+
+if TYPE_CHECKING:
+    from sinkmodel.loading import LoadedModel
+    from sinkmodel.text.json_lines import Row
+
+OnSample = Callable[[int], None]  # is given the number of samples made since the last call
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task at a length: what every memory reads."""
+
+    task: str
+    length: int
+    metric: Metric
+    readings: Sequence[Reading]
+
+
+def made_cell(
+    loaded: LoadedModel,
+    task: Task,
+    setting: Setting,
+    seed: int,
+    samples: int,
+    answer_tokens: int | None,
+    on_sample: OnSample,
+) -> Cell:
+    """The cell of a task whose samples are made.
+
+    Args:
+        answer_tokens: that may be generated, in place of the task's own number.
+    """
+    room = answer_tokens or task.room
+    readings = []
+    for number in range(samples):
+        readings.append(in_tokens(loaded, make_sample(loaded, task, setting, seed, number, room), room))
+        on_sample(1)
+    return Cell(task.name, setting.length, CONTAINED, readings)
+
+
+def longbench_cell(
+    loaded: LoadedModel,
+    name: str,
+    rows: Sequence[Row],
+    setting: Setting,
+    seed: int,
+    answer_tokens: int | None,
+    on_sample: OnSample,
+) -> Cell:
+    """The cell of a data set of LongBench."""
+    dataset = DATASETS[name]
+    room, length = answer_tokens or dataset.room, setting.length
+    if room >= length:
+        raise UserError(
+            f"--length {length} leaves no room for a prompt of {name} beside the {room} tokens of its answer; raise "
+            "--length or lower --answer-tokens"
+        )
+    readings = []
+    for number, row in enumerate(rows):
+        sample = sample_of(name, row, Random(f"{seed} {name} {number}"), setting.distractors)
+        readings.append(in_tokens_cut(loaded, sample, room, length))
+        on_sample(1)
+    return Cell(name, length, dataset.metric, readings)
+
+
+def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int, number: int, room: int) -> Sample:
+    """Sample `number` of a task: it depends on nothing but the seed, the task, the number, the setting and the model.
+
+    Raises UserError if --length is too short for the task, or the user's own text too short for --length.
+    """
+
+    def build(units: int) -> Sample:
+        return task.build(Random(f"{seed} {task.name} {number}"), units, setting)
+
+    def size(sample: Sample) -> int:
+        return prompt_size(loaded, sample, room)
+
+    most = task.most(setting)
+    if most is not None and most < task.least:
+        raise _too_little_text(task, setting)
+    units, tokens = fit(lambda units: size(build(units)), setting.length, task.least, most)
+    if units < task.least:
+        raise UserError(
+            f"--length {setting.length} is too short for {task.name}: its shortest prompt and answer take {tokens} "
+            f"tokens; use --length {tokens} or more, or leave the task out"
+        )
+    if units == most:
+        raise _too_little_text(task, setting)
+    return build(units)
+
+
+def _too_little_text(task: Task, setting: Setting) -> UserError:
+    remedy = "give a longer --text or lower --length" if task.needs_text else "lower --length"
+    return UserError(f"{task.name} runs out of text at --length {setting.length}; {remedy}")
+
+
+def fit(size: Callable[[int], int], limit: int, least: int, most: int | None = None) -> tuple[int, int]:
+    """The largest n from `least` to `most` whose size(n) is at most `limit`, and its size; (least − 1, size) if none.
+
+    Sizes grow nearly in proportion to n, so that a few are enough.
+    """
+    smallest = size(least)
+    if smallest > limit:
+        return least - 1, smallest
+    low, size_low = least, smallest
+    high = None if most is None else most + 1  # the smallest n that is known not to fit
+    while high is None or high - low > 1:
+        slope = (size_low - smallest) / (low - least) if size_low > smallest else 1.0 * smallest
+        guess = low + max(1, int((limit - size_low) / slope))
+        if high is not None and guess >= high:
+            guess = (low + high) // 2
+        if (found := size(guess)) <= limit:
+            low, size_low = guess, found
+        else:
+            high = guess
+    return low, size_low

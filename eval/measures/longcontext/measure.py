@@ -1,0 +1,150 @@
+"""A cell: one task at one length, which every memory reads with the same contexts; its rows, and when it counts.
+
+Dense, which forgets nothing, is measured first. A cell counts only if dense can do the task: its score is FLOOR_SCORE
+or more, or the context lowers the nats of the right answer by FLOOR_GAIN per token or more, against the same prompt
+without its context. If neither holds, the cell is at the floor, and the other memories are not run: what they forget
+cannot show.
+
+Numbers are means over contexts; the number of a context is the mean over its questions. Differences to dense are paired
+by context, with a bootstrap interval over contexts (`eval.measures.verdict.equivalence`). A score lies between 0 and 1,
+and few contexts may all agree by chance; so the interval of a score has two contexts more, one with a difference of +1
+and one with −1, as Bonett and Price (2012) adjust the interval of paired proportions. Without them it would have no
+width if all contexts agree, and cover too rarely if nearly all do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from eval.measures.longcontext.answers import Place, Reader
+from eval.measures.longcontext.cells import Cell
+from eval.measures.statistics import block_stderr
+from eval.measures.verdict.equivalence import interval
+from sinkmodel.progress import CountedProgress
+
+FLOOR_SCORE = 0.5
+FLOOR_GAIN = 1.0  # nats per token of the answer
+LEVEL = 0.95
+NUMBERS = ("score", "nll", "rank")
+
+
+@dataclass(frozen=True)
+class Side:
+    """A memory to measure; `budget` is None for dense."""
+
+    name: str
+    budget: int | None
+    memory: Any
+
+    @property
+    def label(self) -> str:
+        return self.name if self.budget is None else f"{self.name} {self.budget}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a memory did in a cell: each number by context, None if it has none."""
+
+    score: list[float]
+    nll: list[float]
+    rank: list[float] | None
+    bytes_held: float
+    bytes_kept: float
+    seconds: float
+
+
+def measure_cell(
+    reader: Reader, cell: Cell, dense: Side, others: Sequence[Side], place: Place, seed: int, label: str
+) -> Iterator[dict[str, Any]]:
+    """The rows of a cell: dense, then each other memory."""
+    alone = [fmean(reader.nll_alone(asked) for asked in reading.asked) for reading in cell.readings]
+    of_dense = measure(reader, cell, dense.memory, place, f"{label}, dense")
+    gain = fmean(alone) - fmean(of_dense.nll)
+    floor = not counts(fmean(of_dense.score), gain)
+    more = {"nll_alone": fmean(alone), "gain": gain, "floor": floor}
+    yield row_of(cell, dense, place, of_dense, None, seed) | more
+    for side in others:
+        found = None if floor else measure(reader, cell, side.memory, place, f"{label}, {side.label}")
+        yield row_of(cell, side, place, found, of_dense, seed) | more
+
+
+def counts(score: float, gain: float) -> bool:
+    """Whether dense can do a task, by its score and by what the context gains per token of the answer."""
+    return score >= FLOOR_SCORE or gain >= FLOOR_GAIN
+
+
+def measure(reader: Reader, cell: Cell, memory: Any, place: Place, label: str) -> Measured:
+    answers, sizes = [], []
+    started = time.perf_counter()
+    with CountedProgress(label, "contexts", len(cell.readings)) as progress:
+        for reading in cell.readings:
+            of_context, held, kept = reader.ask(memory, reading, place, cell.metric)
+            answers.append(of_context)
+            sizes.append((held, kept))
+            progress.add(1)
+    ranks = [[answer.rank for answer in of_context if answer.rank is not None] for of_context in answers]
+    return Measured(
+        [fmean(answer.score for answer in of_context) for of_context in answers],
+        [fmean(answer.nll for answer in of_context) for of_context in answers],
+        list(map(fmean, ranks)) if all(ranks) else None,
+        fmean(held for held, _ in sizes),
+        fmean(kept for _, kept in sizes),
+        time.perf_counter() - started,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+def row_of(
+    cell: Cell, side: Side, place: Place, found: Measured | None, dense: Measured | None, seed: int
+) -> dict[str, Any]:
+    """A row, with nulls if the memory was not run; `dense` is None in dense's own row."""
+    difference: tuple[float | None, float | None, float | None]
+    row: dict[str, Any] = {
+        "task": cell.task,
+        "length": cell.length,
+        "question": place,
+        "memory": side.name,
+        "budget": side.budget,
+        "label": side.label,
+        "metric": cell.metric.name,
+        "contexts": len(cell.readings),
+        "questions": sum(len(reading.asked) for reading in cell.readings),
+        "prompt_tokens": fmean(reading.tokens for reading in cell.readings),
+        "context_tokens": fmean(len(reading.context) for reading in cell.readings),
+    }
+    for name in NUMBERS:
+        values, of_dense = getattr(found, name, None), getattr(dense, name, None)
+        row[name] = None if values is None else fmean(values)
+        row[f"{name}_stderr"] = None if values is None else block_stderr([torch.tensor(values)], 1)
+        difference = None, None, None
+        if values is not None and of_dense is not None:
+            difference = paired(values, of_dense, seed, bounded=name == "score")
+        row |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high"), difference))
+    row |= {name: getattr(found, name, None) for name in ("bytes_held", "bytes_kept", "seconds")}
+    return row | {"by_context": {name: getattr(found, name, None) for name in NUMBERS}}
+
+
+def paired(
+    values: Sequence[float], dense: Sequence[float], seed: int, bounded: bool
+) -> tuple[float, float | None, float | None]:
+    """The mean difference to dense and its interval for other contexts; no interval for fewer than five contexts.
+
+    Args:
+        bounded: the values lie between 0 and 1.
+    """
+    differences = [a - b for a, b in zip(values, dense)]
+    adjusted = [*differences, 1.0, -1.0] if bounded else differences
+    found = interval([np.array([x]) for x in adjusted], block=1, level=LEVEL, seed=seed)
+    if found is None or interval([np.array([x]) for x in differences], block=1, resamples=1) is None:
+        return fmean(differences), None, None
+    low, high = (max(-1.0, found.low), min(1.0, found.high)) if bounded else (found.low, found.high)
+    return fmean(differences), low, high
