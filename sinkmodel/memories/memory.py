@@ -305,9 +305,18 @@ class Memory(MemoryInterface):
         self.torn = True
         with torch.no_grad(), self.around(model):
             output = forward(model, **self._inputs(request, piece))
+        self._check_observed()
         self.commit(piece)
         self.torn = False
         return output
+
+    def _check_observed(self) -> None:
+        if len(self.modules) < len(self.layers):
+            self._begin()
+            raise UserError(
+                f"model type {self.config.model_type!r} does not send its attention through transformers' "
+                f"AttentionInterface in every layer, so {self.name} cannot see it; use a StreamingCache"
+            )
 
     @contextmanager
     def around(self, model: Any) -> Iterator[None]:

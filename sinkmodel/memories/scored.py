@@ -78,7 +78,7 @@ class Scored(Memory):
                 grow(layer.state, name, x.expand(rows, -1, -1))
         assert self.piece is not None
         if self.piece.ends_prompt:
-            self._compress(module.layer_idx, layer, self.piece.seen)
+            self._compress(layer, self.piece.seen)
 
 
 def grow(state: dict[str, Tensor], name: str, more: Tensor) -> None:
