@@ -15,6 +15,7 @@ them: equivalent, better, worse or undecided.
 from __future__ import annotations
 
 import argparse
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,6 @@ def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: i
     from eval.measures.memories.measure import Side
     from eval.measures.memories.readers import memory_reader, recompute_reader, stream_reader
     from eval.policies.recompute import Recompute
-    from sinkmodel import StreamingCache
     from sinkmodel.memories import make_memory
 
     front = len(loaded.sink_ids)
@@ -221,8 +221,8 @@ def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: i
         return Side(name, budget, recompute_reader(policy, front), policy.keeps)
     if name in STREAMS:
         sinks = 0 if name == "window" else options.sinks or front or BORROWED
-        stream = partial(StreamingCache, loaded.model, budget, sinks, options.positions)
-        stream()
+        stream = partial(_stream, loaded.model, budget, sinks, options.positions)
+        stream()  # refused here, if it is
         return Side(name, budget, stream_reader(stream), f"the first {sinks} and the {budget - sinks} latest")
     settings: dict[str, Any] = {} if name == "gemfilter" else {"positions": options.positions}
     if name == "gemfilter" and options.layer is not None:
@@ -235,6 +235,14 @@ def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: i
     make = partial(make_memory, "snapkv" if name == PUBLISHED else name, loaded.model, budget, **settings)
     memory = make()
     return Side(name, budget, memory_reader(make), f"{memory.sinks} first, {memory.window} last, and the best others")
+
+
+def _stream(model: Any, budget: int, sinks: int, positions: str) -> Any:
+    from sinkmodel import StreamingCache
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "sinks=0")  # the row says that it is the window
+        return StreamingCache(model, budget, sinks, positions)
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown
