@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from sinkmodel.cache.families import own_window
 from sinkmodel.errors import UserError
-from sinkmodel.rope import frequencies
+from sinkmodel.model_support import own_window
+from sinkmodel.probe import frequencies
 
 PIECE = 256  # tokens of a long `feed` that go through the model together
 # What transformers calls a table of positions, learned or of sines.

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from sinkmodel.errors import UserError
+from sinkmodel.probe import SAMPLE
 
 FORMAT = "sinkmodel-stream-1"
 NUMBERS = ("columns", "padded_until", "torn")
 ROWS = ("seen", "origin", "turned")  # a number a row
-SAMPLE = 16  # weights of the model, by which the stream knows it
 TENSORS = ("keys", "values", "sink_keys")  # where there are rows
 
 

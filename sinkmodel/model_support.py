@@ -1,22 +1,14 @@
-"""Which models can be streamed: refused by name from the config, or after a trial on the model itself.
+"""Which models can be streamed, as far as their config says it: refused by name, before a model is run.
 
-A config tells of learned positions, of state-space layers and of native windows; how keys are turned is found out by
-running the model on a few tokens (`sinkmodel.rope`). Both happen before the first token of a stream.
+A config says whether positions are learned, whether layers keep a state, and how wide a window of the model's own is.
+How keys are rotated is found out by running the model (`sinkmodel.probe`).
 """
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sinkmodel.cache.saved import SAMPLE
 from sinkmodel.errors import UserError
-from sinkmodel.rope import Rotary, frequencies, rotary_of, trial_keys
 from sinkmodel.sinks import kind_of
 
 ABSOLUTE = (
@@ -72,71 +64,6 @@ def own_window(config: Any) -> int | None:
     return min((keys for layer, keys in windows if layer in layers and keys is not None), default=None)
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What a trial run of a model showed."""
-
-    rotary: Rotary | None  # None: ALiBi
-    groups: int  # G, KV heads
-    key_size: int
-    value_size: int
-    dtype: torch.dtype
-    device: torch.device
-    vocabulary: int  # rows of the embedding
-    accepts: frozenset[str]  # names of the forward's arguments
-
-    def reach(self, slots: int) -> int:
-        """Positions that the model is given stay below this number.
-
-        Small, since fp32 RoPE loses what its positions grow; twice the slots, so that no key is turned a second time,
-        and turning the window now and then costs one key a token.
-        """
-        limit = self.rotary.limit if self.rotary is not None else None
-        return 2 * slots if limit is None else min(2 * slots, limit)
-
-
-_SEEN: weakref.WeakKeyDictionary[Any, dict[Any, Traits]] = weakref.WeakKeyDictionary()
-
-
-def traits_of(model: Any, run: Callable[..., Any], slots: int) -> Traits:
-    """The traits of a model; UserError, by name, where it cannot be streamed.
-
-    A model is tried once, as long as it stays as it is. `run` is its forward.
-    """
-    device, rows = next(model.parameters()).device, model.get_input_embeddings().num_embeddings
-    inv_freq, limit = (torch.empty(0), None) if model.config.model_type == "mpt" else frequencies(model)
-    autocast = torch.is_autocast_enabled(device.type)
-    key = (model.dtype, device, autocast, rows, limit, tuple(inv_freq.tolist()))
-    traits = _SEEN.setdefault(model, {})
-    if key not in traits:
-        traits[key] = _try(model, run)
-    found = traits[key]
-    if limit is not None and slots > limit:
-        raise UserError(
-            f"model type {model.config.model_type!r} has positions of one kind only up to {limit}, and the stream "
-            f"holds {slots} keys; choose a budget of at most {limit}"
-        )
-    return found
-
-
-def _try(model: Any, run: Callable[..., Any]) -> Traits:
-    kind = model.config.model_type
-    accepts = frozenset(inspect.signature(run).parameters)
-    lacking = {"past_key_values", "attention_mask", *(() if kind == "mpt" else ("position_ids",))} - accepts
-    if lacking:
-        raise UserError(f"the forward of {type(model).__name__} does not name {', '.join(sorted(lacking))}; let it")
-    rotary = None if kind == "mpt" else rotary_of(model, run)
-    layers = trial_keys(model, run, None if kind == "mpt" else 0)
-    shapes = {(*layer.keys.shape[1::2], layer.values.shape[-1], layer.keys.device) for layer in layers}
-    if len(shapes) > 1:
-        raise UserError(f"model type {kind!r} has keys of several shapes or devices; one of each is supported")
-    if len(layers) != model.config.get_text_config().num_hidden_layers:
-        raise UserError(f"model type {kind!r} shares keys between layers; that is not supported")
-    groups, key_size, value_size, device = shapes.pop()
-    rows = model.get_input_embeddings().num_embeddings
-    return Traits(rotary, groups, key_size, value_size, layers[0].keys.dtype, device, rows, accepts)
-
-
 def signature(config: Any) -> dict[str, Any]:
     """What two configs must have in common for a stream of the one to go on with the other."""
     heads = getattr(config, "num_attention_heads", None)
@@ -151,9 +78,3 @@ def signature(config: Any) -> dict[str, Any]:
         "rope": repr(getattr(config, "rope_parameters", None)),
         "sink": kind_of(config),
     }
-
-
-def sample_of(model: Any) -> list[float]:
-    """A few of the model's weights, by which a stream that was put aside knows it again: twins have one signature."""
-    weights = model.get_input_embeddings().weight.detach().flatten()
-    return weights[:: max(1, len(weights) // SAMPLE)][:SAMPLE].float().tolist()
