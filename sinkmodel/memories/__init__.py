@@ -32,7 +32,18 @@ MEMORIES: dict[str, type[Memory]] = {
     "gemfilter": GemFilter,
 }
 
-__all__ = ["MEMORIES", "Dense", "ExpectedAttention", "GemFilter", "H2O", "Memory", "Scored", "SnapKV", "TOVA", "make_memory"]
+__all__ = [
+    "MEMORIES",
+    "Dense",
+    "ExpectedAttention",
+    "GemFilter",
+    "H2O",
+    "Memory",
+    "Scored",
+    "SnapKV",
+    "TOVA",
+    "make_memory",
+]
 
 
 def make_memory(name: str, config: Any, budget: int | None = None, **settings: Any) -> Memory:

@@ -37,6 +37,8 @@ class ExpectedAttention(Memory):
     The others are those of `Memory`. Formula: kvpress, presses/expected_attention_press.py.
     """
 
+    SETTINGS = (*Memory.SETTINGS, "future", "covariance", "value_norm", "epsilon", "group")
+
     def __init__(
         self,
         config: Any,

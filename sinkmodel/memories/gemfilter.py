@@ -42,6 +42,8 @@ class GemFilter(Memory):
     my_utils/my_generation.py and my_baseline/GemFilter.
     """
 
+    SETTINGS = (*Memory.SETTINGS, "layer", "kernel", "pooling")
+
     def __init__(
         self,
         config: Any,

@@ -30,6 +30,8 @@ class H2O(Memory):
     The others are those of `Memory`. Formula: FMInference/H2O, utils_real_drop/modify_llama.py.
     """
 
+    SETTINGS = (*Memory.SETTINGS, "half", "group")
+
     def __init__(
         self,
         config: Any,

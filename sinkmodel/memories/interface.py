@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from transformers import Cache
 
 from sinkmodel.errors import UserError
 from sinkmodel.memories.layer import MemoryLayer
+from sinkmodel.memories.saved import check_state, read_state, restore, state_of
 from sinkmodel.memories.selection import EMPTY
+from sinkmodel.model_support import signature
 
 TAKES_BACK = ("assisted_generation", "contrastive_search")  # modes of `generate` that crop the cache
 LISTS = ("seen", "kept", "budgets", "shift")  # one number for each row
@@ -22,6 +25,8 @@ LISTS = ("seen", "kept", "budgets", "shift")  # one number for each row
 class MemoryInterface(Cache):
     """Base of `Memory`; its attributes are declared there."""
 
+    SETTINGS: tuple[str, ...]
+    config: Any
     layers: list[MemoryLayer]  # type: ignore[assignment]
     name: str
     columns: int
@@ -84,6 +89,34 @@ class MemoryInterface(Cache):
             yield self
         finally:
             del model.generate
+
+    # ----------------------------------------------------------------------------------------------- saving a memory
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a saved memory to be continued."""
+        given = {name: getattr(self, name) for name in self.SETTINGS}
+        return {"memory": self.name, "model": signature(self.config), **given}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is held, as tensors and plain numbers: `torch.load(..., weights_only=True)` reads it."""
+        return state_of(self)
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue with what `state_dict` returned; UserError, and nothing changed, if it does not fit."""
+        check_state(state, self.settings(), len(self.layers))
+        self.reset()
+        restore(self, state)
+
+    def save(self, path: str | Path) -> None:
+        """Write what is held to a file, which is there whole or not at all."""
+        from sinkmodel.files import atomic_file
+
+        with atomic_file(Path(path)) as file:
+            torch.save(self.state_dict(), file)
+
+    def load(self, path: str | Path) -> None:
+        """Continue with what `save` wrote, by a memory of the same settings; UserError if it does not fit."""
+        self.load_state_dict(read_state(Path(path)))
 
     # ------------------------------------------------------------------------------------------ what transformers asks
 
@@ -168,7 +201,9 @@ class MemoryInterface(Cache):
     def check_generation(self, mode: str, prompt: int | None, most: int) -> None:
         """What `generate` is about to do: it tells where the prompt ends."""
         if mode in TAKES_BACK:
-            raise UserError(f"{mode.replace('_', ' ')} takes tokens back, which {self.name} cannot do; use another mode")
+            raise UserError(
+                f"{mode.replace('_', ' ')} takes tokens back, which {self.name} cannot do; use another mode"
+            )
         if prompt is None or self.ended:
             return
         if prompt <= 1 and not self.columns:

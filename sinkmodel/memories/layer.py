@@ -67,7 +67,9 @@ class MemoryLayer(CacheLayerMixin):
 
     # --------------------------------------------------------------------------------------------- what changes it
 
-    def append(self, keys_BGND: Tensor, values_BGNV: Tensor, positions_BN: Tensor, spare: int = SPARE, copy: bool = True) -> None:
+    def append(
+        self, keys_BGND: Tensor, values_BGNV: Tensor, positions_BN: Tensor, spare: int = SPARE, copy: bool = True
+    ) -> None:
         """N more tokens. If slots are lacking for a single one, `spare` are added.
 
         The first tokens are held as they are if not `copy`: for a prompt that is compressed at once.

@@ -26,7 +26,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sinkmodel.cache.families import Traits, check_config, signature, traits_of
 from sinkmodel.cache.hook import install_hook, uncompiled
 from sinkmodel.cache.inputs import Request, bound, check_ids, check_inputs, request_of, tokens_of, valid_columns
 from sinkmodel.errors import UserError
@@ -37,6 +36,8 @@ from sinkmodel.memories.layer import SPARE, MemoryLayer
 from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.pieces import Piece, check_left_padded, lengths, next_piece, ranks
 from sinkmodel.memories.selection import EMPTY, best, force
+from sinkmodel.model_support import check_config, signature
+from sinkmodel.probe import Traits, traits_of
 from sinkmodel.rope import Rotary
 
 Positions = Literal["text", "cache"]
@@ -62,6 +63,7 @@ class Memory(MemoryInterface):
             before anything is written, for inputs that do not continue what was read.
     """
 
+    SETTINGS: tuple[str, ...] = ("budget", "compression_ratio", "sinks", "window", "positions", "interval")
     interval: int | None = None  # tokens between two evictions after the prompt; None: there are none
     compresses_in_attention = True  # else a layer is compressed elsewhere when its prompt has ended
 
@@ -410,9 +412,7 @@ class Memory(MemoryInterface):
         self.scale, self.softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")
         if self.observes:
             full, places, valid = piece.full_BK, piece.place_BN, piece.valid_BN
-            self.observe(
-                layer, Observation(module, query, key, value, full, places, valid, self.scale, self.softcap)
-            )
+            self.observe(layer, Observation(module, query, key, value, full, places, valid, self.scale, self.softcap))
         if piece.ends_prompt and self.compresses_in_attention:
             self._compress(layer, piece.seen)
         elif piece.evicts:

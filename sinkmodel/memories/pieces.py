@@ -98,7 +98,9 @@ def visible(full_BK: Tensor | None, slots: int, count: int, explicit: bool, devi
 def ranks(positions_BGK: Tensor) -> Tensor:
     """The place of each slot's token among those of its head, from 0, in the order of the text; below 0 if empty."""
     order = positions_BGK.argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return rank - (positions_BGK == EMPTY).sum(dim=-1, keepdim=True)
 
 

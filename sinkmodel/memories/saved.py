@@ -1,6 +1,8 @@
 """A memory as a file: what it holds as tensors and plain numbers, and whether that is sound.
 
-    memory.save("memory.pt");  memory = SnapKV.load("memory.pt", model.config)
+    memory.save("memory.pt")
+    memory = SnapKV(model.config, budget=1024)  # as it was made
+    memory.load("memory.pt")
 
 `torch.load(..., weights_only=True)` reads it: no code of a stranger runs. A prompt that has not ended may be saved too;
 GemFilter alone has to end it first, since it would read it again.
@@ -11,7 +13,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sinkmodel.errors import UserError
@@ -113,10 +114,3 @@ def restore(memory: Any, state: dict[str, Any]) -> None:
         layer.length, layer.is_initialized = saved["length"], bool(saved["length"])
         layer.per_slot = {name: x.clone() for name, x in saved["per_slot"].items()}
         layer.state = {name: x.clone() for name, x in saved["state"].items()}
-
-
-def write(memory: Any, path: Path) -> None:
-    from sinkmodel.files import atomic_file
-
-    with atomic_file(path) as file:
-        torch.save(state_of(memory), file)

@@ -32,6 +32,8 @@ class SnapKV(Memory):
     The others are those of `Memory`. Formula: FasterDecoding/SnapKV, snapkv_utils.py.
     """
 
+    SETTINGS = (*Memory.SETTINGS, "kernel", "pooling", "group")
+
     def __init__(
         self,
         config: Any,
@@ -46,12 +48,18 @@ class SnapKV(Memory):
         super().__init__(config, budget, window=window, **settings)
         if window < 1:
             raise UserError(f"SnapKV looks at the last queries of a prompt; its window is {window}, make it at least 1")
-        self.kernel, self.pooling, self.group = odd(kernel), one_of("pooling", pooling, Pooling), one_of("group", group, GroupRule)
+        self.kernel, self.pooling, self.group = (
+            odd(kernel),
+            one_of("pooling", pooling, Pooling),
+            one_of("group", group, GroupRule),
+        )
 
     def observe(self, layer: MemoryLayer, seen: Observation) -> None:
         query = seen.query_BHND[:, :, -self.window :]
         before = layer.state.get("queries")
-        layer.state["queries"] = query.clone() if before is None else torch.cat([before, query], 2)[:, :, -self.window :]
+        layer.state["queries"] = (
+            query.clone() if before is None else torch.cat([before, query], 2)[:, :, -self.window :]
+        )
 
     def scores(self, layer: MemoryLayer) -> Tensor:
         weights_BHwK = self.of_last_queries(layer, layer.state["queries"]).weights()

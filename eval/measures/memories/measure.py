@@ -124,17 +124,13 @@ def row(
     }
 
 
-def against(
-    scored: Sequence[torch.Tensor], dense: Sequence[Sequence[Reading]], question: Question
-) -> dict[str, Any]:
+def against(scored: Sequence[torch.Tensor], dense: Sequence[Sequence[Reading]], question: Question) -> dict[str, Any]:
     """The paired difference to dense in nats per token, with interval and answer; no answer if the texts are too few."""
     differences = [
         mine.double().numpy() - torch.cat([reading.nll for reading in theirs]).double().numpy()
         for mine, theirs in zip(scored, dense)
     ]
-    found = interval(
-        differences, question.after, question.level, question.seed, these_texts=question.these_texts
-    )
+    found = interval(differences, question.after, question.level, question.seed, these_texts=question.these_texts)
     if found is None:
         return {**UNKNOWN, "difference": float(np.concatenate(differences).mean())}
     return {

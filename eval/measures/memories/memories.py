@@ -55,9 +55,7 @@ DEFAULT = ("dense", "window", "sink", *ALONE)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
     add_text_argument(parser)
-    parser.add_argument(
-        "--prompt", type=positive, default=1024, metavar="P", help="tokens of a prompt (default: 1024)"
-    )
+    parser.add_argument("--prompt", type=positive, default=1024, metavar="P", help="tokens of a prompt (default: 1024)")
     parser.add_argument(
         "--continue",
         dest="after",
@@ -70,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", type=positive, default=1, metavar="K", help="prompts of each document, evenly spread (default: 1)"
     )
     parser.add_argument(
-        "--documents", type=positive, metavar="N", help="first documents of each file that are long enough (default: all)"
+        "--documents",
+        type=positive,
+        metavar="N",
+        help="first documents of each file that are long enough (default: all)",
     )
     parser.add_argument(
         "--memories", nargs="+", choices=NAMES, default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}"
@@ -125,9 +126,7 @@ def run(options: argparse.Namespace) -> None:
     _check_model(options, loaded)
     from eval.measures.memories.measure import Question, measure
 
-    question = Question(
-        options.prompt, options.after, options.margin, options.level, options.seed, options.these_texts
-    )
+    question = Question(options.prompt, options.after, options.margin, options.level, options.seed, options.these_texts)
     sides = sides_of(options, loaded)
     length = options.prompt + options.after
     taken = None if options.prompts > 1 else length
