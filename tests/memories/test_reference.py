@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 
-from tests.memories import reference
-from tests.memories.reference import run
+from tests.memories import scores
+from tests.memories.reference import DEFAULTS, keep, run
 from tests.models import IN_SOFTMAX, model_of, tokens
 from tests.reference import streaming_logits
 
@@ -115,7 +115,7 @@ def test_the_prompt_is_chosen_by_the_attention_that_transformers_returns(family)
             ("max", F.max_pool1d(rows, 3, stride=1, padding=1)),
         ]:
             per_group = pooled.view(groups, -1, N - 5)
-            for group, scores in [
+            for group, wanted in [
                 ("mean", per_group.mean(1)),
                 ("max", per_group.amax(1)),
                 ("sum", per_group.sum(1)),
@@ -123,13 +123,19 @@ def test_the_prompt_is_chosen_by_the_attention_that_transformers_returns(family)
             ]:
                 settings = {"budget": 13, "window": 5, "kernel": 3, "pooling": pooling, "group": group, "sinks": 1}
                 kept = run(model, "snapkv", settings, PROMPT, []).kept_after_prompt[layer]
-                assert kept == [[0, *best(row, 7, 1), *range(N - 5, N)] for row in scores]
+                assert kept == [[0, *best(row, 7, 1), *range(N - 5, N)] for row in wanted]
         sums = attention[0].sum(1).view(groups, -1, N)
-        for group, scores in [("sum", sums.sum(1)), ("mean", sums.mean(1)), ("max", sums.amax(1))]:
+        for group, wanted in [("sum", sums.sum(1)), ("mean", sums.mean(1)), ("max", sums.amax(1))]:
             kept = run(model, "h2o", {"budget": 14, "group": group, "sinks": 2}, PROMPT, []).kept_after_prompt[layer]
-            assert kept == [[0, 1, *best(row[: N - 7], 5, 2), *range(N - 7, N)] for row in scores]
+            assert kept == [[0, 1, *best(row[: N - 7], 5, 2), *range(N - 7, N)] for row in wanted]
         kept = run(model, "tova", {"budget": 9}, PROMPT, []).kept_after_prompt[layer]
         assert kept == [[*best(attention[0, :, -1, :-1].mean(0), 8), N - 1]] * groups
+        # A prompt that fits into the budget, and one eviction after the rest: all have attended to all.
+        first, rest = PROMPT[:14], PROMPT[14:]
+        kept = run(model, "h2o", {"budget": 14, "interval": N - 14}, first, rest).kept_at_end[layer]
+        assert kept == [[*best(row[: N - 7], 7), *range(N - 7, N)] for row in sums.sum(1)]
+        kept = run(model, "tova", {"budget": 14, "interval": N - 14}, first, rest).kept_at_end[layer]
+        assert kept == [[*best(attention[0, :, -1, :-1].mean(0), 13), N - 1]] * groups
 
 
 def best(scores: torch.Tensor, count: int, first: int = 0) -> list[int]:
@@ -152,22 +158,23 @@ def test_snapkv_by_hand():
         ("max", "mean", [0.15, 0.25, 0.6, 0.6]),
     ]:
         settings = {"window": 2, "kernel": 3, "pooling": pooling, "group": group}
-        (scores,) = reference.snapkv(attention, [[0, 1]], settings)
-        assert scores == pytest.approx([*wanted, 0, 0])
+        (found,) = scores.snapkv(attention, [[0, 1]], settings)
+        assert found == pytest.approx([*wanted, 0, 0])
     settings = {"budget": 4, "window": 2, "sinks": 1}
-    assert reference.keep(dict(enumerate(scores)), settings, 5)[0] == [0, 2, 4, 5]  # of the equal 2 and 3 the earlier
+    assert keep(dict(enumerate(found)), settings, 5)[0] == [0, 2, 4, 5]  # of the equal 2 and 3 the earlier
 
 
 def test_expected_attention_by_hand():
     """Guards: the moments without the first tokens, the half, the scale, the group's mean, the length of the values."""
     queries = torch.tensor([[[7, 7], [3, 0], [-1, 0]], [[7, 7], [1, 2], [1, 0]]]).double()  # means (1, 0) and (1, 1)
     keys, values = torch.tensor([[[5, 5], [1, 0], [0, 1]]]).double(), torch.tensor([[[9, 9], [0, 2], [3, 4]]]).double()
-    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double()  # a quarter: means (0, 1) and (-1, 1)
-    settings = {**reference.DEFAULTS["expected_attention"], "n_sink": 1}
-    (scores,) = reference.expected_attention(queries, keys, values, turn, 0.5, settings)
-    # Covariances diag(4, 0) and diag(0, 1), turned diag(0, 4) and diag(1, 0): logits 0, .5 + .5 and −.5 + .125, .5
-    first = [1 / (1 + math.e), 1 / (1 + math.exp(0.875))]
-    assert scores[1:] == pytest.approx([2 * sum(first) / 2, 5 * (1 - sum(first) / 2)])
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]]).double()  # means (.6, .8) and (-.2, 1.4)
+    settings = {**DEFAULTS["expected_attention"], "n_sink": 1}
+    (found,) = scores.expected_attention(queries, keys, values, turn, 0.5, settings)
+    # Covariances diag(4, 0) and diag(0, 1), turned: diagonals (1.44, 2.56) and (.64, .36); an eighth of them is added
+    second_less_first = [(0.4 + 0.32) - (0.3 + 0.18), (0.7 + 0.045) - (-0.1 + 0.08)]
+    first = [1 / (1 + math.exp(x)) for x in second_less_first]
+    assert found[1:] == pytest.approx([2 * sum(first) / 2, 5 * (1 - sum(first) / 2)])
 
 
 @torch.no_grad()
@@ -182,24 +189,52 @@ def test_gemfilter_reads_the_chosen_tokens_again(family):
         torch.testing.assert_close(outcome.prompt_logits, again[9], rtol=0, atol=1e-9)
         torch.testing.assert_close(outcome.logits, again[10:], rtol=0, atol=1e-9)
         assert outcome.kept_at_end[0][0] == [*chosen, *range(N, N + M)]
-        sums = raw_scores(double(model), layer).sum(0)
-        pooled = F.avg_pool1d(sums[None], 5, stride=1, padding=2)[0]
+        query, key, _ = watched(model)[layer]
+        pooled = F.avg_pool1d((query[:, -1:] @ key.mT)[:, 0].sum(0)[None], 5, stride=1, padding=2)[0]
         assert list(chosen) == best(pooled, 10)
 
 
-def raw_scores(model, layer: int) -> torch.Tensor:
-    """q_last · k_j [H, N] of a layer, after RoPE, not scaled: by an attention function in place of the model's."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_scores_read_keys_after_rope_and_expected_attention_the_positions_to_come(family):
+    """Guards: what a scorer is given, in all layers; in the first, the averaged rotation and the variance of q·k."""
+    model, given = model_of(family), []
+    groups = getattr(model.config, "num_key_value_heads", 4)
 
-    found = []
+    def score(keys, values):
+        given.append((keys[0], values[0]))
+        return by_norm(keys, values)
 
-    def watched(module, query, key, value, mask, **kwargs):
-        key_H = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        found.append((query[:, :, -1:] @ key_H.mT)[0, :, 0])
-        return sdpa_attention_forward(module, query, key, value, mask, is_causal=True, **kwargs)
+    kept = run(model, "scored", {"budget": 9, "score": score}, PROMPT, []).kept_after_prompt
+    shared = 4 // groups
+    for (keys, values), (_, wanted_k, wanted_v), heads in zip(given, watched(model), kept):
+        torch.testing.assert_close(keys, wanted_k[::shared], rtol=0, atol=1e-9)
+        torch.testing.assert_close(values, wanted_v[::shared], rtol=0, atol=1e-9)
+        assert heads == [best(row, 9) for row in by_norm(keys, values)]
 
-    AttentionInterface.register("watched-by-a-test", watched)
+    query, (_, keys, values) = watched(model, still=True)[0][0], watched(model)[0]
+    angles = torch.arange(N, N + 12)[:, None] * model.base_model.rotary_emb.inv_freq.double()
+    turn, half = torch.polar(torch.ones_like(angles), angles).mean(0), angles.shape[1]
+    pairs = torch.complex(query[..., :half], query[..., half : 2 * half]) * turn
+    queries = torch.cat([pairs.real, pairs.imag, query[..., 2 * half :]], dim=-1)[:, 3:]
+    dots = queries @ keys[:, 3:].mT * keys.shape[-1] ** -0.5  # [H, queries, keys]
+    chances = torch.softmax(dots.mean(1) + dots.var(1, correction=0) / 2, dim=-1)
+    wanted = chances.view(groups, shared, -1).mean(1) * values[::shared, 3:].norm(dim=-1)
+    settings = {"budget": 9, "n_sink": 3, "n_future_positions": 12}
+    outcome = run(model, "expected_attention", settings, PROMPT, [])
+    assert outcome.kept_after_prompt[0] == [[0, 1, 2, *(3 + p for p in best(row, 6))] for row in wanted]
+
+
+def watched(model, still: bool = False) -> list[tuple[torch.Tensor, ...]]:
+    """q, k and v [H, N, D] of each layer, in which RoPE turned q and k, or not if all tokens are at position 0."""
+    model, found = double(model), []
+
+    def attention(module, query, key, value, mask, **kwargs):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        found.append((query[0], key[0], value[0]))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None
+
+    AttentionInterface.register("watched-by-a-test", attention)
     model.set_attn_implementation("watched-by-a-test")
-    model(torch.tensor([PROMPT]))
-    return found[layer]
+    model(torch.tensor([PROMPT]), position_ids=torch.zeros(1, N, dtype=torch.long) if still else None)
+    return found
