@@ -30,7 +30,8 @@ from sinkmodel.sinks import IN_SOFTMAX, SINK_ATTENTION, kind_of
 FIELDS = "decoder"  # where config.json has what a plain loader would look for
 WARNING = "this model has a sink in its softmax: import sinkmodel.architectures, then use AutoModelForCausalLM"
 PARAMETER = "sink"  # its name in an attention module
-ATTENTIONS = (SINK_ATTENTION, CAUSAL, "sinkmodel_banded", "sinkmodel_watched", "sinkmodel_observed")  # that know of the sink
+# Those that know of the sink.
+ATTENTIONS = (SINK_ATTENTION, CAUSAL, "sinkmodel_banded", "sinkmodel_watched", "sinkmodel_observed")
 
 
 class _SinkInConfig:

@@ -33,15 +33,15 @@ MEMORIES: dict[str, type[Memory]] = {
 }
 
 __all__ = [
+    "H2O",
     "MEMORIES",
+    "TOVA",
     "Dense",
     "ExpectedAttention",
     "GemFilter",
-    "H2O",
     "Memory",
     "Scored",
     "SnapKV",
-    "TOVA",
     "make_memory",
 ]
 
@@ -52,4 +52,4 @@ def make_memory(name: str, config: Any, budget: int | None = None, **settings: A
         raise UserError(f"there is no memory {name!r}; choose one of {', '.join(MEMORIES)}")
     if name == "dense":
         return Dense(config, **settings)
-    return MEMORIES[name](config, budget, **settings)  # type: ignore[arg-type]
+    return MEMORIES[name](config, budget, **settings)

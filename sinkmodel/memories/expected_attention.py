@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.arguments import one_of, whole
+from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.selection import JoiningRule, join_group
@@ -58,6 +58,7 @@ class ExpectedAttention(Memory):
         self.group = one_of("group", group, JoiningRule)
 
     def observe(self, layer: MemoryLayer, seen: Observation) -> None:
+        assert seen.places_BN is not None
         rotary = self.rotary_of(layer)
         query = seen.query_BHND.float()
         if rotary is not None:
@@ -69,7 +70,7 @@ class ExpectedAttention(Memory):
 
     def scores(self, layer: MemoryLayer) -> Tensor:
         keys, values = layer.held()
-        G, D = keys.shape[1], keys.shape[-1]
+        G = keys.shape[1]
         mean_BHD, spread = layer.state["mean"], layer.state["spread"]
         count_B = layer.state["count"].clamp(min=1)
         covariance_BHDD = spread / count_B[:, None, None, None]

@@ -1,8 +1,8 @@
 """GemFilter (arXiv 2409.17422, section 3): the first layers of a model choose the tokens that the whole model reads.
 
-Pass 1 runs the layers 0 … r − 1 and the queries and keys of layer r. The last query of the prompt scores every key there,
-q·k summed over the query heads, with no scale and no softmax; scores are smoothed and the best C tokens chosen, one set
-for all heads and layers. Pass 2 reads those tokens alone, as a text of their own at positions 0 … C − 1.
+Pass 1 runs the layers 0 … r − 1 and the queries and keys of layer r. There the last query of the prompt scores every
+key: q·k summed over the query heads, with no scale and no softmax. Scores are smoothed, and the best C tokens chosen,
+one set for all heads and layers. Pass 2 reads those tokens alone, as a text of their own at positions 0 … C − 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sinkmodel.cache.inputs import Request
 from sinkmodel.errors import UserError
-from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.arguments import odd, one_of, whole
+from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.pieces import Piece
@@ -36,9 +36,9 @@ class GemFilter(Memory):
         kernel: κ, an odd number; 5 in the published code.
         pooling: "avg" (the published code) or "max".
 
-    The others are those of `Memory`; nothing is forced to stay by default, as published. Logits of a prompt are those of
-    the chosen tokens. If the end of the prompt is not known while it is read (neither `generate` nor `expect` told), it
-    is read by all layers first, which costs time and changes nothing else. Formula: SalesforceAIResearch/GemFilter,
+    The others are those of `Memory`; nothing is forced to stay by default, as published. Logits of a prompt are those
+    of the chosen tokens. If the end of the prompt is not known while it is read (by `generate` or `expect`), all layers
+    read it first, which costs time and changes nothing else. Formula: SalesforceAIResearch/GemFilter,
     my_utils/my_generation.py and my_baseline/GemFilter.
     """
 

@@ -27,7 +27,7 @@ class MemoryInterface(Cache):
 
     SETTINGS: tuple[str, ...]
     config: Any
-    layers: list[MemoryLayer]  # type: ignore[assignment]
+    layers: list[MemoryLayer]
     name: str
     columns: int
     seen: list[int]
@@ -193,9 +193,9 @@ class MemoryInterface(Cache):
         """UserError if `generate` was given a prompt that has nothing new for a used memory."""
         if new is not None and new <= 0:
             raise UserError(
-                f"this {self.name} has read {self.columns} tokens and the prompt has only {self.columns + new}: generate "
-                "takes a prompt as the whole text so far, with new tokens at its end; append to that text, or call "
-                "reset() for another prompt"
+                f"this {self.name} has read {self.columns} tokens and the prompt has only {self.columns + new}: "
+                "generate takes a prompt as the whole text so far, with new tokens at its end; append to that text, or "
+                "reset() the memory for another prompt"
             )
 
     def check_generation(self, mode: str, prompt: int | None, most: int) -> None:

@@ -25,14 +25,16 @@ class MemoryLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    keys: Any  # Tensor; None before the first token, as `values` and `positions`
+    values: Any
+    positions: Any
 
     def __init__(self) -> None:
         super().__init__()
         self.clear()
 
     def clear(self) -> None:
-        self.keys = self.values = None
-        self.positions: Tensor | None = None
+        self.keys = self.values = self.positions = None
         self.length = 0
         self.per_slot: dict[str, Tensor] = {}
         self.state: dict[str, Tensor] = {}
@@ -48,7 +50,6 @@ class MemoryLayer(CacheLayerMixin):
 
     def held_positions(self) -> Tensor:
         """The position in the text of the token in each slot, [B, G, K]; `EMPTY` for none."""
-        assert self.positions is not None
         return self.positions[:, :, : self.length]
 
     def numbers(self, name: str, *shape: int) -> Tensor:
@@ -85,8 +86,7 @@ class MemoryLayer(CacheLayerMixin):
             return
         end = self.length + N
         if end > self.keys.shape[2]:
-            self._grow(max(end, self.length + spare) if N <= spare else end)
-        assert self.positions is not None
+            self._grow(max(end, self.length + spare) if spare >= N else end)
         self.keys[:, :, self.length : end] = keys_BGND
         self.values[:, :, self.length : end] = values_BGNV
         self.positions[:, :, self.length : end] = positions_BN[:, None]
@@ -100,7 +100,6 @@ class MemoryLayer(CacheLayerMixin):
             grown.narrow(dim, 0, self.length).copy_(x.narrow(dim, 0, self.length))
             return grown
 
-        assert self.positions is not None
         self.keys, self.values = larger(self.keys, 2), larger(self.values, 2)
         self.positions = larger(self.positions, 2)
         self.per_slot = {name: larger(x, -1) for name, x in self.per_slot.items()}
@@ -125,7 +124,6 @@ class MemoryLayer(CacheLayerMixin):
     def drop_one(self, slot_BG: Tensor) -> None:
         """Forget one slot of each head: the last one moves into its place, and nothing else is copied."""
         last = self.length - 1
-        assert self.positions is not None
         slot_BG1 = slot_BG[..., None]
         for x in (self.keys, self.values):
             index = slot_BG1[..., None].expand(-1, -1, 1, x.shape[-1])
@@ -145,7 +143,6 @@ class MemoryLayer(CacheLayerMixin):
         """Row r becomes what row rows[r] was; a copy, so that rows do not share memory."""
         if self.keys is None:
             return
-        assert self.positions is not None
         self.keys, self.values, self.positions = self.keys[rows], self.values[rows], self.positions[rows]
         self.per_slot = {name: x[rows] for name, x in self.per_slot.items()}
         self.state = {name: x[rows] for name, x in self.state.items()}

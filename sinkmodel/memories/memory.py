@@ -1,4 +1,4 @@
-"""`Memory`: a cache that reads a prompt whole and then keeps, in every KV head, the tokens that a method scores highest.
+"""`Memory`: a cache that reads a prompt whole, then keeps in every KV head the tokens that a method scores highest.
 
     memory = SnapKV(model.config, budget=1024)
     model.generate(ids, past_key_values=memory)               # compressed when the prompt has been read
@@ -111,7 +111,8 @@ class Memory(MemoryInterface):
         self.model: Any = None  # a weak reference to the model that reads
         self.traits: Traits | None = None
         self.modules: dict[int, Any] = {}  # its attention modules by layer
-        self.scale, self.softcap = 1.0, None  # of its attention
+        self.scale = 1.0  # of its attention
+        self.softcap: float | None = None
         for layer in self.layers:
             layer.clear()
 
@@ -154,11 +155,11 @@ class Memory(MemoryInterface):
         """The attention that the last queries of the prompt, kept from earlier, pay to all keys that are held."""
         keys, values = layer.held()
         full_BK = layer.held_positions()[:, 0] != EMPTY
-        valid_BN = full_BK[:, -query_BHND.shape[2] :]
-        if bool(full_BK.all()):
-            full_BK, valid_BN = None, None
+        padded = not bool(full_BK.all())
+        valid_BN = full_BK[:, -query_BHND.shape[2] :] if padded else None
         module = self.modules[self.index_of(layer)]
-        return Observation(module, query_BHND, keys, values, full_BK, None, valid_BN, self.scale, self.softcap)
+        full = full_BK if padded else None
+        return Observation(module, query_BHND, keys, values, full, None, valid_BN, self.scale, self.softcap)
 
     # --------------------------------------------------------------------------------------------- the end of a prompt
 
@@ -280,7 +281,8 @@ class Memory(MemoryInterface):
         return request_of(name, tokens, valid_BT, inputs, model)
 
     def _check_end(self, new: int, traits: Traits) -> None:
-        limits = (getattr(self.config, "max_position_embeddings", None), traits.rotary and traits.rotary.limit)
+        of_rotary = traits.rotary.limit if traits.rotary is not None else None
+        limits = (getattr(self.config, "max_position_embeddings", None), of_rotary)
         limit = min((n for n in limits if n is not None), default=None)
         end = max((n - shift for n, shift in zip(self.seen, self.shift)), default=0) + new
         if limit is not None and end > limit:

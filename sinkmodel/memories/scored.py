@@ -4,14 +4,14 @@
     Scored(model, KnormPress(), budget=256)          # a press of kvpress as it is; its own ratio is not read
 
 What a scorer gets: the attention module; the hidden states of the prompt that went into it [B, N, hidden]; keys and
-values after RoPE [B, G, N, D]; None for the attention; and `kwargs` as the module got them, with `position_embeddings`
-of the whole prompt. It returns [B, G, N], higher is kept.
+values after RoPE [B, G, N, D]; None for the attention; and `kwargs` with `position_embeddings`, cos and sin of the
+whole prompt. The module has `rotary_emb` for as long. It returns [B, G, N], higher is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -55,17 +55,15 @@ class Scored(Memory):
 
     @contextmanager
     def around(self, model: Any) -> Iterator[None]:
-        with super().around(model):
-            if self.ended:
-                yield
-                return
-            modules = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
-            hooks = [m.register_forward_hook(self._after_module, with_kwargs=True) for m in modules]
-            try:
-                yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
+        with super().around(model), ExitStack() as stack:
+            if not self.ended:
+                rotary = getattr(model.base_model, "rotary_emb", None)
+                for module in attention_modules(model):
+                    stack.callback(module.register_forward_hook(self._after_module, with_kwargs=True).remove)
+                    if rotary is not None and not hasattr(module, "rotary_emb"):  # which presses ask for
+                        object.__setattr__(module, "rotary_emb", rotary)  # not as a part of the module
+                        stack.callback(object.__delattr__, module, "rotary_emb")
+            yield
 
     def _after_module(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         layer = self.layers[module.layer_idx]
@@ -79,6 +77,11 @@ class Scored(Memory):
         assert self.piece is not None
         if self.piece.ends_prompt:
             self._compress(layer, self.piece.seen)
+
+
+def attention_modules(model: Any) -> list[Any]:
+    """The modules of a transformers model that attend, by the two attributes that all of them have."""
+    return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
 
 
 def grow(state: dict[str, Tensor], name: str, more: Tensor) -> None:

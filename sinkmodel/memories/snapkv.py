@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sinkmodel.errors import UserError
-from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.arguments import odd, one_of
+from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.selection import GroupRule, Pooling, join_group, pool

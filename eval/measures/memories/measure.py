@@ -125,7 +125,7 @@ def row(
 
 
 def against(scored: Sequence[torch.Tensor], dense: Sequence[Sequence[Reading]], question: Question) -> dict[str, Any]:
-    """The paired difference to dense in nats per token, with interval and answer; no answer if the texts are too few."""
+    """The paired difference to dense in nats per token, and its answer; none if the texts are too few."""
     differences = [
         mine.double().numpy() - torch.cat([reading.nll for reading in theirs]).double().numpy()
         for mine, theirs in zip(scored, dense)

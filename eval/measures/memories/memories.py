@@ -37,7 +37,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.parser import name_of, path_of, positive, real, whole
 
 if TYPE_CHECKING:
-    from eval.measures.memories.measure import Question, Side
+    from eval.measures.memories.measure import Side
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = "What KV memories cost on the same prompts: nats against dense with intervals, bytes, times."
@@ -186,7 +186,7 @@ def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
     end, fed = loaded.positions, len(loaded.sink_ids) + options.prompt + options.after - 1
     if end is not None and fed > end:
         raise UserError(
-            f"--prompt and --continue take {fed} positions, and {loaded.name} was made for {end}; use fewer by {fed - end}"
+            f"--prompt and --continue take {fed} positions, and {loaded.name} was made for {end}; use {fed - end} fewer"
         )
 
 
@@ -194,7 +194,7 @@ def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
 
 
 def sides_of(options: argparse.Namespace, loaded: LoadedModel) -> list[Side]:
-    """Dense first, then each memory at each budget. A memory that cannot be made is refused here, before any reading."""
+    """Dense first, then each memory at each budget. What cannot be made is refused here, before anything is read."""
     from eval.measures.memories.measure import Side
     from eval.measures.memories.readers import memory_reader
     from sinkmodel.memories import Dense
@@ -249,11 +249,12 @@ def _stream(model: Any, budget: int, sinks: int, positions: str) -> Any:
 
 def print_table(content: dict[str, Any]) -> None:
     rows = content["rows"]
+    lengths = f"{content['prompt']} tokens of prompt, then {content['continue']} scored"
     table = new_table(
-        f"{content['model']}, {content['dtype']}: {content['prompt']} tokens of prompt, then {content['continue']} scored",
+        f"{content['model']}, {content['dtype']}: {lengths}",
         f"difference: to dense, in nats per token, {100 * content['level']:g} % interval over texts, equivalent within "
-        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; ×: of dense's "
-        "time, median over prompts in which all took turns",
+        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; "
+        "×: of dense's time, median over prompts in which all took turns",
         ["memory"],
         ["prompts", "tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "prefill ×", "decode ×"],
     )

@@ -1,7 +1,7 @@
 """How each row of the table reads a prompt and scores what comes after it.
 
-A memory of `sinkmodel.memories` compresses the prompt; a StreamingCache (window, sink) keeps its sinks and its window as
-it goes; recompute keeps nothing and reads its window again. All of them answer for the same tokens.
+A memory of `sinkmodel.memories` compresses the prompt; a StreamingCache (window, sink) keeps its sinks and its window
+as it goes; recompute keeps nothing and reads its window again. All of them answer for the same tokens.
 """
 
 from __future__ import annotations
