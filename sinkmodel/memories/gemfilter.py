@@ -85,7 +85,9 @@ class GemFilter(Memory):
         keys_BGKD, _ = layer.held()
         query_BGD = layer.state["query"].unflatten(1, (keys_BGKD.shape[1], -1)).float().sum(dim=2)
         scores_BGK = (keys_BGKD.float() @ query_BGD[..., None])[..., 0]
-        return pool(scores_BGK.sum(dim=1, keepdim=True), self.kernel, self.pooling)
+        beyond = 0.0 if self.pooling == "avg" else torch.finfo(torch.float32).min  # pads are as the ends of a text
+        scores_B1K = scores_BGK.sum(dim=1, keepdim=True).masked_fill(layer.held_positions()[:, :1] == EMPTY, beyond)
+        return pool(scores_B1K, self.kernel, self.pooling)
 
     # ------------------------------------------------------------------------------------------------------ two passes
 
