@@ -36,7 +36,7 @@ from sinkmodel.memories.layer import SPARE, MemoryLayer
 from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.pieces import Piece, check_left_padded, lengths, next_piece, ranks
 from sinkmodel.memories.selection import EMPTY, best, force
-from sinkmodel.model_support import check_config, signature
+from sinkmodel.model_support import check_config, own_window, signature
 from sinkmodel.probe import Traits, traits_of
 from sinkmodel.rope import Rotary
 
@@ -281,6 +281,12 @@ class Memory(MemoryInterface):
         return request_of(name, tokens, valid_BT, inputs, model)
 
     def _check_end(self, new: int, traits: Traits) -> None:
+        window = own_window(self.config)
+        if window is not None and max(self.seen, default=0) + new > window:
+            raise UserError(
+                f"model type {self.config.model_type!r} has a window of {window} of its own in some layers, and the "
+                f"text is longer; {self.name} needs a model that sees all of it"
+            )
         of_rotary = traits.rotary.limit if traits.rotary is not None else None
         limits = (getattr(self.config, "max_position_embeddings", None), of_rotary)
         limit = min((n for n in limits if n is not None), default=None)

@@ -47,7 +47,9 @@ class Scored(Memory):
         keys, values = layer.held()
         module = self.modules[self.index_of(layer)]
         kwargs = {"position_embeddings": (layer.state["cos"], layer.state["sin"])} if "cos" in layer.state else {}
-        scores = self.score(module, layer.state["hidden"], keys, values, None, kwargs)
+        assert self.model is not None
+        with with_rotary(module, self.model()):
+            scores = self.score(module, layer.state["hidden"], keys, values, None, kwargs)
         if not isinstance(scores, Tensor) or scores.shape != keys.shape[:3]:
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise UserError(f"the scorer returned {shape} for keys {tuple(keys.shape)}; return {tuple(keys.shape[:3])}")
@@ -57,12 +59,8 @@ class Scored(Memory):
     def around(self, model: Any) -> Iterator[None]:
         with super().around(model), ExitStack() as stack:
             if not self.ended:
-                rotary = getattr(model.base_model, "rotary_emb", None)
                 for module in attention_modules(model):
                     stack.callback(module.register_forward_hook(self._after_module, with_kwargs=True).remove)
-                    if rotary is not None and not hasattr(module, "rotary_emb"):  # which presses ask for
-                        object.__setattr__(module, "rotary_emb", rotary)  # not as a part of the module
-                        stack.callback(object.__delattr__, module, "rotary_emb")
             yield
 
     def _after_module(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -77,6 +75,20 @@ class Scored(Memory):
         assert self.piece is not None
         if self.piece.ends_prompt:
             self._compress(layer, self.piece.seen)
+
+
+@contextmanager
+def with_rotary(module: Any, model: Any) -> Iterator[None]:
+    """Give an attention module the `rotary_emb` of its model, which presses ask for; not as a part of the module."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None or hasattr(module, "rotary_emb"):
+        yield
+        return
+    object.__setattr__(module, "rotary_emb", rotary)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "rotary_emb")
 
 
 def attention_modules(model: Any) -> list[Any]:
