@@ -10,6 +10,7 @@ averaged over the heads of a group. No attention matrix is needed at all.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,16 +58,33 @@ class ExpectedAttention(Memory):
         self.covariance, self.value_norm, self.epsilon = covariance, value_norm, epsilon
         self.group = one_of("group", group, JoiningRule)
 
+    def _begin(self) -> None:
+        super()._begin()
+        self._of_piece: tuple[Any, Counted] | None = None
+
     def observe(self, layer: MemoryLayer, seen: Observation) -> None:
-        assert seen.places_BN is not None
         rotary = self.rotary_of(layer)
-        query = seen.query_BHND.float()
+        counted = self._counted(seen)
+        query = seen.query_BHND[:, :, counted.first :].float()
         if rotary is not None:
-            query = rotary.turn(query, -seen.places_BN[:, None])
-        counted_BN = seen.places_BN >= self.sinks
-        if seen.valid_BN is not None:
-            counted_BN = counted_BN & seen.valid_BN
-        merge(layer.state, query, counted_BN)
+            if counted.rotation is None:
+                counted.rotation = rotary.rotation(counted.back_B1N, query.device)
+            query = rotary.apply(query, counted.rotation)
+        merge(layer.state, query, counted.weight_B1N1)
+
+    def _counted(self, seen: Observation) -> Counted:
+        """Which queries of the piece take part: the same in every layer, so looked up once."""
+        if self._of_piece is None or self._of_piece[0] is not seen.places_BN:
+            assert seen.places_BN is not None
+            counts_BN = seen.places_BN >= self.sinks
+            if seen.valid_BN is not None:
+                counts_BN = counts_BN & seen.valid_BN
+            some_N = counts_BN.any(dim=0)
+            first = int(some_N.int().argmax()) if bool(some_N.any()) else len(some_N) - 1
+            counts_BN = counts_BN[:, first:]
+            weight = None if bool(counts_BN.all()) else counts_BN[:, None, :, None].float()
+            self._of_piece = seen.places_BN, Counted(first, weight, -seen.places_BN[:, None, first:])
+        return self._of_piece[1]
 
     def scores(self, layer: MemoryLayer) -> Tensor:
         keys, values = layer.held()
@@ -104,19 +122,32 @@ def _for_matrices(rotation: Rotation) -> Rotation:
     return rotation[0][:, None], rotation[1][:, None]
 
 
-def merge(state: dict[str, Tensor], query_BHND: Tensor, counted_BN: Tensor) -> None:
+@dataclass
+class Counted:
+    """The queries of a piece that take part in the statistics."""
+
+    first: int  # none before this column does
+    weight_B1N1: Tensor | None  # 0 for those after it that do not; None if all do
+    back_B1N: Tensor  # the turn that takes each of them back to before RoPE, in positions
+    rotation: Rotation | None = None
+
+
+def merge(state: dict[str, Tensor], query_BHND: Tensor, weight_B1N1: Tensor | None) -> None:
     """Add queries to count [B], mean [B, H, D] and spread Σ(q − mean)(q − mean)ᵀ [B, H, D, D] (Chan et al. 1983)."""
-    weight = counted_BN[:, None, :, None].to(query_BHND.dtype)
-    count_B = counted_BN.sum(dim=1).to(query_BHND.dtype)
-    some = count_B.clamp(min=1)[:, None, None]
-    mean = (query_BHND * weight).sum(dim=2) / some
-    centred = (query_BHND - mean[:, :, None]) * weight
+    B, _, N, _ = query_BHND.shape
+    if weight_B1N1 is None:
+        count_B = torch.full((B,), float(N), device=query_BHND.device)
+        mean = query_BHND.mean(dim=2)
+        centred = query_BHND - mean[:, :, None]
+    else:
+        count_B = weight_B1N1.sum(dim=(1, 2, 3))
+        mean = (query_BHND * weight_B1N1).sum(dim=2) / count_B.clamp(min=1)[:, None, None]
+        centred = (query_BHND - mean[:, :, None]) * weight_B1N1
     spread = centred.transpose(-1, -2) @ centred
     if "count" in state:
         before, total = state["count"], (state["count"] + count_B).clamp(min=1)
         step = mean - state["mean"]
-        share = (count_B / total)[:, None, None]
         spread = spread + state["spread"]
         spread = spread + (step[..., None] * step[..., None, :]) * (before * count_B / total)[:, None, None, None]
-        mean, count_B = state["mean"] + step * share, before + count_B
+        mean, count_B = state["mean"] + step * (count_B / total)[:, None, None], before + count_B
     state["count"], state["mean"], state["spread"] = count_B, mean, spread

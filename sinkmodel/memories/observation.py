@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sinkmodel.attention import sink_scores
 
-BLOCK_NUMBERS = 16 * 2**20  # attention weights of one block: 64 MB in fp32
+# Attention weights of one block. On a CPU a block that stays in its cache is twice as fast as one that does not.
+BLOCK_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Observation:
         B, H, N, _ = self.query_BHND.shape
         K = self.keys_BGKD.shape[2]
         sums = torch.zeros(B, H, K, device=self.query_BHND.device)
-        block = max(1, min(N, BLOCK_NUMBERS // (B * H * K)))
+        numbers = BLOCK_NUMBERS.get(self.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
+        block = max(1, min(N, numbers // (B * H * K)))
         for start in range(0, N, block):
             end = min(N, start + block)
             seen = K - N + end  # a later key is seen by none of them
@@ -76,8 +78,11 @@ class Observation:
         B, H, n, D = query.shape
         G = self.keys_BGKD.shape[1]
         keys = self.keys_BGKD[:, :, :seen]
-        scores = (query.reshape(B, G, -1, D) @ keys.transpose(-1, -2)).float().view(B, H, n, seen)
-        scores *= self.scale
+        exact = query.dtype in (torch.float32, torch.float64)  # else scaling before the product would round twice
+        grouped = (query * self.scale if exact else query).reshape(B, G, -1, D)
+        scores = (grouped @ keys.transpose(-1, -2)).float().view(B, H, n, seen)
+        if not exact:
+            scores *= self.scale
         if self.softcap is not None:
             scores = (scores / self.softcap).tanh_().mul_(self.softcap)
         first = self.keys_BGKD.shape[2] - self.query_BHND.shape[2] + start  # the key of the first of these queries

@@ -205,7 +205,7 @@ def test_gemfilter_stores_nothing_in_its_first_pass_but_the_keys_of_its_layer(ll
 
 def test_no_matrix_of_prompt_times_prompt_is_made(llama, monkeypatch):
     text = torch.tensor([tokens(60)])
-    monkeypatch.setattr(observation, "BLOCK_NUMBERS", 4 * 60 * 8)  # 8 queries of four heads
+    monkeypatch.setitem(observation.BLOCK_NUMBERS, "cpu", 4 * 60 * 8)  # 8 queries of four heads
     monkeypatch.setattr(pieces, "LONGEST_MASKED", 16)
     made, masks = [], []
     weights, visible = observation.Observation._weights, pieces.visible
