@@ -54,6 +54,7 @@ COMMANDS = [
         "sink-eval grid",
         "sink-eval sinks",
         "sink-eval streameval",
+        "sink-eval longcontext",
         "sink-eval zeroshot",
     ),
     "sink-eval report",

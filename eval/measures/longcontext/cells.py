@@ -7,7 +7,7 @@ model's own sink tokens come on top. A prompt of LongBench is cut in its middle 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -86,20 +86,21 @@ def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int, nu
     Raises UserError if --length is too short for the task, or the user's own text too short for --length.
     """
 
-    def build(units: int) -> Sample:
+    def build(units: int, setting: Setting = setting) -> Sample:
         return task.build(Random(f"{seed} {task.name} {number}"), units, setting)
-
-    def size(sample: Sample) -> int:
-        return prompt_size(loaded, sample, room)
 
     most = task.most(setting)
     if most is not None and most < task.least:
         raise _too_little_text(task, setting)
-    units, tokens = fit(lambda units: size(build(units)), setting.length, task.least, most)
+    units, tokens = fit(lambda units: prompt_size(loaded, build(units), room), setting.length, task.least, most)
     if units < task.least:
+        needed = setting.length
+        while tokens > needed:  # some prompts grow with --length
+            needed = tokens
+            tokens = prompt_size(loaded, build(task.least, replace(setting, length=needed)), room)
         raise UserError(
-            f"--length {setting.length} is too short for {task.name}: its shortest prompt and answer take {tokens} "
-            f"tokens; use --length {tokens} or more, or leave the task out"
+            f"--length {setting.length} is too short for {task.name}, whose shortest prompt and answer take {needed} "
+            f"tokens; use --length {needed} or more, or leave the task out"
         )
     if units == most:
         raise _too_little_text(task, setting)

@@ -26,7 +26,7 @@ from eval.measures.command import (
     show,
     write_csv,
 )
-from eval.measures.texts import add_text_argument, check_files
+from eval.measures.texts import add_text_argument, check_files, repeated
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.parser import name_of, path_of, positive, whole
@@ -193,9 +193,8 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
     tasks = [known[name] for name in names]
     needy = [task.name for task in tasks if task.needs_text]
     if needy and not options.text:
-        raise UserError(
-            f"{', '.join(needy)} {'takes' if len(needy) == 1 else 'take'} its haystack from --text; give one"
-        )
+        verb = "takes its" if len(needy) == 1 else "take their"
+        raise UserError(f"{', '.join(needy)} {verb} haystack from --text; give one")
     if options.text and not needy:
         raise UserError("none of the tasks reads --text; leave it out, or add a task such as passages")
     return tasks
@@ -212,6 +211,8 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"there is no memory {name!r}; {remedy}")
     if options.text:
         check_files(options.text)
+    if twice := repeated(options.longbench):
+        raise UserError(f"--longbench has {twice} twice, which is no more questions; give each file once")
     check_output("--json", options.json)
     check_output("--csv", options.csv)
     if options.csv is not None and options.csv == options.json:
@@ -273,37 +274,40 @@ def _cells(
 
 def print_table(content: dict[str, Any]) -> None:
     table = new_table(
-        f"{content['model']}, {content['dtype']}: question {content['question']} of what is compressed",
-        "score: share of the answers in what is generated greedily, or LongBench's metric; nats: per token of the "
-        f"right answer; rank: of the right answer among it and up to {content['distractors']} wrong ones; − dense: "
-        f"paired by context, [{100 * content['level']:g} % interval for other contexts]; gain: nats that the context "
-        f"saves dense; floor: dense scores below {content['floor_score']:.0%} and the context gains less than "
+        f"{content['model']}, {content['dtype']}: up to {content['samples']} contexts a task, the question "
+        f"{content['question']} of what is compressed",
+        "score: % of the answers in what is generated greedily, or LongBench's metric; nats: per token of the right "
+        f"answer; rank: of the right answer among it and up to {content['distractors']} wrong ones; − dense: paired "
+        f"by context, [{100 * content['level']:g} % interval for other contexts]; gain: nats that the context saves "
+        f"dense; floor: dense scores below {100 * content['floor_score']:g} % and gains less than "
         f"{content['floor_gain']:g} nat, so the other memories were not run",
         ["task", "memory"],
-        ["tokens", "contexts", "score", "− dense", "nats", "− dense", "rank", "gain", "held MiB"],
+        ["tokens", "score", "− dense", "nats", "− dense", "rank", "held MiB"],
     )
+    several = len({row["length"] for row in content["rows"]}) > 1
     for row in content["rows"]:
         is_dense = row["memory"] == "dense"
-        held = None if row["bytes_held"] is None else row["bytes_held"] / 2**20
+        name = f"{row['task']} {row['length']}" if several else row["task"]
         table.add_row(
-            f"{row['task']} {row['length']}" if is_dense else "",
+            name if is_dense else "",
             row["label"],
             f"{row['prompt_tokens']:,.0f}",
-            str(row["contexts"]),
-            "floor" if row["floor"] and not is_dense else number(row["score"], ".1%"),
-            _difference(row, "score", "+.1%", is_dense),
-            number(row["nll"], ".3f"),
-            _difference(row, "nll", "+.3f", is_dense),
+            number(_times(row["score"], 100), ".1f"),
+            "floor" if row["floor"] else _difference(row, "score", "+.1f", 100),
+            number(row["nll"], ".2f"),
+            f"gain {row['gain']:.2f}" if is_dense else _difference(row, "nll", "+.2f"),
             number(row["rank"], ".2f"),
-            ("floor, " if row["floor"] else "") + number(row["gain"], "+.2f") if is_dense else "",
-            number(held, ".2f"),
+            number(_times(row["bytes_held"], 2**-20), ".2f"),
         )
     show(table)
 
 
-def _difference(row: dict[str, Any], name: str, form: str, is_dense: bool) -> str:
-    if is_dense or row["floor"]:
+def _difference(row: dict[str, Any], name: str, form: str, unit: float = 1) -> str:
+    difference, low, high = (_times(row[f"{name}_{part}"], unit) for part in ("difference", "low", "high"))
+    if difference is None:
         return ""
-    difference, low, high = (row[f"{name}_{part}"] for part in ("difference", "low", "high"))
-    found = number(difference, form)
-    return found if low is None else f"{found} [{low:{form}}, {high:{form}}]"
+    return f"{difference:{form}}" if low is None else f"{difference:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _times(value: float | None, unit: float) -> float | None:
+    return None if value is None else value * unit
