@@ -56,7 +56,7 @@ def check_config(config: Any, slots: int, text: bool) -> None:
 
 
 def own_window(config: Any) -> int | None:
-    """The most keys that a query sees in some layers, where a (text) config says that these do not see all."""
+    """The most keys that a query sees in some layers, if a (text) config says that these do not see all."""
     layers = getattr(config, "layer_types", None) or ("sliding_attention", "chunked_attention")
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     chunked = getattr(config, "attention_chunk_size", None)
@@ -65,7 +65,7 @@ def own_window(config: Any) -> int | None:
 
 
 def signature(config: Any) -> dict[str, Any]:
-    """What two configs must have in common for a stream of the one to go on with the other."""
+    """What two configs must have in common, so that the model of one can continue a stream of the other."""
     heads = getattr(config, "num_attention_heads", None)
     return {
         "model_type": config.model_type,

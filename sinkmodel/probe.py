@@ -47,9 +47,12 @@ _SEEN: weakref.WeakKeyDictionary[Any, dict[Any, Traits]] = weakref.WeakKeyDictio
 
 
 def traits_of(model: Any, run: Callable[..., Any], slots: int) -> Traits:
-    """The traits of a model; UserError, by name, where it cannot be streamed.
+    """The traits of a model; UserError, by name, if it cannot be streamed.
 
-    A model is tried once, as long as it stays as it is. `run` is its forward.
+    Args:
+        model: a causal language model of transformers. It is tried once, as long as it stays as it is.
+        run: its forward.
+        slots: how many keys its stream will hold.
     """
     device, rows = next(model.parameters()).device, model.get_input_embeddings().num_embeddings
     inv_freq, limit = (torch.empty(0), None) if model.config.model_type == "mpt" else frequencies(model)
@@ -86,9 +89,9 @@ def _try(model: Any, run: Callable[..., Any]) -> Traits:
 
 
 def rotary_of(model: Any, run: Callable[..., Any] | None = None) -> Rotary:
-    """The rotary layout of a transformers causal language model; UserError where its keys cannot be turned.
+    """The rotary layout of a transformers causal language model; UserError if its keys cannot be turned.
 
-    `run` is the model's forward where that is not to be called through the model.
+    `run` is the model's forward if that is not to be called through the model.
     """
     run = run or model
     kind = model.config.model_type
@@ -123,7 +126,7 @@ def _difference(x: Tensor, y: Tensor) -> float:
 
 
 def frequencies(model: Any) -> tuple[Tensor, int | None]:
-    """inv_freq [R/2] in fp64, and the number of positions that it holds for, where there is one."""
+    """inv_freq [R/2] in fp64, and the number of positions that it holds for; None if it holds for all."""
     kind, config = model.config.model_type, model.config.get_text_config()
     modules = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
     tables = [module for module in model.modules() if isinstance(getattr(module, "embed_positions", None), Tensor)]
@@ -166,14 +169,14 @@ def trial_keys(model: Any, run: Callable[..., Any], offset: int | None) -> list[
     cache = DynamicCache()
     rows = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(1, PROBE_TOKENS + 1, device=model.device) * 7 % rows).unsqueeze(1)
-    where: dict[str, Any] = {}
+    place: dict[str, Any] = {}
     if offset is not None:
-        where["position_ids"] = torch.full_like(ids, offset)
+        place["position_ids"] = torch.full_like(ids, offset)
         if kind_of(model.config) == "kv_bias":  # a second key, which stands still: the queries are brought back to it
-            where["sink_turn"] = Rotary(frequencies(model)[0], False, ()).rotation(-offset, model.device)
+            place["sink_turn"] = Rotary(frequencies(model)[0], False, ()).rotation(-offset, model.device)
     kind = model.config.model_type
     try:
-        run(input_ids=ids, **where, past_key_values=cache, use_cache=True)
+        run(input_ids=ids, **place, past_key_values=cache, use_cache=True)
     except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:  # state-space layers and the like
         raise UserError(f"model type {kind!r} does not run with a plain cache of keys and values: {error}") from None
     if not cache.layers or any(getattr(layer, "keys", None) is None for layer in cache.layers):

@@ -41,7 +41,7 @@ class Rotary:
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two halves [..., R/2] of the rotary dimensions, as views."""
-        half = len(self.inv_freq)
+        half = self.inv_freq.shape[0]  # in every step; `len` of a tensor is slow
         if self.interleaved:
             return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
         return x[..., :half], x[..., half : 2 * half]

@@ -48,19 +48,22 @@ class StreamingCache(Cache):
     """Sinks and a ring of recent keys, for `past_key_values` of any transformers model with RoPE, and of MPT.
 
     Args:
-        config: the model's config (`model.config`), or the model itself where its class is not one of transformers'.
-        budget: C, the slots of a KV head; the sinks and the current token count.
-        sinks: S, how many of the first tokens of each row are kept for good; None: the model's own sinks, or 1, or 0
-            for a model with a sink in its softmax, which takes no slot. 0 for any other model is the plain window.
+        config: the model's config (`model.config`), or the model itself if its class is not one of transformers'.
+        budget: C, the slots of a KV head. It counts the sinks and the current token.
+        sinks: S, the number of leading tokens of each row that are never evicted. None takes the model's own sinks: 1
+            if it has none, 0 if its sink is in the softmax, where it takes no slot. With 0, the cache is a plain
+            sliding window for any other model.
         positions: "cache": sinks stand right before the window (StreamingLLM). "text": every key at its true distance.
         convention: "inclusive": a query sees C keys, its own counted. "paper": C + 1, as in the paper's code, which
             evicts after the forward (design, decision 8).
 
     Rows are streams of their own: with a 2-D `attention_mask` of left-padded (or otherwise padded) rows, pads take no
-    slot, and each row has its own sinks. That is so for pads that are masked when they are fed: a later mask that hides
-    more is refused. A forward longer than the window is fed in pieces, with the same result as token by token.
-    `position_ids` are not looked at: the cache numbers the tokens. Logits come without gradients. After an interrupt
-    `seen` tells how far a long forward came; after beam search the rows are the beams.
+    slot, and each row has its own sinks. Pads must be masked in the forward that feeds them: a later mask that hides
+    tokens already fed is refused. A forward longer than the window is fed in pieces, with the same result as token by
+    token. `position_ids` are ignored: the cache numbers the tokens. Logits come without gradients. After an interrupt
+    `seen` shows how far a long forward came. After beam search the rows are the beams.
+
+    Making a cache installs a hook in the forward of the model's class (`sinkmodel.cache.hook`, which also removes it).
 
     Raises:
         UserError: here for settings that make no sense and for models that cannot be streamed, by name; in a forward,
@@ -197,7 +200,7 @@ class StreamingCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the latest −`tokens_to_remove` tokens of each row, as if they had never been fed.
 
-        Raises UserError where that is not possible: once something was evicted it does not come back.
+        Raises UserError if that is not possible: once something was evicted it does not come back.
         """
         self.state.crop(-tokens_to_remove)
 
@@ -215,7 +218,7 @@ class StreamingCache(Cache):
     # ----------------------------------------------------------------------------------------------- saving a stream
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a stream to go on."""
+        """What must be the same for a stream to continue."""
         return {
             "model": signature(self.config),
             "budget": self.budget,
@@ -229,7 +232,7 @@ class StreamingCache(Cache):
         return {"format": FORMAT, "settings": self.settings(), **self.state.to_dict()}
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on with a stream that `state_dict` gave; UserError, and nothing changed, where it does not fit."""
+        """Continue a stream that `state_dict` gave; UserError, and nothing changed, if it does not fit."""
         check_state(state, self.settings(), len(self.layers), self.slots)
         self.state.restore(state)
 
@@ -240,7 +243,7 @@ class StreamingCache(Cache):
 
     @classmethod
     def load(cls, path: str | Path, config: Any) -> StreamingCache:
-        """The stream that `save` wrote, for the same model; UserError where the file is none, or another model's."""
+        """The stream that `save` wrote, for the same model; UserError if the file is not one, or another model's."""
         path = Path(path)
         state = read_state(path)
         cache = cls(config, **settings_of(state, path))

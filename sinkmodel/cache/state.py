@@ -187,28 +187,28 @@ class State:
 
     def _turn_sinks(self, delta_B: list[int]) -> None:
         """Turn the sinks in the slots by `delta_B` from their originals: one small product for all layers."""
-        if delta_B == self.turned or self.rotary is None or not self.ring.sinks:
+        rotary, sinks = self.rotary, self.ring.sinks
+        if delta_B == self.turned or rotary is None or not sinks:
             return
         assert self.sink_keys is not None
-        assert self.traits is not None
         delta = torch.tensor(delta_B[:1] if len(set(delta_B)) == 1 else delta_B)[:, None, None]
-        rotation = self.rotary.rotation(delta, self.traits.device)
-        turned = self.rotary.turned_pairs(self.sink_keys, rotation)
+        turned = rotary.turned_pairs(self.sink_keys, rotary.rotation(delta, self.sink_keys.device))
         for index, layer in enumerate(self.layers):
-            if self.rotary.layers[index]:
-                for place, value in zip(self.rotary.pairs(layer.keys[:, :, : self.ring.sinks]), turned):
+            if rotary.layers[index]:
+                for place, value in zip(rotary.pairs(layer.keys[:, :, :sinks]), turned):
                     place.copy_(value[index])
         self.turned = delta_B
 
     def _move_origin(self, origin: list[int]) -> None:
         """Count the model's positions from other tokens: the keys of the window are turned by the difference."""
-        if self.rotary is not None and self.traits is not None:
+        rotary = self.rotary
+        if rotary is not None:
             delta = torch.tensor([old - new for old, new in zip(self.origin, origin)])[:, None, None]
-            rotation = self.rotary.rotation(delta, self.traits.device)
+            rotation = rotary.rotation(delta, self.layers[0].keys.device)
             for index, layer in enumerate(self.layers):
-                if self.rotary.layers[index]:
+                if rotary.layers[index]:
                     window = layer.keys[:, :, self.ring.sinks :]
-                    for place, value in zip(self.rotary.pairs(window), self.rotary.turned_pairs(window, rotation)):
+                    for place, value in zip(rotary.pairs(window), rotary.turned_pairs(window, rotation)):
                         place.copy_(value)
         self.origin = origin
 
