@@ -58,17 +58,15 @@ def install_hook(model_or_config: Any) -> None:
     model_class = _class_of(model_or_config)
     while _passed_over:
         torch._dynamo.decorators.skip(_passed_over.pop())
-    if getattr(vars(model_class).get("forward"), "is_hook", False):
-        return
-    installed = {}
     for name, wrap in WRAPPERS.items():
-        own, method = vars(model_class).get(name), getattr(model_class, name)
-        method = getattr(method, "hooked", method)  # the method itself, if a base of this class has a hook
+        own = vars(model_class).get(name)
+        if getattr(own, "is_hook", False):  # also if another library has wrapped the hook since, with functools.wraps
+            continue
+        method = _without_hook(model_class, name)
         wrapper = functools.wraps(method)(wrap(method))
-        wrapper.is_hook, wrapper.hooked = True, method  # type: ignore[attr-defined]
+        wrapper.is_hook = True  # type: ignore[attr-defined]
         setattr(model_class, name, wrapper)
-        installed[name] = wrapper, own
-    _installed[model_class] = installed
+        _installed.setdefault(model_class, {})[name] = wrapper, own
 
 
 def uninstall_hook(model_or_config: Any) -> None:
@@ -76,22 +74,22 @@ def uninstall_hook(model_or_config: Any) -> None:
 
     That concerns all models of these classes. A stream that is still in use refuses its next forward, and continues
     after another `install_hook`. Without a hook there is nothing to do. Raises UserError, and changes nothing, if a
-    method was wrapped again since: that wrapper has to go first.
+    method was replaced since: what replaced it has to go first.
     """
     classes = [each for each in _class_of(model_or_config).__mro__ if each in _installed]
     for each in classes:
-        for name, (wrapper, _) in _installed[each].items():
-            if vars(each).get(name) is not wrapper:
+        for name, (wrapper, own) in _installed[each].items():
+            if vars(each).get(name) not in (wrapper, own):
                 raise UserError(
                     f"{each.__name__}.{name} was replaced after the hook was installed; put back what was there, "
                     "then uninstall the hook"
                 )
     for each in classes:
         for name, (_, own) in _installed.pop(each).items():
-            if own is None:
-                delattr(each, name)
-            else:
+            if own is not None:
                 setattr(each, name, own)
+            elif name in vars(each):
+                delattr(each, name)
 
 
 # The methods that were put into a class, with those that it had itself; None for one that it inherits.
@@ -116,6 +114,13 @@ def _class_of(model_or_config: Any) -> Any:
             "give the config of one, or the model itself if its class is your own"
         )
     return model_class
+
+
+def _without_hook(model_class: Any, name: str) -> Callable[..., Any]:
+    """A method as the class has it, or inherits it, when no class has a hook."""
+    method = getattr(model_class, name)
+    ours = (_installed[each][name][0] for each in model_class.__mro__ if name in _installed.get(each, {}))
+    return method.__wrapped__ if any(method is wrapper for wrapper in ours) else method
 
 
 def _takes_over(cache: Any) -> bool:

@@ -145,7 +145,7 @@ def test_after_hundreds_of_tokens_and_many_moves_of_the_origin(family, sizes):
     """The last hundred tokens say all: nothing else is still seen, by any layer, at the end."""
     model, ids, cache = model_of(family), tokens(700), new(model_of(family))
     logits = fed(model, cache, ids, *sizes)
-    assert cache.origin[0] > 600, "positions were counted anew"
+    assert cache.state.origin[0] > 600, "positions were counted anew"
     close(logits[-20:], truth(model, ids[-100:])[-20:])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -122,14 +124,33 @@ def test_a_subclass_is_without_a_hook_when_its_base_had_one(unhooked):
 
 def test_a_wrapper_around_the_hook_is_not_thrown_away(unhooked, monkeypatch):
     """Risk: what another library did to the class after us is undone, or the hook stays under it in silence."""
+    before = methods(type(unhooked))
     install_hook(unhooked)
-    hooked = methods(type(unhooked))
+    hooked, calls = methods(type(unhooked)), []
+
+    @functools.wraps(hooked["forward"])
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return hooked["forward"](*args, **kwargs)
+
+    class Mine(type(unhooked)):
+        pass
+
     with monkeypatch.context() as patch:
-        patch.setattr(type(unhooked), "forward", lambda *args, **kwargs: hooked["forward"](*args, **kwargs))
+        patch.setattr(type(unhooked), "forward", theirs)
+        install_hook(unhooked)
         with pytest.raises(UserError, match="OlmoForCausalLM.forward was replaced"):
             uninstall_hook(unhooked)
-        assert methods(type(unhooked)) | {"forward": None} == hooked | {"forward": None}
-    uninstall_hook(unhooked)
+        assert methods(type(unhooked)) == hooked | {"forward": theirs}
+        mine, ids = Mine(unhooked.config).eval(), tokens(30)
+        mine.load_state_dict(unhooked.state_dict())
+        logits = fed(mine, StreamingCache(mine, BUDGET, SINKS), ids, 30)
+        assert calls, "the hook of a subclass goes past it"
+        torch.testing.assert_close(logits, stream_logits(unhooked, ids, BUDGET, SINKS), atol=1e-4, rtol=0)
+        patch.setattr(type(unhooked), "forward", before["forward"])  # somebody took the hook off without us
+        uninstall_hook(mine)
+    setattr(type(unhooked), "forward", before["forward"])  # noqa: B010  monkeypatch has put the wrapper back
+    assert methods(type(unhooked)) == before
 
 
 def test_other_caches_see_nothing_of_the_hook(unhooked):
