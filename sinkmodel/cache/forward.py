@@ -20,6 +20,8 @@ from sinkmodel.cache.inputs import (
     bound,
     check_ids,
     check_inputs,
+    joined,
+    piece_of,
     request_of,
     tokens_of,
     valid_columns,
@@ -106,20 +108,16 @@ def _commit(state: State, plan: Plan) -> None:
 def _inputs(cache: Cache, state: State, model: Any, request: Request, start: int, plan: Plan) -> dict[str, Any]:
     """The model's input for a plan, by the names that its forward has."""
     assert state.traits is not None
-    T = request.tokens.shape[1]
-    end = start + plan.columns
-    inputs = {
-        request.name: request.tokens[:, start:end],
+    settled = {
         "position_ids": plan.positions_BN,
         "attention_mask": _mask(plan.mask, model),
         "past_key_values": cache,
         "use_cache": True,
-        "logits_to_keep": request.keep if plan.columns == T else _kept(request.keep, T - end),
     }
-    others = {name: _cut(x, request, start, end) for name, x in request.others.items()}
+    inputs = piece_of(request, start, start + plan.columns, settled, state.traits.accepts)
     if kind_of(model.config) == "kv_bias":
-        others["sink_turn"] = state.query_turn(plan)
-    return {**others, **{name: x for name, x in inputs.items() if name in state.traits.accepts}}
+        inputs["sink_turn"] = state.query_turn(plan)
+    return inputs
 
 
 def _mask(mask: Tensor | None, model: Any) -> Tensor | None:
@@ -130,24 +128,4 @@ def _mask(mask: Tensor | None, model: Any) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 
-def _kept(keep: int | Tensor, after: int) -> int:
-    """Logits to keep of a plan with `after` tokens after it: those that are wanted, at least one; or all of them."""
-    return max(1, keep - after) if isinstance(keep, int) and keep else 0
-
-
-def _cut(x: Any, request: Request, start: int, end: int) -> Any:
-    """The part of an input with something for each token, such as token_type_ids, that belongs to a plan."""
-    return x[:, start:end] if isinstance(x, Tensor) and x.shape[:2] == request.tokens.shape[:2] else x
-
-
-@uncompiled
-def _joined(outputs: list[Any], request: Request) -> Any:
-    """One output of many: logits and hidden states in a row."""
-    whole = outputs[-1]
-    if len(outputs) > 1:
-        logits = torch.cat([output.logits for output in outputs], dim=1)
-        keep = request.keep
-        whole.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]  # −0 takes all
-        if whole.get("hidden_states") is not None:
-            whole.hidden_states = tuple(torch.cat(x, dim=1) for x in zip(*(o.hidden_states for o in outputs)))
-    return whole.to_tuple() if request.as_tuple else whole
+_joined = uncompiled(joined)

@@ -1,4 +1,4 @@
-"""What a forward is given, by name, and refused if a cache of ours cannot honour it. Nothing has been written yet.
+"""What a forward is given, by name, and refused if a cache of ours cannot honour it; its pieces, and one output of all.
 
 Shapes: B rows, T new tokens, E the hidden size.
 """
@@ -138,3 +138,37 @@ def valid_columns(
             )
     valid = on_host[:, 1:].bool()
     return None if bool(valid.all()) else valid
+
+
+def piece_of(
+    request: Request, start: int, end: int, settled: dict[str, Any], accepts: frozenset[str]
+) -> dict[str, Any]:
+    """The model's inputs for the columns [start, end) of a request, by the names that its forward has.
+
+    Args:
+        settled: what the cache settles itself, such as positions.
+        accepts: the names of the forward's arguments; of the tokens and of what is settled, others are left out.
+    """
+    T = request.tokens.shape[1]
+    keep: Any = request.keep
+    if end - start < T:  # of a piece, those that are wanted, at least one; or all of them
+        keep = max(1, keep - (T - end)) if isinstance(keep, int) and keep else 0
+    inputs = {request.name: request.tokens[:, start:end], "logits_to_keep": keep, **settled}
+    shape = request.tokens.shape[:2]
+    others = {  # inputs with something for each token, such as token_type_ids, are cut as well
+        name: x[:, start:end] if isinstance(x, Tensor) and x.shape[:2] == shape else x
+        for name, x in request.others.items()
+    }
+    return {**others, **{name: x for name, x in inputs.items() if name in accepts}}
+
+
+def joined(outputs: list[Any], request: Request) -> Any:
+    """One output of those of all pieces: logits and hidden states in a row."""
+    whole = outputs[-1]
+    if len(outputs) > 1:
+        logits = torch.cat([output.logits for output in outputs], dim=1)
+        keep = request.keep
+        whole.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]  # −0 takes all
+        if whole.get("hidden_states") is not None:
+            whole.hidden_states = tuple(torch.cat(x, dim=1) for x in zip(*(o.hidden_states for o in outputs)))
+    return whole.to_tuple() if request.as_tuple else whole

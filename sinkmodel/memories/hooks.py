@@ -10,22 +10,27 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-if TYPE_CHECKING:
-    from sinkmodel.memories.memory import Memory
-
 OBSERVED = "sinkmodel_observed"  # registered without a mask function, so transformers makes no mask
 
-_CURRENT: ContextVar[tuple[Memory, str] | None] = ContextVar(OBSERVED, default=None)
+
+class Observer(Protocol):
+    """What sees the attention of a forward: a `Memory`."""
+
+    def attend(self, attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any) -> Any:
+        """The output of `attention`, the model's own function, for what a layer gave it."""
+
+
+_CURRENT: ContextVar[tuple[Observer, str] | None] = ContextVar(OBSERVED, default=None)
 
 
 @contextmanager
-def observed(memory: Memory, model: Any) -> Iterator[None]:
+def observed(memory: Observer, model: Any) -> Iterator[None]:
     """Let every layer of a forward inside pass through `memory.attend`; the model is as before afterwards."""
     name = model.config._attn_implementation
     token = _CURRENT.set((memory, name))

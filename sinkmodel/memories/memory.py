@@ -27,7 +27,17 @@ import torch
 from torch import Tensor
 
 from sinkmodel.cache.hook import install_hook, uncompiled
-from sinkmodel.cache.inputs import Request, bound, check_ids, check_inputs, request_of, tokens_of, valid_columns
+from sinkmodel.cache.inputs import (
+    Request,
+    bound,
+    check_ids,
+    check_inputs,
+    joined,
+    piece_of,
+    request_of,
+    tokens_of,
+    valid_columns,
+)
 from sinkmodel.errors import UserError
 from sinkmodel.memories.arguments import one_of, whole
 from sinkmodel.memories.hooks import observed
@@ -312,9 +322,11 @@ class Memory(MemoryInterface):
         return next_piece(self, request, done)
 
     def run(self, forward: Callable[..., Any], model: Any, request: Request, piece: Piece) -> Any:
+        assert self.traits is not None
         self.torn = True
         with torch.no_grad(), self.around(model):
-            output = forward(model, **self._inputs(request, piece))
+            settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
+            output = forward(model, **piece_of(request, piece.start, piece.end, settled, self.traits.accepts))
         self._check_observed()
         self.commit(piece)
         self.torn = False
@@ -333,26 +345,6 @@ class Memory(MemoryInterface):
         """What has to be in place while the model reads a piece."""
         with observed(self, model):
             yield
-
-    def _inputs(self, request: Request, piece: Piece) -> dict[str, Any]:
-        assert self.traits is not None
-        T = request.tokens.shape[1]
-        keep: Any = request.keep
-        if piece.end - piece.start < T:  # of a piece, those that are wanted, at least one; or all of them
-            keep = max(1, keep - (T - piece.end)) if isinstance(keep, int) and keep else 0
-        inputs = {
-            request.name: request.tokens[:, piece.start : piece.end],
-            "position_ids": piece.place_BN,
-            "past_key_values": self,
-            "use_cache": True,
-            "logits_to_keep": keep,
-        }
-        shape = request.tokens.shape[:2]
-        others = {
-            name: x[:, piece.start : piece.end] if isinstance(x, Tensor) and x.shape[:2] == shape else x
-            for name, x in request.others.items()
-        }
-        return {**others, **{name: x for name, x in inputs.items() if name in self.traits.accepts}}
 
     def commit(self, piece: Piece) -> None:
         """Count what has been read."""
@@ -449,14 +441,3 @@ class _Ungrouped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
-
-
-def joined(outputs: list[Any], request: Request) -> Any:
-    """One output of many: logits and hidden states in a row."""
-    whole = outputs[-1]
-    if len(outputs) > 1:
-        logits = torch.cat([output.logits for output in outputs], dim=1)
-        whole.logits = logits[:, -request.keep :] if isinstance(request.keep, int) else logits[:, request.keep]
-        if whole.get("hidden_states") is not None:
-            whole.hidden_states = tuple(torch.cat(x, dim=1) for x in zip(*(o.hidden_states for o in outputs)))
-    return whole.to_tuple() if request.as_tuple else whole

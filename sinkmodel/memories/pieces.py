@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from sinkmodel.cache.inputs import Request
 from sinkmodel.errors import UserError
+from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.selection import EMPTY
-
-if TYPE_CHECKING:
-    from sinkmodel.cache.inputs import Request
-    from sinkmodel.memories.memory import Memory
+from sinkmodel.probe import Traits
 
 LONGEST_MASKED = 512  # queries of a piece that needs a mask, so that the mask stays small
 
@@ -34,7 +33,25 @@ class Piece:
     mask: Tensor | None  # [B or 1, 1, N, K + N], True if seen; None: causal from the first slot on, or everything
 
 
-def next_piece(memory: Memory, request: Request, done: int) -> Piece:
+class Progress(Protocol):
+    """How far a memory has read; its attributes are described in `Memory`."""
+
+    columns: int
+    seen: list[int]
+    kept: list[int]
+    shift: list[int]
+    expected: int | None
+    ended: bool
+    interval: int | None
+    since: int
+    eager: bool
+    traits: Traits | None
+    layers: list[MemoryLayer]
+
+    def columns_to_next_event(self) -> int: ...
+
+
+def next_piece(memory: Progress, request: Request, done: int) -> Piece:
     """The columns of `request` from `done` on that can be read at once."""
     assert memory.traits is not None
     device = memory.traits.device

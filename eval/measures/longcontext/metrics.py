@@ -1,4 +1,4 @@
-"""The metrics of LongBench (THUDM/LongBench, `LongBench/metrics.py` and `eval.py`), of a generated text and an answer.
+"""The metrics of LongBench (THUDM/LongBench, LongBench/metrics.py), of a generated text and an answer.
 
     f1                 F1 of words as multisets, in lower case, without punctuation and articles (SQuAD's)
     rouge-l            F1 of the words in longest common subsequences, as the package `rouge` 1.0 has it: all pairs of
