@@ -17,7 +17,6 @@ here: `sinkmodel.memories.pieces` has the arithmetic of a forward, `selection` c
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,27 +26,18 @@ import torch
 from torch import Tensor
 
 from sinkmodel.cache.hook import install_hook, uncompiled
-from sinkmodel.cache.inputs import (
-    Request,
-    bound,
-    check_ids,
-    check_inputs,
-    joined,
-    piece_of,
-    request_of,
-    tokens_of,
-    valid_columns,
-)
+from sinkmodel.cache.inputs import Request, joined, piece_of
 from sinkmodel.errors import UserError
+from sinkmodel.memories.admission import admit
 from sinkmodel.memories.arguments import one_of, whole
 from sinkmodel.memories.hooks import observed
 from sinkmodel.memories.interface import MemoryInterface
 from sinkmodel.memories.layer import SPARE, MemoryLayer
 from sinkmodel.memories.observation import Observation
-from sinkmodel.memories.pieces import Piece, check_left_padded, lengths, next_piece, ranks
+from sinkmodel.memories.pieces import Piece, lengths, next_piece, ranks
 from sinkmodel.memories.selection import EMPTY, best, force
-from sinkmodel.model_support import check_config, own_window, signature
-from sinkmodel.probe import Traits, traits_of
+from sinkmodel.model_support import check_config
+from sinkmodel.probe import Traits
 from sinkmodel.rope import Rotary
 
 Positions = Literal["text", "cache"]
@@ -267,45 +257,13 @@ class Memory(MemoryInterface):
 
     def _admit(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Request:
         """The input of a forward, after everything that could be wrong with it."""
-        inputs = bound(forward, model, args, kwargs)
-        name, tokens = tokens_of(inputs)
-        mask = inputs.pop("attention_mask", None)
-        check_inputs(self.name, model, tokens, inputs, self.columns, len(self.seen))
-        if self.torn:
-            raise UserError(f"an earlier forward of this {self.name} was broken off while it was writing; reset() it")
-        if self.model is not None and self.model() is not model:
-            raise UserError(f"this {self.name} holds what another model read; make one for each model, or reset() it")
-        if self.model is None and signature(model.config.get_text_config()) != signature(self.config):
-            raise UserError(f"this {self.name} was made for another model; make it with model.config")
-        valid_BT = valid_columns(mask, tokens, self.columns, self.seen, self.name)
-        check_left_padded(valid_BT, self.seen, self.name)
-        traits = self.traits or traits_of(model, functools.partial(forward, model), 1)
-        if name == "input_ids":
-            check_ids(traits.vocabulary, tokens)
-        self._check_end(tokens.shape[1], traits)
+        request, traits = admit(self, forward, model, args, kwargs)
         if self.traits is None:
             self.traits, self.model = traits, weakref.ref(model)
         if not self.seen:
-            self.seen, self.kept, self.shift = ([0] * len(tokens) for _ in range(3))
+            self.seen, self.kept, self.shift = ([0] * len(request.tokens) for _ in range(3))
         self.eager = model.config._attn_implementation == "eager"
-        return request_of(name, tokens, valid_BT, inputs, model)
-
-    def _check_end(self, new: int, traits: Traits) -> None:
-        window = own_window(self.config)
-        if window is not None and max(self.seen, default=0) + new > window:
-            raise UserError(
-                f"model type {self.config.model_type!r} has a window of {window} of its own in some layers, and the "
-                f"text is longer; {self.name} needs a model that sees all of it"
-            )
-        of_rotary = traits.rotary.limit if traits.rotary is not None else None
-        limits = (getattr(self.config, "max_position_embeddings", None), of_rotary)
-        limit = min((n for n in limits if n is not None), default=None)
-        end = max((n - shift for n, shift in zip(self.seen, self.shift)), default=0) + new
-        if limit is not None and end > limit:
-            raise UserError(
-                f"the text would reach position {end - 1}, and the positions of this {self.config.model_type} end at "
-                f'{limit - 1}; give less text, or use positions="cache", which counts anew after the prompt'
-            )
+        return request
 
     def read(self, forward: Callable[..., Any], model: Any, request: Request) -> list[Any]:
         """The outputs of the model for a request, one for each piece."""

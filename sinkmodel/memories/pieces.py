@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sinkmodel.cache.inputs import Request
-from sinkmodel.errors import UserError
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.selection import EMPTY
 from sinkmodel.probe import Traits
@@ -119,13 +118,3 @@ def ranks(positions_BGK: Tensor) -> Tensor:
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
     return rank - (positions_BGK == EMPTY).sum(dim=-1, keepdim=True)
-
-
-def check_left_padded(valid_BT: Tensor | None, seen: list[int], name: str) -> None:
-    """UserError if a pad comes after a token of its row."""
-    if valid_BT is None:
-        return
-    begun_B = torch.tensor([n > 0 for n in seen] or [False] * len(valid_BT))
-    before_BT = torch.cat([begun_B[:, None], valid_BT[:, :-1]], dim=1)
-    if bool((before_BT & ~valid_BT).any()):
-        raise UserError(f"{name} takes rows that are padded on the left, and in one of these a pad follows a token")
