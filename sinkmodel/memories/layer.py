@@ -127,11 +127,11 @@ class MemoryLayer(CacheLayerMixin):
         slot_BG1 = slot_BG[..., None]
         for x in (self.keys, self.values):
             index = slot_BG1[..., None].expand(-1, -1, 1, x.shape[-1])
-            x.scatter_(2, index, x[:, :, last : last + 1])
-        self.positions.scatter_(2, slot_BG1, self.positions[:, :, last : last + 1])
+            x.scatter_(2, index, x[:, :, last : last + 1].clone())
+        self.positions.scatter_(2, slot_BG1, self.positions[:, :, last : last + 1].clone())
         for x in self.per_slot.values():
             index = slot_BG1 if x.dim() == 3 else slot_BG1[:, :, None].expand(-1, -1, x.shape[2], 1)
-            x.scatter_(-1, index, x[..., last : last + 1])
+            x.scatter_(-1, index, x[..., last : last + 1].clone())
             x[..., last] = 0
         self.length = last
 
