@@ -166,7 +166,7 @@ def moving(cache: StreamingCache) -> float:
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        cache.move_origin([origin + 1 for origin in cache.origin])
+        cache.state._move_origin([origin + 1 for origin in cache.state.origin])
         times.append(1e3 * (time.perf_counter() - started))
     return statistics.median(times)
 

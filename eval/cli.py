@@ -16,6 +16,7 @@ MEASURES = {
     "grid": "eval.measures.verdict.grid",
     "sinks": "eval.measures.attention.sinks",
     "streameval": "eval.measures.streams.streameval",
+    "memories": "eval.measures.memories.memories",
     "longcontext": "eval.measures.longcontext.longcontext",
     "zeroshot": "eval.measures.harness.zeroshot",
     "report": "eval.report.report",

@@ -23,14 +23,15 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from sinkmodel.attention import CAUSAL, SINK
+from sinkmodel.attention import CAUSAL
 from sinkmodel.errors import UserError
-from sinkmodel.sinks import IN_SOFTMAX, kind_of
+from sinkmodel.sinks import IN_SOFTMAX, SINK_ATTENTION, kind_of
 
 FIELDS = "decoder"  # where config.json has what a plain loader would look for
 WARNING = "this model has a sink in its softmax: import sinkmodel.architectures, then use AutoModelForCausalLM"
 PARAMETER = "sink"  # its name in an attention module
-ATTENTIONS = (SINK, CAUSAL, "sinkmodel_banded", "sinkmodel_watched")  # that know of the sink
+# Those that know of the sink.
+ATTENTIONS = (SINK_ATTENTION, CAUSAL, "sinkmodel_banded", "sinkmodel_watched", "sinkmodel_observed")
 
 
 class _SinkInConfig:
@@ -40,7 +41,7 @@ class _SinkInConfig:
     def _attn_implementation(self) -> str:
         """What every layer asks. Whatever transformers has put there by itself means the one that has the sink."""
         name = self._attn_implementation_internal
-        return name if name in ATTENTIONS else SINK
+        return name if name in ATTENTIONS else SINK_ATTENTION
 
     @_attn_implementation.setter
     def _attn_implementation(self, name: Any) -> None:
@@ -106,7 +107,7 @@ def with_sink(name: Any) -> str:
     """`sdpa` and `eager`, which transformers chooses by itself, mean the one with the sink; UserError for others."""
     if name not in (None, "sdpa", "eager", *ATTENTIONS):
         raise UserError(f"attn_implementation {name!r} would drop the sink in the softmax; leave it out")
-    return name if name in ATTENTIONS else SINK
+    return name if name in ATTENTIONS else SINK_ATTENTION
 
 
 def attentions_of(model: Any) -> list[nn.Module]:

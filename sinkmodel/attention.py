@@ -25,10 +25,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sinkmodel.errors import UserError
 from sinkmodel.rope import Rotation, turn_half_split
-from sinkmodel.sinks import IN_SOFTMAX, kind_of
+from sinkmodel.sinks import IN_SOFTMAX, SINK_ATTENTION, kind_of
 
 CAUSAL = "causal"  # for training: whole rows, no mask
-SINK = "sinkmodel_sink"  # a model with a sink in its softmax, with the masks of `sdpa`
 
 aten = torch.ops.aten
 
@@ -215,5 +214,5 @@ class _Renormalised(torch.autograd.Function):
 
 
 AttentionInterface.register(CAUSAL, causal_attention)
-AttentionInterface.register(SINK, sink_attention_forward)
-AttentionMaskInterface.register(SINK, sdpa_mask)
+AttentionInterface.register(SINK_ATTENTION, sink_attention_forward)
+AttentionMaskInterface.register(SINK_ATTENTION, sdpa_mask)

@@ -32,9 +32,10 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from sinkmodel.attention import requests, sink_scores
-from sinkmodel.cache.families import check_config
 from sinkmodel.errors import UserError
-from sinkmodel.rope import Rotary, Rotation, rotary_of
+from sinkmodel.model_support import check_config
+from sinkmodel.probe import rotary_of
+from sinkmodel.rope import Rotary, Rotation
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
 ATTENTION = "sinkmodel_banded"

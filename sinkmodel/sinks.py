@@ -8,6 +8,7 @@ from typing import Any
 from sinkmodel.errors import UserError
 
 IN_SOFTMAX = ("zero", "logit", "kv_bias")  # no token: one more column of every softmax, whose value is zero
+SINK_ATTENTION = "sinkmodel_sink"  # attention of such a model (`sinkmodel.attention`), with the masks of `sdpa`
 KINDS = ("none", "token", *IN_SOFTMAX)
 RESERVED_ROWS = 16  # vocabulary rows kept free of text in every model, so that twins have the same shapes
 

@@ -20,10 +20,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sinkmodel.attention import CAUSAL
-from sinkmodel.cache.families import check_config, own_window
 from sinkmodel.errors import UserError, first_line, not_finite
 from sinkmodel.maps import set_attention, watch
-from sinkmodel.rope import rotary_of
+from sinkmodel.model_support import check_config, own_window
+from sinkmodel.probe import rotary_of
 
 TRIAL_TOKENS = 16
 TOLERANCE = 1e-4  # relative

@@ -182,6 +182,6 @@ def test_the_reference_is_made_of_all_docstrings_without_a_warning(tmp_path):
     done = subprocess.run(build, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not done.stderr, "what is said there is a warning"
-    cache = (tmp_path / "docs" / "sinkmodel" / "cache" / "streaming_cache.html").read_text(encoding="utf-8")
+    cache = (tmp_path / "docs" / "sinkmodel" / "cache" / "cache.html").read_text(encoding="utf-8")
     assert "slots of a KV head" in cache
     assert "convention" in cache

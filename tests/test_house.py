@@ -128,3 +128,56 @@ def test_preparing_text_imports_no_model_code():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def ours(path: Path) -> tuple[set[str], set[str]]:
+    """The modules of sinkmodel that a file imports when it is imported, and all that it imports at any time."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+
+    def named(nodes) -> set[str]:
+        lines = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+        names = {f"{node.module}.{alias.name}" for node in lines for alias in node.names} | {x.module for x in lines}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        return {name for name in names if name.startswith("sinkmodel.") and file_of(name).exists()}
+
+    return named(tree.body), named(list(ast.walk(tree)))
+
+
+def file_of(module: str) -> Path:
+    return ROOT / (module.replace(".", "/") + ".py")
+
+
+def test_no_two_modules_of_the_library_need_each_other():
+    """Risk: a circle of imports, also one that is hidden in a function: neither part can be read alone."""
+    needs = {path: {file_of(name) for name in ours(path)[1]} for path in (ROOT / "sinkmodel").rglob("*.py")}
+    # The one exception: an error is redacted, and asking for a token may end in an error.
+    needs[file_of("sinkmodel.secrets")].remove(file_of("sinkmodel.errors"))
+    while needs:
+        free = {path for path, wanted in needs.items() if not wanted & set(needs)}
+        assert free, sorted(str(path.relative_to(ROOT)) for path in needs)
+        needs = {path: wanted for path, wanted in needs.items() if path not in free}
+
+
+def test_the_cache_is_read_from_top_to_bottom():
+    """Risk: the cache, its forward and its state grow into one again: imports that run up, or wait in a function."""
+    floors = [["cache"], ["forward"], ["state"], ["layer", "serialization"], ["plan", "inputs", "hook"]]
+    folder = ROOT / "sinkmodel" / "cache"
+    assert {path.stem for path in folder.glob("*.py")} == {"__init__", *(name for floor in floors for name in floor)}
+    for place, floor in enumerate(floors):
+        below = {f"sinkmodel.cache.{name}" for names in floors[place + 1 :] for name in names}
+        for name in floor:
+            at_once, ever = ours(folder / f"{name}.py")
+            within = {module for module in ever if module.startswith("sinkmodel.cache")}
+            assert within <= below, name
+            assert within <= at_once, name
+
+
+def test_nothing_of_a_cache_is_written_from_outside():
+    """Risk: an invariant of the state that another file can break."""
+    for path in sorted((ROOT / "sinkmodel").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            for target in targets:
+                if isinstance(target, ast.Attribute) and isinstance(target.value, (ast.Name, ast.Attribute)):
+                    owner = target.value.id if isinstance(target.value, ast.Name) else target.value.attr
+                    assert owner not in ("cache", "state"), f"{path.name}:{node.lineno}"

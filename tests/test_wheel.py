@@ -85,7 +85,7 @@ def streamed(wheel, tmp_path_factory):
 @pytest.mark.slow
 def test_a_stream_runs_where_there_is_only_torch_and_transformers(streamed):
     _, module, seen, slots, shape = streamed
-    assert module == "sinkmodel.cache.streaming_cache"
+    assert module == "sinkmodel.cache.cache"
     assert seen == [53]
     assert slots == 16
     assert shape == [1, 1, 64]
@@ -95,7 +95,7 @@ def test_a_stream_runs_where_there_is_only_torch_and_transformers(streamed):
 def test_importing_the_cache_brings_little_beside_itself(streamed):
     """Guards the time that an import takes: the modelling code of transformers, seconds, waits for the first cache."""
     imported = streamed[0]
-    assert "sinkmodel.cache.streaming_cache" in imported
+    assert "sinkmodel.cache.cache" in imported
     others = [name for name in imported if not name.startswith("sinkmodel")]
     assert not [name for name in others if name.startswith(("transformers.model", "transformers.gen", "torch._dynamo"))]
     assert len(others) < 20, others

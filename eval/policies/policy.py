@@ -11,18 +11,7 @@ results). `window-paper` and `sink-paper` are (b) and (d) counted as the paper's
 forward, so a query sees C + 1 keys (design, decision 8).
 
 A new policy is a file with a class that answers the questions of `Policy` below; nothing else knows how it decides.
-How four known ones answer them:
-
-    SnapKV     needs the last w queries of the prompt; keeps, head by head, the C − w keys that these attended to most
-               (pooled over neighbours) and the last w, at positions of the text. `feed` of a prompt selects, later
-               `feed`s only append.
-    H2O        needs running column sums of attention; keeps the heaviest and the latest, head by head, at positions of
-               the text. Every `feed` adds to the sums and evicts; `score` goes through `feed`, since what is kept
-               depends on what was attended to.
-    GemFilter  needs the last query at one layer; keeps the C tokens of the prompt that it points to, read again at
-               positions 0 … C − 1. `feed` of a prompt does both passes; `score` refuses: a stream has no last query.
-    NAMM       needs all of attention's columns over the latest 512 queries; keeps, head by head, what a small network
-               scores at 0 or more, at positions of the text. Every 512th token `feed` evicts.
+What compresses a prompt instead of streaming is a memory (`sinkmodel.memories`).
 """
 
 from __future__ import annotations
@@ -36,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from sinkmodel.cache.families import own_window
 from sinkmodel.errors import UserError
-from sinkmodel.rope import frequencies
+from sinkmodel.model_support import own_window
+from sinkmodel.probe import frequencies
 
 PIECE = 256  # tokens of a long `feed` that go through the model together
 # What transformers calls a table of positions, learned or of sines.

@@ -1,5 +1,5 @@
-"""The streaming cache: its state, a forward with it, the arithmetic of its ring, and the models that it works for."""
+"""The streaming cache: the hook in a model's forward, the plan of what comes next, and the state of the stream."""
 
-from sinkmodel.cache.streaming_cache import StreamingCache
+from sinkmodel.cache.cache import StreamingCache
 
 __all__ = ["StreamingCache"]

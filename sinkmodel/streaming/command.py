@@ -200,7 +200,7 @@ class Session:
     def _restored(self, loaded: Any) -> Stream:
         import torch
 
-        from sinkmodel.cache.saved import read_state
+        from sinkmodel.cache.serialization import read_state
         from sinkmodel.streaming import Stream
 
         path = self.options.restore

@@ -274,7 +274,7 @@ class Stream:
     def state_dict(self) -> dict[str, Any]:
         """All that `from_state` needs: the cache's own state, and beside it under "stream" tensors, numbers and text.
 
-        `torch.save` writes it; `sinkmodel.cache.saved.read_state` reads it, and so does `StreamingCache.load`.
+        `torch.save` writes it; `sinkmodel.cache.serialization.read_state` reads it, and so does `StreamingCache.load`.
         """
         beside = {
             "batch": self.batch,

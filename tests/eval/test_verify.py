@@ -404,6 +404,24 @@ def test_several_pairs_answer_for_other_seeds(runs, texts, tmp_path, capsys):
     assert {row["runs"] for row in found["comparisons"]} == {2}
 
 
+def test_one_vanilla_for_all_is_loaded_and_scored_once(runs, texts, tmp_path, capsys, monkeypatch):
+    """Guards hours of a large base, and that what is scored once is paired with every run as if it were scored anew."""
+    from eval.measures.verdict import paired, verify
+
+    sinks = [altered(runs["token"], tmp_path / f"{scale}", lambda head, scale=scale: scale * head) for scale in (1, 2)]
+    alone = [result(capsys, tmp_path, sink, runs["none"], texts) for sink in sinks]
+    scored, loaded, losses, load = [], [], paired.losses, verify.load
+    monkeypatch.setattr(paired, "losses", lambda side, *more: scored.append(side.role) or losses(side, *more))
+    monkeypatch.setattr(verify, "load", lambda options, name: loaded.append(name) or load(options, name))
+    words = ["--sink", *sinks, "--vanilla", runs["none"], "--text", texts, "--budget", BUDGET]
+    main(["verify", *map(str, [*words, "--json", tmp_path / "both.json"])])
+    found = json.loads((tmp_path / "both.json").read_text())
+    assert scored.count("sink") == 2 * scored.count("vanilla") > 0
+    assert loaded.count(str(runs["none"])) == 1
+    assert [row["difference"] for row in found["pairs"]] == [one["verdict"]["difference"] for one in alone]
+    assert found["rows"] == [*alone[0]["rows"], *alone[1]["rows"]]
+
+
 def test_an_undecided_verdict_over_pairs_says_what_would_decide():
     verdict = {"answer": "undecided", "first": "a", "second": "b", "difference": 0.0, "level": 0.95, "low": -1.0,
                "high": 1.0, "documents": 9, "resampled": "blocks", "runs": 3, "stderr_runs": 0.1}  # fmt: skip

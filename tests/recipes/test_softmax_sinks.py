@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from recipes.pretrain import main
-from sinkmodel.attention import SINK
 from sinkmodel.checkpoint import checkpoint_steps, read_metrics
 from sinkmodel.loading import load_checkpoint
-from sinkmodel.sinks import IN_SOFTMAX, kind_of
+from sinkmodel.sinks import IN_SOFTMAX, SINK_ATTENTION, kind_of
 from tests.recipes.runs import arguments, complete, final_state, numbers, start_process, train, wait_for_checkpoint
 from tests.recipes.test_strategies import SHARING
 
@@ -50,7 +49,7 @@ def test_rows_hold_text_alone_and_losses_are_over_the_same_targets(runs):
         assert sink_ids == []
         assert tokenizer("a b c").input_ids == tokenizer("a b c", add_special_tokens=False).input_ids
         assert kind_of(model.config) == kind
-        assert model.config._attn_implementation == ("sdpa" if kind == "none" else SINK)
+        assert model.config._attn_implementation == ("sdpa" if kind == "none" else SINK_ATTENTION)
 
 
 @pytest.mark.parametrize("kind", IN_SOFTMAX)

@@ -23,11 +23,11 @@ from recipes.training.optimizer import build_optimizer, parameter_groups
 from recipes.training.settings import OptimizerSettings
 from sinkmodel import architectures
 from sinkmodel.architectures import SinkGPTNeoXConfig, SinkLlamaConfig, attentions_of
-from sinkmodel.attention import CAUSAL, SINK
+from sinkmodel.attention import CAUSAL
 from sinkmodel.errors import UserError
 from sinkmodel.models import build_model
 from sinkmodel.shapes import ModelShape
-from sinkmodel.sinks import SinkConfig, kind_of
+from sinkmodel.sinks import SINK_ATTENTION, SinkConfig, kind_of
 from tests.models import IN_SOFTMAX, build, cast, model_of, tokens
 
 SHAPES = {
@@ -237,7 +237,7 @@ def test_attention_that_knows_of_no_sink_is_refused(name, tmp_path):
         model.set_attn_implementation(name)
     with pytest.raises(UserError, match="would drop the sink"):
         model.config._attn_implementation = name
-    assert model.config._attn_implementation == SINK
+    assert model.config._attn_implementation == SINK_ATTENTION
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="would drop the sink"):
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
@@ -251,11 +251,11 @@ def test_what_transformers_chooses_by_itself_has_the_sink(family, name):
         expected = model(ids).logits
         for part in (model, model.base_model):  # the body alone is transformers' own class
             part.set_attn_implementation(name)
-            assert model.config._attn_implementation == SINK
+            assert model.config._attn_implementation == SINK_ATTENTION
             assert torch.equal(model(ids).logits, expected)
         model.set_attn_implementation(CAUSAL)
         model.base_model.config._attn_implementation = name
-        assert model.config._attn_implementation == SINK
+        assert model.config._attn_implementation == SINK_ATTENTION
 
 
 @pytest.mark.parametrize("kind", ["none", "token"])
@@ -295,7 +295,7 @@ def test_a_copy_is_the_same_model(family, way, tmp_path):
         other = pickle.loads(pickle.dumps(model)) if way == "pickled" else copy.deepcopy(model)
     assert type(other) is type(model)
     assert {p.dtype for p in other.parameters()} == {p.dtype for p in model.parameters()}
-    assert (kind_of(other.config), other.config._attn_implementation) == (kind_of(model.config), SINK)
+    assert (kind_of(other.config), other.config._attn_implementation) == (kind_of(model.config), SINK_ATTENTION)
     assert fields(other.config) == fields(model.config)
     with torch.no_grad():
         assert torch.equal(other(ids).logits, model(ids).logits)

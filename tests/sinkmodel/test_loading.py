@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
-from sinkmodel.cache.saved import read_state
+from sinkmodel.cache.serialization import read_state
 from sinkmodel.errors import UserError
 from sinkmodel.export import export
 from sinkmodel.loading import LoadedModel, encode, load_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sinkmodel.errors import UserError
-from sinkmodel.rope import rotary_of
+from sinkmodel.probe import rotary_of
 from tests.models import build, model_of, tokens
 from tests.reference import rotated
 

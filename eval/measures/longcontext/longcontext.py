@@ -223,9 +223,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _sides(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Side, list[Side]]:
     """Dense, and each other memory at each budget; UserError for a budget that is too small for one of them."""
-    from sinkmodel.memories import MEMORIES, make_memory
-
     from eval.measures.longcontext.measure import Side
+    from sinkmodel.memories import MEMORIES, make_memory
 
     names = [name for name in dict.fromkeys(options.memories or MEMORIES) if name != "dense"]
     dense = Side("dense", None, make_memory("dense", loaded.model))

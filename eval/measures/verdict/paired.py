@@ -97,33 +97,56 @@ class Pair:
     more: dict[str, Any]
 
 
-def measure(
-    sink: Side, vanilla: Side, documents: Documents, question: Question, beside: int
+@dataclass(frozen=True)
+class Alone:
+    """What is scored of one model, whatever it is compared with.
+
+    Attributes:
+        losses: of its stream in the verdict, one series a document.
+        stream: the row of that stream.
+        rows: of its other streams.
+        pairs: the comparisons within it.
+    """
+
+    losses: list[Series]
+    stream: dict[str, Any]
+    rows: list[dict[str, Any]]
+    pairs: list[Pair]
+
+
+def measure(side: Side, documents: Documents, question: Question, beside: int) -> Alone:
+    """Score one model: its stream in the verdict over all texts, and what that is held to over some of them."""
+    budget = question.budget
+    policy = streaming(side.sinks, budget)
+    streamed = losses(side, policy, documents, question.chunk, policy.label)
+    heads = beginnings(documents, budget, beside)
+    scored = {side.sinks: [part[: len(ids) - 1] for part, ids in zip(streamed, heads)]}
+    rows, pairs = [], []
+    for count in sorted({0, 1, BORROWED} - {side.sinks}):
+        other = streaming(count, budget)
+        scored[count] = losses(side, other, heads, question.chunk, other.label)
+        rows.append(stream_row(side, other, scored[count], heads, budget))
+    late = {count: after(part, budget) for count, part in scored.items()}
+    of_four = streaming(BORROWED, budget).label
+    for count in sorted(scored.keys() - {BORROWED}, reverse=True):
+        label = streaming(count, budget).label
+        pairs.append(paired(side.role, label, of_four, late[count], late[BORROWED], budget))
+    pairs.append(against_recompute(side, question, streamed, documents, beside))
+    pairs.append(against_dense(side, question, documents, beside))
+    return Alone(streamed, stream_row(side, policy, streamed, documents, budget), rows, pairs)
+
+
+def compared(
+    sides: tuple[Side, Side], found: tuple[Alone, Alone], budget: int
 ) -> tuple[list[Pair], list[dict[str, Any]]]:
     """The pair that the verdict is about, then those within each model; and a row for each stream that was scored."""
-    budget, rows, pairs = question.budget, [], []
-    full: list[list[Series]] = []
-    for side in (sink, vanilla):
-        policy = streaming(side.sinks, budget)
-        full.append(losses(side, policy, documents, question.chunk, policy.label))
-        rows.append(stream_row(side, policy, full[-1], documents, budget))
-    names = [f"{side.role} {side.sinks}+{budget - side.sinks}" for side in (sink, vanilla)]
-    a, b = (after(scored, budget) for scored in full)
-    pairs.append(paired("both", names[0], names[1], a, b, budget))
-    heads = beginnings(documents, budget, beside)
-    for side, streamed in zip((sink, vanilla), full):
-        scored = {side.sinks: [part[: len(ids) - 1] for part, ids in zip(streamed, heads)]}
-        for count in sorted({0, 1, BORROWED} - {side.sinks}):
-            policy = streaming(count, budget)
-            scored[count] = losses(side, policy, heads, question.chunk, policy.label)
-            rows.append(stream_row(side, policy, scored[count], heads, budget))
-        late = {count: after(scored[count], budget) for count in scored}
-        of_four = streaming(BORROWED, budget).label
-        for count in sorted(scored.keys() - {BORROWED}, reverse=True):
-            label = streaming(count, budget).label
-            pairs.append(paired(side.role, label, of_four, late[count], late[BORROWED], budget))
-        pairs.append(against_recompute(side, question, streamed, documents, beside))
-        pairs.append(against_dense(side, question, documents, beside))
+    first, second = (f"{side.role} {side.sinks}+{budget - side.sinks}" for side in sides)
+    a, b = (after(alone.losses, budget) for alone in found)
+    pairs = [paired("both", first, second, a, b, budget)]
+    rows = [alone.stream for alone in found]
+    for alone in found:
+        pairs += alone.pairs
+        rows += alone.rows
     return pairs, rows
 
 

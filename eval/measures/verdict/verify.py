@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     _check_names(options.sink, options.vanilla)
     check_files(options.text)
     check_output("--json", options.json)
-    from eval.measures.verdict.paired import Question, answered, measure
+    from eval.measures.verdict.paired import Question, answered, compared, measure
 
     names = _pairs(options)
     sides, texts, documents, said = _look(options, names)
@@ -128,12 +128,16 @@ def run(options: argparse.Namespace) -> int:
         say(f"warning: {warning}")
     question = Question(options.budget, options.margin, options.level, options.seed, options.chunk, options.these_texts)
     runs, rows = [], []
+    vanilla = None
     for place, pair in enumerate(names):
         if place > 0:
-            sides = _load(options, *pair)
+            sides = _load(options, *pair, sides[1])
         if len(names) > 1:
             say(f"pair {place + 1}/{len(names)}: {pair[0]} and {pair[1]}")
-        of_run, of_streams = measure(*sides, documents, question, options.beside)
+        sink = measure(sides[0], documents, question, options.beside)
+        if vanilla is None or pair[1] != names[place - 1][1]:  # one for all is scored once
+            vanilla = measure(sides[1], documents, question, options.beside)
+        of_run, of_streams = compared(sides, (sink, vanilla), options.budget)
         runs.append(of_run)
         rows += of_streams
     verdict, *comparisons = (answered(question, same) for same in zip(*runs))
@@ -204,8 +208,9 @@ def _look(
     documents: Documents = []
     said: dict[str, Said] = {}
     alike: tuple[Side, Side] | None = None
+    vanilla: Side | None = None
     for pair in reversed(names):
-        sides = sink, vanilla = _load(options, *pair)
+        sides = sink, vanilla = _load(options, *pair, vanilla)
         _check_pair(sink.loaded, vanilla.loaded)
         check([sink.sinks], options.budget)
         alike = alike or sides
@@ -221,11 +226,14 @@ def _look(
     return sides, texts, documents, said
 
 
-def _load(options: argparse.Namespace, sink: str, vanilla: str) -> tuple[Side, Side]:
+def _load(options: argparse.Namespace, sink: str, vanilla: str, before: Side | None = None) -> tuple[Side, Side]:
+    """A pair; the vanilla model is that of the pair `before` if it has the same name."""
     from eval.measures.verdict.paired import Side
 
     loaded = load(options, sink)
-    return Side("sink", loaded, len(loaded.sink_ids)), Side("vanilla", load(options, vanilla), BORROWED)
+    if before is None or before.loaded.name != vanilla:
+        before = Side("vanilla", load(options, vanilla), BORROWED)
+    return Side("sink", loaded, len(loaded.sink_ids)), before
 
 
 def _check_alike(one: LoadedModel, other: LoadedModel) -> None:

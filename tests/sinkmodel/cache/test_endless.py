@@ -25,8 +25,8 @@ def close(logits, expected) -> None:
 def leap_far(cache) -> int:
     """As if millions of tokens had been fed; a multiple of the window, so that the ring's next slot is the same."""
     leap = 4_000_000 // cache.window * cache.window
-    cache.seen = [n + leap for n in cache.seen]
-    cache.origin = [n + leap for n in cache.origin]
+    state = cache.state
+    state.seen, state.origin = [n + leap for n in state.seen], [n + leap for n in state.origin]
     return leap
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinkmodel import StreamingCache, UserError
-from sinkmodel.cache import feeding, streaming_cache
+from sinkmodel.cache.state import State
 from sinkmodel.rope import Rotary
 from tests.models import build, tokens
 from tests.reference import streaming_logits
@@ -27,15 +27,15 @@ def close(logits, expected) -> None:
 @pytest.mark.parametrize(
     ("where", "held"),
     [
-        *(("_end", 1), ("_end", 10), ("_end", 20), ("remember_sinks", 1), ("move_origin", 24)),
-        *(("turn_sinks", 10), ("turn_sinks", 24), ("update", 1), ("update", 10), ("update", 20)),
+        *(("commit", 1), ("commit", 10), ("commit", 20), ("_remember_sinks", 1), ("_move_origin", 24)),
+        *(("_turn_sinks", 10), ("_turn_sinks", 24), ("update", 1), ("update", 10), ("update", 20)),
+        *(("begin", 1), ("begin", 10), ("begin", 20), ("begin", 24)),
     ],
 )
 def test_an_interrupt_anywhere_is_harmless_or_said(where, held, piece, late, monkeypatch):
     """Ctrl-C before or after each part of a forward: what follows is right, or refused."""
     model, ids = build("llama"), tokens(60)
-    owner = feeding if where == "_end" else streaming_cache.StreamingCache
-    original = getattr(owner, where)
+    original = getattr(State, where)
     cache = StreamingCache(model.config, BUDGET, SINKS)
     fed(model, cache, ids[:held], held)
 
@@ -44,10 +44,10 @@ def test_an_interrupt_anywhere_is_harmless_or_said(where, held, piece, late, mon
             original(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(owner, where, interrupted)
+    monkeypatch.setattr(State, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         fed(model, cache, ids[held:], piece, 1)
-    monkeypatch.setattr(owner, where, original)
+    monkeypatch.setattr(State, where, original)
     done = cache.get_seq_length()
     if cache.torn:
         with pytest.raises(UserError, match="broken off"):

@@ -82,6 +82,24 @@ def test_a_ragged_batch_is_saved_and_goes_on(way, tmp_path):
         close(logits, truth(model, row)[-21:])
 
 
+def test_the_format_is_the_one_that_older_versions_wrote():
+    """Risk: a stream that a user has on disk is not read any more, since a key has another name or meaning."""
+    model, cache = model_of("llama"), new(model_of("llama"))
+    ids, mask = padded([tokens(30), tokens(20, seed=1)])
+    fed_batch(model, cache, ids, [29, 1], mask)
+    state = cache.state_dict()
+    assert state.pop("format") == "sinkmodel-stream-1"
+    assert list(state.pop("settings")) == ["model", "budget", "sinks", "positions", "convention"]
+    shapes = state.pop("shapes")
+    for name, slots in (("keys", BUDGET), ("values", BUDGET), ("sink_keys", SINKS)):
+        assert list(state.pop(name).shape) == shapes[name] == [2, 2, 2, slots, 8]
+    assert len(state.pop("sample")) == 16
+    origin = state.pop("origin")
+    assert len(origin) == 2
+    turned = [seen - start - BUDGET for seen, start in zip([30, 20], origin)]
+    assert state == {"columns": 30, "padded_until": 10, "torn": False, "seen": [30, 20], "turned": turned}
+
+
 # ---------------------------------------------------------------------------------------------------- what is no stream
 
 

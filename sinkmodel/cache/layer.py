@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from sinkmodel.cache.families import Traits
-from sinkmodel.cache.pieces import Piece
+from sinkmodel.cache.plan import Plan
 
 
 class StreamingLayer(CacheLayerMixin):
@@ -20,15 +19,16 @@ class StreamingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         raise NotImplementedError("a StreamingCache is allocated when it meets its model")
 
-    def allocate(self, keys: tuple[int, ...], values: tuple[int, ...], traits: Traits) -> None:
-        """Zeros of these shapes: in the memory of the stream before, where that is of the same kind."""
-        kind = keys, values, traits.dtype, traits.device
+    def allocate(
+        self, keys: tuple[int, ...], values: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Zeros of these shapes: in the memory of the stream before, if that is of the same kind."""
         with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
-            if self.is_initialized and kind == self._kind():
+            if self.is_initialized and (keys, values, dtype, device) == self._kind():
                 self.keys.zero_()
                 self.values.zero_()
             else:
-                like: dict[str, Any] = {"dtype": traits.dtype, "device": traits.device}
+                like: dict[str, Any] = {"dtype": dtype, "device": device}
                 self.hold(torch.zeros(keys, **like), torch.zeros(values, **like))
 
     def _kind(self) -> tuple:
@@ -44,28 +44,28 @@ class StreamingLayer(CacheLayerMixin):
         torch._dynamo.mark_static_address(values)
         self.is_initialized = True
 
-    def write(self, piece: Piece, keys_BGND: Tensor, values_BGNV: Tensor) -> None:
-        """Put the keys and values of a piece where they belong. Without gradients: a stream has no end."""
+    def write(self, plan: Plan, keys_BGND: Tensor, values_BGNV: Tensor) -> None:
+        """Put the keys and values of a plan where they belong. Without gradients: a stream has no end."""
         values_BGNV = values_BGNV.to(self.values.dtype)  # of another one under autocast
         for ring, new in ((self.keys, keys_BGND.detach()), (self.values, values_BGNV.detach())):
-            if piece.slots_N is not None:
-                ring.index_copy_(2, piece.slots_N, new)
-            elif piece.scatter is not None:
-                row, column, slot = piece.scatter
+            if plan.slots_N is not None:
+                ring.index_copy_(2, plan.slots_N, new)
+            elif plan.scatter is not None:
+                row, column, slot = plan.scatter
                 ring[row, :, slot] = new[row, :, column]
 
-    def read(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        """What the queries of a placed piece see, without a copy but for ALiBi, which counts by index."""
-        if piece.order_BC is not None:
+    def read(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """What the queries of a placed plan see, without a copy but for ALiBi, which counts by index."""
+        if plan.order_BC is not None:
             row = torch.arange(len(self.keys), device=self.keys.device)[:, None]
-            keys, values = self.keys[row, :, piece.order_BC], self.values[row, :, piece.order_BC]
+            keys, values = self.keys[row, :, plan.order_BC], self.values[row, :, plan.order_BC]
             return keys.transpose(1, 2), values.transpose(1, 2)
-        if piece.held == self.keys.shape[2]:
+        if plan.held == self.keys.shape[2]:
             return self.keys, self.values
-        return self.keys[:, :, : piece.held], self.values[:, :, : piece.held]
+        return self.keys[:, :, : plan.held], self.values[:, :, : plan.held]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("StreamingCache.update writes to its layers")
+        raise NotImplementedError("a StreamingCache writes to its layers itself")
 
     def get_seq_length(self) -> int:
         raise NotImplementedError("the length is that of the StreamingCache")

@@ -1,4 +1,4 @@
-"""A stream in flight as a file: what it holds, and whether it is one that can go on."""
+"""A stream in flight as a file: what it holds, and whether it is one that can be continued."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from sinkmodel.errors import UserError
+from sinkmodel.probe import SAMPLE
 
 FORMAT = "sinkmodel-stream-1"
 NUMBERS = ("columns", "padded_until", "torn")
 ROWS = ("seen", "origin", "turned")  # a number a row
-SAMPLE = 16  # weights of the model, by which the stream knows it
-TENSORS = ("keys", "values", "sink_keys")  # where there are rows
+TENSORS = ("keys", "values", "sink_keys")  # if there are rows
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The content of a file that `StreamingCache.save` wrote; UserError where it is none, or damaged."""
+    """The content of a file that `StreamingCache.save` wrote; UserError if it is not one, or damaged."""
     from sinkmodel.checkpoint import NOT_A_CHECKPOINT, load_tensors  # with all of transformers' modelling code
 
     try:
@@ -41,7 +41,7 @@ def settings_of(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_state(state: Any, settings: dict[str, Any], depth: int, slots: int) -> None:
-    """UserError where `state` is not a sound stream of a cache with these settings."""
+    """UserError if `state` is not a sound stream of a cache with these settings."""
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):
         raise UserError("this is no saved stream; give what StreamingCache.state_dict() returned")
     for key, ours in settings.items():

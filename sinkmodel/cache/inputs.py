@@ -1,0 +1,140 @@
+"""What a forward is given, by name, and refused if a cache of ours cannot honour it. Nothing has been written yet.
+
+Shapes: B rows, T new tokens, E the hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkmodel.errors import UserError
+from sinkmodel.sinks import SINK_ATTENTION
+
+BOOLEAN = ("sdpa", SINK_ATTENTION)  # the implementations that take a mask of ours as True and False, or none
+ATTENTION = (*BOOLEAN, "eager")
+SETTLED = ("past_key_values", "position_ids", "cache_position", "use_cache")  # by the cache
+NOT_GIVEN = ("labels", "output_attentions", "output_router_logits")  # one forward may become several
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one forward was given."""
+
+    name: str  # input_ids or inputs_embeds
+    tokens: Tensor  # [B, T] ids or [B, T, E]
+    valid_BT: Tensor | None  # on the host, False for pads; None: there are none
+    keep: int | Tensor  # logits_to_keep
+    as_tuple: bool  # return_dict=False
+    others: dict[str, Any]  # as they were given
+
+
+def bound(forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `forward(model, *args, **kwargs)` by name, without those that the cache settles itself."""
+    inputs = dict(kwargs)
+    if args:
+        inputs |= list(zip(inspect.signature(forward).parameters, (model, *args)))[1:]
+    if inputs.get("use_cache") is False:
+        raise UserError("use_cache=False feeds the whole text again at every step; pass use_cache=True")
+    for name in SETTLED:
+        inputs.pop(name, None)
+    return inputs
+
+
+def tokens_of(inputs: dict[str, Any]) -> tuple[str, Any]:
+    """Take the tokens out of bound inputs: "input_ids" with ids, or "inputs_embeds" with what stands for them."""
+    name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
+    return name, inputs.pop(name, None)
+
+
+def request_of(name: str, tokens: Tensor, valid_BT: Tensor | None, inputs: dict[str, Any], model: Any) -> Request:
+    """The request of a forward: its checked tokens, and the inputs that are left of it."""
+    others = dict(inputs)
+    keep, wanted = others.pop("logits_to_keep", None), others.pop("return_dict", None)
+    as_tuple = not (getattr(model.config, "return_dict", True) if wanted is None else wanted)
+    return Request(name, tokens, valid_BT, 0 if keep is None else keep, as_tuple, {**others, "return_dict": True})
+
+
+def check_inputs(cache: str, model: Any, tokens: Any, inputs: dict[str, Any], columns: int, rows: int) -> None:
+    """Raise UserError for what no cache of ours can do.
+
+    Args:
+        cache: the name of the cache's class, for the messages.
+        tokens: ids [B, T] or embeddings [B, T, E], if they are what they should be.
+        inputs: the other inputs by name, as `bound` gives them.
+        columns: tokens of each row that the cache has been fed, pads counted.
+        rows: rows that it holds; not looked at while `columns` is 0.
+    """
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape:
+        raise UserError("a stream is fed input_ids [rows, tokens] with at least one of each")
+    for name in NOT_GIVEN:
+        asked = inputs[name] if inputs.get(name) is not None else getattr(model.config, name, False)
+        if asked is not None and asked is not False:
+            raise UserError(f"{name} cannot be had with a {cache}; take the logits")
+    if model.config._attn_implementation not in ATTENTION:
+        raise UserError(
+            f"attn_implementation {model.config._attn_implementation!r} takes no mask of ours; "
+            f"use model.set_attn_implementation({ATTENTION[0]!r})"
+        )
+    if columns and len(tokens) != rows:
+        raise UserError(
+            f"the {cache} has {rows} rows and was fed {len(tokens)}; it holds {columns} tokens of each row, and rows "
+            "cannot come or go: call reset() on the cache to start from the beginning"
+        )
+    if model.training:
+        raise UserError("the model is in training mode, with its dropout on; call model.eval() first")
+
+
+def check_ids(vocabulary: int, tokens: Tensor) -> None:
+    """Raise UserError for ids that the model has no row for.
+
+    A single token on an accelerator is not looked at: to look is to wait for the device.
+    """
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"input_ids are token ids, whole numbers; these are {tokens.dtype}")
+    if tokens.device.type != "cpu" and tokens.shape[1] == 1:
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise UserError(f"the input has the id {low if low < 0 else high}, and the model has ids 0 to {vocabulary - 1}")
+
+
+def valid_columns(
+    mask: Any, tokens: Tensor, columns: int, seen: list[int], cache: str, instead: str = ""
+) -> Tensor | None:
+    """Which of the new tokens are not pads, [B, T] bool on the host; None if all of them are text.
+
+    Args:
+        mask: the `attention_mask` [B, T … columns + T] that was given, or None. Its last T columns are the new tokens,
+            those before them were fed earlier. Raises UserError if it hides more of these than were pads then.
+        columns: tokens of each row that the cache has been fed, pads counted.
+        seen: the same for each row, pads not counted.
+        cache: the name of the cache's class, for the messages.
+        instead: what else to use, for the message about tokens that are hidden too late.
+    """
+    if mask is None:
+        return None
+    T = tokens.shape[1]
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not T <= mask.shape[1] <= columns + T:
+        raise UserError(
+            f"a {cache} makes the attention mask itself; give a 2-D attention_mask with a 0 for each pad, as "
+            "long as the new tokens or as all tokens so far, or none"
+        )
+    if len(mask) != len(tokens):
+        raise UserError(f"attention_mask has {len(mask)} rows, the input {len(tokens)}; give one a row of the input")
+    # Count on the mask's device and copy once: every look from the host waits for the device.
+    hidden_B1 = (mask[:, :-T] == 0).sum(dim=1, keepdim=True)
+    on_host = torch.cat([hidden_B1, mask[:, -T:] != 0], dim=1).cpu()
+    for row, (hidden, fed) in enumerate(zip(on_host[:, 0].tolist(), seen)):
+        if hidden > (pads := columns - fed):
+            raise UserError(
+                f"the attention_mask hides {hidden - pads} of the tokens that row {row} has taken in, and a {cache} "
+                f"takes none back; mask pads in the forward that feeds them{instead and ', or use '}{instead}"
+            )
+    valid = on_host[:, 1:].bool()
+    return None if bool(valid.all()) else valid

@@ -1,0 +1,55 @@
+"""KV memories: caches that read a prompt whole and keep its important tokens.
+
+| name | class | keeps |
+|---|---|---|
+| `dense` | `Dense` | everything |
+| `snapkv` | `SnapKV` | what the last queries of the prompt attend to |
+| `h2o` | `H2O` | what got most attention so far, and the recent tokens |
+| `tova` | `TOVA` | what the latest query attends to |
+| `expected-attention` | `ExpectedAttention` | what future queries are expected to attend to |
+| `gemfilter` | `GemFilter` | the tokens that an early layer chooses, read again by the whole model |
+| | `Scored` | what a scorer of one's own chooses |
+"""
+
+from typing import Any
+
+from sinkmodel.errors import UserError
+from sinkmodel.memories.dense import Dense
+from sinkmodel.memories.expected_attention import ExpectedAttention
+from sinkmodel.memories.gemfilter import GemFilter
+from sinkmodel.memories.h2o import H2O
+from sinkmodel.memories.memory import Memory
+from sinkmodel.memories.scored import Scored
+from sinkmodel.memories.snapkv import SnapKV
+from sinkmodel.memories.tova import TOVA
+
+MEMORIES: dict[str, type[Memory]] = {
+    "dense": Dense,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "tova": TOVA,
+    "expected-attention": ExpectedAttention,
+    "gemfilter": GemFilter,
+}
+
+__all__ = [
+    "H2O",
+    "MEMORIES",
+    "TOVA",
+    "Dense",
+    "ExpectedAttention",
+    "GemFilter",
+    "Memory",
+    "Scored",
+    "SnapKV",
+    "make_memory",
+]
+
+
+def make_memory(name: str, config: Any, budget: int | None = None, **settings: Any) -> Memory:
+    """The memory of that name for a model or its config; `Dense` needs no budget. UserError for an unknown name."""
+    if name not in MEMORIES:
+        raise UserError(f"there is no memory {name!r}; choose one of {', '.join(MEMORIES)}")
+    if name == "dense":
+        return Dense(config, **settings)
+    return MEMORIES[name](config, budget, **settings)

@@ -1,0 +1,153 @@
+"""Expected Attention (arXiv 2510.00636, section 3): the attention that future queries will pay, were they normal.
+
+The queries of the prompt, taken back to before RoPE, give a mean μ and a covariance Σ a head. With the rotation R̄
+averaged over the next positions, the score of a key k is the expected attention E[exp(qᵀk · scale)], normalised:
+
+    softmax_j( μ̄ᵀk_j · scale + ½ k_jᵀ Σ̄ k_j · scale² ) · ‖v_j‖,    μ̄ = R̄μ, Σ̄ = R̄ΣR̄ᵀ
+
+averaged over the heads of a group. No attention matrix is needed at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkmodel.memories.arguments import one_of, whole
+from sinkmodel.memories.layer import MemoryLayer
+from sinkmodel.memories.memory import Memory
+from sinkmodel.memories.observation import Observation
+from sinkmodel.memories.selection import JoiningRule, join_group
+from sinkmodel.rope import Rotation
+
+
+class ExpectedAttention(Memory):
+    """A memory that keeps what future queries are expected to attend to.
+
+    Args:
+        sinks: the first tokens stay, and their queries and keys take no part in the statistics; 4 in kvpress.
+        future: positions after the prompt over which the rotation is averaged; 512 in kvpress.
+        covariance: whether Σ takes part.
+        value_norm: whether scores are multiplied by the norm of the values.
+        epsilon: what is added to a score before that; 0 in kvpress.
+        group: how the heads of a group are joined; "mean" in kvpress.
+
+    The others are those of `Memory`. Formula: kvpress, presses/expected_attention_press.py.
+    """
+
+    SETTINGS = (*Memory.SETTINGS, "future", "covariance", "value_norm", "epsilon", "group")
+
+    def __init__(
+        self,
+        config: Any,
+        budget: int | None = None,
+        *,
+        sinks: int = 4,
+        future: int = 512,
+        covariance: bool = True,
+        value_norm: bool = True,
+        epsilon: float = 0.0,
+        group: JoiningRule = "mean",
+        **settings: Any,
+    ):
+        super().__init__(config, budget, sinks=sinks, **settings)
+        self.future = whole(future, "future", 1)
+        self.covariance, self.value_norm, self.epsilon = covariance, value_norm, epsilon
+        self.group = one_of("group", group, JoiningRule)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._of_piece: tuple[Any, Counted] | None = None
+
+    def observe(self, layer: MemoryLayer, seen: Observation) -> None:
+        rotary = self.rotary_of(layer)
+        counted = self._counted(seen)
+        query = seen.query_BHND[:, :, counted.first :].float()
+        if rotary is not None:
+            if counted.rotation is None:
+                counted.rotation = rotary.rotation(counted.back_B1N, query.device)
+            query = rotary.apply(query, counted.rotation)
+        merge(layer.state, query, counted.weight_B1N1)
+
+    def _counted(self, seen: Observation) -> Counted:
+        """Which queries of the piece take part: the same in every layer, so looked up once."""
+        if self._of_piece is None or self._of_piece[0] is not seen.places_BN:
+            assert seen.places_BN is not None
+            counts_BN = seen.places_BN >= self.sinks
+            if seen.valid_BN is not None:
+                counts_BN = counts_BN & seen.valid_BN
+            some_N = counts_BN.any(dim=0)
+            first = int(some_N.int().argmax()) if bool(some_N.any()) else len(some_N) - 1
+            counts_BN = counts_BN[:, first:]
+            weight = None if bool(counts_BN.all()) else counts_BN[:, None, :, None].float()
+            self._of_piece = seen.places_BN, Counted(first, weight, -seen.places_BN[:, None, first:])
+        return self._of_piece[1]
+
+    def scores(self, layer: MemoryLayer) -> Tensor:
+        keys, values = layer.held()
+        G = keys.shape[1]
+        mean_BHD, spread = layer.state["mean"], layer.state["spread"]
+        count_B = layer.state["count"].clamp(min=1)
+        covariance_BHDD = spread / count_B[:, None, None, None]
+        rotary = self.rotary_of(layer)
+        if rotary is not None:
+            averaged = self._averaged_rotation(rotary, len(keys))
+            mean_BHD = rotary.apply(mean_BHD, averaged)
+            covariance_BHDD = rotary.apply(covariance_BHDD, _for_matrices(averaged))
+            covariance_BHDD = rotary.apply(covariance_BHDD.transpose(-1, -2), _for_matrices(averaged))
+        mean_BGRD, covariance_BGRDD = (x.unflatten(1, (G, -1)) for x in (mean_BHD, covariance_BHDD))
+        keys = keys.float()
+        logits_BGRK = (mean_BGRD @ keys.transpose(-1, -2)) * self.scale
+        if self.covariance:
+            turned = torch.stack([keys @ covariance_BGRDD[:, :, r] for r in range(covariance_BGRDD.shape[2])], dim=2)
+            logits_BGRK += (turned * keys[:, :, None]).sum(-1) * (self.scale**2 / 2)
+        positions = layer.held_positions()
+        logits_BGRK = logits_BGRK.masked_fill((positions < self.sinks)[:, :, None], float("-inf"))
+        weights = logits_BGRK.softmax(dim=-1).nan_to_num(0.0)  # a row that has nothing but sinks
+        scores = join_group(weights.flatten(1, 2), G, self.group)
+        return (scores + self.epsilon) * values.float().norm(dim=-1) if self.value_norm else scores
+
+    def _averaged_rotation(self, rotary: Any, rows: int) -> Rotation:
+        """Mean cos and sin [B, 1, R/2] of the `future` positions after each row."""
+        device = self.layers[0].keys.device
+        start_B1 = torch.tensor(self.piece.seen if self.piece else self.seen)[:, None]
+        cos, sin = rotary.rotation(start_B1 + torch.arange(self.future), device)
+        return cos.mean(dim=1)[:, None], sin.mean(dim=1)[:, None]
+
+
+def _for_matrices(rotation: Rotation) -> Rotation:
+    return rotation[0][:, None], rotation[1][:, None]
+
+
+@dataclass
+class Counted:
+    """The queries of a piece that take part in the statistics."""
+
+    first: int  # none before this column does
+    weight_B1N1: Tensor | None  # 0 for those after it that do not; None if all do
+    back_B1N: Tensor  # the turn that takes each of them back to before RoPE, in positions
+    rotation: Rotation | None = None
+
+
+def merge(state: dict[str, Tensor], query_BHND: Tensor, weight_B1N1: Tensor | None) -> None:
+    """Add queries to count [B], mean [B, H, D] and spread Σ(q − mean)(q − mean)ᵀ [B, H, D, D] (Chan et al. 1983)."""
+    B, _, N, _ = query_BHND.shape
+    if weight_B1N1 is None:
+        count_B = torch.full((B,), float(N), device=query_BHND.device)
+        mean = query_BHND.mean(dim=2)
+        centred = query_BHND - mean[:, :, None]
+    else:
+        count_B = weight_B1N1.sum(dim=(1, 2, 3))
+        mean = (query_BHND * weight_B1N1).sum(dim=2) / count_B.clamp(min=1)[:, None, None]
+        centred = (query_BHND - mean[:, :, None]) * weight_B1N1
+    spread = centred.transpose(-1, -2) @ centred
+    if "count" in state:
+        before, total = state["count"], (state["count"] + count_B).clamp(min=1)
+        step = mean - state["mean"]
+        spread = spread + state["spread"]
+        spread = spread + (step[..., None] * step[..., None, :]) * (before * count_B / total)[:, None, None, None]
+        mean, count_B = state["mean"] + step * (count_B / total)[:, None, None], before + count_B
+    state["count"], state["mean"], state["spread"] = count_B, mean, spread

@@ -1,0 +1,182 @@
+"""GemFilter (arXiv 2409.17422, section 3): the first layers of a model choose the tokens that the whole model reads.
+
+Pass 1 runs the layers 0 … r − 1 and the queries and keys of layer r. There the last query of the prompt scores every
+key: q·k summed over the query heads, with no scale and no softmax. Scores are smoothed, and the best C tokens chosen,
+one set for all heads and layers. Pass 2 reads those tokens alone, as a text of their own at positions 0 … C − 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkmodel.cache.inputs import Request
+from sinkmodel.errors import UserError
+from sinkmodel.memories.arguments import odd, one_of, whole
+from sinkmodel.memories.layer import MemoryLayer
+from sinkmodel.memories.memory import Memory
+from sinkmodel.memories.observation import Observation
+from sinkmodel.memories.pieces import Piece
+from sinkmodel.memories.selection import EMPTY, Pooling, best, force, pool
+
+
+class _Chosen(Exception):
+    """Layer r has its queries and keys, and nothing after them is needed."""
+
+
+class GemFilter(Memory):
+    """A memory that reads the prompt's best tokens, chosen by an early layer, as if they were the prompt.
+
+    Args:
+        layer: r, from 0; None is the paper's share of the depth, 13 of 32 layers (section 4).
+        kernel: κ, an odd number; 5 in the published code.
+        pooling: "avg" (the published code) or "max".
+
+    The others are those of `Memory`; nothing is forced to stay by default, as published. Logits of a prompt are those
+    of the chosen tokens. If the end of the prompt is not known while it is read (by `generate` or `expect`), all layers
+    read it first, which costs time and changes nothing else. Formula: SalesforceAIResearch/GemFilter,
+    my_utils/my_generation.py and my_baseline/GemFilter.
+    """
+
+    SETTINGS = (*Memory.SETTINGS, "layer", "kernel", "pooling")
+
+    def __init__(
+        self,
+        config: Any,
+        budget: int | None = None,
+        *,
+        layer: int | None = None,
+        kernel: int = 5,
+        pooling: Pooling = "avg",
+        **settings: Any,
+    ):
+        if settings.pop("positions", "text") != "text":
+            raise UserError("GemFilter reads the tokens that it keeps anew, at positions 0, 1, …; leave out positions")
+        super().__init__(config, budget, **settings)
+        depth = len(self.layers)
+        self.layer = round(depth * 13 / 32) if layer is None else whole(layer, "layer", 0)
+        if self.layer >= depth:
+            raise UserError(f"GemFilter chooses in layer {self.layer} and the model has layers 0 to {depth - 1}")
+        self.kernel, self.pooling = odd(kernel), one_of("pooling", pooling, Pooling)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.prompt: list[Tensor] = []  # what has been read of it, ids or embeddings
+        self.first_pass = False  # only layers 0 to r run
+        self.text_BC: Tensor | None = None  # in the second pass: the positions in the text of what is read
+        self.forward_of_model: Callable[..., Any] | None = None
+
+    # ------------------------------------------------------------------------------------------------------ the choice
+
+    @property
+    def observes(self) -> bool:
+        return not self.ended and self.text_BC is None
+
+    def observe(self, layer: MemoryLayer, seen: Observation) -> None:
+        if layer is self.layers[self.layer]:
+            layer.state["query"] = seen.query_BHND[:, :, -1].clone()
+
+    def scores(self, layer: MemoryLayer) -> Tensor:
+        """[B, 1, K]: one set for all heads. Within a group, the sum of q·k over its heads is (the sum of q)·k."""
+        keys_BGKD, _ = layer.held()
+        query_BGD = layer.state["query"].unflatten(1, (keys_BGKD.shape[1], -1)).float().sum(dim=2)
+        scores_BGK = (keys_BGKD.float() @ query_BGD[..., None])[..., 0]
+        beyond = 0.0 if self.pooling == "avg" else torch.finfo(torch.float32).min  # pads are as the ends of a text
+        scores_B1K = scores_BGK.sum(dim=1, keepdim=True).masked_fill(layer.held_positions()[:, :1] == EMPTY, beyond)
+        return pool(scores_B1K, self.kernel, self.pooling)
+
+    # ------------------------------------------------------------------------------------------------------ two passes
+
+    def read(self, forward: Callable[..., Any], model: Any, request: Request) -> list[Any]:
+        if self.ended:
+            return super().read(forward, model, request)
+        end = self.columns + request.tokens.shape[1]
+        if self.expected is not None and end > self.expected:
+            raise UserError(
+                f"{self.name} expects {self.expected} columns of prompt and was given {end}; feed what follows the "
+                "prompt in a forward of its own"
+            )
+        self.forward_of_model = forward
+        self.first_pass = self.columns == 0 and end == self.expected
+        self.prompt.append(request.tokens)
+        outputs = super().read(forward, model, request)
+        return self._second_pass(model, request) if end == self.expected else outputs
+
+    def plan(self, request: Request, done: int) -> Piece:
+        piece = replace(super().plan(request, done), ends_prompt=False)  # nothing is gathered: it is read again
+        if self.text_BC is not None:
+            piece.token_BN = self.text_BC[:, piece.start : piece.end]
+        return piece
+
+    def run(self, forward: Callable[..., Any], model: Any, request: Request, piece: Piece) -> Any:
+        try:
+            return super().run(forward, model, request, piece)
+        except _Chosen:
+            self.commit(piece)
+            self.torn = False
+            return None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        assert self.piece is not None
+        alone = self.first_pass and self.piece.start == 0 and self.piece.end == self.expected
+        if alone and layer_idx < self.layer:
+            return key_states, value_states  # no later piece needs them
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def attend(
+        self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        if self.first_pass and module.layer_idx == self.layer:
+            assert self.piece is not None
+            self.observe(self.layers[self.layer], Observation(module, query, key, value, None, None, None, 1.0))
+            raise _Chosen
+        return super().attend(attention, module, query, key, value, kwargs)
+
+    def end_prompt(self) -> None:
+        self._check_open()
+        model = self.model() if self.model is not None else None
+        if model is None or not self.prompt:
+            raise UserError(f"{self.name} has no prompt to read again: feed one first, and end it before it is saved")
+        tokens = torch.cat(self.prompt, dim=1)
+        name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"
+        self.in_forward = True
+        try:
+            self._second_pass(model, Request(name, tokens, None, 1, False, {"return_dict": True}))
+        finally:
+            self.in_forward, self.piece = False, None
+
+    def _second_pass(self, model: Any, request: Request) -> list[Any]:
+        """Choose, forget all, and read what was chosen: the outputs are those of the chosen tokens."""
+        columns, seen, prompt = self.columns, self.seen, torch.cat(self.prompt, dim=1)
+        self.budgets = self._budgets(seen)
+        chooser = self.layers[self.layer]
+        scores, positions = self.scores(chooser), chooser.held_positions()[:, :1]
+        self.check_finite(scores)
+        forced = force(scores, positions, self.sinks, self.windows(), seen)
+        slots, full = (x[:, 0] for x in best(forced, self.budgets))
+        index = slots if prompt.dim() == 2 else slots[..., None].expand(-1, -1, prompt.shape[2])
+        chosen = Request(
+            request.name,
+            prompt.gather(1, index.to(prompt.device)),
+            None if bool(full.all()) else full.cpu(),
+            request.keep,
+            request.as_tuple,
+            {name: x for name, x in request.others.items() if not isinstance(x, Tensor)},
+        )
+        self.text_BC = positions[:, 0].gather(1, slots).masked_fill(~full, EMPTY)
+        for layer in self.layers:
+            layer.clear()
+        self.prompt, self.first_pass, self.expected, self.columns = [], False, None, 0
+        self.seen, self.kept = [0] * len(seen), [0] * len(seen)
+        assert self.forward_of_model is not None
+        self.torn = True
+        outputs = super().read(self.forward_of_model, model, chosen)
+        self.text_BC, self.forward_of_model = None, None
+        self.columns, self.seen = columns, seen
+        self._note_end()
+        self.shift = [n - kept for n, kept in zip(self.seen, self.kept)]
+        return outputs

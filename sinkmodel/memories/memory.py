@@ -1,0 +1,462 @@
+"""`Memory`: a cache that reads a prompt whole, then keeps in every KV head the tokens that a method scores highest.
+
+    memory = SnapKV(model.config, budget=1024)
+    model.generate(ids, past_key_values=memory)               # compressed when the prompt has been read
+
+    model(ids, past_key_values=memory)                        # the same by hand
+    memory.end_prompt()
+    model(more, past_key_values=memory)
+
+A prompt may come in several forwards. It ends when `generate` has read it, with the column that `expect` announced, at
+`end_prompt()`, or before the first forward of a single token. If its end is known beforehand, each layer is compressed
+as soon as its attention has been computed, and the whole prompt is never held in all layers at once.
+
+A method is `observe`, what it takes from the attention of each layer, and `scores`, what it makes of that. All else is
+here: `sinkmodel.memories.pieces` has the arithmetic of a forward, `selection` chooses, `layer` holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sinkmodel.cache.hook import install_hook, uncompiled
+from sinkmodel.cache.inputs import Request, bound, check_ids, check_inputs, request_of, tokens_of, valid_columns
+from sinkmodel.errors import UserError
+from sinkmodel.memories.arguments import one_of, whole
+from sinkmodel.memories.hooks import observed
+from sinkmodel.memories.interface import MemoryInterface
+from sinkmodel.memories.layer import SPARE, MemoryLayer
+from sinkmodel.memories.observation import Observation
+from sinkmodel.memories.pieces import Piece, check_left_padded, lengths, next_piece, ranks
+from sinkmodel.memories.selection import EMPTY, best, force
+from sinkmodel.model_support import check_config, own_window, signature
+from sinkmodel.probe import Traits, traits_of
+from sinkmodel.rope import Rotary
+
+Positions = Literal["text", "cache"]
+
+
+class Memory(MemoryInterface):
+    """The cache that the methods of this package share; see the module's docstring.
+
+    Args:
+        config: the model's config, or the model itself if its class is not one of transformers'.
+        budget: C, the slots that each KV head keeps of the prompt.
+        compression_ratio: instead of a budget, the share of each prompt that is dropped: at least 0, below 1.
+        sinks: the first tokens of each row that are kept in any case.
+        window: the last tokens of each row that are kept in any case.
+        positions: "text": kept keys stay at their positions in the text. "cache": positions are counted anew, from 0 in
+            the order of the text, so that a long prompt ends far below the positions that it had.
+
+    Rows may be left-padded, with a 2-D `attention_mask`; a row that is not longer than the budget is kept whole. A
+    memory that evicts only once grows by a slot with every token that comes after the prompt.
+
+    Raises:
+        UserError: here for settings that make no sense and for models that are not supported, by name; in a forward,
+            before anything is written, for inputs that do not continue what was read.
+    """
+
+    SETTINGS: tuple[str, ...] = ("budget", "compression_ratio", "sinks", "window", "positions", "interval")
+    interval: int | None = None  # tokens between two evictions after the prompt; None: there are none
+    compresses_in_attention = True  # else a layer is compressed elsewhere when its prompt has ended
+
+    def __init__(
+        self,
+        config: Any,
+        budget: int | None = None,
+        *,
+        compression_ratio: float | None = None,
+        sinks: int = 0,
+        window: int = 0,
+        positions: Positions = "text",
+    ):
+        model_or_config, config = config, getattr(config, "config", config)
+        self.config = config.get_text_config()
+        if (budget is None) == (compression_ratio is None):
+            raise UserError(f"give {self.name} a budget or a compression_ratio, one of the two")
+        if compression_ratio is not None and not 0 <= compression_ratio < 1:
+            raise UserError(f"compression_ratio is {compression_ratio}; it is at least 0 and below 1")
+        self.budget, self.compression_ratio = None if budget is None else whole(budget, "budget", 1), compression_ratio
+        self.sinks, self.window = whole(sinks, "sinks", 0), whole(window, "window", 0)
+        if self.budget is not None and self.budget < self.sinks + self.window:
+            raise UserError(
+                f"a budget of {self.budget} does not hold {self.sinks} sinks and a window of {self.window}; make it at "
+                f"least {self.sinks + self.window}"
+            )
+        self.positions = one_of("positions", positions, Positions)
+        check_config(self.config, 1, True)
+        super().__init__(layers=[MemoryLayer() for _ in range(self.config.num_hidden_layers)])
+        self._begin()
+        install_hook(model_or_config)
+
+    def _begin(self) -> None:
+        self.columns = 0  # tokens of each row so far, pads counted
+        self.seen: list[int] = []  # tokens of each row so far
+        self.kept: list[int] = []  # those of them that are held
+        self.budgets: list[int] = []  # slots of each row, when the prompt has ended
+        self.shift: list[int] = []  # of each row's next token: its position in the text minus the one in the model
+        self.expected: int | None = None  # the column with which the prompt ends
+        self.ended = False  # the prompt has been compressed
+        self.since = 0  # tokens since the last eviction
+        self.torn = False  # a forward was broken off while it was writing
+        self.in_forward, self.eager = False, False
+        self.piece: Piece | None = None  # what the forward in progress reads
+        self.model: Any = None  # a weak reference to the model that reads
+        self.traits: Traits | None = None
+        self.modules: dict[int, Any] = {}  # its attention modules by layer
+        self.scale = 1.0  # of its attention
+        self.softcap: float | None = None
+        for layer in self.layers:
+            layer.clear()
+
+    def reset(self) -> None:
+        """Forget everything: the next forward begins another prompt."""
+        self._begin()
+
+    # ------------------------------------------------------------------------------------------------ what a method is
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return type(self).__name__
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` wants to see the attention of the forward in progress."""
+        return not self.ended or self.interval is not None
+
+    def observe(self, layer: MemoryLayer, seen: Observation) -> None:
+        """Take what `scores` will need from the attention that was just computed in a layer."""
+
+    def scores(self, layer: MemoryLayer) -> Tensor:
+        """How much each slot in use is worth, [B, G, K], or [B, 1, K] if all heads are alike; higher is kept."""
+        raise NotImplementedError
+
+    def windows(self) -> list[int]:
+        """How many of its last tokens each row keeps in any case."""
+        return [self.window] * len(self.seen)
+
+    def index_of(self, layer: MemoryLayer) -> int:
+        return next(index for index, each in enumerate(self.layers) if each is layer)
+
+    def rotary_of(self, layer: MemoryLayer) -> Rotary | None:
+        """How the keys of a layer are rotated; None if they are not."""
+        assert self.traits is not None
+        rotary = self.traits.rotary
+        return rotary if rotary is not None and rotary.layers[self.index_of(layer)] else None
+
+    def of_last_queries(self, layer: MemoryLayer, query_BHND: Tensor) -> Observation:
+        """The attention that the last queries of the prompt, kept from earlier, pay to all keys that are held."""
+        keys, values = layer.held()
+        full_BK = layer.held_positions()[:, 0] != EMPTY
+        padded = not bool(full_BK.all())
+        valid_BN = full_BK[:, -query_BHND.shape[2] :] if padded else None
+        module = self.modules[self.index_of(layer)]
+        full = full_BK if padded else None
+        return Observation(module, query_BHND, keys, values, full, None, valid_BN, self.scale, self.softcap)
+
+    # --------------------------------------------------------------------------------------------- the end of a prompt
+
+    def expect(self, columns: int) -> None:
+        """Announce that the prompt has `columns` columns, pads counted: it ends with the forward that reaches them.
+
+        Raises UserError if a prompt has been compressed, or if as much has been read already.
+        """
+        self._check_open()
+        if columns <= self.columns:
+            raise UserError(f"{self.name} has read {self.columns} columns, and the prompt should end with {columns}")
+        self.expected = columns
+
+    def end_prompt(self) -> None:
+        """Compress what has been read. Raises UserError if that is nothing, or has been compressed."""
+        self._check_open()
+        if not self.columns:
+            raise UserError(f"{self.name} has read no prompt; feed one first")
+        self.budgets = self._budgets(self.seen)
+        self.torn = True
+        for layer in self.layers:
+            self._compress(layer, self.seen)
+        self._note_end()
+        self.torn = False
+
+    def _check_open(self) -> None:
+        if self.ended:
+            raise UserError(f"{self.name} has compressed a prompt and takes no second one; reset() it for another")
+        if self.torn:
+            raise UserError(f"an earlier forward of this {self.name} was broken off while it was writing; reset() it")
+
+    def _budgets(self, seen: list[int]) -> list[int]:
+        if self.budget is not None:
+            return [self.budget] * len(seen)
+        assert self.compression_ratio is not None
+        budgets = [max(1, int(n * (1 - self.compression_ratio))) for n in seen]
+        for row, (n, budget) in enumerate(zip(seen, budgets)):
+            if budget < min(n, self.sinks + self.window):
+                raise UserError(
+                    f"compression_ratio {self.compression_ratio} leaves {budget} of the {n} tokens of row {row}, fewer "
+                    f"than {self.sinks} sinks and a window of {self.window}; choose a lower one"
+                )
+        return budgets
+
+    def _compress(self, layer: MemoryLayer, seen: list[int]) -> None:
+        """Keep the best slots of a layer; `seen` are the tokens of each row."""
+        if any(n > budget for n, budget in zip(seen, self.budgets)):
+            layer.keep(*best(self._forced(layer, seen), self.budgets))
+        layer.state.clear()
+        rotary = self.rotary_of(layer)
+        if self.positions == "cache" and rotary is not None:
+            positions = layer.held_positions()
+            # A memory that evicts again and again holds its keys at 0 and turns them when it reads.
+            target = ranks(positions) if self.interval is None else 0
+            layer.keys = rotary.turn(layer.keys, (target - positions).masked_fill(positions == EMPTY, 0))
+
+    def _forced(self, layer: MemoryLayer, seen: list[int]) -> Tensor:
+        positions = layer.held_positions()
+        scores = self.scores(layer)
+        self.check_finite(scores)
+        if scores.shape[1] > positions.shape[1]:  # each query head keeps a set of its own
+            positions = positions.repeat_interleave(scores.shape[1] // positions.shape[1], dim=1)
+        return force(scores, positions, self.sinks, self.windows(), seen)
+
+    def check_finite(self, scores: Tensor) -> None:
+        if not bool(torch.isfinite(scores).all()):
+            raise UserError(f"the scores of {self.name} are not finite; look for NaN in the model or in the scorer")
+
+    def _note_end(self) -> None:
+        self.kept = [min(n, budget) for n, budget in zip(self.seen, self.budgets)]
+        if self.positions == "cache":
+            self.shift = [n - kept for n, kept in zip(self.seen, self.kept)]
+        self.ended, self.expected, self.since = True, None, 0
+
+    def columns_to_next_event(self) -> int:
+        """How many columns can be read before something has to be forgotten."""
+        if not self.ended:
+            return self.expected - self.columns if self.expected is not None else 2**62
+        return self.interval - self.since if self.interval is not None else 2**62
+
+    # ------------------------------------------------------------------------------------------------------- a forward
+
+    @uncompiled
+    def run_forward(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What `model(...)` returns with this memory; the hook calls it (`sinkmodel.cache.hook`)."""
+        request = self._admit(forward, model, args, kwargs)
+        if not self.ended and self.expected is None and self.columns and request.tokens.shape[1] == 1:
+            self.end_prompt()
+        self.in_forward = True
+        try:
+            outputs = self.read(forward, model, request)
+        finally:
+            self.in_forward, self.piece = False, None
+        return joined(outputs, request)
+
+    def _admit(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Request:
+        """The input of a forward, after everything that could be wrong with it."""
+        inputs = bound(forward, model, args, kwargs)
+        name, tokens = tokens_of(inputs)
+        mask = inputs.pop("attention_mask", None)
+        check_inputs(self.name, model, tokens, inputs, self.columns, len(self.seen))
+        if self.torn:
+            raise UserError(f"an earlier forward of this {self.name} was broken off while it was writing; reset() it")
+        if self.model is not None and self.model() is not model:
+            raise UserError(f"this {self.name} holds what another model read; make one for each model, or reset() it")
+        if self.model is None and signature(model.config.get_text_config()) != signature(self.config):
+            raise UserError(f"this {self.name} was made for another model; make it with model.config")
+        valid_BT = valid_columns(mask, tokens, self.columns, self.seen, self.name)
+        check_left_padded(valid_BT, self.seen, self.name)
+        traits = self.traits or traits_of(model, functools.partial(forward, model), 1)
+        if name == "input_ids":
+            check_ids(traits.vocabulary, tokens)
+        self._check_end(tokens.shape[1], traits)
+        if self.traits is None:
+            self.traits, self.model = traits, weakref.ref(model)
+        if not self.seen:
+            self.seen, self.kept, self.shift = ([0] * len(tokens) for _ in range(3))
+        self.eager = model.config._attn_implementation == "eager"
+        return request_of(name, tokens, valid_BT, inputs, model)
+
+    def _check_end(self, new: int, traits: Traits) -> None:
+        window = own_window(self.config)
+        if window is not None and max(self.seen, default=0) + new > window:
+            raise UserError(
+                f"model type {self.config.model_type!r} has a window of {window} of its own in some layers, and the "
+                f"text is longer; {self.name} needs a model that sees all of it"
+            )
+        of_rotary = traits.rotary.limit if traits.rotary is not None else None
+        limits = (getattr(self.config, "max_position_embeddings", None), of_rotary)
+        limit = min((n for n in limits if n is not None), default=None)
+        end = max((n - shift for n, shift in zip(self.seen, self.shift)), default=0) + new
+        if limit is not None and end > limit:
+            raise UserError(
+                f"the text would reach position {end - 1}, and the positions of this {self.config.model_type} end at "
+                f'{limit - 1}; give less text, or use positions="cache", which counts anew after the prompt'
+            )
+
+    def read(self, forward: Callable[..., Any], model: Any, request: Request) -> list[Any]:
+        """The outputs of the model for a request, one for each piece."""
+        outputs, done = [], 0
+        while done < request.tokens.shape[1]:
+            self.piece = self.plan(request, done)
+            if self.piece.ends_prompt:
+                self.budgets = self._budgets(self.piece.seen)
+            outputs.append(self.run(forward, model, request, self.piece))
+            done = self.piece.end
+        return outputs
+
+    def plan(self, request: Request, done: int) -> Piece:
+        return next_piece(self, request, done)
+
+    def run(self, forward: Callable[..., Any], model: Any, request: Request, piece: Piece) -> Any:
+        self.torn = True
+        with torch.no_grad(), self.around(model):
+            output = forward(model, **self._inputs(request, piece))
+        self._check_observed()
+        self.commit(piece)
+        self.torn = False
+        return output
+
+    def _check_observed(self) -> None:
+        if len(self.modules) < len(self.layers):
+            self._begin()
+            raise UserError(
+                f"model type {self.config.model_type!r} does not send its attention through transformers' "
+                f"AttentionInterface in every layer, so {self.name} cannot see it; use a StreamingCache"
+            )
+
+    @contextmanager
+    def around(self, model: Any) -> Iterator[None]:
+        """What has to be in place while the model reads a piece."""
+        with observed(self, model):
+            yield
+
+    def _inputs(self, request: Request, piece: Piece) -> dict[str, Any]:
+        assert self.traits is not None
+        T = request.tokens.shape[1]
+        keep: Any = request.keep
+        if piece.end - piece.start < T:  # of a piece, those that are wanted, at least one; or all of them
+            keep = max(1, keep - (T - piece.end)) if isinstance(keep, int) and keep else 0
+        inputs = {
+            request.name: request.tokens[:, piece.start : piece.end],
+            "position_ids": piece.place_BN,
+            "past_key_values": self,
+            "use_cache": True,
+            "logits_to_keep": keep,
+        }
+        shape = request.tokens.shape[:2]
+        others = {
+            name: x[:, piece.start : piece.end] if isinstance(x, Tensor) and x.shape[:2] == shape else x
+            for name, x in request.others.items()
+        }
+        return {**others, **{name: x for name, x in inputs.items() if name in self.traits.accepts}}
+
+    def commit(self, piece: Piece) -> None:
+        """Count what has been read."""
+        count = piece.end - piece.start
+        new = lengths(count, piece.valid_BN, len(self.seen))
+        self.columns, self.seen = self.columns + count, piece.seen
+        self.kept = [n + more for n, more in zip(self.kept, new)]
+        if piece.ends_prompt:
+            self._note_end()
+        elif self.ended and self.interval is not None:
+            self.since = 0 if piece.evicts else self.since + count
+            if piece.evicts:
+                self.kept = [min(n, budget) for n, budget in zip(self.kept, self.budgets)]
+            if self.positions == "cache":
+                self.shift = [n - kept for n, kept in zip(self.seen, self.kept)]
+
+    # -------------------------------------------------------------------------------------------- what every layer does
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Add the keys [B, G, N, D] and values of a piece, and return all that its queries may see."""
+        piece, layer = self.piece, self.layers[layer_idx]
+        if piece is None:
+            raise UserError(
+                f"the {self.name} was not told of this forward: call the causal language model that its config belongs "
+                "to, and make the memory before the model's forward is compiled or wrapped"
+            )
+        value_states = value_states.to(key_states.dtype)  # of another one under autocast
+        if layer.keys is not None:
+            if key_states.dtype != layer.keys.dtype:
+                raise UserError(
+                    f"this {self.name} holds keys in {layer.keys.dtype} and was given {key_states.dtype}; keep the "
+                    "model's dtype and autocast as they were, or reset() it"
+                )
+            apart = layer.keys.shape[1] // key_states.shape[1]
+            if apart > 1:  # each query head holds a set of its own
+                key_states, value_states = (x.repeat_interleave(apart, dim=1) for x in (key_states, value_states))
+        rotary = self._turned_when_read(layer)
+        if rotary is not None:
+            key_states = rotary.turn(key_states, -piece.place_BN[:, None])
+        spare = SPARE if self.interval is None else self.interval
+        layer.append(key_states, value_states, piece.token_BN, spare, copy=not piece.ends_prompt)
+        keys, values = layer.held()
+        if rotary is not None:
+            keys = rotary.turn(keys, ranks(layer.held_positions()).clamp(min=0))
+        return keys, values
+
+    def _turned_when_read(self, layer: MemoryLayer) -> Rotary | None:
+        if self.positions == "text" or self.interval is None or not self.ended:
+            return None
+        return self.rotary_of(layer)
+
+    def attend(
+        self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """The model's own attention, with the mask of the piece. Then the method sees it, and slots may go."""
+        piece, layer = self.piece, self.layers[module.layer_idx]
+        assert piece is not None
+        mask = piece.mask
+        if mask is not None and self.eager:
+            lowest = torch.finfo(query.dtype).min
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
+        apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
+        output = attention(_Ungrouped(module) if apart else module, query, key, value, mask, **kwargs)
+        self.modules[module.layer_idx] = module
+        self.scale, self.softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")
+        if self.observes:
+            full, places, valid = piece.full_BK, piece.place_BN, piece.valid_BN
+            self.observe(layer, Observation(module, query, key, value, full, places, valid, self.scale, self.softcap))
+        if piece.ends_prompt and self.compresses_in_attention:
+            self._compress(layer, piece.seen)
+        elif piece.evicts:
+            self._evict(layer, piece.seen)
+        return output
+
+    def _evict(self, layer: MemoryLayer, seen: list[int]) -> None:
+        surplus = layer.length - max(self.budgets)
+        even = len(set(self.budgets)) == 1
+        if surplus <= 0 and even:
+            return
+        forced = self._forced(layer, seen)
+        if surplus == 1 and even:
+            layer.drop_one(forced.argmin(dim=-1))
+        else:
+            layer.keep(*best(forced, self.budgets))
+
+
+class _Ungrouped:
+    """An attention module whose query heads do not share keys; all else is the module's."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def joined(outputs: list[Any], request: Request) -> Any:
+    """One output of many: logits and hidden states in a row."""
+    whole = outputs[-1]
+    if len(outputs) > 1:
+        logits = torch.cat([output.logits for output in outputs], dim=1)
+        whole.logits = logits[:, -request.keep :] if isinstance(request.keep, int) else logits[:, request.keep]
+        if whole.get("hidden_states") is not None:
+            whole.hidden_states = tuple(torch.cat(x, dim=1) for x in zip(*(o.hidden_states for o in outputs)))
+    return whole.to_tuple() if request.as_tuple else whole

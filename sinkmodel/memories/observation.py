@@ -1,0 +1,101 @@
+"""What a memory sees of one layer's attention, and the numbers that methods take from it.
+
+The model computes its attention as it always does. Beside it, methods compute the few numbers that they need from the
+queries: the attention of the last queries (one block [w, K]), or the sum of all attention that each key got (block by
+block). No matrix of size N × N is ever made.
+
+Shapes: B rows, H query heads in G groups of R = H/G, N queries, K keys, D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkmodel.attention import sink_scores
+
+# Attention weights of one block. On a CPU a block that stays in its cache is twice as fast as one that does not.
+BLOCK_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
+
+
+@dataclass
+class Observation:
+    """The attention of N queries that have just been computed in one layer."""
+
+    module: Any  # the attention module
+    query_BHND: Tensor  # after RoPE
+    keys_BGKD: Tensor  # all that the queries could see, their own at the end
+    values_BGKV: Tensor
+    full_BK: Tensor | None  # False for slots that hold no token; None: all do
+    places_BN: Tensor | None  # the position that the model gave to each query
+    valid_BN: Tensor | None  # False for pads; None: there are none
+    scale: float
+    softcap: float | None = None
+
+    def last(self, count: int) -> Observation:
+        """The same for the last `count` queries."""
+        if count >= self.query_BHND.shape[2]:
+            return self
+        valid = None if self.valid_BN is None else self.valid_BN[:, -count:]
+        return Observation(
+            self.module,
+            self.query_BHND[:, :, -count:],
+            self.keys_BGKD,
+            self.values_BGKV,
+            self.full_BK,
+            None if self.places_BN is None else self.places_BN[:, -count:],
+            valid,
+            self.scale,
+            self.softcap,
+        )
+
+    def weights(self) -> Tensor:
+        """The attention of all queries to all keys, [B, H, N, K] in fp32; rows of pads are 0.
+
+        A row sums to 1, or to less if the model has a sink in its softmax, which takes its share.
+        """
+        return self._weights(0, self.query_BHND.shape[2], self.keys_BGKD.shape[2])
+
+    def column_sums(self) -> Tensor:
+        """How much attention each key got from all queries together, [B, H, K] in fp32."""
+        B, H, N, _ = self.query_BHND.shape
+        K = self.keys_BGKD.shape[2]
+        sums = torch.zeros(B, H, K, device=self.query_BHND.device)
+        numbers = BLOCK_NUMBERS.get(self.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
+        block = max(1, min(N, numbers // (B * H * K)))
+        for start in range(0, N, block):
+            end = min(N, start + block)
+            seen = K - N + end  # a later key is seen by none of them
+            sums[:, :, :seen] += self._weights(start, end, seen).sum(dim=2)
+        return sums
+
+    def _weights(self, start: int, end: int, seen: int) -> Tensor:
+        """[B, H, end − start, seen]: the attention of queries [start, end) to the first `seen` keys."""
+        query = self.query_BHND[:, :, start:end]
+        B, H, n, D = query.shape
+        G = self.keys_BGKD.shape[1]
+        keys = self.keys_BGKD[:, :, :seen]
+        exact = query.dtype in (torch.float32, torch.float64)  # else scaling before the product would round twice
+        grouped = (query * self.scale if exact else query).reshape(B, G, -1, D)
+        scores = (grouped @ keys.transpose(-1, -2)).float().view(B, H, n, seen)
+        if not exact:
+            scores *= self.scale
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh_().mul_(self.softcap)
+        first = self.keys_BGKD.shape[2] - self.query_BHND.shape[2] + start  # the key of the first of these queries
+        later = torch.ones(n, seen - first, dtype=torch.bool, device=query.device).triu(1)
+        scores[..., first:].masked_fill_(later, float("-inf"))
+        if self.full_BK is not None:
+            scores.masked_fill_(~self.full_BK[:, None, None, :seen], float("-inf"))
+        sink = sink_scores(self.module, query, self.scale)
+        if sink is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            total = torch.logaddexp(scores.logsumexp(dim=-1), sink)
+            weights = (scores - total[..., None]).exp_()
+        if self.valid_BN is not None:
+            weights = weights.masked_fill(~self.valid_BN[:, None, start:end, None], 0.0)
+        return weights

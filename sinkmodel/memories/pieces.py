@@ -1,0 +1,114 @@
+"""What one call of the model reads: which columns, at which positions, and who sees whom. Integers and masks only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sinkmodel.errors import UserError
+from sinkmodel.memories.selection import EMPTY
+
+if TYPE_CHECKING:
+    from sinkmodel.cache.inputs import Request
+    from sinkmodel.memories.memory import Memory
+
+LONGEST_MASKED = 512  # queries of a piece that needs a mask, so that the mask stays small
+
+
+@dataclass
+class Piece:
+    """N columns of a request, for B rows; K slots are in use before it."""
+
+    start: int
+    end: int
+    ends_prompt: bool
+    evicts: bool
+    seen: list[int]  # tokens of each row after it
+    token_BN: Tensor  # position in the text; `EMPTY` for pads
+    place_BN: Tensor  # position that the model is given
+    valid_BN: Tensor | None  # False for pads; None: there are none
+    full_BK: Tensor | None  # [B, K + N], False for slots without a token; None: all have one
+    mask: Tensor | None  # [B or 1, 1, N, K + N], True if seen; None: causal from the first slot on, or everything
+
+
+def next_piece(memory: Memory, request: Request, done: int) -> Piece:
+    """The columns of `request` from `done` on that can be read at once."""
+    assert memory.traits is not None
+    device = memory.traits.device
+    valid = None if request.valid_BT is None else request.valid_BT[:, done:]
+    count = request.tokens.shape[1] - done
+    if memory.columns or valid is not None or memory.eager:
+        count = min(count, LONGEST_MASKED)
+    count = min(count, memory.columns_to_next_event())
+    if valid is not None:
+        valid = None if bool(valid[:, :count].all()) else valid[:, :count]
+    token_BN = positions_in_text(memory.seen, count, valid)
+    slots = memory.layers[0].length
+    full = None
+    if valid is not None or min(memory.kept) < slots:
+        full = torch.ones(len(memory.seen), count, dtype=torch.bool) if valid is None else valid
+        full = full.to(device)
+        if slots:
+            full = torch.cat([memory.layers[0].held_positions()[:, 0] != EMPTY, full], dim=1)
+    return Piece(
+        start=done,
+        end=done + count,
+        ends_prompt=not memory.ended and memory.expected == memory.columns + count,
+        evicts=memory.ended and memory.interval is not None and memory.since + count == memory.interval,
+        seen=[n + more for n, more in zip(memory.seen, lengths(count, valid, len(memory.seen)))],
+        token_BN=token_BN.to(device, torch.int32),
+        place_BN=(token_BN - torch.tensor(memory.shift)[:, None]).clamp(min=0).to(device),
+        valid_BN=None if valid is None else valid.to(device),
+        full_BK=full,
+        mask=visible(full, slots, count, memory.eager, device),
+    )
+
+
+def lengths(count: int, valid_BN: Tensor | None, rows: int) -> list[int]:
+    """Tokens of each row among `count` columns."""
+    return [count] * rows if valid_BN is None else valid_BN.sum(dim=1).tolist()
+
+
+def positions_in_text(seen: list[int], count: int, valid_BN: Tensor | None) -> Tensor:
+    """Positions [B, N] of the next `count` columns of rows that have `seen` tokens; `EMPTY` for pads."""
+    seen_B1 = torch.tensor(seen)[:, None]
+    if valid_BN is None:
+        return seen_B1 + torch.arange(count)
+    return (seen_B1 + valid_BN.cumsum(dim=1) - 1).masked_fill(~valid_BN, EMPTY)
+
+
+def visible(full_BK: Tensor | None, slots: int, count: int, explicit: bool, device: torch.device) -> Tensor | None:
+    """The mask [B or 1, 1, N, K + N] of `count` queries after `slots` slots; None if the kernel needs none.
+
+    A pad sees itself, so that no softmax is over nothing. `explicit`: a kernel that is not causal by itself.
+    """
+    if full_BK is None and (count == 1 or (slots == 0 and not explicit)):
+        return None
+    seen = torch.ones(count, slots + count, dtype=torch.bool, device=device).tril(slots)
+    if full_BK is None:
+        return seen[None, None]
+    own = torch.zeros_like(seen)
+    own[:, slots:] = torch.eye(count, dtype=torch.bool, device=device)
+    return (seen & full_BK[:, None] | own)[:, None]
+
+
+def ranks(positions_BGK: Tensor) -> Tensor:
+    """The place of each slot's token among those of its head, from 0, in the order of the text; below 0 if empty."""
+    order = positions_BGK.argsort(dim=-1, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return rank - (positions_BGK == EMPTY).sum(dim=-1, keepdim=True)
+
+
+def check_left_padded(valid_BT: Tensor | None, seen: list[int], name: str) -> None:
+    """UserError if a pad comes after a token of its row."""
+    if valid_BT is None:
+        return
+    begun_B = torch.tensor([n > 0 for n in seen] or [False] * len(valid_BT))
+    before_BT = torch.cat([begun_B[:, None], valid_BT[:, :-1]], dim=1)
+    if bool((before_BT & ~valid_BT).any()):
+        raise UserError(f"{name} takes rows that are padded on the left, and in one of these a pad follows a token")

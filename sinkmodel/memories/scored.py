@@ -1,0 +1,101 @@
+"""Any scorer as a memory: a function, or an object with kvpress's `score`.
+
+    Scored(model, lambda module, hidden_states, keys, values, attentions, kwargs: -keys.norm(dim=-1), budget=256)
+    Scored(model, KnormPress(), budget=256)          # a press of kvpress as it is; its own ratio is not read
+
+What a scorer gets: the attention module; the hidden states of the prompt that went into it [B, N, hidden]; keys and
+values after RoPE [B, G, N, D]; None for the attention; and `kwargs` with `position_embeddings`, cos and sin of the
+whole prompt. The module has `rotary_emb` for as long. It returns [B, G, N], higher is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkmodel.errors import UserError
+from sinkmodel.memories.layer import MemoryLayer
+from sinkmodel.memories.memory import Memory
+
+Scorer = Callable[[Any, Tensor, Tensor, Tensor, None, dict[str, Any]], Tensor]
+
+
+class Scored(Memory):
+    """A memory that keeps what a scorer of one's own scores highest; what is evicted is really gone.
+
+    Args:
+        scorer: a function, or an object with a method `score`, as the module's docstring describes.
+
+    The others are those of `Memory`. A prompt that comes in several forwards is scored when it ends, and its hidden
+    states are kept until then. Empty slots of padded rows never stay, whatever their score.
+    """
+
+    def __init__(self, config: Any, scorer: Scorer | Any, budget: int | None = None, **settings: Any):
+        super().__init__(config, budget, **settings)
+        self.score: Scorer = getattr(scorer, "score", scorer)
+        if not callable(self.score):
+            raise UserError(f"a scorer is a function or has a method score; this is {scorer!r}")
+
+    observes = False  # hidden states are seen around the attention modules instead
+    compresses_in_attention = False  # but when the module has run
+
+    def scores(self, layer: MemoryLayer) -> Tensor:
+        keys, values = layer.held()
+        module = self.modules[self.index_of(layer)]
+        kwargs = {"position_embeddings": (layer.state["cos"], layer.state["sin"])} if "cos" in layer.state else {}
+        assert self.model is not None
+        with with_rotary(module, self.model()):
+            scores = self.score(module, layer.state["hidden"], keys, values, None, kwargs)
+        if not isinstance(scores, Tensor) or scores.shape != keys.shape[:3]:
+            shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise UserError(f"the scorer returned {shape} for keys {tuple(keys.shape)}; return {tuple(keys.shape[:3])}")
+        return scores
+
+    @contextmanager
+    def around(self, model: Any) -> Iterator[None]:
+        with super().around(model), ExitStack() as stack:
+            if not self.ended:
+                for module in attention_modules(model):
+                    stack.callback(module.register_forward_hook(self._after_module, with_kwargs=True).remove)
+            yield
+
+    def _after_module(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        layer = self.layers[module.layer_idx]
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        grow(layer.state, "hidden", hidden)
+        places = kwargs.get("position_embeddings")
+        if places is not None:
+            rows = len(hidden)
+            for name, x in zip(("cos", "sin"), places):
+                grow(layer.state, name, x.expand(rows, -1, -1))
+        assert self.piece is not None
+        if self.piece.ends_prompt:
+            self._compress(layer, self.piece.seen)
+
+
+@contextmanager
+def with_rotary(module: Any, model: Any) -> Iterator[None]:
+    """Give an attention module the `rotary_emb` of its model, which presses ask for; not as a part of the module."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None or hasattr(module, "rotary_emb"):
+        yield
+        return
+    object.__setattr__(module, "rotary_emb", rotary)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "rotary_emb")
+
+
+def attention_modules(model: Any) -> list[Any]:
+    """The modules of a transformers model that attend, by the two attributes that all of them have."""
+    return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
+
+
+def grow(state: dict[str, Tensor], name: str, more: Tensor) -> None:
+    """Put the next tokens [B, N, …] after those that are there."""
+    state[name] = torch.cat([state[name], more], dim=1) if name in state else more

@@ -1,0 +1,70 @@
+"""Which slots a memory keeps, from their scores: pure functions on tensors.
+
+Shapes: B rows, H query heads in G groups of R = H/G, K slots, C of them kept.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+JoiningRule = Literal["mean", "max", "sum"]
+GroupRule = Literal["mean", "max", "sum", "as_published"]
+Pooling = Literal["max", "avg"]
+
+EMPTY = -1  # the position of a slot that holds no token
+
+
+def pool(scores: Tensor, kernel: int, pooling: Pooling) -> Tensor:
+    """Scores [B, X, K] smoothed over `kernel` neighbours, an odd number; "avg" counts the zeros beyond the ends.
+
+    That is SnapKV's and GemFilter's `avg_pool1d(kernel, padding=kernel // 2, stride=1)`.
+    """
+    if kernel == 1 or not scores.shape[-1]:
+        return scores
+    smooth = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return smooth(scores, kernel, stride=1, padding=kernel // 2)
+
+
+def join_group(scores_BHK: Tensor, groups: int, rule: GroupRule) -> Tensor:
+    """Scores of the KV heads [B, G, K] from those of the query heads; "as_published" leaves them apart, [B, H, K]."""
+    if rule == "as_published":
+        return scores_BHK
+    grouped = scores_BHK.unflatten(1, (groups, -1))
+    if rule == "max":
+        return grouped.amax(dim=2)
+    return grouped.sum(dim=2) if rule == "sum" else grouped.mean(dim=2)
+
+
+def force(scores_BGK: Tensor, positions_BGK: Tensor, sinks: int, windows: list[int], seen: list[int]) -> Tensor:
+    """Scores [B, G, K] in fp32 with +inf for what must stay and −inf for empty slots.
+
+    The first `sinks` tokens stay, and of each row with `seen` tokens the last `windows`.
+    """
+    device = positions_BGK.device
+    after_B11 = torch.tensor([n - window for n, window in zip(seen, windows)], device=device)[:, None, None]
+    stays = positions_BGK >= after_B11
+    if sinks:
+        stays = stays | (positions_BGK < sinks)
+    scores = scores_BGK.float().expand(positions_BGK.shape).masked_fill(stays, float("inf"))
+    return scores.masked_fill(positions_BGK == EMPTY, float("-inf"))
+
+
+def best(scores_BGK: Tensor, budgets: list[int]) -> tuple[Tensor, Tensor]:
+    """The slots [B, G, C] with the highest scores in ascending order, and which of them hold a token, [B, G, C].
+
+    C is the largest budget. A row with a smaller budget, or with fewer tokens, has empty slots in front. Among equal
+    scores the earlier slot is kept, so that the choice does not depend on the device.
+    """
+    keep = min(max(budgets), scores_BGK.shape[-1])
+    order = scores_BGK.sort(dim=-1, descending=True, stable=True)
+    slots, full = order.indices[..., :keep], order.values[..., :keep] > float("-inf")
+    if min(budgets) < keep:
+        rank = torch.arange(keep, device=scores_BGK.device)
+        full = full & (rank < torch.tensor(budgets, device=scores_BGK.device)[:, None, None])
+    # Ascending slots are ascending positions, since a prompt fills slots in the order of the text.
+    ascending = torch.where(full, slots, slots - scores_BGK.shape[-1]).sort(dim=-1).indices
+    return slots.gather(-1, ascending), full.gather(-1, ascending)

@@ -1,0 +1,39 @@
+"""TOVA (arXiv 2401.06104, section 3): the token that the latest query attends to least goes.
+
+The attention of the latest query is averaged over all heads of a layer, so all of them keep the same tokens. At the end
+of the prompt, and after every `interval` tokens from then on, the lowest go until the budget is met.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from sinkmodel.memories.arguments import whole
+from sinkmodel.memories.layer import MemoryLayer
+from sinkmodel.memories.memory import Memory
+from sinkmodel.memories.observation import Observation
+
+
+class TOVA(Memory):
+    """A memory that keeps what the latest query attends to.
+
+    Args:
+        window: the last tokens that stay in any case; 1, the token of the query itself.
+        interval: tokens between two evictions after the prompt; 1 is the paper's. A query sees at most
+            budget + interval keys.
+
+    The others are those of `Memory`.
+    """
+
+    def __init__(self, config: Any, budget: int | None = None, *, window: int = 1, interval: int = 1, **settings: Any):
+        super().__init__(config, budget, window=window, **settings)
+        self.interval = whole(interval, "interval", 1)
+
+    def observe(self, layer: MemoryLayer, seen: Observation) -> None:
+        mean_BK = seen.last(1).weights().mean(dim=(1, 2))
+        layer.numbers("attention", *layer.keys.shape[:2])[...] = mean_BK[:, None]
+
+    def scores(self, layer: MemoryLayer) -> Tensor:
+        return layer.held_numbers("attention")
