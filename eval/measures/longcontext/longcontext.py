@@ -226,10 +226,14 @@ def _sides(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Side, list
     from eval.measures.longcontext.measure import Side
     from sinkmodel.memories import MEMORIES, make_memory
 
-    names = [name for name in dict.fromkeys(options.memories or MEMORIES) if name != "dense"]
-    dense = Side("dense", None, make_memory("dense", loaded.model))
-    budgets = sorted(set(options.budgets))
-    return dense, [Side(name, c, make_memory(name, loaded.model, budget=c)) for name in names for c in budgets]
+    sides = []
+    for name in dict.fromkeys(options.memories or MEMORIES):
+        for budget in sorted(set(options.budgets)) if name != "dense" else ():
+            try:
+                sides.append(Side(name, budget, make_memory(name, loaded.model, budget=budget)))
+            except UserError as error:
+                raise UserError(f"{name} at --budgets {budget}: {error}") from None
+    return Side("dense", None, make_memory("dense", loaded.model)), sides
 
 
 def _check_model(loaded: LoadedModel, options: argparse.Namespace) -> None:

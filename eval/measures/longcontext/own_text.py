@@ -117,7 +117,10 @@ def find_passage(rng: Random, units: int, setting: Setting) -> Sample:
     passages = _run(text_of(setting).passages, rng.random(), units)
     whole = "\n".join(passages)
     taken = {run[place : place + 4] for run in re.findall(r"\d{4,}", whole) for place in range(len(run) - 3)}
-    numbers = rng.sample([number for number in map(str, range(1000, 10_000)) if number not in taken], units)
+    free = [number for number in map(str, range(1000, 10_000)) if number not in taken]
+    if len(free) < units:
+        raise UserError("--text has too many numbers to number its passages; leave out passages, or give another text")
+    numbers = rng.sample(free, units)
     questions = []
     for place in rng.sample(range(units), units):
         if (quote := _quote(rng, passages[place].split(), whole, QUOTE)) is None:

@@ -70,21 +70,27 @@ class Needles:
         grid = sorted(rng.sample(range(DEPTHS), len(needles)))
         others = [value for key in keys for value in values[key] if value not in answers]
         fresh = _take(new_value, setting.distractors * len(answers))
+        lines, inside = self._haystack(rng, units, setting, new_key, new_value)
+        others += rng.sample(inside, min(len(inside), len(fresh)))
         if self.haystack == "text":
-            sentences = text_of(setting).run(rng.random(), units)
-            places = [int(units * depth / (DEPTHS - 1)) for depth in grid]
-            context = " ".join(_insert(sentences, places, needles))
+            context = " ".join(_insert(lines, [int(units * depth / (DEPTHS - 1)) for depth in grid], needles))
         else:
-            lines = [NOISE] * units
-            if self.haystack == "needles":
-                pairs = [(next(new_key), next(new_value)) for _ in range(units)]
-                lines = [_needle(self.value, *of_line) for of_line in pairs]
-                others += rng.sample([value for _, value in pairs], min(units, len(fresh)))
             context = "\n".join(_insert(lines, sorted(int(depth * units) for depth in depths), needles))
         wrong = [*others, *fresh]
         distractors = [wrong[place : place + len(answers)] for place in range(0, len(wrong), len(answers))]
         question = self._question(asked, answers, [tuple(wrong) for wrong in distractors[: setting.distractors]])
         return Sample(self._before(len(answers) > 1), context, (question,))
+
+    def _haystack(
+        self, rng: Random, units: int, setting: Setting, new_key: Iterator[str], new_value: Iterator[str]
+    ) -> tuple[list[str], list[str]]:
+        """Its lines or sentences, and the values in it."""
+        if self.haystack == "text":
+            return text_of(setting).run(rng.random(), units), []
+        if self.haystack == "noise":
+            return [NOISE] * units, []
+        pairs = [(next(new_key), next(new_value)) for _ in range(units)]
+        return [_needle(self.value, key, value) for key, value in pairs], [value for _, value in pairs]
 
     def _before(self, many: bool) -> str:
         some, are, kind = ("Some", "are", self.value) if many else ("A", "is", self.value[:-1])

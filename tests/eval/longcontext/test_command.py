@@ -222,7 +222,7 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, c
         (["--length", 4095], "--length 4095 is longer than the 4096 positions of .*, 2 of them for what stands in "
          "front; use --length 4094 or less"),
         (["--length", 100], "--length 100 is too short for vt, whose shortest prompt and answer take"),
-        (["--budgets", 2, 64], "budget is 2; make snapkv at least 3"),
+        (["--budgets", 2, 64], "snapkv at --budgets 2: budget is 2; make snapkv at least 3"),
         (["--tasks", "passages", "--text", "short.txt"], "passages runs out of text at --length 1024"),
         (["--longbench", "hotpotqa.jsonl", "--length", 32], "leaves no room for a prompt of hotpotqa beside the 32"),
     ],

@@ -25,7 +25,7 @@ from sinkmodel.errors import UserError
     [
         ("f1", "The cat sat.", "a CAT sat", 1),
         ("f1", "the cat sat down", "cat", 0.5),
-        ("f1", "no no no yes", "no yes", 2 * 2 / 6),
+        ("f1", "no no no yes", "no no", 2 * 2 / 6),
         ("f1", "", "cat", 0),
         ("f1 of characters", "猫在家。", "猫，在", 0.8),
         ("rouge-l", "the cat sat on the mat", "the cat lay on the mat", 2 * 4 / 10),  # `the` counts once

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from eval.measures.longcontext import own_text, ruler
-from eval.measures.longcontext.cells import fit, make_sample
+from eval.measures.longcontext.cells import fit, made_cell, make_sample
 from eval.measures.longcontext.own_text import OwnText, read_own_text, split_sentences
 from eval.measures.longcontext.samples import CONTAINED, Question, Setting
 from eval.measures.longcontext.tokens import prompt_size
@@ -78,6 +78,17 @@ def test_a_sample_fits_and_one_more_unit_does_not(loaded, name):
     more = task.build(Random(f"0 {name} 0"), units + 1, SETTING)
     assert prompt_size(loaded, more, 40) > LENGTH
     assert prompt_size(loaded, sample, 40) > 0.85 * LENGTH
+
+
+def test_room_for_an_answer_is_the_tasks_or_as_given(loaded):
+    """Risk: a prompt that fills the length leaves no position for its answer."""
+    task, sizes = TASKS["niah_single_1"], {}
+    for given, room in ((None, 128), (30, 30)):
+        cell = made_cell(loaded, task, SETTING, 0, 2, given, lambda count: None)
+        assert {reading.asked[0].room for reading in cell.readings} == {room}
+        sizes[room] = max(reading.tokens for reading in cell.readings)
+        assert sizes[room] - len(loaded.sink_ids) + room <= LENGTH
+    assert sizes[30] > sizes[128]
 
 
 @pytest.mark.parametrize("slope", [1, 3.7, 40])
@@ -279,11 +290,20 @@ def test_a_quoted_passage_is_found_by_its_number():
 
 
 def test_a_number_that_the_text_has_is_not_the_number_of_a_passage():
-    text = OwnText([f"{' '.join(f'w{n}x{i}' for i in range(38))} 1000 {n} 2345678." for n in range(30)])
-    taken = {"1000", "2345", "3456", "4567", "5678"}
+    """Risk: a number would be given because it is in the text."""
+    numbers = [str(number) for number in range(1000, 5000)]
+    text = OwnText([f"x{' y'.join(numbers[place : place + 40])}." for place in range(0, 4000, 40)])
+    sample = own_text.find_passage(Random(0), 100, Setting(1000, 2, text))
+    labels = re.findall(r"Passage (\d+):", sample.context)
+    assert len(labels) == 100
+    assert all(int(label) >= 5000 for label in labels)
+
+
+def test_a_value_that_is_a_part_of_another_word_is_not_asked_for():
+    text = OwnText([f"{word}. {word}s." for word in WORDS[:40]])
     for number in range(20):
-        sample = own_text.find_passage(Random(number), 20, Setting(1000, 2, text))
-        assert not taken & set(re.findall(r"Passage (\d+):", sample.context))
+        sample = own_text.recall_value(Random(number), 30, Setting(1000, 2, text))
+        assert all(sample.context.count(question.reference) == 1 for question in sample.questions)
 
 
 def test_a_key_has_one_value():
@@ -313,10 +333,22 @@ def test_a_quote_goes_on_as_the_text_does():
             assert all(wrong in sample.context for wrong in question.distractors)
 
 
-def test_samples_begin_all_over_the_text():
+def test_the_words_after_a_quote_are_not_among_the_wrong_ones():
+    for number in range(5):
+        sample = built("verbatim", 1, number, Setting(LENGTH, 60, TEXT))
+        for question in sample.questions:
+            assert len(question.distractors) > 20
+            assert question.reference not in question.distractors
+
+
+@pytest.mark.parametrize("name", ["niah_single_2", "passages", "verbatim"])
+def test_samples_begin_all_over_the_text(name):
     """Risk: every context from the same page, so that intervals say nothing of other pages."""
-    starts = {built("verbatim", 3, number).context[:40] for number in range(50)}
-    assert len(starts) > 35
+    starts = set()
+    for number in range(50):
+        context = NEEDLE.sub("", re.sub(r"^Passage \d+: ", "", built(name, 3, number).context))
+        starts.add(TWICE.index(context[:40].strip()) * 10 // (len(TWICE) // 2))
+    assert starts == set(range(10))
 
 
 def test_a_text_is_read_as_sentences_of_all_its_files(tmp_path):
@@ -368,6 +400,12 @@ def test_a_length_that_is_too_short_says_which_would_do(loaded, name):
     make_sample(loaded, TASKS[name], Setting(needed, 0, TEXT), 0, 0, 8)
     with pytest.raises(UserError, match=f"use --length {needed} or more"):
         make_sample(loaded, TASKS[name], Setting(needed - 1, 0, TEXT), 0, 0, 8)
+
+
+def test_a_text_that_is_all_numbers_has_none_left_for_passages():
+    text = OwnText([" ".join(map(str, range(place, place + 45))) for place in range(1000, 10_000, 45)])
+    with pytest.raises(UserError, match="--text has too many numbers to number its passages; leave out passages"):
+        own_text.find_passage(Random(0), 200, Setting(1000, 2, text))
 
 
 def test_a_text_that_says_the_same_all_the_time_cannot_be_asked_about():
