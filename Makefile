@@ -80,6 +80,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.scoring
 	$(BIN)/python -m bench.decoding
 	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.memories
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.frozen

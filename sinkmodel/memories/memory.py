@@ -374,19 +374,21 @@ class Memory(MemoryInterface):
         if piece.ends_prompt and self.compresses_in_attention:
             self._compress(layer, piece.seen)
         elif piece.evicts:
-            self._evict(layer, piece.seen)
+            self._evict(layer, piece)
         return output
 
-    def _evict(self, layer: MemoryLayer, seen: list[int]) -> None:
+    def _evict(self, layer: MemoryLayer, piece: Piece) -> None:
         surplus = layer.length - max(self.budgets)
         even = len(set(self.budgets)) == 1
         if surplus <= 0 and even:
             return
-        forced = self._forced(layer, seen)
-        if surplus == 1 and even:
+        if surplus == 1 and even:  # the step of decoding: few operations, and no look at the scores from the host
+            empty = min(self.kept) + piece.end - piece.start < layer.length
+            positions = layer.held_positions()
+            forced = force(self.scores(layer), positions, self.sinks, self.windows(), piece.seen, empty)
             layer.drop_one(forced.argmin(dim=-1))
         else:
-            layer.keep(*best(forced, self.budgets))
+            layer.keep(*best(self._forced(layer, piece.seen), self.budgets))
 
 
 class _Ungrouped:

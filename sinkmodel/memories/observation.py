@@ -63,6 +63,8 @@ class Observation:
         """How much attention each key got from all queries together, [B, H, K] in fp32."""
         B, H, N, _ = self.query_BHND.shape
         K = self.keys_BGKD.shape[2]
+        if N == 1:
+            return self.weights()[:, :, 0]
         sums = torch.zeros(B, H, K, device=self.query_BHND.device)
         numbers = BLOCK_NUMBERS.get(self.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
         block = max(1, min(N, numbers // (B * H * K)))
@@ -86,8 +88,9 @@ class Observation:
         if self.softcap is not None:
             scores = (scores / self.softcap).tanh_().mul_(self.softcap)
         first = self.keys_BGKD.shape[2] - self.query_BHND.shape[2] + start  # the key of the first of these queries
-        later = torch.ones(n, seen - first, dtype=torch.bool, device=query.device).triu(1)
-        scores[..., first:].masked_fill_(later, float("-inf"))
+        if n > 1:
+            later = torch.ones(n, seen - first, dtype=torch.bool, device=query.device).triu(1)
+            scores[..., first:].masked_fill_(later, float("-inf"))
         if self.full_BK is not None:
             scores.masked_fill_(~self.full_BK[:, None, None, :seen], float("-inf"))
         sink = sink_scores(self.module, query, self.scale)

@@ -39,18 +39,23 @@ def join_group(scores_BHK: Tensor, groups: int, rule: GroupRule) -> Tensor:
     return grouped.sum(dim=2) if rule == "sum" else grouped.mean(dim=2)
 
 
-def force(scores_BGK: Tensor, positions_BGK: Tensor, sinks: int, windows: list[int], seen: list[int]) -> Tensor:
+def force(
+    scores_BGK: Tensor, positions_BGK: Tensor, sinks: int, windows: list[int], seen: list[int], empty: bool = True
+) -> Tensor:
     """Scores [B, G, K] in fp32 with +inf for what must stay and −inf for empty slots.
 
-    The first `sinks` tokens stay, and of each row with `seen` tokens the last `windows`.
+    The first `sinks` tokens stay, and of each row with `seen` tokens the last `windows`. `empty` is False if all slots
+    are known to hold a token.
     """
-    device = positions_BGK.device
-    after_B11 = torch.tensor([n - window for n, window in zip(seen, windows)], device=device)[:, None, None]
-    stays = positions_BGK >= after_B11
+    after = [n - window for n, window in zip(seen, windows)]
+    if len(set(after)) == 1:  # no copy to the device
+        stays = positions_BGK >= after[0]
+    else:
+        stays = positions_BGK >= torch.tensor(after, device=positions_BGK.device)[:, None, None]
     if sinks:
         stays = stays | (positions_BGK < sinks)
     scores = scores_BGK.float().expand(positions_BGK.shape).masked_fill(stays, float("inf"))
-    return scores.masked_fill(positions_BGK == EMPTY, float("-inf"))
+    return scores.masked_fill_(positions_BGK == EMPTY, float("-inf")) if empty else scores
 
 
 def best(scores_BGK: Tensor, budgets: list[int]) -> tuple[Tensor, Tensor]:
