@@ -249,20 +249,19 @@ def _stream(model: Any, budget: int, sinks: int, positions: str) -> Any:
 
 def print_table(content: dict[str, Any]) -> None:
     rows = content["rows"]
-    lengths = f"{content['prompt']} tokens of prompt, then {content['continue']} scored"
+    lengths = f"{rows[0]['prompts']} prompts of {content['prompt']} tokens, then {content['continue']} scored"
     table = new_table(
         f"{content['model']}, {content['dtype']}: {lengths}",
         f"difference: to dense, in nats per token, {100 * content['level']:g} % interval over texts, equivalent within "
         f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; "
         "×: of dense's time, median over prompts in which all took turns",
         ["memory"],
-        ["prompts", "tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "prefill ×", "decode ×"],
+        ["tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "prefill ×", "decode ×"],
     )
     for row in rows:
         interval = "–" if row["low"] is None else f"[{row['low']:+.4f}, {row['high']:+.4f}]"
         table.add_row(
             row["label"],
-            str(row["prompts"]),
             f"{row['tokens']:,}",
             f"{row['nll']:.4f}",
             number(row["difference"], "+.4f"),
