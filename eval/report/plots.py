@@ -232,7 +232,9 @@ def draw_memories(path: Path, content: dict[str, Any]) -> None:
         axis = figure.subplots()
         draw_lines(axis, lines)
         axis.axhline(content["rows"][0]["nll"], color=GRID, linewidth=0.8)  # dense
-        axis.set_xscale("log")
+        sizes = [x for points in lines.values() for x, _ in points]
+        first, last = math.floor(math.log2(min(sizes))), math.ceil(math.log2(max(sizes)))
+        ticks_at(axis, [2.0**power for power in range(first, last + 1)])
         axis.set_xlabel(f"MiB held after {content['prompt']} tokens of prompt")
         axis.set_ylabel(f"nats per token over the next {content['continue']}")
         axis.set_title(f"Memories, {shown(Path(content['model']).name)}")
