@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sinkmodel.memories import MEMORIES, Scored, make_memory
-from tests.memories.reference import run
 from tests.models import IN_SOFTMAX, model_of, tokens
+from tests.sinkmodel.memories.reference import run
 
 PROMPT, AFTER, SHORT = 40, 12, 9  # SHORT: a row below the budget
 BUDGET = 16

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache
 
-from tests.memories import scores
-from tests.memories.reference import DEFAULTS, keep, run
 from tests.models import IN_SOFTMAX, model_of, tokens
 from tests.reference import streaming_logits
+from tests.sinkmodel.memories import scores
+from tests.sinkmodel.memories.reference import DEFAULTS, keep, run
 
 PROMPT, CONTINUATION = tokens(24, seed=1), tokens(6, seed=2)
 N, M = len(PROMPT), len(CONTINUATION)

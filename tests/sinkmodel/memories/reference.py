@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.memories.scores import JOIN, expected_attention, gemfilter, snapkv
+from tests.sinkmodel.memories.scores import JOIN, expected_attention, gemfilter, snapkv
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 32, "kernel": 7, "pooling": "max", "group": "mean"},

@@ -1,4 +1,4 @@
-"""Scores of a prompt's tokens, in loops: SnapKV, GemFilter, ExpectedAttention (for `tests.memories.reference`).
+"""Scores of a prompt's tokens, in loops: SnapKV, GemFilter, ExpectedAttention (for `reference.py`).
 
 Settings are those of `reference.DEFAULTS`. H query heads, G KV heads, N prompt tokens, D head size.
 """
