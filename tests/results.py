@@ -155,6 +155,43 @@ def latency() -> dict[str, Any]:
     return {**head, "rows": rows, "ratios": ratios, "stream": stream, **WHEN}
 
 
+def memories() -> dict[str, Any]:
+    cost = {"bytes_held": 2**20, "bytes_kept": 2**20, "prefill_ratio": 1.1, "decode_ratio": 0.9}
+    paired = {"difference": 0.1, "low": 0.05, "high": 0.15, "answer": "worse"}
+    rows = [
+        {"memory": name, "label": f"{name} {c}", "budget": c, "tokens": 64, "nll": 3.1, **paired, **cost}
+        for name in ("snapkv", "h2o")
+        for c in (8, 16)
+    ]
+    alone = dict.fromkeys(paired)
+    dense = {"memory": "dense", "label": "dense", "budget": None, "tokens": 64, "nll": 3.0, **alone, **cost}
+    head = {"command": "memories", "model": "runs/token", "prompt": 32, "continue": 16, "margin": 0.01, "level": 0.95}
+    return {**head, "texts": [], "rows": [{**dense, "bytes_held": 2**22}, *rows], **WHEN}
+
+
+def longcontext() -> dict[str, Any]:
+    def row(task: str, label: str, floor: bool, score: float | None) -> dict[str, Any]:
+        numbers = {
+            f"{name}{of}": None if score is None else value
+            for name in ("score", "nll")
+            for of, value in (("", score), ("_difference", -0.2), ("_low", -0.3), ("_high", -0.1))
+        }
+        size = None if score is None else 2**20
+        return {
+            "task": task,
+            "label": label,
+            "length": 256,
+            "question": "outside",
+            "floor": floor,
+            **numbers,
+            "bytes_held": size,
+        }
+
+    rows = [row("vt", "dense", False, 0.9), row("vt", "h2o 8", False, 0.7)]
+    rows += [row("cwe", "dense", True, 0.1), row("cwe", "h2o 8", True, None)]
+    return {"command": "longcontext", "model": "runs/token", "rows": rows, **WHEN}
+
+
 def everything() -> dict[str, dict[str, Any]]:
     """Name of a file -> what is in it."""
     return {
@@ -163,6 +200,8 @@ def everything() -> dict[str, dict[str, Any]]:
         "ppl": ppl(),
         "ppl-16": ppl(budget=16),
         "latency": latency(),
+        "memories": memories(),
+        "longcontext": longcontext(),
         "sinks": sinks(),
         "births": sinks(checkpoints=True),
         "zeroshot": zeroshot(),

@@ -118,6 +118,34 @@ FORMS: dict[str, dict[str, Any]] = {
         "ratios": [{"ratio": TEXT, **_each(COUNT, "budget", "rounds"), **RATIO}],
         "stream": [{"label": TEXT, "seen": COUNT, "resident_bytes": NUMBER, **TIMES, **RATIO}],
     },
+    "memories": {
+        "model": TEXT,
+        **_each(COUNT, "prompt", "continue"),
+        **_each(REAL, "margin", "level"),
+        "texts": TEXTS,
+        "rows": [
+            {
+                **_each(TEXT, "memory", "label"),
+                **_each(NUMBER, "budget", "tokens", "nll", "difference", "low", "high"),
+                **_each(NUMBER, "bytes_held", "bytes_kept", "prefill_ratio", "decode_ratio"),
+                "answer": ANY,
+            }
+        ],
+    },
+    "longcontext": {
+        "model": TEXT,
+        "rows": [
+            {
+                **_each(TEXT, "task", "label", "question"),
+                "length": COUNT,
+                "floor": ANY,
+                **_each(
+                    NUMBER, *(f"{name}{of}" for name in ("score", "nll") for of in ("", "_difference", "_low", "_high"))
+                ),
+                "bytes_held": NUMBER,
+            }
+        ],
+    },
 }
 
 

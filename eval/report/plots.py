@@ -219,24 +219,29 @@ def _values(lines: Lines) -> list[float]:
     return [y for points in lines.values() for _, y in points if y is not None]
 
 
-def draw_memories(path: Path, content: dict[str, Any]) -> None:
-    """What `sink-eval memories --plot` draws: nats per token against bytes held, a line for each memory."""
-    rows = [row for row in content["rows"] if row["bytes_held"] is not None]
-    names = list(dict.fromkeys(row["memory"] for row in rows))
+def paint_memories(axis: Axes, content: dict[str, Any]) -> None:
+    """Nats per token against bytes held, a line for each memory; dense's loss as a level."""
+    rows = [row for row in content["rows"] if row["bytes_held"] and row["nll"] is not None]
     lines: Lines = {
-        shown(name): sorted((row["bytes_held"] / 2**20, row["nll"]) for row in rows if row["memory"] == name)
-        for name in names
+        name: sorted((row["bytes_held"] / 2**20, row["nll"]) for row in rows if row["memory"] == name)
+        for name in dict.fromkeys(row["memory"] for row in rows)
     }
+    draw_lines(axis, lines)
+    if rows:
+        axis.axhline(rows[0]["nll"], color=GRID, linewidth=0.8)  # dense
+        sizes = [row["bytes_held"] / 2**20 for row in rows]
+        first, last = math.floor(math.log2(min(sizes))), math.ceil(math.log2(max(sizes)))
+        ticks_at(axis, [2.0**power for power in range(first, last + 1)])
+    axis.set_xlabel(f"MiB held after {content['prompt']} tokens of prompt")
+    axis.set_ylabel(f"nats per token over the next {content['continue']}")
+
+
+def draw_memories(path: Path, content: dict[str, Any]) -> None:
+    """What `sink-eval memories --plot` draws."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.4), layout="constrained")
         axis = figure.subplots()
-        draw_lines(axis, lines)
-        axis.axhline(content["rows"][0]["nll"], color=GRID, linewidth=0.8)  # dense
-        sizes = [x for points in lines.values() for x, _ in points]
-        first, last = math.floor(math.log2(min(sizes))), math.ceil(math.log2(max(sizes)))
-        ticks_at(axis, [2.0**power for power in range(first, last + 1)])
-        axis.set_xlabel(f"MiB held after {content['prompt']} tokens of prompt")
-        axis.set_ylabel(f"nats per token over the next {content['continue']}")
+        paint_memories(axis, content)
         axis.set_title(f"Memories, {shown(Path(content['model']).name)}")
         axis.legend()
         figure.savefig(path, dpi=130, format="png", facecolor="white")

@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_of,
         default=[],
         metavar="FILE",
-        help="what sink-eval ppl, verify, grid, sinks, streameval, zeroshot or latency wrote with --json",
+        help="what sink-eval ppl, verify, grid, sinks, streameval, zeroshot, latency, memories or longcontext wrote "
+        "with --json",
     )
     parser.add_argument(
         "--maps", nargs="+", type=path_of, default=[], metavar="FOLDER", help="what sink-eval sinks --maps made"
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
 
 def make_sections(inputs: Inputs) -> list[Section]:
     """What is there, in the order of a reader's questions; what is not there is said at the end."""
-    from eval.report.sections import attention, perplexity, provenance, tasks, training, verdict
+    from eval.report.sections import attention, memories, perplexity, provenance, tasks, training, verdict
 
     shown = [
         verdict.section,
@@ -85,6 +86,8 @@ def make_sections(inputs: Inputs) -> list[Section]:
         tasks.zeroshot,
         tasks.streameval,
         tasks.latency,
+        memories.memories,
+        memories.longcontext,
     ]
     made = [section for show in shown if (section := show(inputs)) is not None]
     there = [section.key for section in made]

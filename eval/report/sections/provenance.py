@@ -24,6 +24,8 @@ SOURCES = (
     ("zeroshot", "zero-shot tasks", "zeroshot", None),
     ("streameval", "what a stream remembers", "streameval", None),
     ("latency", "latency", "latency", None),
+    ("memories", "memories on the same prompts", "memories", None),
+    ("longcontext", "tasks that need a long prompt", "longcontext", None),
 )
 
 

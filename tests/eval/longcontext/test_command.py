@@ -10,6 +10,7 @@ import pytest
 
 from eval.cli import main
 from eval.measures.longcontext import measure as module
+from eval.report.forms import FORMS, mismatch
 
 pytestmark = pytest.mark.usefixtures("memories")
 KEYS = "niah_multikey_2"
@@ -30,7 +31,9 @@ def longcontext(capsys, *arguments) -> tuple[int, str, str]:
 def result_of(capsys, path, *arguments) -> dict:
     code, _, err = longcontext(capsys, *arguments, "--json", path)
     assert code == 0, err
-    return json.loads(path.read_text())
+    content = json.loads(path.read_text())
+    assert mismatch(FORMS["longcontext"], content) is None  # a report reads it
+    return content
 
 
 @pytest.fixture

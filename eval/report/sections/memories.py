@@ -1,0 +1,96 @@
+"""What KV memories cost on the same prompts, and what they still know of long ones."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from eval.report.blocks import Chart, Section, Table, between, figure, short_names
+from eval.report.charts import panel, shown
+from eval.report.inputs import Inputs
+from eval.report.plots import paint_memories
+
+MEBIBYTE = 2**20
+
+
+def memories(inputs: Inputs) -> Section | None:
+    """`sink-eval memories`: losses against dense, bytes and times."""
+    found = inputs.of("memories")
+    if not found:
+        return None
+    names = short_names(content["model"] for content in found)
+    made = Section("memories", "Memories")
+    for number, content in enumerate(found, 1):
+        name, rows = names[content["model"]], content["rows"]
+        alt = f"{name}: nats per token over the bytes held, a line for each memory; the numbers are in the table"
+        paint = functools.partial(_titled, content=content, title=f"Memories, {name}")
+        keys = ["memory", "budget", "tokens", "nll", "difference", "low", "high", "answer", "bytes_held", "bytes_kept"]
+        numbers = [[row[key] for key in keys] for row in rows]
+        made.blocks.append(Chart(f"memories-{number}", [panel(alt, paint)], keys, numbers))
+        made.blocks.append(_table(content, name))
+    return made
+
+
+def _titled(axis: Any, content: dict[str, Any], title: str) -> None:
+    paint_memories(axis, content)
+    axis.set_title(shown(title))
+
+
+def _table(content: dict[str, Any], name: str) -> Table:
+    return Table(
+        ["memory", "answer", "nats", "− dense", "interval", "MiB held", "MiB kept", "prefill ×", "decode ×"],
+        [
+            [
+                row["label"],
+                row["answer"] or "–",
+                figure(row["nll"], ".4f"),
+                figure(row["difference"], "+.4f"),
+                between(row["low"], row["high"], "+.4f"),
+                *(figure(row[key] and row[key] / MEBIBYTE, ",.1f") for key in ("bytes_held", "bytes_kept")),
+                *(figure(row[key]) for key in ("prefill_ratio", "decode_ratio")),
+            ]
+            for row in content["rows"]
+        ],
+        words=2,
+        caption=f"{name}: {content['prompt']:,} tokens of prompt, then {content['continue']:,} scored; − dense: paired "
+        f"difference in nats per token, {100 * content['level']:g} % interval, equivalent within "
+        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; ×: of "
+        "dense's time.",
+    )
+
+
+def longcontext(inputs: Inputs) -> Section | None:
+    """`sink-eval longcontext`: tasks that need the prompt; cells that dense cannot do say "floor"."""
+    found = inputs.of("longcontext")
+    if not found:
+        return None
+    names = short_names(content["model"] for content in found)
+    made = Section("longcontext", "Long prompts")
+    for content in found:
+        made.blocks.append(
+            Table(
+                ["task", "memory", "length", "score", "− dense", "interval", "nats", "− dense", "interval", "MiB held"],
+                [_cell(row) for row in content["rows"]],
+                words=2,
+                caption=f"{names[content['model']]}: the question is {content['rows'][0]['question']} of what is "
+                "compressed; score: the task's metric; nats: of the right answer; − dense: paired by context, 95 % "
+                "intervals; floor: dense cannot do the task either.",
+            )
+        )
+    return made
+
+
+def _cell(row: dict[str, Any]) -> list[str]:
+    front = [row["task"], row["label"], f"{row['length']:,}"]
+    if row["floor"] and row["score"] is None:
+        return [*front, "floor", *["–"] * 6]
+    return [
+        *front,
+        figure(row["score"], ".3f") + (" (floor)" if row["floor"] else ""),
+        figure(row["score_difference"], "+.3f"),
+        between(row["score_low"], row["score_high"], "+.3f"),
+        figure(row["nll"], ".3f"),
+        figure(row["nll_difference"], "+.3f"),
+        between(row["nll_low"], row["nll_high"], "+.3f"),
+        figure(row["bytes_held"] and row["bytes_held"] / MEBIBYTE, ",.1f"),
+    ]
