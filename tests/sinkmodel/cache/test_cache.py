@@ -239,6 +239,23 @@ def test_crop_is_refused_once_something_was_evicted(fed_so_far):
     close(fed(model, cache, ids[fed_so_far:], 5), truth(model, ids)[fed_so_far:])
 
 
+@pytest.mark.parametrize("pieces", [[8], [3, 5], [4, 4]])
+def test_crop_does_not_reach_back_to_a_pad(pieces):
+    """Risk: a row that had a pad where others had a token loses one token too many; also in a later forward."""
+    model, ids = model_of("llama"), torch.tensor([tokens(8), tokens(8, seed=1)])
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 4] = 0  # the fifth column
+    cache = new(model)
+    fed_batch(model, cache, ids, pieces, mask)
+    with pytest.raises(UserError, match="pad"):
+        cache.crop(-4)
+    cache.crop(-3)
+    assert cache.seen == [5, 4]
+    rest = torch.tensor([tokens(9, seed=2), tokens(9, seed=3)])
+    for row, real, more, logits in zip(ids, mask.bool(), rest, fed_batch(model, cache, rest, [9])):
+        close(logits, truth(model, row[:5][real[:5]].tolist() + more.tolist())[-9:])
+
+
 @pytest.mark.parametrize("positions", ["cache", "text"])
 def test_reordered_rows_go_on_as_the_rows_they_were(positions):
     model, rows = model_of("llama"), [tokens(length + 21, seed=length) for length in LENGTHS]

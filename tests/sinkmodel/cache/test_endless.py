@@ -236,3 +236,16 @@ def test_the_compiled_step_is_compiled_once(family, backend, positions, prompt):
         fed(compiled, cache, ids[:30], 1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     close(torch.cat([*start, went_on]), eager)
+
+
+def test_a_compiled_step_compiles_nothing_beside_the_model():
+    """Risk: torch.compile tries a function of ours, gives up on it, or tries it anew at each step (a millisecond)."""
+    torch._dynamo.reset()
+    model = build("llama")
+    compiled, cache = torch.compile(model, backend="eager"), StreamingCache(model.config, BUDGET, SINKS)
+    fed(compiled, cache, tokens(40), 1)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["total"] == frames["ok"] > 0
+    before = dict(frames)
+    fed(compiled, cache, tokens(40), 1)
+    assert dict(frames) == before

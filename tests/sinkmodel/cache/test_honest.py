@@ -76,6 +76,25 @@ def test_an_interrupt_between_two_layers_that_are_turned_is_said(monkeypatch):
         fed(model, cache, [1], 1)
 
 
+@pytest.mark.parametrize("piece", [1, 3])
+def test_a_copy_that_is_made_within_a_forward_is_not_in_one(piece):
+    """Risk: a copy takes its forwards for parts of another one, and lets them past unchecked."""
+    model, ids, copies = build("llama"), tokens(60), []
+    cache = StreamingCache(model.config, BUDGET, SINKS)
+    fed(model, cache, ids[:30], 30)
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(cache)))
+    fed(model, cache, ids[30 : 30 + piece], piece)
+    hook.remove()
+    assert cache.seen == [30 + piece]
+    assert copies[0].seen == [30]
+    assert not copies[0].in_forward
+    if copies[0].torn:
+        with pytest.raises(UserError, match="broken off"):
+            fed(model, copies[0], ids[30:], 1)
+    else:
+        close(fed(model, copies[0], ids[30:], 1), stream_logits(model, ids, BUDGET, SINKS)[30:])
+
+
 def test_no_gradient_rather_than_a_wrong_one():
     model = build("llama").requires_grad_(True)
     with torch.enable_grad():
