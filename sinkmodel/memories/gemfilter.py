@@ -136,6 +136,10 @@ class GemFilter(Memory):
             raise _Chosen
         return super().attend(attention, module, query, key, value, kwargs)
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.prompt = [tokens[indices.to(tokens.device)] for tokens in self.prompt]
+
     def end_prompt(self) -> None:
         self._check_open()
         model = self.model() if self.model is not None else None

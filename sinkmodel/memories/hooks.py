@@ -42,6 +42,12 @@ def observed(memory: Observer, model: Any) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+def attention_modules(model: Any) -> dict[int, Any]:
+    """The modules of a transformers model that attend, by layer: they all have these two attributes."""
+    found = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
+    return {module.layer_idx: module for module in found}
+
+
 def _observed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:

@@ -19,6 +19,7 @@ from sinkmodel.memories.selection import EMPTY
 from sinkmodel.model_support import signature
 
 TAKES_BACK = ("assisted_generation", "contrastive_search")  # modes of `generate` that crop the cache
+OF_MODEL = ("model", "traits", "piece", "forward_of_model")  # what a memory knows of the model that reads
 LISTS = ("seen", "kept", "budgets", "shift")  # one number for each row
 
 
@@ -68,10 +69,23 @@ class MemoryInterface(Cache):
     def fork(self) -> Any:
         """An independent copy: many questions to one compressed context."""
         other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (list, dict)):
+                setattr(other, name, copy.copy(value))
         other.layers = [layer.copied() for layer in self.layers]
-        for name in LISTS:
-            setattr(other, name, list(getattr(self, name)))
         return other
+
+    def __copy__(self) -> Any:
+        other = type(self).__new__(type(self))
+        other.__dict__.update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.fork()  # not of the model, to which a memory has references
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: the memory without its model."""
+        return {**vars(self), **dict.fromkeys(OF_MODEL), "modules": {}}
 
     @contextmanager
     def on(self, model: Any) -> Iterator[Any]:

@@ -30,7 +30,7 @@ from sinkmodel.cache.inputs import Request, joined, piece_of
 from sinkmodel.errors import UserError
 from sinkmodel.memories.admission import admit
 from sinkmodel.memories.arguments import one_of, whole
-from sinkmodel.memories.hooks import observed
+from sinkmodel.memories.hooks import attention_modules, observed
 from sinkmodel.memories.interface import MemoryInterface
 from sinkmodel.memories.layer import SPARE, MemoryLayer
 from sinkmodel.memories.observation import Observation
@@ -111,6 +111,7 @@ class Memory(MemoryInterface):
         self.model: Any = None  # a weak reference to the model that reads
         self.traits: Traits | None = None
         self.modules: dict[int, Any] = {}  # its attention modules by layer
+        self.attended = 0  # layers whose attention was seen in the forward in progress
         self.scale = 1.0  # of its attention
         self.softcap: float | None = None
         for layer in self.layers:
@@ -178,6 +179,8 @@ class Memory(MemoryInterface):
         self._check_open()
         if not self.columns:
             raise UserError(f"{self.name} has read no prompt; feed one first")
+        if self.traits is None:
+            raise UserError(f"this {self.name} was restored and has not met its model yet; feed the next token instead")
         self.budgets = self._budgets(self.seen)
         self.torn = True
         for layer in self.layers:
@@ -259,7 +262,7 @@ class Memory(MemoryInterface):
         """The input of a forward, after everything that could be wrong with it."""
         request, traits = admit(self, forward, model, args, kwargs)
         if self.traits is None:
-            self.traits, self.model = traits, weakref.ref(model)
+            self.traits, self.model, self.modules = traits, weakref.ref(model), attention_modules(model)
         if not self.seen:
             self.seen, self.kept, self.shift = ([0] * len(request.tokens) for _ in range(3))
         self.eager = model.config._attn_implementation == "eager"
@@ -281,7 +284,7 @@ class Memory(MemoryInterface):
 
     def run(self, forward: Callable[..., Any], model: Any, request: Request, piece: Piece) -> Any:
         assert self.traits is not None
-        self.torn = True
+        self.torn, self.attended = True, 0
         with torch.no_grad(), self.around(model):
             settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
             output = forward(model, **piece_of(request, piece.start, piece.end, settled, self.traits.accepts))
@@ -291,7 +294,7 @@ class Memory(MemoryInterface):
         return output
 
     def _check_observed(self) -> None:
-        if len(self.modules) < len(self.layers):
+        if self.attended < len(self.layers):
             self._begin()
             raise UserError(
                 f"model type {self.config.model_type!r} does not send its attention through transformers' "
@@ -366,7 +369,7 @@ class Memory(MemoryInterface):
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
         apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
         output = attention(_Ungrouped(module) if apart else module, query, key, value, mask, **kwargs)
-        self.modules[module.layer_idx] = module
+        self.attended += 1
         self.scale, self.softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")
         if self.observes:
             full, places, valid = piece.full_BK, piece.place_BN, piece.valid_BN

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sinkmodel.errors import UserError
+from sinkmodel.memories.hooks import attention_modules
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 
@@ -59,7 +60,7 @@ class Scored(Memory):
     def around(self, model: Any) -> Iterator[None]:
         with super().around(model), ExitStack() as stack:
             if not self.ended:
-                for module in attention_modules(model):
+                for module in attention_modules(model).values():
                     stack.callback(module.register_forward_hook(self._after_module, with_kwargs=True).remove)
             yield
 
@@ -89,11 +90,6 @@ def with_rotary(module: Any, model: Any) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(module, "rotary_emb")
-
-
-def attention_modules(model: Any) -> list[Any]:
-    """The modules of a transformers model that attend, by the two attributes that all of them have."""
-    return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
 
 
 def grow(state: dict[str, Tensor], name: str, more: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -81,6 +82,44 @@ def test_a_memory_in_flight_is_saved_and_continues_bit_for_bit(llama, text, tmp_
         feed(llama, again, text[:, PROMPT + 3 :]), feed(llama, memory, text[:, PROMPT + 3 :]), atol=0, rtol=0
     )
     assert again.kept_positions(0) == memory.kept_positions(0)
+
+
+@pytest.mark.parametrize("name", [name for name in MEMORIES if name != "gemfilter"])
+@pytest.mark.parametrize("restored", ["file", "pickle"])
+def test_a_prompt_that_was_saved_before_its_end_ends_with_the_next_token(llama, text, tmp_path, name, restored):
+    memory = new(name, llama)
+    llama(text[:, :PROMPT], past_key_values=memory)
+    if restored == "pickle":
+        again = pickle.loads(pickle.dumps(memory))
+    else:
+        memory.save(tmp_path / "memory.pt")
+        again = new(name, llama)
+        again.load(tmp_path / "memory.pt")
+    with pytest.raises(UserError, match="has not met its model yet"):
+        again.end_prompt()
+    after = text[:, PROMPT:]
+    torch.testing.assert_close(feed(llama, again, after), feed(llama, memory, after), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_forks_and_copies_in_the_middle_of_a_prompt_go_their_own_ways(llama, text, name):
+    """Guards a list that two copies share, and a deepcopy that takes the model's weights along."""
+    memory = new(name, llama)
+    llama(text[:, :20], past_key_values=memory)
+    forks = [memory.fork(), copy.deepcopy(memory)]
+    swapped = memory.fork()
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    assert all(fork.modules[0] is memory.modules[0] for fork in forks)
+    for fork in (*forks, memory):
+        fork.expect(PROMPT)
+        llama(text[:, 20:PROMPT], past_key_values=fork)
+    swapped.expect(PROMPT)
+    llama(text.flip(0)[:, 20:PROMPT], past_key_values=swapped)
+    expected = feed(llama, memory, text[:, PROMPT:])
+    for fork in forks:
+        torch.testing.assert_close(feed(llama, fork, text[:, PROMPT:]), expected, atol=0, rtol=0)
+    turned = feed(llama, swapped, text.flip(0)[:, PROMPT:])
+    torch.testing.assert_close(turned, expected.flip(0), atol=1e-5, rtol=0)
 
 
 def test_a_file_of_another_memory_or_a_damaged_one_is_refused(llama, text, tmp_path):
