@@ -18,7 +18,7 @@ from sinkmodel.parser import OneLineParser
 
 # Words of options and keys that are neither a path nor a name that may be one.
 NO_PATH = {
-    "sink-eval": {"measure", "tasks", "heads", "device", "margin", "level"},
+    "sink-eval": {"measure", "tasks", "memories", "heads", "device", "margin", "level"},
     "sink-export": set(),
     "sink-log": set(),
     "sink-push": {"repo", "revision", "tag"},
