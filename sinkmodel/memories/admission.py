@@ -80,5 +80,5 @@ def _check_end(memory: Reader, new: int, traits: Traits) -> None:
     if limit is not None and end > limit:
         raise UserError(
             f"the text would reach position {end - 1}, and the positions of this {kind} end at {limit - 1}; give less "
-            'text, or use positions="cache", which counts anew after the prompt'
+            'text, or use positions="cache", which numbers them again after the prompt'
         )

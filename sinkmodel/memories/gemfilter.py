@@ -55,7 +55,7 @@ class GemFilter(Memory):
         **settings: Any,
     ):
         if settings.pop("positions", "text") != "text":
-            raise UserError("GemFilter reads the tokens that it keeps anew, at positions 0, 1, …; leave out positions")
+            raise UserError("GemFilter reads the tokens that it keeps again, at positions 0, 1, …; leave out positions")
         super().__init__(config, budget, **settings)
         depth = len(self.layers)
         self.layer = round(depth * 13 / 32) if layer is None else whole(layer, "layer", 0)

@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--positions",
         choices=("text", "cache"),
         default="text",
-        help="of kept keys: those that they have in the text, or counted anew (default: text)",
+        help="of kept keys: those that they have in the text, or numbered again from 0 (default: text)",
     )
     parser.add_argument("--layer", type=whole, metavar="R", help="in which gemfilter chooses (default: 13/32 of all)")
     parser.add_argument(
