@@ -52,8 +52,8 @@ class Memory(MemoryInterface):
         compression_ratio: instead of a budget, the share of each prompt that is dropped: at least 0, below 1.
         sinks: the first tokens of each row that are kept in any case.
         window: the last tokens of each row that are kept in any case.
-        positions: "text": kept keys stay at their positions in the text. "cache": positions are numbered again, from 0 in
-            the order of the text, so that a long prompt ends far below the positions that it had.
+        positions: "text": kept keys stay at their positions in the text. "cache": positions are numbered again, from 0
+            in the order of the text, so that a long prompt ends far below the positions that it had.
 
     Rows may be left-padded, with a 2-D `attention_mask`; a row that is not longer than the budget is kept whole. A
     memory that evicts only once grows by a slot with every token that comes after the prompt.
