@@ -12,7 +12,7 @@ from torch import Tensor
 from sinkmodel.cache.inputs import Request, bound, check_ids, check_inputs, request_of, tokens_of, valid_columns
 from sinkmodel.errors import UserError
 from sinkmodel.model_support import own_window, signature
-from sinkmodel.probe import Traits, traits_of
+from sinkmodel.probe import Traits, sample_of, traits_of
 
 
 class Reader(Protocol):
@@ -24,6 +24,7 @@ class Reader(Protocol):
     shift: list[int]
     torn: bool
     model: Any
+    sample: list[float]
     traits: Traits | None
 
     @property
@@ -44,6 +45,10 @@ def admit(
         raise UserError(f"this {memory.name} holds what another model read; make one for each model, or reset() it")
     if memory.model is None and signature(model.config.get_text_config()) != signature(memory.config):
         raise UserError(f"this {memory.name} was made for another model; make it with model.config")
+    if memory.traits is None and memory.sample and memory.sample != sample_of(model):
+        raise UserError(
+            f"this {memory.name} was filled by other weights; continue with the model that it was saved from"
+        )
     valid_BT = valid_columns(mask, tokens, memory.columns, memory.seen, memory.name)
     _check_left_padded(memory, valid_BT)
     traits = memory.traits or traits_of(model, functools.partial(forward, model), 1)

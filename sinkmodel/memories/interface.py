@@ -90,7 +90,7 @@ class MemoryInterface(Cache):
     @contextmanager
     def on(self, model: Any) -> Iterator[Any]:
         """Let every `model.generate` inside start with this memory, empty: for pipelines, which take no cache."""
-        generate = model.generate
+        before, generate = vars(model).get("generate"), model.generate
 
         def with_memory(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("past_key_values") is None:
@@ -103,6 +103,8 @@ class MemoryInterface(Cache):
             yield self
         finally:
             del model.generate
+            if before is not None:  # of another memory around this one
+                model.generate = before
 
     # ----------------------------------------------------------------------------------------------- saving a memory
 

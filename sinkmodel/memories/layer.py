@@ -147,6 +147,13 @@ class MemoryLayer(CacheLayerMixin):
         self.per_slot = {name: x[rows] for name, x in self.per_slot.items()}
         self.state = {name: x[rows] for name, x in self.state.items()}
 
+    def move_to(self, device: torch.device) -> None:
+        """Hold everything there: a memory that was restored on another device."""
+        if self.keys is not None and self.keys.device != device:
+            self.keys, self.values, self.positions = (x.to(device) for x in (self.keys, self.values, self.positions))
+            self.per_slot = {name: x.to(device) for name, x in self.per_slot.items()}
+            self.state = {name: x.to(device) for name, x in self.state.items()}
+
     def copied(self) -> MemoryLayer:
         """The same slots in memory of their own."""
         layer = MemoryLayer()

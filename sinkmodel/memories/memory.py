@@ -37,7 +37,7 @@ from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.pieces import Piece, lengths, next_piece, ranks
 from sinkmodel.memories.selection import EMPTY, best, force
 from sinkmodel.model_support import check_config
-from sinkmodel.probe import Traits
+from sinkmodel.probe import Traits, sample_of
 from sinkmodel.rope import Rotary
 
 Positions = Literal["text", "cache"]
@@ -109,6 +109,7 @@ class Memory(MemoryInterface):
         self.in_forward, self.eager = False, False
         self.piece: Piece | None = None  # what the forward in progress reads
         self.model: Any = None  # a weak reference to the model that reads
+        self.sample: list[float] = []  # a few of its weights, by which a restored memory knows it
         self.traits: Traits | None = None
         self.modules: dict[int, Any] = {}  # its attention modules by layer
         self.attended = 0  # layers whose attention was seen in the forward in progress
@@ -263,6 +264,9 @@ class Memory(MemoryInterface):
         request, traits = admit(self, forward, model, args, kwargs)
         if self.traits is None:
             self.traits, self.model, self.modules = traits, weakref.ref(model), attention_modules(model)
+            self.sample = sample_of(model)
+            for layer in self.layers:
+                layer.move_to(traits.device)
         if not self.seen:
             self.seen, self.kept, self.shift = ([0] * len(request.tokens) for _ in range(3))
         self.eager = model.config._attn_implementation == "eager"

@@ -19,7 +19,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.memories.layer import MemoryLayer
 
 FORMAT = "sinkmodel-memory-1"
-NUMBERS = ("columns", "expected", "ended", "since", "torn", "scale", "softcap")
+NUMBERS = ("sample", "columns", "expected", "ended", "since", "torn", "scale", "softcap")
 ROWS = ("seen", "kept", "budgets", "shift")  # a number for each row
 SLOTS = ("keys", "values", "positions")
 

@@ -101,6 +101,32 @@ def test_a_prompt_that_was_saved_before_its_end_ends_with_the_next_token(llama, 
     torch.testing.assert_close(feed(llama, again, after), feed(llama, memory, after), atol=0, rtol=0)
 
 
+def test_a_saved_memory_knows_the_weights_that_filled_it(llama, text, tmp_path):
+    """Guards twins, which have the same shape and other keys."""
+    memory = read(llama, new("snapkv", llama), text[:, :PROMPT])
+    memory.save(tmp_path / "memory.pt")
+    twin = build("llama")
+    with torch.no_grad():
+        twin.get_input_embeddings().weight += 0.1
+    again = new("snapkv", twin)
+    again.load(tmp_path / "memory.pt")
+    with pytest.raises(UserError, match="was filled by other weights"):
+        twin(text[:, PROMPT : PROMPT + 1], past_key_values=again)
+    llama(text[:, PROMPT : PROMPT + 1], past_key_values=again)
+
+
+def test_a_memory_within_another_gives_the_model_back_to_it(llama, text):
+    outer, inner = new("snapkv", llama), new("tova", llama)
+    arguments = {"max_new_tokens": 2, "do_sample": False}
+    with outer.on(llama):
+        with inner.on(llama):
+            llama.generate(text[:, :PROMPT], **arguments)
+        assert (inner.columns, outer.columns) == (PROMPT + 1, 0)
+        llama.generate(text[:, :PROMPT], **arguments)
+        assert outer.columns == PROMPT + 1
+    assert "generate" not in vars(llama)
+
+
 @pytest.mark.parametrize("name", MEMORIES)
 def test_forks_and_copies_in_the_middle_of_a_prompt_go_their_own_ways(llama, text, name):
     """Guards a list that two copies share, and a deepcopy that takes the model's weights along."""
