@@ -16,18 +16,23 @@ ROWS = ("seen", "origin", "turned")  # a number a row
 TENSORS = ("keys", "values", "sink_keys")  # if there are rows
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of a file that `StreamingCache.save` wrote; UserError if it is not one, or damaged."""
+def read_state(path: Path, form: str = FORMAT, what: str = "stream", by: str = "StreamingCache.save") -> dict[str, Any]:
+    """The content of a file of the format `form`; UserError if it is another file, or damaged.
+
+    Args:
+        what: is saved there, and by: what wrote it; for the messages.
+    """
     from sinkmodel.checkpoint import NOT_A_CHECKPOINT, load_tensors  # with all of transformers' modelling code
 
+    remedy = f"give a file that {by} wrote"
     try:
         state = load_tensors(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a file that StreamingCache.save wrote") from None
+        raise UserError(f"{path} does not exist; {remedy}") from None
     except NOT_A_CHECKPOINT:
-        raise UserError(f"{path} is no saved stream, or damaged; give a file that StreamingCache.save wrote") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is no saved stream; give a file that StreamingCache.save wrote")
+        raise UserError(f"{path} is no saved {what}, or damaged; {remedy}") from None
+    if not isinstance(state, dict) or state.get("format") != form:
+        raise UserError(f"{path} is no saved {what}; {remedy}")
     return state
 
 

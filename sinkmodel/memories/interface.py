@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from sinkmodel.cache.serialization import read_state
 from sinkmodel.errors import UserError
 from sinkmodel.memories.layer import MemoryLayer
-from sinkmodel.memories.saved import check_state, read_state, restore, state_of
+from sinkmodel.memories.saved import FORMAT, check_state, restore, state_of
 from sinkmodel.memories.selection import EMPTY
 from sinkmodel.model_support import signature
 
@@ -132,7 +133,7 @@ class MemoryInterface(Cache):
 
     def load(self, path: str | Path) -> None:
         """Continue with what `save` wrote, by a memory of the same settings; UserError if it does not fit."""
-        self.load_state_dict(read_state(Path(path)))
+        self.load_state_dict(read_state(Path(path), FORMAT, "memory", "Memory.save"))
 
     # ------------------------------------------------------------------------------------------ what transformers asks
 

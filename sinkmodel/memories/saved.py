@@ -10,7 +10,6 @@ GemFilter alone has to end it first, since it would read it again.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -43,21 +42,6 @@ def _layer(layer: MemoryLayer) -> dict[str, Any]:
         "per_slot": {name: x[..., : layer.length].clone() for name, x in layer.per_slot.items()},
         "state": {name: x.clone() for name, x in layer.state.items()},
     }
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of a file that `Memory.save` wrote; UserError if it is another file, or damaged."""
-    from sinkmodel.checkpoint import NOT_A_CHECKPOINT, load_tensors
-
-    try:
-        state = load_tensors(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a file that Memory.save wrote") from None
-    except NOT_A_CHECKPOINT:
-        raise UserError(f"{path} is not a saved memory, or damaged; give a file that Memory.save wrote") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a saved memory; give a file that Memory.save wrote")
-    return state
 
 
 def check_state(state: Any, settings: dict[str, Any], depth: int) -> None:
