@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 import time
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 
+from recipes.training.callbacks.ending import EndsWithTheRun
 from recipes.training.callbacks.metrics import Metrics
 from recipes.training.callbacks.steps import at_step_boundary
 from sinkmodel.console import say
 
 
-class Progress(Callback):
+class Progress(EndsWithTheRun):
     """Shows the latest line of `Metrics`; itself it asks nothing of the device."""
 
     def __init__(self, metrics: Metrics, steps: int):
@@ -51,7 +52,6 @@ class Progress(Callback):
             f"{line['tokens_per_second']:,.0f} tokens/s  mfu {line['mfu']:.1%}  {left / 60:.1f} min left"
         )
 
-    @rank_zero_only
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def end(self) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -8,12 +8,13 @@ import threading
 import time
 from pathlib import Path
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from recipes.training.callbacks.ending import EndsWithTheRun
 from sinkmodel.console import say
 
 
-class Watchdog(Callback):
+class Watchdog(EndsWithTheRun):
     """Ends the process, exit code 1, when no micro-batch was finished for `timeout` seconds.
 
     Every rank has one and waits no longer than the others, so that where one hangs all end. What each was doing stands
@@ -37,7 +38,7 @@ class Watchdog(Callback):
         """For whatever else takes long, and moves."""
         self.beat = time.monotonic()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def end(self) -> None:
         self._ended.set()
 
     def _dump(self, rank: int) -> None:
