@@ -136,6 +136,21 @@ def test_the_table_the_csv_and_the_picture(run, texts, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["--memories", "snapkv"], "snapkv at --budgets 12: a budget of 12 does not hold 0 sinks and a window of 32"),
+        (["--memories", "recompute", "--stride", "13"], "--stride 13 does not fit into --budgets 12"),
+        (["--memories", "sink", "--sinks", "12"], "--budgets 12 holds nothing but the --sinks 12 of sink"),
+    ],
+)
+def test_a_budget_that_is_too_small_is_one_line_before_a_model_is_loaded(texts, capsys, changes, message):
+    sizes = ["--prompt", PROMPT, "--continue", AFTER, "--budgets", BUDGET]
+    code, out, err = memories(capsys, "--model", "no-such-model", "--text", texts, *sizes, *changes)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         (["--budgets", "31"], "--budgets 31 keeps every token of --prompt 30"),
         (["--memories", "snap"], "invalid choice: 'snap'"),
         (["--level", "1"], "--level is 1.0"),
@@ -145,7 +160,7 @@ def test_the_table_the_csv_and_the_picture(run, texts, tmp_path, capsys):
         (["--memories", "snapkv", "--window", "13"], "does not hold 0 sinks and a window of 13"),
         (["--memories", "gemfilter", "--layer", "9"], "layer 9"),
         (["--memories", "recompute", "--stride", "12"], "--stride 12"),
-        (["--prompt", "4000"], "--prompt and --continue take"),
+        (["--prompt", "4000", "--window", "4"], "--prompt and --continue take"),
     ],
 )
 def test_bad_input_is_one_line(run, texts, capsys, changes, message):

@@ -26,6 +26,7 @@ from eval.measures.command import (
     show,
     write_csv,
 )
+from eval.measures.memories.options import add_memory_arguments, check_memories, memory_maker
 from eval.measures.texts import add_text_argument, check_files, repeated
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -45,6 +46,7 @@ EXAMPLE = (
     "--memories snapkv h2o --budgets 128 256"
 )
 ENOUGH = 5  # contexts for an interval
+SETTINGS = ("question", "samples", "distractors", "answer_tokens", "sinks", "window", "positions", "layer", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memories", nargs="+", metavar="MEMORY", help="names of sinkmodel.memories (default: all of them)"
     )
-    parser.add_argument(
-        "--budgets",
-        type=positive,
-        nargs="+",
-        default=[256],
-        metavar="C",
-        help="slots of a KV head that are kept at the end of the prompt (default: 256)",
-    )
+    add_memory_arguments(parser)
     parser.add_argument(
         "--question",
         choices=("outside", "inside"),
@@ -156,7 +151,7 @@ def _give(
         "command": "longcontext",
         "model": options.model,
         "sink_ids": loaded.sink_ids,
-        **{key: getattr(options, key) for key in ("question", "samples", "distractors", "answer_tokens", "seed")},
+        **{key: getattr(options, key) for key in SETTINGS},
         "level": LEVEL,
         "floor_score": FLOOR_SCORE,
         "floor_gain": FLOOR_GAIN,
@@ -217,22 +212,20 @@ def _check(options: argparse.Namespace) -> None:
     check_output("--csv", options.csv)
     if options.csv is not None and options.csv == options.json:
         raise UserError(f"--csv and --json are both {options.csv}; give two names")
+    check_memories(options, [name for name in options.memories or MEMORIES if name != "dense"])
     if options.samples < ENOUGH:
         say(f"--samples {options.samples}: fewer than {ENOUGH} contexts give no interval")
 
 
 def _sides(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Side, list[Side]]:
-    """Dense, and each other memory at each budget; UserError for a budget that is too small for one of them."""
+    """Dense, and each other memory at each budget."""
     from eval.measures.longcontext.measure import Side
     from sinkmodel.memories import MEMORIES, make_memory
 
     sides = []
     for name in dict.fromkeys(options.memories or MEMORIES):
         for budget in sorted(set(options.budgets)) if name != "dense" else ():
-            try:
-                sides.append(Side(name, budget, make_memory(name, loaded.model, budget=budget)))
-            except UserError as error:
-                raise UserError(f"{name} at --budgets {budget}: {error}") from None
+            sides.append(Side(name, budget, memory_maker(options, loaded.model, name, budget)()))
     return Side("dense", None, make_memory("dense", loaded.model)), sides
 
 

@@ -30,6 +30,7 @@ from eval.measures.command import (
     show,
     write_csv,
 )
+from eval.measures.memories.options import PUBLISHED, add_memory_arguments, check_memories, memory_maker
 from eval.measures.texts import add_text_argument, check_files, read_texts
 from eval.policies.choice import BORROWED
 from sinkmodel.console import say
@@ -47,7 +48,6 @@ EXAMPLE = (
 )
 STREAMS = ("window", "sink", "recompute")
 ALONE = ("snapkv", "h2o", "tova", "expected-attention", "gemfilter")
-PUBLISHED = "snapkv-as-published"
 NAMES = ("dense", *STREAMS, *ALONE, PUBLISHED)
 DEFAULT = ("dense", "window", "sink", *ALONE)
 
@@ -76,30 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memories", nargs="+", choices=NAMES, default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}"
     )
-    parser.add_argument(
-        "--budgets",
-        type=positive,
-        nargs="+",
-        default=[256],
-        metavar="C",
-        help="slots of a KV head at the end of the prompt (default: 256)",
-    )
-    parser.add_argument(
-        "--sinks",
-        type=whole,
-        metavar="S",
-        help="first tokens that every memory keeps (default: the method's own; of sink the model's sinks, or 4)",
-    )
-    parser.add_argument(
-        "--window", type=positive, metavar="W", help="last tokens that stay in any case (default: the method's own)"
-    )
-    parser.add_argument(
-        "--positions",
-        choices=("text", "cache"),
-        default="text",
-        help="of kept keys: those that they have in the text, or numbered again from 0 (default: text)",
-    )
-    parser.add_argument("--layer", type=whole, metavar="R", help="in which gemfilter chooses (default: 13/32 of all)")
+    add_memory_arguments(parser, "the method's own; of sink the model's sinks, or 4")
     parser.add_argument(
         "--stride", type=positive, default=4, metavar="N", help="tokens that a window of recompute answers for"
     )
@@ -138,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
         "sink_ids": loaded.sink_ids,
         "prompt": options.prompt,
         "continue": options.after,
-        "positions": options.positions,
+        **{key: getattr(options, key) for key in ("sinks", "window", "positions", "layer")},
         "margin": options.margin,
         "level": options.level,
         "seed": options.seed,
@@ -180,6 +157,11 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(
                 f"--budgets {budget} keeps every token of --prompt {options.prompt}; lower it, or raise --prompt"
             )
+        if "recompute" in options.memories and options.stride > budget:
+            raise UserError(f"--stride {options.stride} does not fit into --budgets {budget} of recompute; lower it")
+        if "sink" in options.memories and options.sinks and options.sinks >= budget:
+            raise UserError(f"--budgets {budget} holds nothing but the --sinks {options.sinks} of sink; raise it")
+    check_memories(options, [name for name in options.memories if name not in ("dense", *STREAMS)])
 
 
 def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
@@ -210,7 +192,6 @@ def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: i
     from eval.measures.memories.measure import Side
     from eval.measures.memories.readers import memory_reader, recompute_reader, stream_reader
     from eval.policies.recompute import Recompute
-    from sinkmodel.memories import make_memory
 
     front = len(loaded.sink_ids)
     if name == "recompute":
@@ -223,15 +204,7 @@ def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: i
         stream = partial(_stream, loaded.model, budget, sinks, options.positions)
         stream()  # refused here, if it is
         return Side(name, budget, stream_reader(stream), f"the first {sinks} and the {budget - sinks} latest")
-    settings: dict[str, Any] = {} if name == "gemfilter" else {"positions": options.positions}
-    if name == "gemfilter" and options.layer is not None:
-        settings["layer"] = options.layer
-    if name == PUBLISHED:
-        settings["group"] = "as_published"
-    for setting in ("sinks", "window"):
-        if getattr(options, setting) is not None:
-            settings[setting] = getattr(options, setting)
-    make = partial(make_memory, "snapkv" if name == PUBLISHED else name, loaded.model, budget, **settings)
+    make = memory_maker(options, loaded.model, name, budget)
     memory = make()
     return Side(name, budget, memory_reader(make), f"{memory.sinks} first, {memory.window} last, and the best others")
 

@@ -72,8 +72,7 @@ class Forgetful(Everything):
 MEMORIES = {"dense": Everything, "snapkv": Forgetful, "tova": Forgetful}
 
 
-def make_memory(name, model, budget=None, **settings):
-    assert not settings
+def make_memory(name, model, budget=None, positions="text"):
     if name != "dense" and budget <= FRONT:
         raise UserError(f"budget is {budget}; make {name} at least {FRONT + 1}")
     return MEMORIES[name](budget)
