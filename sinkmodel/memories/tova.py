@@ -31,9 +31,12 @@ class TOVA(Memory):
         super().__init__(config, budget, window=window, **settings)
         self.interval = whole(interval, "interval", 1)
 
+    @property
+    def observes(self) -> bool:
+        return not self.ended or (self.piece is not None and self.piece.evicts)
+
     def observe(self, layer: MemoryLayer, seen: Observation) -> None:
-        mean_BK = seen.last(1).weights().mean(dim=(1, 2))
-        layer.numbers("attention", *layer.keys.shape[:2])[...] = mean_BK[:, None]
+        layer.state["attention"] = seen.last(1).weights().mean(dim=(1, 2))  # [B, K]
 
     def scores(self, layer: MemoryLayer) -> Tensor:
-        return layer.held_numbers("attention")
+        return layer.state.pop("attention")[:, None]  # the next eviction has a latest query of its own

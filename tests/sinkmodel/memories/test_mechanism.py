@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from sinkmodel.errors import UserError
 from sinkmodel.memories import MEMORIES, Scored, make_memory, observation, pieces
 from sinkmodel.memories.layer import MemoryLayer
-from tests.models import build, cast, model_of, tokens
+from tests.models import POSITIONS, build, cast, model_of, tokens
 
 PROMPT, BUDGET = 40, 12
 EVICTING = [name for name in MEMORIES if name != "dense"]
@@ -225,9 +225,24 @@ def test_bytes_are_those_of_the_budget(llama, text, name):
     layers, groups, size = 2, 2, 8
     slots = 2 * layers * groups * BUDGET  # of both rows
     assert memory.bytes_kept == slots * 2 * size * 4
-    state = 4 if name in ("h2o", "tova") else 0
+    state = 4 if name == "h2o" else 0
     positions = 2 * BUDGET if name == "gemfilter" else slots  # its heads and layers have the same
     assert memory.bytes_held == slots * (2 * size * 4 + state) + 4 * positions
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_beside_keys_and_values_less_than_a_hundredth_is_held(name):
+    """Guards a state of the prompt that outlives it, in heads of the usual size; h2o alone needs a sum for each key."""
+    model = build("llama", head_dim=64, num_hidden_layers=1)
+    memory = make_memory(name, model, 32)
+    ids = torch.tensor([tokens(POSITIONS)])
+    read(model, memory, ids[:, :-1])
+    most = 1.016 if name == "h2o" else 1.008
+    assert memory.bytes_kept == 32 * 2 * 2 * 64 * 4, "slots, heads, K and V, size, fp32"
+    assert 1 < memory.bytes_held / memory.bytes_kept < most
+    if memory.interval:
+        model(ids[:, -1:], past_key_values=memory)
+        assert memory.bytes_held / memory.bytes_kept < most * 33 / 32, "a slot for the next token"
 
 
 def test_empty_slots_are_held_but_not_kept(llama, text):
