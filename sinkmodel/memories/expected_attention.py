@@ -23,6 +23,8 @@ from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.selection import JoiningRule, join_group
 from sinkmodel.rope import Rotation
 
+BLOCK = 256  # queries that are rotated at once: on a CPU they stay in its cache
+
 
 class ExpectedAttention(Memory):
     """A memory that keeps what future queries are expected to attend to.
@@ -65,12 +67,16 @@ class ExpectedAttention(Memory):
     def observe(self, layer: MemoryLayer, seen: Observation) -> None:
         rotary = self.rotary_of(layer)
         counted = self._counted(seen)
-        query = seen.query_BHND[:, :, counted.first :].float()
-        if rotary is not None:
-            if counted.rotation is None:
-                counted.rotation = rotary.rotation(counted.back_B1N, query.device)
-            query = rotary.apply(query, counted.rotation)
-        merge(layer.state, query, counted.weight_B1N1)
+        query_BHND = seen.query_BHND[:, :, counted.first :]
+        if rotary is not None and counted.rotation is None:
+            counted.rotation = rotary.rotation(counted.back_B1N, query_BHND.device)
+        for start in range(0, query_BHND.shape[2], BLOCK):
+            block = slice(start, start + BLOCK)
+            query = query_BHND[:, :, block].float()
+            if rotary is not None:
+                cos, sin = counted.rotation
+                query = rotary.apply(query, (cos[:, :, block], sin[:, :, block]))
+            merge(layer.state, query, None if counted.weight_B1N1 is None else counted.weight_B1N1[:, :, block])
 
     def _counted(self, seen: Observation) -> Counted:
         """Which queries of the piece take part: the same in every layer, so looked up once."""
@@ -102,8 +108,8 @@ class ExpectedAttention(Memory):
         keys = keys.float()
         logits_BGRK = (mean_BGRD @ keys.transpose(-1, -2)) * self.scale
         if self.covariance:
-            turned = torch.stack([keys @ covariance_BGRDD[:, :, r] for r in range(covariance_BGRDD.shape[2])], dim=2)
-            logits_BGRK += (turned * keys[:, :, None]).sum(-1) * (self.scale**2 / 2)
+            for r, covariance_BGDD in enumerate(covariance_BGRDD.unbind(dim=2)):  # together they would fill no cache
+                logits_BGRK[:, :, r] += (keys @ covariance_BGDD).mul_(keys).sum(-1) * (self.scale**2 / 2)
         positions = layer.held_positions()
         logits_BGRK = logits_BGRK.masked_fill((positions < self.sinks)[:, :, None], float("-inf"))
         weights = logits_BGRK.softmax(dim=-1).nan_to_num(0.0)  # a row that has nothing but sinks

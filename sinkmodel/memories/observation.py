@@ -9,6 +9,7 @@ Shapes: B rows, H query heads in G groups of R = H/G, N queries, K keys, D.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class Observation:
 
         A row sums to 1, or to less if the model has a sink in its softmax, which takes its share.
         """
-        return self._weights(0, self.query_BHND.shape[2], self.keys_BGKD.shape[2])
+        return self._weights(0, self.query_BHND.shape[2], self.keys_BGKD.transpose(-1, -2))
 
     def column_sums(self) -> Tensor:
         """How much attention each key got from all queries together, [B, H, K] in fp32."""
@@ -67,22 +68,28 @@ class Observation:
             return self.weights()[:, :, 0]
         sums = torch.zeros(B, H, K, device=self.query_BHND.device)
         numbers = BLOCK_NUMBERS.get(self.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
-        block = max(1, min(N, numbers // (B * H * K)))
-        for start in range(0, N, block):
-            end = min(N, start + block)
-            seen = K - N + end  # a later key is seen by none of them
-            sums[:, :, :seen] += self._weights(start, end, seen).sum(dim=2)
+        keys_BGDK = self.keys_BGKD.transpose(-1, -2).contiguous()  # read by every block
+        buffer = torch.empty(max(numbers, B * H * K), dtype=self.query_BHND.dtype, device=self.query_BHND.device)
+        start = 0
+        while start < N:
+            before = K - N + start  # keys that all queries of the block see
+            # The most queries n for which n · (before + n) weights fit: a later key is seen by none of them.
+            most = (math.isqrt(before**2 + 4 * numbers // (B * H)) - before) // 2
+            end = min(N, start + max(1, most))
+            seen = K - N + end
+            sums[:, :, :seen] += self._weights(start, end, keys_BGDK[..., :seen], buffer).sum(dim=2)
+            start = end
         return sums
 
-    def _weights(self, start: int, end: int, seen: int) -> Tensor:
-        """[B, H, end − start, seen]: the attention of queries [start, end) to the first `seen` keys."""
+    def _weights(self, start: int, end: int, keys_BGDK: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """[B, H, end − start, K']: the attention of queries [start, end) to the first K' keys, in `buffer` if given."""
         query = self.query_BHND[:, :, start:end]
         B, H, n, D = query.shape
-        G = self.keys_BGKD.shape[1]
-        keys = self.keys_BGKD[:, :, :seen]
+        G, seen = keys_BGDK.shape[1], keys_BGDK.shape[3]
         exact = query.dtype in (torch.float32, torch.float64)  # else scaling before the product would round twice
         grouped = (query * self.scale if exact else query).reshape(B, G, -1, D)
-        scores = (grouped @ keys.transpose(-1, -2)).float().view(B, H, n, seen)
+        out = None if buffer is None else buffer[: B * H * n * seen].view(B, G, -1, seen)
+        scores = torch.matmul(grouped, keys_BGDK, out=out).float().view(B, H, n, seen)
         if not exact:
             scores *= self.scale
         if self.softcap is not None:
@@ -95,10 +102,10 @@ class Observation:
             scores.masked_fill_(~self.full_BK[:, None, None, :seen], float("-inf"))
         sink = sink_scores(self.module, query, self.scale)
         if sink is None:
-            weights = scores.softmax(dim=-1)
+            weights = torch.softmax(scores, dim=-1, out=scores)
         else:
             total = torch.logaddexp(scores.logsumexp(dim=-1), sink)
             weights = (scores - total[..., None]).exp_()
         if self.valid_BN is not None:
-            weights = weights.masked_fill(~self.valid_BN[:, None, start:end, None], 0.0)
+            weights.masked_fill_(~self.valid_BN[:, None, start:end, None], 0.0)
         return weights
