@@ -70,12 +70,12 @@ class ExpectedAttention(Memory):
         query_BHND = seen.query_BHND[:, :, counted.first :]
         if rotary is not None and counted.rotation is None:
             counted.rotation = rotary.rotation(counted.back_B1N, query_BHND.device)
+        rotation = counted.rotation
         for start in range(0, query_BHND.shape[2], BLOCK):
             block = slice(start, start + BLOCK)
             query = query_BHND[:, :, block].float()
-            if rotary is not None:
-                cos, sin = counted.rotation
-                query = rotary.apply(query, (cos[:, :, block], sin[:, :, block]))
+            if rotary is not None and rotation is not None:
+                query = rotary.apply(query, (rotation[0][:, :, block], rotation[1][:, :, block]))
             merge(layer.state, query, None if counted.weight_B1N1 is None else counted.weight_B1N1[:, :, block])
 
     def _counted(self, seen: Observation) -> Counted:
