@@ -65,7 +65,6 @@ class GemFilter(Memory):
 
     def _begin(self) -> None:
         super()._begin()
-        self.prompt: list[Tensor] = []  # what has been read of it, ids or embeddings
         self.first_pass = False  # only layers 0 to r run
         self.text_BC: Tensor | None = None  # in the second pass: the positions in the text of what is read
         self.forward_of_model: Callable[..., Any] | None = None
@@ -100,9 +99,10 @@ class GemFilter(Memory):
                 f"{self.name} expects {self.expected} columns of prompt and was given {end}; feed what follows the "
                 "prompt in a forward of its own"
             )
-        self.forward_of_model = forward
         self.first_pass = self.columns == 0 and end == self.expected
-        self.prompt.append(request.tokens)
+        state = self.layers[self.layer].state
+        more = request.tokens.to(self.traits.device) if self.traits is not None else request.tokens
+        state["prompt"] = torch.cat([state["prompt"], more], dim=1) if "prompt" in state else more
         outputs = super().read(forward, model, request)
         return self._second_pass(model, request) if end == self.expected else outputs
 
@@ -136,26 +136,32 @@ class GemFilter(Memory):
             raise _Chosen
         return super().attend(attention, module, query, key, value, kwargs)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.prompt = [tokens[indices.to(tokens.device)] for tokens in self.prompt]
+    def _admit(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Request:
+        request = super()._admit(forward, model, args, kwargs)
+        self.forward_of_model = forward
+        return request
 
     def end_prompt(self) -> None:
-        self._check_open()
-        model = self.model() if self.model is not None else None
-        if model is None or not self.prompt:
-            raise UserError(f"{self.name} has no prompt to read again: feed one first, and end it before it is saved")
-        tokens = torch.cat(self.prompt, dim=1)
+        self._check_can_end()
+        assert self.model is not None
+        tokens = self._prompt()
         name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"
         self.in_forward = True
         try:
-            self._second_pass(model, Request(name, tokens, None, 1, False, {"return_dict": True}))
+            self._second_pass(self.model(), Request(name, tokens, None, 1, False, {"return_dict": True}))
         finally:
             self.in_forward, self.piece = False, None
 
+    def _prompt(self) -> Tensor:
+        """What has been read of the prompt, ids [B, N] or embeddings [B, N, hidden]."""
+        prompt = self.layers[self.layer].state.get("prompt")
+        if prompt is None or prompt.shape[1] != self.columns:
+            raise UserError(f"this {self.name} was restored without its whole prompt; reset() it and read that again")
+        return prompt
+
     def _second_pass(self, model: Any, request: Request) -> list[Any]:
         """Choose, forget all, and read what was chosen: the outputs are those of the chosen tokens."""
-        columns, seen, prompt = self.columns, self.seen, torch.cat(self.prompt, dim=1)
+        columns, seen, prompt = self.columns, self.seen, self._prompt()
         self.budgets = self._budgets(seen)
         chooser = self.layers[self.layer]
         scores, positions = self.scores(chooser), chooser.held_positions()[:, :1]
@@ -174,7 +180,7 @@ class GemFilter(Memory):
         self.text_BC = positions[:, 0].gather(1, slots).masked_fill(~full, EMPTY)
         for layer in self.layers:
             layer.clear()
-        self.prompt, self.first_pass, self.expected, self.columns = [], False, None, 0
+        self.first_pass, self.expected, self.columns = False, None, 0
         self.seen, self.kept = [0] * len(seen), [0] * len(seen)
         assert self.forward_of_model is not None
         self.torn = True

@@ -177,17 +177,22 @@ class Memory(MemoryInterface):
 
     def end_prompt(self) -> None:
         """Compress what has been read. Raises UserError if that is nothing, or has been compressed."""
-        self._check_open()
-        if not self.columns:
-            raise UserError(f"{self.name} has read no prompt; feed one first")
-        if self.traits is None:
-            raise UserError(f"this {self.name} was restored and has not met its model yet; feed the next token instead")
+        self._check_can_end()
         self.budgets = self._budgets(self.seen)
         self.torn = True
         for layer in self.layers:
             self._compress(layer, self.seen)
         self._note_end()
         self.torn = False
+
+    def _check_can_end(self) -> None:
+        self._check_open()
+        if not self.columns:
+            raise UserError(f"{self.name} has read no prompt; feed one first")
+        if self.traits is None:
+            raise UserError(f"this {self.name} was restored and has not met its model yet; feed the next token instead")
+        if self.model is not None and self.model() is None:
+            raise UserError(f"the model that this {self.name} has read with is gone; reset() it for another")
 
     def _check_open(self) -> None:
         if self.ended:

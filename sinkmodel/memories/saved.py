@@ -4,8 +4,7 @@
     memory = SnapKV(model.config, budget=1024)  # as it was made
     memory.load("memory.pt")
 
-`torch.load(..., weights_only=True)` reads it: no code of a stranger runs. A prompt that has not ended may be saved too;
-GemFilter alone has to end it first, since it would read it again.
+`torch.load(..., weights_only=True)` reads it: no code of a stranger runs. A prompt that has not ended may be saved too.
 """
 
 from __future__ import annotations
