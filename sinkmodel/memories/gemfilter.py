@@ -17,6 +17,7 @@ from torch import Tensor
 from sinkmodel.cache.inputs import Request
 from sinkmodel.errors import UserError
 from sinkmodel.memories.arguments import odd, one_of, whole
+from sinkmodel.memories.hooks import alone
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.observation import Observation
@@ -146,9 +147,11 @@ class GemFilter(Memory):
         assert self.model is not None
         tokens = self._prompt()
         name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"
+        model = self.model()
         self.in_forward = True
         try:
-            self._second_pass(self.model(), Request(name, tokens, None, 1, False, {"return_dict": True}))
+            with alone(model):
+                self._second_pass(model, Request(name, tokens, None, 1, False, {"return_dict": True}))
         finally:
             self.in_forward, self.piece = False, None
 

@@ -2,11 +2,16 @@
 
 transformers looks up the attention function by name in every layer. For the time of one forward that name is ours; the
 function calls the one that the model had, with a mask of the memory's, and then shows the memory what it was given.
+
+The name belongs to the model, so threads that read with memories on one model take turns (`alone`). A forward without a
+memory in another thread, at that very time, is refused.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +20,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sinkmodel.errors import UserError
 
 OBSERVED = "sinkmodel_observed"  # registered without a mask function, so transformers makes no mask
 
@@ -27,6 +34,12 @@ class Observer(Protocol):
 
 
 _CURRENT: ContextVar[tuple[Observer, str] | None] = ContextVar(OBSERVED, default=None)
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def alone(model: Any) -> Any:
+    """A lock: one thread at a time reads with a memory on this model."""
+    return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager
@@ -53,7 +66,10 @@ def _observed_attention(
 ) -> tuple[Tensor, Any]:
     current = _CURRENT.get()
     if current is None:
-        raise RuntimeError(f"the attention {OBSERVED!r} works only inside of a forward with a Memory")
+        raise UserError(
+            "a memory is reading with this model in another thread; run the model when that forward has ended, or load "
+            "it once for each thread"
+        )
     memory, name = current
     return memory.attend(_function(module, name), module, query, key, value, kwargs)
 

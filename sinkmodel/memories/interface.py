@@ -19,7 +19,10 @@ from sinkmodel.memories.saved import FORMAT, check_state, restore, state_of
 from sinkmodel.memories.selection import EMPTY
 from sinkmodel.model_support import signature
 
-TAKES_BACK = ("assisted_generation", "contrastive_search")  # modes of `generate` that crop the cache
+TAKES_BACK = {  # modes of `generate` that crop the cache, and what asks for them
+    "assisted_generation": "assistant_model, prompt_lookup_num_tokens and assistant_early_exit",
+    "contrastive_search": "penalty_alpha",
+}
 OF_MODEL = ("model", "traits", "piece", "forward_of_model")  # what a memory knows of the model that reads
 LISTS = ("seen", "kept", "budgets", "shift")  # one number for each row
 
@@ -219,7 +222,7 @@ class MemoryInterface(Cache):
         """What `generate` is about to do: it tells where the prompt ends."""
         if mode in TAKES_BACK:
             raise UserError(
-                f"{mode.replace('_', ' ')} takes tokens back, which {self.name} cannot do; use another mode"
+                f"{mode.replace('_', ' ')} takes tokens back, which {self.name} cannot do; leave out {TAKES_BACK[mode]}"
             )
         if prompt is None or self.ended:
             return

@@ -30,7 +30,7 @@ from sinkmodel.cache.inputs import Request, joined, piece_of
 from sinkmodel.errors import UserError
 from sinkmodel.memories.admission import admit
 from sinkmodel.memories.arguments import one_of, whole
-from sinkmodel.memories.hooks import attention_modules, observed
+from sinkmodel.memories.hooks import alone, attention_modules, observed
 from sinkmodel.memories.interface import MemoryInterface
 from sinkmodel.memories.layer import SPARE, MemoryLayer
 from sinkmodel.memories.observation import Observation
@@ -254,6 +254,10 @@ class Memory(MemoryInterface):
     @uncompiled
     def run_forward(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What `model(...)` returns with this memory; the hook calls it (`sinkmodel.cache.hook`)."""
+        with alone(model):
+            return self._run_forward(forward, model, args, kwargs)
+
+    def _run_forward(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         request = self._admit(forward, model, args, kwargs)
         if not self.ended and self.expected is None and self.columns and request.tokens.shape[1] == 1:
             self.end_prompt()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from sinkmodel.errors import UserError
-from sinkmodel.memories import MEMORIES, Scored, make_memory, observation, pieces
+from sinkmodel.memories import MEMORIES, Memory, Scored, make_memory, observation, pieces
 from sinkmodel.memories.layer import MemoryLayer
 from tests.models import POSITIONS, build, cast, model_of, tokens
 
@@ -384,3 +386,36 @@ def test_a_press_is_given_the_whole_prompt_of_each_layer(llama, text, size, know
     llama(text[:, :PROMPT], past_key_values=keys)
     shortest = (-keys.layers[0].keys.norm(dim=-1)).topk(BUDGET).indices.sort().values
     assert memory.kept_positions(0) == shortest[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["snapkv", "gemfilter"])
+def test_threads_with_memories_on_one_model_take_turns(llama, text, name, monkeypatch):
+    """Guards the attention function of the model, which is ours while a memory reads."""
+    attend, own = Memory.attend, llama.config._attn_implementation
+
+    def slow(*args):
+        time.sleep(0.005)  # the other thread gets its chance in every layer
+        return attend(*args)
+
+    def work(row):
+        memory = read(llama, new(name, llama), text[row : row + 1, :PROMPT], known=False)
+        return feed(llama, memory, text[row : row + 1, PROMPT:])
+
+    expected = [work(row) for row in (0, 1)]
+    monkeypatch.setattr(Memory, "attend", slow)
+    with ThreadPoolExecutor(2) as threads:
+        for ours, theirs in zip(threads.map(work, (0, 1)), expected):
+            torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+    assert llama.config._attn_implementation == own
+
+
+def test_a_forward_without_a_memory_beside_one_with_it_is_one_clear_line(llama, text, monkeypatch):
+    attend = Memory.attend
+
+    def beside(*args):
+        with ThreadPoolExecutor(1) as thread, pytest.raises(UserError, match="a memory is reading with this model"):
+            thread.submit(llama, text[:, :4]).result()
+        return attend(*args)
+
+    monkeypatch.setattr(Memory, "attend", beside)
+    read(llama, new("snapkv", llama), text[:, :PROMPT])
