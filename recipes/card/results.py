@@ -15,7 +15,7 @@ from sinkmodel.files import read_json
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-IN_REPORT_ALONE = ("sinks", "streameval", "latency", "memories", "longcontext")
+IN_REPORT_ALONE = ("sinks", "streameval", "latency")
 Own = Callable[[str], bool]  # whether a name in a result means this model
 
 
@@ -146,11 +146,45 @@ def _zeroshot(content: dict[str, Any], own: Own) -> Iterator[Measured]:
         yield Measured(metric, what, row["task"], files.get(row["task"]), row["adapter"], low, high, more=more)
 
 
+def _memories(content: dict[str, Any], own: Own) -> Iterator[Measured]:
+    """Of dense its perplexity, of each memory its difference to dense."""
+    if not own(content["model"]):
+        return
+    after = f"{content['continue']:,} tokens after a prompt of {content['prompt']:,}"
+    for row in content["rows"]:
+        held = {} if row.get("bytes_held") is None else {"bytes_held": _short(row["bytes_held"])}
+        if row["difference"] is None:
+            what = f"perplexity, {row['label']}, {after}"
+            yield Measured("perplexity", what, *_text(content), _exp(row["nll"]), more=held)
+            continue
+        alone = ", on these texts alone" if row.get("speaks_of") == "these texts" else ""
+        answer = f", margin ±{content['margin']:g}: {row['answer']}" if row["answer"] else ""
+        what = f"{row['label']} − dense, nats per token, {after}{alone}{answer}"
+        limits = {"low": row["low"], "high": row["high"], "level": content["level"]}
+        yield Measured("nll_difference", what, *_text(content), row["difference"], **limits, more=held)
+
+
+def _longcontext(content: dict[str, Any], own: Own) -> Iterator[Measured]:
+    """Scores of the cells that count."""
+    if not own(content["model"]):
+        return
+    for row in content["rows"]:
+        if row["floor"] or row["score"] is None:
+            continue
+        stderr = row.get("score_stderr")
+        low, high = (None if stderr is None else row["score"] + side * stderr for side in (-1.96, 1.96))
+        what = f"long prompt, {row['label']}, {row['length']:,} tokens, question {row['question']}"
+        more = {} if row.get("contexts") is None else {"contexts": row["contexts"]}
+        yield Measured(row.get("metric", "score"), what, row["task"], None, row["score"], low, high, more=more)
+
+
 READERS: dict[str, Callable[[dict[str, Any], Own], Iterator[Measured]]] = {
     "verify": _verify,
     "grid": _grid,
     "ppl": _ppl,
     "zeroshot": _zeroshot,
+    "memories": _memories,
+    "longcontext": _longcontext,
 }
 
 

@@ -156,6 +156,19 @@ def test_a_verdict_for_other_texts_is_not_said_to_be_of_these(run, tmp_path, spe
     assert difference.more.get("speaks_of") == speaks_of
 
 
+def test_memories_and_long_prompts_stand_on_the_card(run, tmp_path):
+    """Risk: a difference to dense taken for a loss, or a task at the floor shown as if it said something."""
+    files = result_files(tmp_path, {"runs/token": run}, "memories", "longcontext")
+    found = {one.what: one for one in read_results(files, lambda name: name == str(run))}
+    assert found["perplexity, dense, 16 tokens after a prompt of 32"].value == pytest.approx(math.exp(3.0))
+    worse = found["h2o 16 − dense, nats per token, 16 tokens after a prompt of 32, margin ±0.01: worse"]
+    assert (worse.metric, *worse.said) == ("nll_difference", "+0.1000", "95 %: [+0.0500, +0.1500]")
+    task = found["long prompt, h2o 8, 256 tokens, question outside"]
+    assert (task.text, task.value, task.said[1]) == ("vt", 0.7, "–")
+    assert len(found) == 5 + 2
+    assert not read_results(files, lambda name: False)
+
+
 def test_results_of_other_models_are_left_out_and_said(model, run, tmp_path, capsys):
     """Risk: the twin's numbers under this model's name."""
     files = result_files(tmp_path, {}, "ppl", "latency")
