@@ -4,9 +4,8 @@
     sink-prepare --input recall.jsonl --vocabulary_size 2048 --output data/recall
     sink-pretrain --config recall --config sink-token --data.path data/recall --output runs/recall
 
-Each document is a run of sentences of the books, or one sample of a task, short or long, with the answers to all its
-questions. Quotations (`verbatim`) teach the most: once a few of its words are read, the text above says what
-comes next. Give other books to `sink-eval longcontext`, so that the model has not read them.
+Each document is a run of sentences of the books, random words of them three times over (`copy`), or a sample of a task
+with the answers to all its questions. Give other books to `sink-eval longcontext`, so that the model has not read them.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ EXAMPLE = "python examples/recall_text.py --text books.jsonl.xz --documents 1000
 
 @dataclass(frozen=True)
 class Share:
-    """A kind of document: how often it is drawn, and the fewest and most units (sentences, pairs, needles) in it."""
+    """A kind of document: how often it is drawn, and the fewest and most sentences, words, pairs or needles in it."""
 
     task: str
     weight: int
@@ -39,17 +38,19 @@ class Share:
     most: int
 
 
-PROSE = "prose"
+PROSE, COPY = "prose", "copy"
 MIXTURE = (
-    Share(PROSE, 25, 4, 30),
-    Share("verbatim", 25, 1, 8),
+    Share(PROSE, 15, 4, 30),
+    Share(COPY, 35, 10, 100),
+    Share("verbatim", 15, 1, 8),
     Share("key_value", 20, 4, 40),
-    Share("niah_single_1", 5, 1, 20),
-    Share("niah_single_2", 5, 2, 20),
-    Share("niah_multikey_1", 8, 4, 20),
-    Share("niah_multikey_2", 8, 2, 20),
-    Share("niah_multiquery", 4, 4, 20),
+    Share("niah_single_1", 3, 1, 20),
+    Share("niah_single_2", 3, 2, 20),
+    Share("niah_multikey_1", 3, 4, 20),
+    Share("niah_multikey_2", 3, 2, 20),
+    Share("niah_multiquery", 3, 4, 20),
 )
+COPIES = 3
 
 
 @command("recall_text")
@@ -84,7 +85,9 @@ def read_books(files: list[Path]) -> OwnText:
     """Raises UserError if the books are too short for the longest document of each kind."""
     text, _ = read_own_text(files)
     for share in MIXTURE:
-        has = {"verbatim": text.passages, "key_value": text.words[::2]}.get(share.task, text.sentences)
+        has = {"verbatim": text.passages, COPY: text.words, "key_value": text.words[::2]}.get(
+            share.task, text.sentences
+        )
         if len(has) < share.most:
             raise UserError(f"--text is too short for {share.task}, which takes {share.most} parts of it; add books")
     return text
@@ -92,9 +95,11 @@ def read_books(files: list[Path]) -> OwnText:
 
 def make_document(rng: Random, text: OwnText) -> str:
     share = rng.choices(MIXTURE, [share.weight for share in MIXTURE])[0]
-    units = rng.randint(share.least, share.most)
+    units = round(share.least * (share.most / share.least) ** rng.random())  # short ones as often as long ones
     if share.task == PROSE:
         return " ".join(text.run(rng.random(), units))
+    if share.task == COPY:
+        return "\n".join([" ".join(rng.sample(text.words, units))] * COPIES)
     task = (own_text.TASKS | ruler.TASKS)[share.task]
     return answered(task.build(rng, units, Setting(length=0, distractors=0, text=text)))
 

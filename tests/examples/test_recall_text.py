@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from examples import recall_text
-from examples.recall_text import MIXTURE, PROSE, main, make_document, read_books
+from examples.recall_text import COPY, MIXTURE, PROSE, main, make_document, read_books
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +22,35 @@ def book(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("share", MIXTURE, ids=lambda share: share.task)
+ANSWERS = {"verbatim": r"has this passage: “(.+)", "key_value": r"Answer: (.+: .+)"}
+TASKS = [share for share in MIXTURE if share.task not in (PROSE, COPY)]
+
+
+@pytest.mark.parametrize("share", TASKS, ids=lambda share: share.task)
 def test_every_answer_stands_in_its_context(share, book, monkeypatch):
     monkeypatch.setattr(recall_text, "MIXTURE", (share,))
     text = read_books([book])
-    answers = {
-        "verbatim": r"has this passage: “(.+)",
-        "key_value": r"Answer: (.+: .+)",
-        PROSE: r"$^",
-    }.get(share.task, r"mentioned in the provided text (?:is|are) (.+)")
     for number in range(5):
         document = make_document(Random(number), text)
-        found = re.findall(answers, document)
-        assert bool(found) == (share.task != PROSE)
+        found = re.findall(ANSWERS.get(share.task, r"mentioned in the provided text (?:is|are) (.+)"), document)
+        assert found
         context = re.split(r"\n\n?(?:What|The text above|Which word)", document)[0]
         for answer in found:
             parts = re.findall(r"\d{7}", answer) if share.task.startswith("niah") else [answer]
             assert parts
             assert all(part in context for part in parts), (answer, document)
+
+
+def test_a_copy_is_the_same_line_three_times(book, monkeypatch):
+    monkeypatch.setattr(recall_text, "MIXTURE", tuple(share for share in MIXTURE if share.task == COPY))
+    text = read_books([book])
+    lengths = set()
+    for number in range(5):
+        first, *more = make_document(Random(number), text).split("\n")
+        assert more == [first, first]
+        lengths.add(len(first.split()))
+    assert len(lengths) > 1
+    assert all(10 <= length <= 100 for length in lengths)
 
 
 def test_the_file_is_the_same_for_a_seed_and_another_for_another(book, tmp_path, capsys):
