@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from eval.measures.longcontext import own_text, ruler
-from eval.measures.longcontext.own_text import OwnText, read_own_text
+from eval.measures.longcontext.own_text import WORD, OwnText, read_own_text
 from eval.measures.longcontext.samples import Sample, Setting
 from sinkmodel.console import command, put
 from sinkmodel.errors import UserError
@@ -38,6 +39,15 @@ class Share:
     most: int
 
 
+@dataclass(frozen=True)
+class Books:
+    """Sentences, and the words that copies are made of: the most frequent ones, each a token, so that a copy of them is
+    the easiest thing to learn that needs a look back."""
+
+    text: OwnText
+    common: list[str]
+
+
 PROSE, COPY = "prose", "copy"
 MIXTURE = (
     Share(PROSE, 15, 4, 30),
@@ -51,19 +61,20 @@ MIXTURE = (
     Share("niah_multiquery", 3, 4, 20),
 )
 COPIES = 3
+COMMON = 300  # words that copies are made of
 
 
 @command("recall_text")
 def main(argv: list[str]) -> int | None:
     options = parse(argv)
-    text = read_books(options.text)
+    books = read_books(options.text)
     with (
         atomic_file(options.output) as path,
         path.open("w", encoding="utf-8") as file,
         CountedProgress("writing", "documents", options.documents) as progress,
     ):
         for number in range(options.documents):
-            document = make_document(Random(f"{options.seed} {number}"), text)
+            document = make_document(Random(f"{options.seed} {number}"), books)
             file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
             progress.add(1)
     put(f"{options.documents:,} documents are in {options.output}")
@@ -81,27 +92,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def read_books(files: list[Path]) -> OwnText:
+def read_books(files: list[Path]) -> Books:
     """Raises UserError if the books are too short for the longest document of each kind."""
     text, _ = read_own_text(files)
     for share in MIXTURE:
-        has = {"verbatim": text.passages, COPY: text.words, "key_value": text.words[::2]}.get(
-            share.task, text.sentences
-        )
+        has = {"verbatim": text.passages, "key_value": text.words[::2]}.get(share.task, text.sentences)
         if len(has) < share.most:
             raise UserError(f"--text is too short for {share.task}, which takes {share.most} parts of it; add books")
-    return text
+    counts = Counter(WORD.findall(" ".join(text.sentences).lower()))
+    return Books(text, [word for word, _ in counts.most_common(COMMON)])
 
 
-def make_document(rng: Random, text: OwnText) -> str:
+def make_document(rng: Random, books: Books) -> str:
     share = rng.choices(MIXTURE, [share.weight for share in MIXTURE])[0]
     units = round(share.least * (share.most / share.least) ** rng.random())  # short ones as often as long ones
     if share.task == PROSE:
-        return " ".join(text.run(rng.random(), units))
+        return " ".join(books.text.run(rng.random(), units))
     if share.task == COPY:
-        return "\n".join([" ".join(rng.sample(text.words, units))] * COPIES)
+        return "\n".join([" ".join(rng.choices(books.common, k=units))] * COPIES)
     task = (own_text.TASKS | ruler.TASKS)[share.task]
-    return answered(task.build(rng, units, Setting(length=0, distractors=0, text=text)))
+    return answered(task.build(rng, units, Setting(length=0, distractors=0, text=books.text)))
 
 
 def answered(sample: Sample) -> str:
