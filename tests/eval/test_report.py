@@ -19,7 +19,8 @@ from tests import results
 
 SECTIONS = ["The verdict", "The grid", "Training of the twins", "Perplexity by position", "Perplexity against budget",
             "Where attention goes", "When the sink is born", "Attention maps", "Zero-shot tasks",
-            "What a stream remembers", "Latency", "Memories", "Long prompts", "Provenance"]  # fmt: skip
+            "What a stream remembers", "Latency", "Reading a prompt", "Memories", "Long prompts",
+            "Provenance"]  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):

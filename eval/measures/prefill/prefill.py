@@ -209,10 +209,16 @@ def print_tables(content: dict[str, Any]) -> None:
         _print_prompt(f"{head}: a prompt of {length:,} tokens", rows, content["weights_bytes"])
         _print_answers(rows)
         _print_crossovers([pair for pair in content["crossovers"] if pair["length"] == length])
-    for row in content["rows"]:
+    report_growth(content["rows"])
+
+
+def report_growth(rows: list[dict[str, Any]]) -> None:
+    """A line for each memory after which the process has not given the rest of the prompt back."""
+    for row in rows:
         if row["bytes_grown"] > 1.01 * row["bytes_held"] + SLACK:
             more = (row["bytes_grown"] - row["bytes_held"]) / 2**20
-            say(f"{row['label']}: after the prompt of {row['length']:,} the process has {more:,.0f} MiB more than it")
+            prompt = f"the prompt of {row['length']:,} tokens"
+            say(f"{row['label']}: after {prompt} the process has kept {more:,.0f} MiB more than it")
 
 
 def _print_prompt(title: str, rows: list[dict[str, Any]], weights: int) -> None:
@@ -279,6 +285,8 @@ def tokens_or_never(value: float | None) -> str:
 
 def crossover_range(pair: dict[str, Any]) -> str:
     """`[low, high]`; a dash for fewer rounds than an interval needs."""
-    if pair["rounds"] < DEFAULTS["rounds"] or pair["low"] is None:
+    if pair["rounds"] < DEFAULTS["rounds"]:
         return "–"
+    if pair["low"] is None:
+        return "never"
     return f"[{tokens_or_never(pair['low'])}, {tokens_or_never(pair['high'])}]"
