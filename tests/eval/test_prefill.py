@@ -1,4 +1,4 @@
-"""Guards `sink-eval latency --prefill`: sides in turns, steps at the keys that rows name, memory given back, crossover."""
+"""Guards `sink-eval latency --prefill`: sides in turns, steps at the keys that rows name, bytes held, the crossover."""
 
 from __future__ import annotations
 
