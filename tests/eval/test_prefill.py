@@ -244,7 +244,7 @@ def test_a_shape_is_made_where_and_as_it_runs(shape):
 
 def test_the_shape_of_llama_is_that_of_the_8b_model():
     """Guards the command for a GPU: sizes that are not Llama-3.1-8B's, or no room for an answer."""
-    shape = read_shape(ROOT / "configs" / "models" / "llama-3.1-8b.yaml")
+    shape = read_shape(ROOT / "configs" / "models" / "llama-8b.yaml")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(shape))
     assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
