@@ -85,6 +85,10 @@ def test_rounds_that_do_not_agree_widen_the_interval_of_a_crossover():
     unsure = Times([50.0] * 6, {1: [1.9, 2.5, 2.0, 3.5, 1.8, 3.0]})
     low, high = crossover_interval(unsure, dense)
     assert low < crossover(unsure.medians(), dense.medians()) < high == math.inf
+    late = Times([50.0, 120.0, 60.0, 99.0, 40.0, 130.0], {1: [3.0] * 6})
+    low, high = crossover_interval(late, dense)
+    assert low == 0, "the order of the first tokens is not sure"
+    assert high > crossover(late.medians(), dense.medians()) > 0
     assert crossover_interval(Times([50.0] * 4, {1: [3.0] * 4}), dense) is None
 
 
