@@ -103,7 +103,7 @@ def test_sides_take_turns_and_ratios_are_of_one_round(monkeypatch):
         slow = 1 + len(order) // 3
         order.append(side.memory)
         side.first.append(cost[side.memory] * slow)
-        side.above.append(100 * slow)
+        side.above.append(int(100 * cost[side.memory]))
         side.grown.append(10)
         return side.memory
 
