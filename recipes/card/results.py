@@ -15,7 +15,7 @@ from sinkmodel.files import read_json
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-IN_REPORT_ALONE = ("sinks", "streameval", "latency", "memories", "longcontext")
+IN_REPORT_ALONE = ("sinks", "streameval", "latency", "latency --prefill", "memories", "longcontext")
 Own = Callable[[str], bool]  # whether a name in a result means this model
 
 
