@@ -10,8 +10,8 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 # The oldest transformers that exported models must load in, alone with torch.
 OLD    := 4.57.6
 PLAIN  := .venv-transformers-$(OLD)
-# Two test files at a time, each of one thread.
-BOTH   := --numprocesses 2 --dist loadfile
+# Two test files at a time, each of one thread; a process that ends in the middle ends the tests.
+BOTH   := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 .PHONY: help demo test test-fast test-cluster test-browser lint format docs bench clean
 

@@ -19,6 +19,7 @@ import torch
 from sinkmodel.bounds import inside
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import read_json
+from sinkmodel.gguf_reading import remembered
 from sinkmodel.sinks import SinkConfig, check_record, write_sink
 
 
@@ -48,8 +49,9 @@ def check_gguf_packages(path: Path) -> None:
 
 def from_gguf(path: Path) -> tuple[Any, Any]:
     check_gguf_packages(path)
-    _refuse_what_transformers_ignores(path)
-    model, tokenizer = from_transformers(str(path.parent), gguf_file=path.name)
+    with remembered():
+        _refuse_what_transformers_ignores(path)
+        model, tokenizer = from_transformers(str(path.parent), gguf_file=path.name)
     # The weights are in fp32 now. A checkpoint or a folder of this model shall not say that they are quantised.
     for place, names in (
         (model.config, ("quantization_config", "_is_quantized")),
@@ -68,7 +70,7 @@ def _refuse_what_transformers_ignores(path: Path) -> None:
     import gguf
 
     try:
-        reader = gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(str(path))
         scalings = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
         tensors = {tensor.name for tensor in reader.tensors}
         (kind,) = [field.contents() for name, field in reader.fields.items() if name == "general.architecture"]

@@ -155,6 +155,43 @@ def latency() -> dict[str, Any]:
     return {**head, "rows": rows, "ratios": ratios, "stream": stream, **WHEN}
 
 
+def prefill() -> dict[str, Any]:
+    def ratio(name: str, of_dense: bool) -> dict[str, Any]:
+        return {f"{name}_{of}": None if of_dense else x for of, x in (("ratio", 1.1), ("low", 1.0), ("high", 1.2))}
+
+    rows = [
+        {
+            "label": label,
+            "length": 64,
+            "rounds": 5,
+            "ttft_ms": 12.5,
+            **ratio("ttft", label == "dense"),
+            "peak_bytes": 2**28,
+            "reading_bytes": 2**24,
+            "bytes_held": 2**20,
+            "bytes_grown": 2**20,
+            "answers": [
+                {
+                    "answer": answer,
+                    "step_ms": 1.5,
+                    "total_ms": 12.5 + 1.5 * (answer - 1),
+                    **ratio("step", label == "dense"),
+                    **ratio("total", label == "dense"),
+                }
+                for answer in (1, 128)
+            ],
+        }
+        for label in ("dense", "snapkv 8", "gemfilter 8")
+    ]
+    pair = {"first": "gemfilter 8", "length": 64, "rounds": 5}
+    crossovers = [
+        {**pair, "second": "dense", "crossover": 1234, "low": 987, "high": None},
+        {**pair, "second": "snapkv 8", "crossover": None, "low": None, "high": None},
+    ]
+    head = {"command": "latency --prefill", "model": "runs/token", "dtype": "float32", "device": "cpu", "threads": 1}
+    return {**head, "weights_bytes": 2**27, "rounds": 5, "rows": rows, "crossovers": crossovers, **WHEN}
+
+
 def memories() -> dict[str, Any]:
     cost = {"bytes_held": 2**20, "bytes_kept": 2**20, "prefill_ratio": 1.1, "decode_ratio": 0.9}
     paired = {"difference": 0.1, "low": 0.05, "high": 0.15, "answer": "worse"}
@@ -200,6 +237,7 @@ def everything() -> dict[str, dict[str, Any]]:
         "ppl": ppl(),
         "ppl-16": ppl(budget=16),
         "latency": latency(),
+        "prefill": prefill(),
         "memories": memories(),
         "longcontext": longcontext(),
         "sinks": sinks(),

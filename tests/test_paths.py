@@ -24,6 +24,7 @@ NO_PATH = {
     "sink-push": {"repo", "revision", "tag"},
     "sink-stream": {"system", "stop", "device"},
     "million_tokens.py": {"device"},
+    "recall_text.py": set(),
     PrepareConfig: {"dataset_config", "dataset_split", "validation_split", "test_split", "text_key"} | {"separator"},
     PretrainConfig: {"model.architecture", "sink.kind", "data.verify", "schedule.kind", "training.device"}
     | {"training.precision", "training.strategy", "training.parts", "logging.project", "logging.name"}
@@ -35,6 +36,7 @@ MODULES = {
     "sink-push": "recipes.publish",
     "sink-stream": "sinkmodel.streaming.command",
     "million_tokens.py": "examples.million_tokens",
+    "recall_text.py": "examples.recall_text",
     **{f"sink-eval {name}": "eval.cli" for name in MEASURES},
 }
 

@@ -148,3 +148,15 @@ def keys_seen(row: dict[str, Any]) -> str:
 
 def span(least: int, most: int) -> str:
     return f"{most}" if least == most else f"{least}–{most}"
+
+
+def interval_of(low: float | None, high: float | None) -> str:
+    return "–" if low is None else f"[{low:.2f}, {high:.2f}]"
+
+
+def device_name(loaded: LoadedModel) -> str:
+    """The name of the GPU, or the device."""
+    import torch
+
+    device = loaded.model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -8,24 +8,29 @@ As StreamingLLM's Figure 10, with every policy's steps taken in turns (`eval.mea
     sink       a StreamingCache of C slots, S of them for sinks
 
 so that every query sees C keys. One stream, random tokens: what they say does not change what they cost.
+
+With --prefill, what reading a prompt costs with KV memories instead (`eval.measures.prefill.prefill`).
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.measures.command import (
     MODEL_HELP,
     add_common_arguments,
     check_output,
+    device_name,
     give_result,
+    interval_of,
     keys_seen,
     load,
     new_table,
     show,
 )
+from eval.measures.prefill import prefill
+from eval.measures.shape import load_shape, read_shape
 from eval.policies.choice import BORROWED, check, choose
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -35,10 +40,21 @@ from sinkmodel.sinks import IN_SOFTMAX, kind_of
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
-DESCRIPTION = "Milliseconds and memory of a decoding step under each cache policy, once the cache is full."
+DESCRIPTION = (
+    "Milliseconds and memory of a decoding step under each cache policy, once the cache is full.\n"
+    "With --prefill: of reading a prompt with each KV memory, and of the answer after it."
+)
 EXAMPLE = "sink-eval latency --model runs/sink --budgets 256 1024 4096 --plot latency.png --stream-length 100000"
 NAMES = ("dense", "recompute", "window", "sink")
 POINTS = 5  # places along --stream-length where steps are timed
+BUDGETS = [256, 512, 1024, 2048, 4096]
+DEFAULTS: dict[str, Any] = {
+    "policies": list(NAMES),
+    "sinks": None,
+    "tokens": 128,
+    "stream_length": None,
+    "plot": None,
+}  # of the options that --prefill does not have
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets",
         type=positive,
         nargs="+",
-        default=[256, 512, 1024, 2048, 4096],
         metavar="C",
-        help="keys a query sees, its own and the sinks counted (default: 256 512 1024 2048 4096)",
+        help="keys a query sees, its own and the sinks counted (default: 256 512 1024 2048 4096); with --prefill the "
+        "slots of a KV head that are kept of the prompt (default: 1024)",
     )
     parser.add_argument(
         "--sinks",
@@ -64,11 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="sinks of the policy sink (default: the model's, or 4; 0 with one in its softmax)",
     )
-    parser.add_argument("--policies", nargs="+", choices=NAMES, default=list(NAMES), help="default: all of them")
+    parser.add_argument("--policies", nargs="+", choices=NAMES, help="default: all of them")
     parser.add_argument(
         "--tokens",
         type=positive,
-        default=128,
         metavar="N",
         help="tokens timed for each policy at each budget, in blocks of 8; recompute has one a block (default: 128)",
     )
@@ -81,9 +96,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="processor threads (default: PyTorch's choice)")
     parser.add_argument("--plot", type=path_of, metavar="FILE.png", help="draw the times there")
     add_common_arguments(parser)
+    parser.add_argument("--prefill", action="store_true", help="measure prompts read with KV memories instead")
+    prefill.add_arguments(parser.add_argument_group("with --prefill"))
 
 
 def run(options: argparse.Namespace) -> None:
+    _settle(options)
+    if options.prefill:
+        return prefill.run(options)
     _check(options)
     if options.plot is not None:
         import eval.report.plots  # noqa: F401  # a missing matplotlib is said now, not after the measurement
@@ -118,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
         "command": "latency",
         "model": loaded.name,
         "dtype": options.dtype,
-        "device": _device(loaded),
+        "device": device_name(loaded),
         "threads": torch.get_num_threads(),
         "rows": rows,
         "ratios": ratios,
@@ -137,11 +157,29 @@ def run(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------- what is checked
 
 
+def _settle(options: argparse.Namespace) -> None:
+    """The defaults of what is measured. UserError for an option of what is not."""
+    ours, others = (prefill.DEFAULTS, DEFAULTS) if options.prefill else (DEFAULTS, prefill.DEFAULTS)
+    for name in others:
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} is not for --prefill; leave it out"
+                if options.prefill
+                else f"{option} is for --prefill; add that, or leave {option} out"
+            )
+    for name, default in ours.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    if options.budgets is None:
+        options.budgets = prefill.BUDGETS if options.prefill else BUDGETS
+
+
 def _check(options: argparse.Namespace) -> None:
     """Everything that can be known to fail is said before anything is loaded."""
     check([options.sinks or 1], min(options.budgets), "--budgets")
-    if options.shape is not None and not options.shape.is_file():
-        raise UserError(f"--shape {options.shape} does not exist; give a .yaml, as configs/models/tiny.yaml")
+    if options.shape is not None:
+        read_shape(options.shape)
     check_output("--json", options.json)
     check_output("--plot", options.plot)
     if options.plot is not None and options.plot.suffix.lower() != ".png":
@@ -177,32 +215,6 @@ def _check_model(loaded: LoadedModel, budget: int) -> None:
         )
 
 
-def load_shape(path: Path, dtype: str, device: str | None) -> LoadedModel:
-    """A model with random weights of the sizes under `model:` in a YAML; 50,304 rows where it leaves them open."""
-    import torch
-    import yaml
-
-    from sinkmodel.loading import LoadedModel
-    from sinkmodel.models import build_model
-    from sinkmodel.shapes import ModelShape
-
-    try:
-        sizes = (yaml.safe_load(path.read_text(encoding="utf-8")) or {})["model"]
-        shape = ModelShape(**sizes)
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        what = " ".join(str(error).replace("ModelShape.__init__() ", "").split())
-        raise UserError(
-            f"{path} has no shape of a model ({what}); it needs `model:` with sizes, as configs/models/tiny.yaml"
-        ) from None
-    model = build_model(shape, shape.vocabulary or 50304, seed=0)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = model.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the model cannot be moved to device {device!r}: {str(error).splitlines()[0]}") from None
-    return LoadedModel(model, None, [], f"random weights, {path.stem}")
-
-
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
@@ -227,7 +239,13 @@ def print_tables(content: dict[str, Any]) -> None:
         caption = "median over rounds in which the two sides took turns; [95 % interval by bootstrap over the rounds]"
         table = new_table("ratios of ms/token", caption, ["ratio"], ["keys seen", "rounds", "×", "interval"])
         for row in content["ratios"]:
-            table.add_row(row["ratio"], str(row["budget"]), str(row["rounds"]), f"{row['value']:.2f}", _interval(row))
+            table.add_row(
+                row["ratio"],
+                str(row["budget"]),
+                str(row["rounds"]),
+                f"{row['value']:.2f}",
+                interval_of(row["low"], row["high"]),
+            )
         show(table)
     if content["stream"]:
         table = new_table(
@@ -242,18 +260,7 @@ def print_tables(content: dict[str, Any]) -> None:
                 f"{row['seen']:,}",
                 *(f"{row[key]:,.2f}" for key in ("ms_per_token", "ms_per_token_p99")),
                 f"{row['value']:.2f}",
-                _interval(row),
+                interval_of(row["low"], row["high"]),
                 f"{row['resident_bytes'] / 2**20:,.1f}",
             )
         show(table)
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return "–" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
-
-
-def _device(loaded: LoadedModel) -> str:
-    import torch
-
-    device = loaded.model.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -14,12 +14,12 @@ class PeakMemory:
     """Peak memory from here on: of the GPU's allocator, or the resident set of this process.
 
     Linux can forget the old peak (proc(5), clear_refs); elsewhere it is the peak since the process began, and
-    `forgets` is False.
+    `forgets` is False. `before` are the bytes held when it begins.
     """
 
     def __init__(self, device: Any):
         self.device, self.forgets = device, True
-        _give_back()
+        self.before = memory_now(device)
         if device.type == "cuda":
             import torch
 

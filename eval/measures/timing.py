@@ -155,15 +155,15 @@ def full_side(model: Any, policy: Policy, budget: int, sink_ids: Sequence[int]) 
 
 def step(side: Side, id_B1: Tensor) -> float:
     """Milliseconds of one decoding step. A dense cache, which grows, is cut back afterwards: each step is at C keys."""
-    started = _now(id_B1.device)
+    started = now(id_B1.device)
     side.stream.feed(id_B1)
-    ended = _now(id_B1.device)
+    ended = now(id_B1.device)
     if isinstance(side.stream, CachedStream) and isinstance(side.stream.cache, DynamicCache):
         side.stream.cache.crop(-1)
     return 1000 * (ended - started)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -22,6 +22,7 @@ DIFFERENCE = {**_each(TEXT, "first", "second"), **_each(NUMBER, "tokens", "diffe
 OF_ATTENTION = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
 TIMES = _each(NUMBER, "ms_per_token", "ms_per_token_p99")
 RATIO = _each(NUMBER, "value", "low", "high")
+OF_ANSWER = _each(NUMBER, *(f"{what}_{of}" for what in ("step", "total") for of in ("ms", "ratio", "low", "high")))
 EVERY = {"command_line?": TEXT}  # in the result of every command
 # A list has one form for all that it holds, a tuple one for each; a name with "?" may be missing. What was measured
 # may be None: it was not, or is no number.
@@ -117,6 +118,26 @@ FORMS: dict[str, dict[str, Any]] = {
         "rows": [{**_each(TEXT, "policy", "label"), "budget": COUNT, "peak_bytes": NUMBER, **TIMES}],
         "ratios": [{"ratio": TEXT, **_each(COUNT, "budget", "rounds"), **RATIO}],
         "stream": [{"label": TEXT, "seen": COUNT, "resident_bytes": NUMBER, **TIMES, **RATIO}],
+    },
+    "latency --prefill": {
+        **_each(TEXT, "model", "dtype", "device"),
+        **_each(COUNT, "threads", "weights_bytes"),
+        "rows": [
+            {
+                "label": TEXT,
+                **_each(COUNT, "length", "rounds"),
+                **_each(NUMBER, "ttft_ms", "ttft_ratio", "ttft_low", "ttft_high"),
+                **_each(NUMBER, "peak_bytes", "reading_bytes", "bytes_held", "bytes_grown"),
+                "answers": [{"answer": COUNT, **OF_ANSWER}],
+            }
+        ],
+        "crossovers": [
+            {
+                **_each(TEXT, "first", "second"),
+                **_each(COUNT, "length", "rounds"),
+                **_each(NUMBER, "crossover", "low", "high"),
+            }
+        ],
     },
     "memories": {
         "model": TEXT,

@@ -86,6 +86,7 @@ def make_sections(inputs: Inputs) -> list[Section]:
         tasks.zeroshot,
         tasks.streameval,
         tasks.latency,
+        memories.prefill,
         memories.memories,
         memories.longcontext,
     ]

@@ -15,7 +15,7 @@ from sinkmodel.files import read_json
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-IN_REPORT_ALONE = ("sinks", "streameval", "latency")
+IN_REPORT_ALONE = ("sinks", "streameval", "latency", "latency --prefill")
 Own = Callable[[str], bool]  # whether a name in a result means this model
 
 

@@ -19,7 +19,8 @@ from tests import results
 
 SECTIONS = ["The verdict", "The grid", "Training of the twins", "Perplexity by position", "Perplexity against budget",
             "Where attention goes", "When the sink is born", "Attention maps", "Zero-shot tasks",
-            "What a stream remembers", "Latency", "Memories", "Long prompts", "Provenance"]  # fmt: skip
+            "What a stream remembers", "Latency", "Reading a prompt", "Memories", "Long prompts",
+            "Provenance"]  # fmt: skip
 
 
 class Page(html.parser.HTMLParser):
@@ -313,7 +314,9 @@ def test_what_the_commands_write_is_what_a_report_reads(tmp_path, monkeypatch):
         assert main([command, *options, "--json", f"{command}.json"]) in (0, 1), command
     born = [*text, "--sequences", "3", "--length", "16", "--checkpoints"]
     assert main(["sinks", "--model", "none", *born, "--json", "born.json"]) == 0
-    files = [f"{name}.json" for name in (*commands, "born")]
+    sizes = ["--length", "40", "--budgets", "36", "--answers", "1", "2", "--rounds", "1"]
+    assert main(["latency", "--prefill", "--model", "token", *sizes, "--json", "prefill.json"]) == 0
+    files = [f"{name}.json" for name in (*commands, "born", "prefill")]
     output = report(tmp_path, "--json", *files, "--maps", "maps")
     found = re.findall("<h2>(.*?)</h2>", (output / "report.html").read_text(encoding="utf-8"))
     left_out = {"Training of the twins", "Perplexity against budget", "Zero-shot tasks", "Long prompts"}

@@ -54,7 +54,7 @@ def test_text_in_a_locale_without_utf8_is_read_and_written_as_utf8(place):
     assert f"saved the stream after {tokens} tokens" in done.stderr.decode()
 
 
-@pytest.mark.parametrize("script", ["slurm/estimate.py", "examples/million_tokens.py"])
+@pytest.mark.parametrize("script", ["slurm/estimate.py", "examples/million_tokens.py", "examples/recall_text.py"])
 def test_help_of_a_script_is_shown_where_the_terminal_is_ascii(place, script):
     done = shell(f"{sys.executable} {ROOT / script} --help", place, PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr

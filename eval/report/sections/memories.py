@@ -1,10 +1,11 @@
-"""What KV memories cost on the same prompts, and what they still know of long ones."""
+"""What KV memories cost on the same prompts, what reading one costs, and what they still know of long ones."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+from eval.measures.prefill.prefill import crossover_range, tokens_or_never
 from eval.report.blocks import Chart, Section, Table, between, figure, short_names
 from eval.report.charts import panel, shown
 from eval.report.inputs import Inputs
@@ -56,6 +57,82 @@ def _table(content: dict[str, Any], name: str) -> Table:
         f"difference in nats per token, {100 * content['level']:g} % interval, equivalent within "
         f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; ×: of "
         "dense's time.",
+    )
+
+
+def prefill(inputs: Inputs) -> Section | None:
+    """`sink-eval latency --prefill`: the first token, memory, answers, and from which length on who is ahead."""
+    found = inputs.of("latency --prefill")
+    if not found:
+        return None
+    names = short_names(content["model"] for content in found)
+    made = Section("prefill", "Reading a prompt")
+    for content in found:
+        made.blocks += [_prompt(content, names[content["model"]]), _answers(content), _ahead(content)]
+    return made
+
+
+def _prompt(content: dict[str, Any], name: str) -> Table:
+    return Table(
+        ["memory", "prompt", "ms to first token", "× dense", "95 % interval", "peak MiB", "reading", "held", "grown"],
+        [
+            [
+                row["label"],
+                f"{row['length']:,}",
+                figure(row["ttft_ms"], ",.1f"),
+                figure(row["ttft_ratio"]),
+                between(row["ttft_low"], row["ttft_high"], ".2f"),
+                *(
+                    figure(row[key] and row[key] / MEBIBYTE, ",.1f")
+                    for key in ("peak_bytes", "reading_bytes", "bytes_held", "bytes_grown")
+                ),
+            ]
+            for row in content["rows"]
+        ],
+        caption=f"{name}, {content['dtype']}, {content['device']}, {content['threads']} threads. × dense: median over "
+        f"rounds in which all took turns; MiB: peak of the process with {content['weights_bytes'] / MEBIBYTE:,.0f} of "
+        "weights, what of it the prompt took, what the memory holds afterwards, and by how much the process has grown.",
+    )
+
+
+def _answers(content: dict[str, Any]) -> Table:
+    return Table(
+        ["memory", "prompt", "answer", "ms/step", "× dense", "95 % interval", "total s", "× dense", "95 % interval"],
+        [
+            [
+                row["label"],
+                f"{row['length']:,}",
+                f"{part['answer']:,}",
+                figure(part["step_ms"]),
+                figure(part["step_ratio"]),
+                between(part["step_low"], part["step_high"], ".2f"),
+                figure(part["total_ms"] and part["total_ms"] / 1000),
+                figure(part["total_ratio"]),
+                between(part["total_low"], part["total_high"], ".2f"),
+            ]
+            for row in content["rows"]
+            for part in row["answers"]
+        ],
+        caption="A step at the end of an answer of so many tokens, and the whole answer with its prompt.",
+    )
+
+
+def _ahead(content: dict[str, Any]) -> Table:
+    return Table(
+        ["earlier first token", "other", "prompt", "falls behind at", "95 % interval"],
+        [
+            [
+                pair["first"],
+                pair["second"],
+                f"{pair['length']:,}",
+                tokens_or_never(pair["crossover"]),
+                crossover_range(pair),
+            ]
+            for pair in content["crossovers"]
+        ],
+        words=2,
+        caption="The shortest answer, in tokens, that takes the first one longer than the other. An interval from 0 "
+        "means that the order of the first tokens is not sure.",
     )
 
 

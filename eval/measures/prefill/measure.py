@@ -1,0 +1,253 @@
+"""Reading a prompt and the steps after it, with all sides taking turns, so that what disturbs one disturbs all.
+
+In every round each side, in an order drawn anew, reads the prompt with a new cache, which is let go before the next one
+reads; a round before them warms up. Then all sides take steps in turns, at each of a few places of an answer: in every
+round a step that is not timed, and a block of timed ones, which are taken back. Ratios are those of one round.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from eval.measures.meters import PeakMemory, memory_now
+from eval.measures.prefill.crossover import Times, crossover, crossover_interval
+from eval.measures.statistics import paired_ratio
+from eval.measures.timing import BLOCK, Tokens, now
+from sinkmodel.errors import UserError
+from sinkmodel.loading import LoadedModel
+from sinkmodel.progress import CountedProgress
+
+PIECE = 256  # tokens of an answer that are fed together, on the way to a place where steps are timed
+
+
+@dataclass
+class Side:
+    """A memory at a budget, and what was measured of it, an entry a round."""
+
+    memory: str
+    budget: int | None  # None for dense
+    make: Callable[[], Any]  # an empty cache
+    first: list[float] = field(default_factory=list)  # ms to the first token
+    above: list[int] = field(default_factory=list)  # peak bytes above those before the prompt was read
+    grown: list[int] = field(default_factory=list)  # bytes that the process still had afterwards, above those before
+    steps: dict[int, list[float]] = field(default_factory=dict)  # ms of a step at each place, medians of blocks
+    sizes: tuple[int, int] = (0, 0)  # bytes held and kept after the prompt
+
+    @property
+    def label(self) -> str:
+        return self.memory if self.budget is None else f"{self.memory} {self.budget}"
+
+    @property
+    def times(self) -> Times:
+        return Times(self.first, self.steps)
+
+
+def dense_side() -> Side:
+    """transformers' own cache, without anything of ours."""
+    return Side("dense", None, DynamicCache)
+
+
+@torch.inference_mode()
+def measure(
+    loaded: LoadedModel, sides: Sequence[Side], length: int, answers: Sequence[int], rounds: int, label: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows and the crossovers at one length of prompt; the first side is dense, which ratios are to.
+
+    Args:
+        length: tokens of the prompt, the model's sinks not counted.
+        answers: lengths of answers in tokens; steps are timed where an answer has as many.
+        rounds: in which each side reads the prompt once, and takes a block of steps at each place.
+    """
+    tokens = Tokens(loaded.model, loaded.sink_ids)
+    prompt = tokens.first(len(loaded.sink_ids) + length)
+    gc.freeze()  # what is there by now need not be looked through whenever memory is read
+    try:
+        with CountedProgress(label, "prompts", (rounds + 1) * len(sides)) as progress:
+            base, caches = _read_in_turns(loaded.model, sides, prompt, rounds, progress)
+        with CountedProgress(f"{label}, answers", "blocks", len(answers) * rounds * len(sides)) as progress:
+            _answer_in_turns(loaded.model, sides, caches, tokens, answers, rounds, progress)
+    finally:
+        gc.unfreeze()
+    rows = [{"length": length, **row(side, sides[0], answers, base)} for side in sides]
+    return rows, [{"length": length, **pair} for pair in crossovers(sides)]
+
+
+# ----------------------------------------------------------------------------------------------------- the prompt
+
+
+def _read_in_turns(
+    model: Any, sides: Sequence[Side], prompt: Tensor, rounds: int, progress: CountedProgress
+) -> tuple[int, dict[str, Any]]:
+    """Bytes of the process with the model alone, and the caches of the last round."""
+    for side in sides:
+        _warm_up(model, side, prompt)
+        progress.add(1)
+    base, rng, caches = memory_now(prompt.device), random.Random(0), {}
+    for number in range(rounds):
+        for side in rng.sample(sides, len(sides)):
+            cache = read(model, side, prompt)
+            if number == rounds - 1:
+                caches[side.label] = cache
+            del cache
+            progress.add(1)
+    return base, caches
+
+
+def _warm_up(model: Any, side: Side, prompt: Tensor) -> None:
+    try:
+        read(model, side, prompt)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{side.label}: a prompt of {prompt.shape[1]} tokens does not fit into the memory of {prompt.device}; take "
+            "a shorter --length, or leave it out of --memories"
+        ) from None
+    except UserError as error:
+        raise UserError(f"{side.label}: {error}") from None
+    side.first, side.above, side.grown = [], [], []
+
+
+def read(model: Any, side: Side, prompt: Tensor) -> Any:
+    """The cache of a side after the prompt. Its time and its memory are added to the side."""
+    cache = side.make()
+    if hasattr(cache, "expect"):
+        cache.expect(prompt.shape[1])
+    memory = PeakMemory(prompt.device)
+    started = now(prompt.device)
+    model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    side.first.append(1000 * (now(prompt.device) - started))
+    side.above.append(memory.peak() - memory.before)
+    side.grown.append(memory_now(prompt.device) - memory.before)
+    side.sizes = sizes_of(cache)
+    return cache
+
+
+def sizes_of(cache: Any) -> tuple[int, int]:
+    """Bytes held, all of them, and bytes of the keys and values of tokens."""
+    if isinstance(cache, DynamicCache):
+        held = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+        return held, held
+    return cache.bytes_held, cache.bytes_kept
+
+
+# ----------------------------------------------------------------------------------------------------- the answer
+
+
+def _answer_in_turns(
+    model: Any,
+    sides: Sequence[Side],
+    caches: dict[str, Any],
+    tokens: Tokens,
+    answers: Sequence[int],
+    rounds: int,
+    progress: CountedProgress,
+) -> None:
+    """Add `rounds` medians of a step to every side at each place, the places in ascending order."""
+    rng, done = random.Random(0), 1  # tokens of the answer; the first came with the prompt and has not been fed
+    for place in sorted(answers):
+        for side in sides:
+            _feed(model, caches[side.label], tokens.next(place - done))
+        done = place
+        for _ in range(rounds):
+            for side in rng.sample(sides, len(sides)):
+                side.steps.setdefault(place, []).append(block(model, caches[side.label], tokens))
+                progress.add(1)
+
+
+def block(model: Any, cache: Any, tokens: Tokens) -> float:
+    """The median of a block of steps in ms. Afterwards the cache is what it was: the steps are taken back.
+
+    If they cannot be, since they evict others, they are taken by a copy.
+    """
+    crops = isinstance(cache, DynamicCache) or cache.is_croppable
+    cache = cache if crops else cache.fork()
+    took = []
+    for _ in range(BLOCK + 1):
+        ids = tokens.next(1)
+        started = now(ids.device)
+        _feed(model, cache, ids)
+        took.append(1000 * (now(ids.device) - started))
+    if crops:
+        cache.crop(-(BLOCK + 1))
+    return median(took[1:])
+
+
+def _feed(model: Any, cache: Any, ids: Tensor) -> None:
+    for piece in ids.split(PIECE, dim=1) if ids.numel() else ():
+        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+# ----------------------------------------------------------------------------------------------------- the numbers
+
+
+def row(side: Side, dense: Side, answers: Sequence[int], base: int) -> dict[str, Any]:
+    """The row of a side; `base` are the bytes of the process with the model alone."""
+    above = int(median(side.above))
+    return {
+        "memory": side.memory,
+        "budget": side.budget,
+        "label": side.label,
+        "rounds": len(side.first),
+        "ttft_ms": median(side.first),
+        **against("ttft", side.first, dense.first, side is dense),
+        "peak_bytes": base + above,
+        "reading_bytes": above,
+        "bytes_held": side.sizes[0],
+        "bytes_kept": side.sizes[1],
+        "bytes_grown": int(median(side.grown)),
+        "answers": [_answer_row(side, dense, answer) for answer in answers],
+    }
+
+
+def _answer_row(side: Side, dense: Side, answer: int) -> dict[str, Any]:
+    totals = side.times.totals(answer)
+    return {
+        "answer": answer,
+        "step_ms": median(side.steps[answer]),
+        **against("step", side.steps[answer], dense.steps[answer], side is dense),
+        "total_ms": median(totals),
+        **against("total", totals, dense.times.totals(answer), side is dense),
+    }
+
+
+def against(name: str, ours: Sequence[float], of_dense: Sequence[float], is_dense: bool) -> dict[str, Any]:
+    """The ratio to dense, paired by round, with its interval."""
+    value, low, high = (None, None, None) if is_dense else paired_ratio(list(ours), list(of_dense))
+    return {f"{name}_ratio": value, f"{name}_low": low, f"{name}_high": high}
+
+
+def crossovers(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """Each memory and dense, and GemFilter and each other memory of its budget: when does one overtake the other?"""
+    dense, *memories = sides
+    gemfilters = [side for side in memories if side.memory == "gemfilter"]
+    pairs = [(side, dense) for side in memories]
+    pairs += [(gem, side) for gem in gemfilters for side in memories if side is not gem and side.budget == gem.budget]
+    return [_crossover(*pair) for pair in pairs]
+
+
+def _crossover(one: Side, other: Side) -> dict[str, Any]:
+    first, second = sorted((one, other), key=lambda side: median(side.first))
+    value = crossover(first.times.medians(), second.times.medians())
+    low, high = crossover_interval(first.times, second.times) or (None, None)
+    return {
+        "first": first.label,
+        "second": second.label,
+        "crossover": _finite(value),
+        "low": _finite(low),
+        "high": _finite(high),
+        "rounds": len(first.first),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: None is never."""
+    return None if value is None or math.isinf(value) else value

@@ -1,0 +1,292 @@
+"""`sink-eval latency --prefill`: what reading a prompt costs with each KV memory, and the steps of an answer after it.
+
+    dense                transformers' own cache, which keeps everything
+    snapkv … gemfilter   C slots of the prompt in each KV head (`sinkmodel.memories`)
+    snapkv-as-published  a set for each query head, as the paper's code has it
+
+GemFilter saves time on the prompt, the others on the steps after it; so for each pair the length of an answer is
+reported at which the one with the earlier first token falls behind. `measure` takes the times, `crossover` has the
+arithmetic. One prompt of random tokens: what they say does not change what they cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from eval.measures.command import (
+    check_output,
+    device_name,
+    give_result,
+    interval_of,
+    load,
+    new_table,
+    number,
+    show,
+    write_csv,
+)
+from eval.measures.memories.memories import ALONE, PUBLISHED
+from eval.measures.shape import config_of, load_shape, read_shape
+from sinkmodel.console import say
+from sinkmodel.errors import UserError
+from sinkmodel.parser import path_of, positive, whole
+
+if TYPE_CHECKING:
+    from eval.measures.prefill.measure import Side
+    from sinkmodel.loading import LoadedModel
+
+COMMAND = "latency --prefill"
+NAMES = ("dense", *ALONE, PUBLISHED)
+BUDGETS = [1024]
+DEFAULTS: dict[str, Any] = {
+    "length": [2048],
+    "memories": ["dense", *ALONE],
+    "layer": None,
+    "answers": [1, 128, 1024],
+    "rounds": 5,
+    "csv": None,
+}
+SLACK = 16 * 2**20  # bytes that a process may keep for itself, whatever was read
+
+
+def add_arguments(group: Any) -> None:
+    group.add_argument(
+        "--length",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="tokens of the prompt, the model's sinks not counted (default: 2048)",
+    )
+    group.add_argument(
+        "--memories",
+        nargs="+",
+        choices=NAMES,
+        metavar="MEMORY",
+        help=f"of {', '.join(NAMES)} (default: all but the last; dense is always measured)",
+    )
+    group.add_argument("--layer", type=whole, metavar="R", help="in which gemfilter chooses (default: 13/32 of all)")
+    group.add_argument(
+        "--answers",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="tokens of an answer: steps are timed at these places, and totals given (default: 1 128 1024)",
+    )
+    group.add_argument(
+        "--rounds",
+        type=positive,
+        metavar="N",
+        help="in which every side reads the prompt once (default: 5, the fewest for an interval)",
+    )
+    group.add_argument("--csv", type=path_of, metavar="FILE", help="write the rows there too, as a table")
+
+
+def run(options: argparse.Namespace) -> None:
+    _check(options)
+    import torch
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.shape is not None:  # before weights are made, which takes long if they are many
+        shape = read_shape(options.shape)
+        _check_length(options, f"{options.shape}", shape.positions, 0)
+        sides_of(options, config_of(shape))
+    loaded = load(options) if options.shape is None else load_shape(options.shape, options.dtype, options.device)
+    _check_model(options, loaded)
+    from eval.measures.prefill.measure import measure
+
+    rows: list[dict[str, Any]] = []
+    crossovers: list[dict[str, Any]] = []
+    lengths = sorted(set(options.length))
+    for place, length in enumerate(lengths, 1):
+        sides = sides_of(options, loaded.model)
+        label = f"{place}/{len(lengths)} prompt {length}"
+        new_rows, pairs = measure(loaded, sides, length, sorted(set(options.answers)), options.rounds, label)
+        rows, crossovers = rows + new_rows, crossovers + pairs
+    content = {
+        "command": COMMAND,
+        "model": loaded.name,
+        "dtype": options.dtype,
+        "device": device_name(loaded),
+        "threads": torch.get_num_threads(),
+        "weights_bytes": sum(p.nbytes for p in loaded.model.parameters()),
+        "rounds": options.rounds,
+        "rows": rows,
+        "crossovers": crossovers,
+    }
+    if options.csv is not None:
+        flat = list(map(flat_row, rows))
+        write_csv(options.csv, list(flat[0]), [list(row.values()) for row in flat])
+        say(f"wrote {options.csv}")
+    give_result(options, content, lambda: print_tables(content))
+
+
+def flat_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without lists, for CSV: what depends on the length of the answer has that length in its name."""
+    alone = {key: value for key, value in row.items() if key != "answers"}
+    of_answers = {
+        f"{key}_{part['answer']}": value for part in row["answers"] for key, value in part.items() if key != "answer"
+    }
+    return {**alone, **of_answers}
+
+
+# ---------------------------------------------------------------------------------------------------- what is checked
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Everything that can be known to fail before a model is loaded."""
+    check_output("--json", options.json)
+    check_output("--csv", options.csv)
+    if options.csv is not None and options.csv == options.json:
+        raise UserError(f"--csv and --json are both {options.csv}; give two names")
+    if set(options.memories) == {"dense"}:
+        raise UserError("--memories has dense alone, which there is nothing to compare with; add one, such as snapkv")
+    if options.layer is not None and "gemfilter" not in options.memories:
+        raise UserError("--layer is that in which gemfilter chooses; add gemfilter to --memories, or leave --layer out")
+    for budget in options.budgets:
+        if budget >= min(options.length):
+            raise UserError(
+                f"--budgets {budget} keeps every token of --length {min(options.length)}; lower it, or raise --length"
+            )
+    if options.rounds < DEFAULTS["rounds"]:
+        say(f"--rounds {options.rounds}: fewer than {DEFAULTS['rounds']} rounds give no interval")
+
+
+def _check_length(options: argparse.Namespace, name: str, end: int, front: int) -> None:
+    from eval.measures.timing import BLOCK
+
+    fed = front + max(options.length) + max(options.answers) + BLOCK
+    if fed > end:
+        raise UserError(
+            f"--length {max(options.length)} and --answers {max(options.answers)} take {fed} positions with the steps "
+            f"that are timed, and {name} has {end}; use {fed - end} fewer"
+        )
+
+
+def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
+    from eval.measures.meters import PeakMemory
+    from eval.policies.policy import end_of
+    from sinkmodel.model_support import own_window
+    from sinkmodel.scoring import check_decoder
+
+    check_decoder(loaded.model, cached=True)
+    sides_of(options, loaded.model)
+    ends = (loaded.positions, end_of(loaded.model), own_window(loaded.model.config.get_text_config()))
+    if known := [end for end in ends if end is not None]:
+        _check_length(options, loaded.name, min(known), len(loaded.sink_ids))
+    if not PeakMemory(loaded.model.device).forgets:
+        say("this system does not let a process forget an older peak: peak memory is that of the whole run so far")
+
+
+def sides_of(options: argparse.Namespace, model_or_config: Any) -> list[Side]:
+    """Dense first, then each memory at each budget. UserError if one of them cannot be made."""
+    from eval.measures.prefill.measure import Side, dense_side
+    from sinkmodel.memories import make_memory
+
+    sides = [dense_side()]
+    for name in dict.fromkeys(options.memories):
+        settings: dict[str, Any] = {"group": "as_published"} if name == PUBLISHED else {}
+        if name == "gemfilter" and options.layer is not None:
+            settings["layer"] = options.layer
+        for budget in sorted(set(options.budgets)) if name != "dense" else ():
+            make = partial(make_memory, "snapkv" if name == PUBLISHED else name, model_or_config, budget, **settings)
+            try:
+                make()
+            except UserError as error:
+                raise UserError(f"{name} at --budgets {budget}: {error}") from None
+            sides.append(Side(name, budget, make))
+    return sides
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def print_tables(content: dict[str, Any]) -> None:
+    head = f"{content['model']}, {content['dtype']}, {content['device']}, {content['threads']} threads"
+    for length in dict.fromkeys(row["length"] for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["length"] == length]
+        _print_prompt(f"{head}: a prompt of {length:,} tokens", rows, content["weights_bytes"])
+        _print_answers(rows)
+        _print_crossovers([pair for pair in content["crossovers"] if pair["length"] == length])
+    report_growth(content["rows"])
+
+
+def report_growth(rows: list[dict[str, Any]]) -> None:
+    """A line for each memory after which the process has not given the rest of the prompt back."""
+    for row in rows:
+        if row["bytes_grown"] > 1.01 * row["bytes_held"] + SLACK:
+            more = (row["bytes_grown"] - row["bytes_held"]) / 2**20
+            prompt = f"the prompt of {row['length']:,} tokens"
+            say(f"{row['label']}: after {prompt} the process has kept {more:,.0f} MiB more than it")
+
+
+def _print_prompt(title: str, rows: list[dict[str, Any]], weights: int) -> None:
+    table = new_table(
+        title,
+        "ms to the first token: median; ×: of dense's, median over rounds in which all took turns [95 % interval by "
+        f"bootstrap over them]; peak: of the process, {weights / 2**20:,.0f} MiB of weights included; reading: of it, "
+        "what the prompt took; held: by the memory afterwards; grown: by how much the process is larger than before",
+        ["memory"],
+        ["ms to first token", "× dense", "interval", "peak MiB", "reading", "held", "grown"],
+    )
+    for row in rows:
+        table.add_row(
+            row["label"],
+            f"{row['ttft_ms']:,.1f}",
+            number(row["ttft_ratio"], ".2f"),
+            interval_of(row["ttft_low"], row["ttft_high"]),
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+            *(f"{row[key] / 2**20:,.1f}" for key in ("reading_bytes", "bytes_held", "bytes_grown")),
+        )
+    show(table)
+
+
+def _print_answers(rows: list[dict[str, Any]]) -> None:
+    table = new_table(
+        "answers",
+        "ms/step: of a step at the end of such an answer; total: to its last token, with step costs on straight lines "
+        "between the places that were measured",
+        ["memory"],
+        ["answer", "ms/step", "× dense", "interval", "total s", "× dense", "interval"],
+    )
+    for row in rows:
+        for part in row["answers"]:
+            table.add_row(
+                row["label"],
+                f"{part['answer']:,}",
+                f"{part['step_ms']:,.2f}",
+                number(part["step_ratio"], ".2f"),
+                interval_of(part["step_low"], part["step_high"]),
+                f"{part['total_ms'] / 1000:,.2f}",
+                number(part["total_ratio"], ".2f"),
+                interval_of(part["total_low"], part["total_high"]),
+            )
+    show(table)
+
+
+def _print_crossovers(pairs: list[dict[str, Any]]) -> None:
+    table = new_table(
+        "who is ahead",
+        "falls behind: the shortest answer, in tokens, that takes the first one longer than the other; never: its "
+        "steps cost no more; an interval from 0 means that the order of the first tokens is not sure; after the "
+        "longest of --answers a step stays as it is there",
+        ["earlier first token", "other"],
+        ["falls behind at", "interval"],
+    )
+    for pair in pairs:
+        table.add_row(pair["first"], pair["second"], tokens_or_never(pair["crossover"]), crossover_range(pair))
+    show(table)
+
+
+def tokens_or_never(value: float | None) -> str:
+    return "never" if value is None else f"{value:,.0f}"
+
+
+def crossover_range(pair: dict[str, Any]) -> str:
+    """`[low, high]`; a dash for fewer rounds than an interval needs."""
+    if pair["rounds"] < DEFAULTS["rounds"]:
+        return "–"
+    if pair["low"] is None:
+        return "never"
+    return f"[{tokens_or_never(pair['low'])}, {tokens_or_never(pair['high'])}]"

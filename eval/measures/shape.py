@@ -1,0 +1,58 @@
+"""A model with random weights in the shape of a YAML: enough for times and bytes, which no weight changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinkmodel.errors import UserError
+from sinkmodel.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from sinkmodel.loading import LoadedModel
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The sizes under `model:` in a YAML. UserError if there are none, or if they make no model."""
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"--shape {path} does not exist; give a .yaml, as configs/models/tiny.yaml")
+    try:
+        return ModelShape(**(yaml.safe_load(path.read_text(encoding="utf-8")) or {})["model"])
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        what = " ".join(str(error).replace("ModelShape.__init__() ", "").split())
+        raise UserError(
+            f"{path} has no shape of a model ({what}); it needs `model:` with sizes, as configs/models/tiny.yaml"
+        ) from None
+
+
+def config_of(shape: ModelShape) -> PretrainedConfig:
+    """The transformers config of a shape; 50,304 rows of the embedding if it leaves them open."""
+    from sinkmodel.models import transformers_config
+
+    return transformers_config(shape, shape.vocabulary or 50304)
+
+
+def load_shape(path: Path, dtype: str, device: str | None) -> LoadedModel:
+    """A model of that shape, made where it runs and in the dtype that it runs in, so that no larger copy exists."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sinkmodel.loading import LoadedModel
+
+    config = config_of(read_shape(path))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "meta":
+        raise UserError("device 'meta' has shapes and no numbers; use cpu, or a GPU")
+    torch.manual_seed(0)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=getattr(torch, dtype)
+            ).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the model cannot be made on device {device!r}: {str(error).splitlines()[0]}") from None
+    return LoadedModel(model.requires_grad_(False), None, [], f"random weights, {path.stem}")
