@@ -192,9 +192,7 @@ def _read_config(path: Path) -> tuple[NAMMConfig, str | None]:
         raise UserError(f"{path} has version {found[1]} of the format, and this program reads {VERSION}; update one")
     names = {each.name for each in dataclasses.fields(NAMMConfig)}
     try:
-        return NAMMConfig(**{key: value for key, value in about.items() if key in names}), about.get(
-            "statistics_sha256"
-        )
+        config = NAMMConfig(**{key: value for key, value in about.items() if key in names})
     except TypeError as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); copy it again") from None
     except UserError as error:
