@@ -1,4 +1,4 @@
-"""Guards NAMM: features and scores of the slow reference to 1e-5, the same sets, and nothing kept or lost by accident."""
+"""Guards NAMM: features and scores of the slow reference to 1e-5, the same sets, candidates, and what is counted."""
 
 from __future__ import annotations
 
