@@ -8,12 +8,14 @@ own tokens, so a padded row decides where it would decide alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinkmodel.cache.inputs import Request
 from sinkmodel.errors import UserError
@@ -74,7 +76,9 @@ class NAMM(Memory):
         self.namm = namm or NAMMConfig()
         self.ragged = one_of("ragged", ragged, Ragged)
         self.interval = self.namm.interval
-        self.mask: AdditiveMask | None = None  # of the piece in progress
+        self.masks: dict[tuple[int, int], AdditiveMask] = {}  # of the piece in progress, by rows and heads
+        self.apart: Callable[..., Any] | None = None  # the attention of the layer in progress, if heads can be apart
+        self.empty_G: list[int] = []  # slots in front of each head that are then left out
         self.parameters = self._checked(torch.zeros(self.namm.parameters) if parameters is None else parameters)
 
     # ---------------------------------------------------------------------------------------- artefacts and candidates
@@ -162,27 +166,56 @@ class NAMM(Memory):
     # --------------------------------------------------------------------------------------------- what each row sees
 
     def plan(self, request: Request, done: int) -> Piece:
-        self.mask = None
+        self.masks = {}
         return super().plan(request, done)
 
+    def attend(
+        self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        plain = attention is ALL_ATTENTION_FUNCTIONS.get("sdpa") and kwargs.get("s_aux") is None
+        self.apart = partial(self._heads_apart, attention) if plain else None
+        return super().attend(self.apart or attention, module, query, key, value, kwargs)
+
     def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
-        """As in `Memory`, but by head: [B, G, K] and a mask [B, H, N, K]."""
+        """As in `Memory`, but by head: [B, G, K] and a mask [B, H, N, K].
+
+        If the rows are alike and heads can be computed apart, the mask is [1, 1, N, K] and shows empty slots as well.
+        """
         full, count = layer.held_positions() != EMPTY, piece.end - piece.start
         B, G, K = full.shape
+        self.empty_G = [0] * G
         if bool(full.all()):
             return None, visible(None, K - count, count, self.eager, full.device)
         H = self.config.num_attention_heads
         if count > 1 and piece.valid_BN is None:
-            if self.mask is None:
-                most = max(count + (each.length if each.length else 0) for each in self.layers)
-                self.mask = AdditiveMask((B, H, count, most), layer.keys.dtype, layer.keys.device)
-            return full, self.mask.of(K, K - full.sum(dim=-1))
+            empty_BG = K - full.sum(dim=-1)
+            apart = self.apart is not None and bool((empty_BG == empty_BG[0]).all())
+            if apart:
+                self.empty_G = empty_BG[0].tolist()
+                empty_BG = empty_BG.new_zeros(1, 1)
+            shape = (1, 1) if apart else (B, H)
+            if shape not in self.masks:
+                most = max(count + each.length for each in self.layers)
+                self.masks[shape] = AdditiveMask((*shape, count, most), layer.keys.dtype, full.device)
+            return full, self.masks[shape].of(K, empty_BG)
         mask = visible(full.flatten(0, 1), K - count, count, self.eager, full.device)
         assert mask is not None
         return full, mask.view(B, G, count, K).repeat_interleave(H // G, dim=1)
 
+    def _heads_apart(
+        self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs
+    ) -> tuple[Tensor, Any]:
+        """The model's attention, one KV head at a time if the heads have empty slots in front of different numbers."""
+        if not any(self.empty_G):
+            return attention(module, query, key, value, mask, **kwargs)
+        queries, outputs = query.chunk(key.shape[1], dim=1), []
+        for g, first in enumerate(self.empty_G):
+            k, v = key[:, g : g + 1, first:], value[:, g : g + 1, first:]
+            outputs.append(attention(module, queries[g], k, v, mask[..., first:], **kwargs)[0])
+        return torch.cat(outputs, dim=2), None
+
     def commit(self, piece: Piece) -> None:
-        self.mask = None
+        self.masks, self.apart = {}, None
         super().commit(piece)
 
     # ------------------------------------------------------------------------------------------------------- features
