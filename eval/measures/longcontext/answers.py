@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from eval.measures.longcontext.samples import Metric
-from eval.measures.longcontext.tokens import Asked, Reading
 from eval.measures.streams.answers import rank_of_first
 from sinkmodel.errors import not_finite
 from sinkmodel.scoring import nll_of
+from sinkmodel.tasks.samples import Metric
+from sinkmodel.tasks.tokens import Asked, Reading
 from sinkmodel.tokenizer import suppressed_ids
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from eval.measures.longcontext.own_text import OwnText
+    from sinkmodel.tasks.text import OwnText
 
 
 @dataclass(frozen=True)
