@@ -137,7 +137,7 @@ def agree(action: Callable[[], T]) -> T:
         failure = (str(error), error.exit_code)
     except OSError as error:  # a folder that one may not write to …
         failure = (str(error), 2)
-    failures = _from_all(failure and (*failure, socket.gethostname()))
+    failures = from_all(failure and (*failure, socket.gethostname()))
     failed = [(rank, *what) for rank, what in enumerate(failures) if what]
     if failed:
         rank, message, code, host = failed[0]
@@ -165,7 +165,7 @@ def refuse_unequal(what: dict[str, Any], remedy: str) -> None:
     """Raises UserError, on all ranks, naming the first key whose value is not the same on all of them."""
     if not _several():
         return
-    everywhere = _from_all((what, socket.gethostname()))
+    everywhere = from_all((what, socket.gethostname()))
     first = everywhere[0][0]
     for rank, (theirs, host) in enumerate(everywhere):
         for key in sorted(first.keys() | theirs.keys()):
@@ -204,7 +204,7 @@ def others_may_be_lost() -> Iterator[None]:
         ) from None
 
 
-def _from_all(what: Any) -> list[Any]:
+def from_all(what: Any) -> list[Any]:
     """What every rank has given, in the order of the ranks."""
     everywhere: list[Any] = [None] * dist.get_world_size()
     with others_may_be_lost():
