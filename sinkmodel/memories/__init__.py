@@ -8,6 +8,7 @@
 | `tova` | `TOVA` | what the latest query attends to |
 | `expected-attention` | `ExpectedAttention` | what future queries are expected to attend to |
 | `gemfilter` | `GemFilter` | the tokens that an early layer chooses, read again by the whole model |
+| `namm` | `NAMM` | what an evolved network wants to keep; it needs an `artefact` and has no budget |
 | | `Scored` | what a scorer of one's own chooses |
 """
 
@@ -19,6 +20,7 @@ from sinkmodel.memories.expected_attention import ExpectedAttention
 from sinkmodel.memories.gemfilter import GemFilter
 from sinkmodel.memories.h2o import H2O
 from sinkmodel.memories.memory import Memory
+from sinkmodel.memories.namm import NAMM
 from sinkmodel.memories.scored import Scored
 from sinkmodel.memories.snapkv import SnapKV
 from sinkmodel.memories.tova import TOVA
@@ -30,11 +32,13 @@ MEMORIES: dict[str, type[Memory]] = {
     "tova": TOVA,
     "expected-attention": ExpectedAttention,
     "gemfilter": GemFilter,
+    "namm": NAMM,
 }
 
 __all__ = [
     "H2O",
     "MEMORIES",
+    "NAMM",
     "TOVA",
     "Dense",
     "ExpectedAttention",
@@ -47,9 +51,17 @@ __all__ = [
 
 
 def make_memory(name: str, config: Any, budget: int | None = None, **settings: Any) -> Memory:
-    """The memory of that name for a model or its config; `Dense` needs no budget. UserError for an unknown name."""
+    """The memory of that name for a model or its config; `settings` as its class has them.
+
+    "dense" and "namm" take no budget, and "namm" needs `artefact`, the folder or Hub name of an evolved network.
+    Raises UserError for an unknown name, and for settings that do not fit.
+    """
     if name not in MEMORIES:
         raise UserError(f"there is no memory {name!r}; choose one of {', '.join(MEMORIES)}")
     if name == "dense":
         return Dense(config, **settings)
+    if name == "namm":
+        if "artefact" not in settings:
+            raise UserError("a NAMM needs an evolved network; give artefact, a folder or a name on the Hub")
+        return NAMM.from_pretrained(settings.pop("artefact"), config, **settings)
     return MEMORIES[name](config, budget, **settings)

@@ -66,6 +66,8 @@ class Memory(MemoryInterface):
     SETTINGS: tuple[str, ...] = ("budget", "compression_ratio", "sinks", "window", "positions", "interval")
     interval: int | None = None  # tokens between two evictions after the prompt; None: there are none
     compresses_in_attention = True  # else a layer is compressed elsewhere when its prompt has ended
+    takes_budget = True  # else the method decides how much it keeps
+    even = True  # all layers and heads have empty slots for the same columns
 
     def __init__(
         self,
@@ -238,11 +240,19 @@ class Memory(MemoryInterface):
             self.shift = [n - kept for n, kept in zip(self.seen, self.kept)]
         self.ended, self.expected, self.since = True, None, 0
 
-    def columns_to_next_event(self) -> int:
-        """How many columns can be read before something has to be forgotten."""
+    def columns_to_next_event(self, valid_BT: Tensor | None = None) -> int:
+        """How many of the columns to come, with False for pads, can be read before something has to be forgotten."""
         if not self.ended:
             return self.expected - self.columns if self.expected is not None else 2**62
         return self.interval - self.since if self.interval is not None else 2**62
+
+    def evicts_after(self, count: int, seen: list[int]) -> bool:
+        """Whether slots go after `count` more columns, when the rows have `seen` tokens; the end of a prompt aside."""
+        return self.ended and self.interval is not None and self.since + count == self.interval
+
+    def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
+        """Which slots of a layer hold a token, [B, K] or [B, G, K], and the mask of the piece; None as in `Piece`."""
+        return piece.full_BK, piece.mask
 
     # ------------------------------------------------------------------------------------------------------- a forward
 
@@ -367,7 +377,7 @@ class Memory(MemoryInterface):
         """The model's own attention, with the mask of the piece. Then the method sees it, and slots may go."""
         piece, layer = self.piece, self.layers[module.layer_idx]
         assert piece is not None
-        mask = piece.mask
+        full, mask = self.visible_in(layer, piece)
         if mask is not None and self.eager:
             lowest = torch.finfo(query.dtype).min
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
@@ -376,11 +386,11 @@ class Memory(MemoryInterface):
         self.attended += 1
         self.scale, self.softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")
         if self.observes:
-            full, places, valid = piece.full_BK, piece.place_BN, piece.valid_BN
+            places, valid = piece.place_BN, piece.valid_BN
             self.observe(layer, Observation(module, query, key, value, full, places, valid, self.scale, self.softcap))
         if piece.ends_prompt and self.compresses_in_attention:
             self._compress(layer, piece.seen)
-        elif piece.evicts:
+        if piece.evicts:
             self._evict(layer, piece)
         return output
 

@@ -9,7 +9,7 @@ Shapes: B rows, H query heads in G groups of R = H/G, N queries, K keys, D.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Observation:
     query_BHND: Tensor  # after RoPE
     keys_BGKD: Tensor  # all that the queries could see, their own at the end
     values_BGKV: Tensor
-    full_BK: Tensor | None  # False for slots that hold no token; None: all do
+    full_BK: Tensor | None  # False for slots that hold no token, or [B, G, K] by head; None: all do
     places_BN: Tensor | None  # the position that the model gave to each query
     valid_BN: Tensor | None  # False for pads; None: there are none
     scale: float
@@ -39,18 +39,32 @@ class Observation:
         """The same for the last `count` queries."""
         if count >= self.query_BHND.shape[2]:
             return self
-        valid = None if self.valid_BN is None else self.valid_BN[:, -count:]
-        return Observation(
-            self.module,
-            self.query_BHND[:, :, -count:],
-            self.keys_BGKD,
-            self.values_BGKV,
-            self.full_BK,
-            None if self.places_BN is None else self.places_BN[:, -count:],
-            valid,
-            self.scale,
-            self.softcap,
+        return replace(
+            self,
+            query_BHND=self.query_BHND[:, :, -count:],
+            places_BN=None if self.places_BN is None else self.places_BN[:, -count:],
+            valid_BN=None if self.valid_BN is None else self.valid_BN[:, -count:],
         )
+
+    def of_rows(self, rows: list[int]) -> Observation:
+        """The same for some rows of the batch."""
+        return replace(
+            self,
+            query_BHND=self.query_BHND[rows],
+            keys_BGKD=self.keys_BGKD[rows],
+            values_BGKV=self.values_BGKV[rows],
+            full_BK=None if self.full_BK is None else self.full_BK[rows],
+            places_BN=None if self.places_BN is None else self.places_BN[rows],
+            valid_BN=None if self.valid_BN is None else self.valid_BN[rows],
+        )
+
+    def group_means(self, start: int, end: int) -> Tensor:
+        """The attention of the queries [start, end), a mean over each group: [B, G, end − start, seen] in fp32.
+
+        `seen` leaves out the keys after the last of these queries.
+        """
+        seen = self.keys_BGKD.shape[2] - self.query_BHND.shape[2] + end
+        return self._weights(start, end, seen).unflatten(1, (self.keys_BGKD.shape[1], -1)).mean(dim=2)
 
     def weights(self) -> Tensor:
         """The attention of all queries to all keys, [B, H, N, K] in fp32; rows of pads are 0.
@@ -92,7 +106,8 @@ class Observation:
             later = torch.ones(n, seen - first, dtype=torch.bool, device=query.device).triu(1)
             scores[..., first:].masked_fill_(later, float("-inf"))
         if self.full_BK is not None:
-            scores.masked_fill_(~self.full_BK[:, None, None, :seen], float("-inf"))
+            full = self.full_BK[:, None] if self.full_BK.dim() == 2 else self.full_BK  # [B, 1 or G, K]
+            scores.unflatten(1, (G, -1)).masked_fill_(~full[:, :, None, None, :seen], float("-inf"))
         sink = sink_scores(self.module, query, self.scale)
         if sink is None:
             weights = scores.softmax(dim=-1)

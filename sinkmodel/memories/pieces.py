@@ -41,13 +41,14 @@ class Progress(Protocol):
     shift: list[int]
     expected: int | None
     ended: bool
-    interval: int | None
-    since: int
+    even: bool
     eager: bool
     traits: Traits | None
     layers: list[MemoryLayer]
 
-    def columns_to_next_event(self) -> int: ...
+    def columns_to_next_event(self, valid_BT: Tensor | None = None) -> int: ...
+
+    def evicts_after(self, count: int, seen: list[int]) -> bool: ...
 
 
 def next_piece(memory: Progress, request: Request, done: int) -> Piece:
@@ -58,13 +59,14 @@ def next_piece(memory: Progress, request: Request, done: int) -> Piece:
     count = request.tokens.shape[1] - done
     if memory.columns or valid is not None or memory.eager:
         count = min(count, LONGEST_MASKED)
-    count = min(count, memory.columns_to_next_event())
+    count = min(count, memory.columns_to_next_event(valid))
     if valid is not None:
         valid = None if bool(valid[:, :count].all()) else valid[:, :count]
     token_BN = positions_in_text(memory.seen, count, valid)
     slots = memory.layers[0].length
+    seen = [n + more for n, more in zip(memory.seen, lengths(count, valid, len(memory.seen)))]
     full = None
-    if valid is not None or min(memory.kept) < slots:
+    if memory.even and (valid is not None or min(memory.kept) < slots):
         full = torch.ones(len(memory.seen), count, dtype=torch.bool) if valid is None else valid
         full = full.to(device)
         if slots:
@@ -73,13 +75,13 @@ def next_piece(memory: Progress, request: Request, done: int) -> Piece:
         start=done,
         end=done + count,
         ends_prompt=not memory.ended and memory.expected == memory.columns + count,
-        evicts=memory.ended and memory.interval is not None and memory.since + count == memory.interval,
-        seen=[n + more for n, more in zip(memory.seen, lengths(count, valid, len(memory.seen)))],
+        evicts=memory.evicts_after(count, seen),
+        seen=seen,
         token_BN=token_BN.to(device, torch.int32),
         place_BN=(token_BN - torch.tensor(memory.shift)[:, None]).clamp(min=0).to(device),
         valid_BN=None if valid is None else valid.to(device),
         full_BK=full,
-        mask=visible(full, slots, count, memory.eager, device),
+        mask=visible(full, slots, count, memory.eager, device) if memory.even else None,
     )
 
 

@@ -73,3 +73,14 @@ def best(scores_BGK: Tensor, budgets: list[int]) -> tuple[Tensor, Tensor]:
     # Ascending slots are ascending positions, since a prompt fills slots in the order of the text.
     ascending = torch.where(full, slots, slots - scores_BGK.shape[-1]).sort(dim=-1).indices
     return slots.gather(-1, ascending), full.gather(-1, ascending)
+
+
+def kept(keep_BGK: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots [B, G, C] that are kept, in ascending order, and which of them hold a token, [B, G, C].
+
+    C is the largest number of a head. A head that keeps fewer has empty slots in front.
+    """
+    ascending = keep_BGK.to(torch.uint8).sort(dim=-1, stable=True)
+    most = int(keep_BGK.sum(dim=-1).max())
+    start = keep_BGK.shape[-1] - most
+    return ascending.indices[..., start:], ascending.values[..., start:].bool()

@@ -1,0 +1,261 @@
+"""`NAMM`: every `interval` tokens of a row, each KV head of each layer forgets what a network scores below 0.
+
+There is no budget. How much is kept differs by row, layer and head, so a layer has as many slots as its longest set
+needs, and shorter sets have empty slots in front. The attention of a layer gets a mask of its own. Each row counts its
+own tokens, so a padded row decides where it would decide alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sinkmodel.errors import UserError
+from sinkmodel.memories.arguments import one_of
+from sinkmodel.memories.layer import MemoryLayer
+from sinkmodel.memories.memory import Memory
+from sinkmodel.memories.namm.config import NAMMConfig, check_parameters, read_artefact, write_artefact
+from sinkmodel.memories.namm.network import token_scores
+from sinkmodel.memories.namm.spectrogram import add_hop, features
+from sinkmodel.memories.observation import BLOCK_NUMBERS, Observation
+from sinkmodel.memories.pieces import Piece, visible
+from sinkmodel.memories.selection import EMPTY, best, force, kept
+
+EVERYTHING = 2**62
+STATE = ("spectrum", "past", "begun")  # numbers of each slot; the last only while a frame is not whole
+Ragged = Literal["true", "fill"]
+
+
+class NAMM(Memory):
+    """A memory that keeps what an evolved network wants to keep.
+
+    Args:
+        config: the model or its config, as for every `Memory`.
+        namm: sizes, statistics and origin of the network.
+        parameters: [P], or [B, P] for a network of its own in each row; `network.layout` has their order. None: zeros,
+            which keep everything.
+        ragged: "true": each row, layer and KV head keeps its own set. "fill": as in the published code, every head of a
+            layer keeps as many tokens as its hungriest head; the others fill up with their best ones below 0.
+        sinks: the first tokens of each row that are kept in any case.
+        window: the last tokens of each row that are kept in any case; at least 1, the newest.
+
+    A prompt and what comes after it are treated alike: the end of the prompt is not an event. Tokens cannot be taken
+    back, and keys stay at their positions in the text, since the heads of a layer have sets of different sizes.
+
+    Raises:
+        UserError: as for every `Memory`; and for parameters of another size.
+    """
+
+    SETTINGS = ("sinks", "window", "ragged", "fingerprint")
+    takes_budget = False
+    even = False
+
+    def __init__(
+        self,
+        config: Any,
+        namm: NAMMConfig | None = None,
+        parameters: Tensor | None = None,
+        *,
+        ragged: Ragged = "true",
+        sinks: int = 0,
+        window: int = 1,
+        positions: str = "text",
+    ):
+        if positions != "text":
+            raise UserError("the heads of a NAMM keep sets of different sizes, so positions stay those of the text")
+        super().__init__(config, EVERYTHING, sinks=sinks, window=max(1, window))
+        self.namm = namm or NAMMConfig()
+        self.ragged = one_of("ragged", ragged, Ragged)
+        self.interval = self.namm.interval
+        self.parameters = self._checked(torch.zeros(self.namm.parameters) if parameters is None else parameters)
+
+    # ---------------------------------------------------------------------------------------- artefacts and candidates
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, config: Any, **settings: Any) -> NAMM:
+        """The memory of an artefact, a folder or a Hub name, for a model or its config; `settings` as for `NAMM`.
+
+        Raises UserError if there is none of that name, or if it is damaged, of another version or altered.
+        """
+        return cls(config, *read_artefact(name), **settings)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the artefact to a new folder; UserError if the folder holds anything, or for more than one network."""
+        write_artefact(folder, self.namm, self.parameters)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides: the parameters and the statistics."""
+        content = self.parameters.cpu().contiguous().numpy().tobytes()
+        return hashlib.sha256(content + self.namm.statistics_sha256.encode()).hexdigest()
+
+    def with_parameters(self, parameters: Tensor) -> NAMM:
+        """A fork whose decisions from here on are those of other parameters: [P], or [B, P] for each row its own."""
+        if parameters.dim() == 2 and self.seen and len(parameters) != len(self.seen):
+            raise UserError(f"parameters are for {len(parameters)} rows, and this {self.name} holds {len(self.seen)}")
+        other = self.fork()
+        other.parameters = other._checked(parameters)
+        return other
+
+    def for_candidates(self, candidates: Tensor) -> NAMM:
+        """A fork in which every row is repeated for each candidate of [candidates, P].
+
+        Row r of this memory becomes the rows r · candidates, …, r · candidates + candidates − 1 of the fork.
+        """
+        if candidates.dim() != 2:
+            raise UserError(f"candidates are {list(candidates.shape)}; give [candidates, {self.namm.parameters}]")
+        other = self.with_parameters(candidates[0])
+        rows = max(1, len(other.seen))
+        other.batch_repeat_interleave(len(candidates))
+        other.parameters = other._checked(candidates.repeat(rows, 1))
+        return other
+
+    def _checked(self, parameters: Tensor) -> Tensor:
+        check_parameters(self.namm, parameters)
+        return parameters.detach().float()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.seen and self.parameters.dim() == 2:
+            self.parameters = self.parameters[indices.to(self.parameters.device)]
+        super().batch_select_indices(indices)
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    # ------------------------------------------------------------------------------------------------ when it decides
+
+    def columns_to_next_event(self, valid_BT: Tensor | None = None) -> int:
+        left = [self.namm.interval - n % self.namm.interval for n in self.seen]
+        if valid_BT is not None:  # pads come first
+            pads = (~valid_BT).sum(dim=1).tolist()
+            left = [n + more for n, more in zip(left, pads)]
+        columns = min(left, default=self.namm.interval)
+        to_end = super().columns_to_next_event() if not self.ended else EVERYTHING
+        return min(columns, to_end)
+
+    def evicts_after(self, count: int, seen: list[int]) -> bool:
+        return bool(self._deciding(seen))
+
+    def _deciding(self, seen: list[int]) -> list[int]:
+        """The rows that decide when they have `seen` tokens."""
+        return [
+            row for row, (n, before) in enumerate(zip(seen, self.seen)) if n > before and n % self.namm.interval == 0
+        ]
+
+    # --------------------------------------------------------------------------------------------- what each row sees
+
+    def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
+        """As in `Memory`, but by head: [B, G, K] and a mask [B, H, N, K]."""
+        positions = layer.held_positions()
+        count = piece.end - piece.start
+        slots = layer.length - count
+        full = positions != EMPTY
+        if bool(full.all()):
+            return None, visible(None, slots, count, self.eager, full.device)
+        if bool((full == full[:, :1]).all()):
+            return full, visible(full[:, 0], slots, count, self.eager, full.device)
+        mask = visible(full.flatten(0, 1), slots, count, self.eager, full.device)
+        assert mask is not None
+        mask = mask.view(*full.shape[:2], count, -1)
+        return full, mask.repeat_interleave(self._heads() // full.shape[1], dim=1)
+
+    def _heads(self) -> int:
+        return self.config.num_attention_heads
+
+    # ------------------------------------------------------------------------------------------------------- features
+
+    def observe(self, layer: MemoryLayer, seen: Observation) -> None:
+        piece, config = self.piece, self.namm
+        assert piece is not None
+        B, G = layer.keys.shape[:2]
+        layer.numbers("spectrum", B, G, config.bins)
+        layer.numbers("past", B, G, config.window - config.hop)
+        for rows, begun, count in self._alike(piece):
+            if begun or count % config.hop:
+                layer.numbers("begun", B, G, config.hop)
+            of_slots = [layer.held_numbers(name) for name in STATE if name in layer.per_slot]
+            if len(rows) == B:
+                self._add(seen.last(count), begun, *of_slots)
+            else:
+                own = [x[rows] for x in of_slots]
+                self._add(seen.last(count).of_rows(rows), begun, *own)
+                for x, changed in zip(of_slots, own):
+                    x[rows] = changed
+        if not any(n % config.hop for n in piece.seen):
+            layer.per_slot.pop("begun", None)
+
+    def _alike(self, piece: Piece) -> Iterator[tuple[list[int], int, int]]:
+        """Rows with the same number of tokens in a frame that is not whole yet, and of new ones; both numbers."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, (n, before) in enumerate(zip(piece.seen, self.seen)):
+            if n > before:
+                groups.setdefault((before % self.namm.hop, n - before), []).append(row)
+        for (begun, count), rows in groups.items():
+            yield rows, begun, count
+
+    def _add(
+        self, seen: Observation, begun: int, spectrum: Tensor, past: Tensor, begun_BGNK: Tensor | None = None
+    ) -> None:
+        """Add the attention of new queries to the spectrum of each slot; `begun` values of a frame are there."""
+        hop, N, K = self.namm.hop, seen.query_BHND.shape[2], seen.keys_BGKD.shape[2]
+        done = 0
+        if begun:
+            assert begun_BGNK is not None
+            done = min(N, hop - begun)
+            begun_BGNK[:, :, begun : begun + done, : K - N + done] = seen.group_means(0, done)
+            if begun + done == hop:
+                add_hop(spectrum, past, begun_BGNK, self.namm)
+                begun_BGNK.zero_()
+        B, H = seen.query_BHND.shape[:2]
+        numbers = BLOCK_NUMBERS.get(seen.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
+        block = max(1, numbers // (B * H * K * hop)) * hop
+        while N - done >= hop:
+            end = min(done + block, done + (N - done) // hop * hop)
+            k = K - N + end  # a later key is seen by none of them
+            for rows in seen.group_means(done, end).split(hop, dim=2):
+                add_hop(spectrum[..., :k], past[..., :k], rows, self.namm)
+            done = end
+        if done < N:
+            assert begun_BGNK is not None
+            begun_BGNK[:, :, : N - done] = seen.group_means(done, N)
+
+    # ------------------------------------------------------------------------------------------------------ decisions
+
+    def scores(self, layer: MemoryLayer) -> Tensor:
+        rows = list(range(len(layer.keys)))
+        seen = self.piece.seen if self.piece is not None else self.seen
+        return self._scores(layer, rows, [seen[row] for row in rows])
+
+    def _scores(self, layer: MemoryLayer, rows: list[int], seen: list[int]) -> Tensor:
+        """What the network says of the slots of these rows, [rows, G, K]."""
+        spectrum, positions = layer.held_numbers("spectrum"), layer.held_positions()
+        parameters = self.parameters.to(spectrum.device)
+        if len(rows) < len(spectrum):
+            spectrum, positions = spectrum[rows], positions[rows]
+            parameters = parameters[rows] if parameters.dim() == 2 else parameters
+        newest = torch.tensor(seen, device=positions.device)[:, None, None] - 1
+        x_BGKF = features(spectrum, newest - positions, self.namm)
+        return token_scores(x_BGKF, parameters, self.namm.hidden)
+
+    def _evict(self, layer: MemoryLayer, piece: Piece) -> None:
+        rows = self._deciding(piece.seen)
+        positions = layer.held_positions()
+        scores = torch.full(positions.shape, float("inf"), device=positions.device)
+        decided = self._scores(layer, rows, [piece.seen[row] for row in rows])
+        self.check_finite(decided)
+        scores[rows] = decided
+        scores = force(scores, positions, self.sinks, self.windows(), piece.seen)
+        keep = scores >= 0
+        if self.ragged == "fill":
+            layer.keep(*best(scores, keep.sum(dim=-1).amax(dim=-1).tolist()))
+        elif not torch.equal(keep, positions != EMPTY):
+            layer.keep(*kept(keep))
+
+    def _compress(self, layer: MemoryLayer, seen: list[int]) -> None:
+        """The end of a prompt changes nothing."""

@@ -1,0 +1,72 @@
+"""The network of a NAMM: one attention head over the tokens of a KV head, then a score for each (paper, section 3).
+
+    q, k, v = split(x @ qkv.weight + qkv.bias)              x [K, F], 25 features a token
+    a       = backward attention: a token sees itself and newer ones, scaled by 1/√hidden
+    r, m    = split(a @ out.weight + out.bias)              residual and multiplier, F each
+    score   = (x · (1 + m) + r) @ score.weight + score.bias
+
+One set of parameters for all layers and heads. As a flat vector they come in the order of `layout`, each tensor row by
+row, [in, out]. With zeros everywhere each score is 0, which keeps every token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layout(features: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors, in the order of the flat vector."""
+    return {
+        "qkv.weight": (features, 3 * hidden),
+        "qkv.bias": (3 * hidden,),
+        "out.weight": (hidden, 2 * features),
+        "out.bias": (2 * features,),
+        "score.weight": (features, 1),
+        "score.bias": (1,),
+    }
+
+
+def parameter_count(features: int, hidden: int) -> int:
+    return sum(math.prod(shape) for shape in layout(features, hidden).values())
+
+
+PARAMETERS = parameter_count(25, 32)  # 4,172: the paper's sizes
+
+
+def split(parameters: Tensor, features: int, hidden: int) -> dict[str, Tensor]:
+    """The tensors of a flat vector [P], or of one for each row [B, P] with B in front, as views."""
+    shapes = layout(features, hidden)
+    parts = parameters.split([math.prod(shape) for shape in shapes.values()], dim=-1)
+    return {name: part.unflatten(-1, shape) for (name, shape), part in zip(shapes.items(), parts)}
+
+
+def flatten(tensors: dict[str, Tensor]) -> Tensor:
+    """The flat vector [P] of a network's tensors."""
+    order = ("qkv.weight", "qkv.bias", "out.weight", "out.bias", "score.weight", "score.bias")
+    return torch.cat([tensors[name].flatten() for name in order])
+
+
+def token_scores(x_BGKF: Tensor, parameters: Tensor, hidden: int) -> Tensor:
+    """The score [B, G, K] of each token of each KV head, in fp32.
+
+    Args:
+        x_BGKF: features, with the tokens in the order of the text. Those in front of a token do not change its score.
+        parameters: [P], or [B, P] for a network of its own in each row.
+    """
+    weights = split(parameters, x_BGKF.shape[-1], hidden)
+    q, k, v = _linear(x_BGKF, weights, "qkv").flip(-2).chunk(3, dim=-1)  # newest first: then backward is causal
+    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).flip(-2)
+    residual, multiplier = _linear(seen, weights, "out").chunk(2, dim=-1)
+    return _linear(torch.addcmul(residual, x_BGKF, 1 + multiplier), weights, "score")[..., 0]
+
+
+def _linear(x_BGKF: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    if weight.dim() == 3:  # a network for each row
+        B, G, K, _ = x_BGKF.shape
+        return torch.baddbmm(bias[:, None], x_BGKF.flatten(1, 2), weight).view(B, G, K, -1)
+    return F.linear(x_BGKF, weight.T, bias)

@@ -1,0 +1,60 @@
+"""The features of a NAMM: how the attention that a token gets changed over time, and how old the token is.
+
+Each token has a signal: the attention that every query after it pays to it, as a mean over the query heads of its KV
+head. A frame of the spectrogram is the magnitude of the Fourier transform of `window` values under a periodic Hann
+window, one every `hop` queries (paper, section 3). Frames are added to a moving average as soon as they are whole:
+
+    spectrum ← γ^hop · spectrum + (1 − γ^hop) · frame
+
+which over a whole interval is the published sum over its frames. So all that has to be kept of a signal are its last
+window − hop values; the frames of one interval and the next overlap by these.
+
+Shapes: B rows, G KV heads, K slots, N queries. The slots come last, so that a frame is a small matrix times a wide one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from sinkmodel.memories.namm.config import NAMMConfig
+
+SMALLEST_DEVIATION = 1e-7  # of a bin, when it is divided by
+
+
+@functools.lru_cache(maxsize=8)
+def transform(window: int, device: torch.device) -> Tensor:
+    """[2 · bins, window]: the real parts of a windowed Fourier transform as rows, then the imaginary parts."""
+    steps = torch.arange(window, dtype=torch.float64)
+    angles = 2 * math.pi / window * torch.outer(torch.arange(window // 2 + 1, dtype=torch.float64), steps)
+    hann = 0.5 - 0.5 * torch.cos(2 * math.pi / window * steps)
+    return (torch.cat([angles.cos(), -angles.sin()]) * hann).float().to(device)
+
+
+def add_hop(spectrum_BGFK: Tensor, past_BGTK: Tensor, hop_BGNK: Tensor, config: NAMMConfig) -> None:
+    """Add one frame to the moving average, in place.
+
+    Args:
+        past_BGTK: the window − hop values before it, which become those before the next frame.
+        hop_BGNK: the attention that each slot got from the latest `hop` queries.
+    """
+    signal = torch.cat([past_BGTK, hop_BGNK], dim=2)
+    parts = transform(config.window, signal.device) @ signal
+    real, imaginary = parts.square_().chunk(2, dim=2)
+    spectrum_BGFK.lerp_(real.add_(imaginary).sqrt_(), 1 - config.gamma**config.hop)
+    past_BGTK.copy_(signal[:, :, config.hop :])
+
+
+def features(spectrum_BGFK: Tensor, age_BGK: Tensor, config: NAMMConfig) -> Tensor:
+    """[B, G, K, features] in fp32: the code of the age, then the spectrum by the frozen statistics."""
+    half = config.age_size // 2
+    rates = config.age_base ** -(torch.arange(half, dtype=torch.float64, device=age_BGK.device) / half)
+    angles = age_BGK[..., None].double() * rates
+    spectrum = spectrum_BGFK.transpose(-1, -2)
+    if config.mean:
+        mean, variance = (torch.tensor(x, device=spectrum.device) for x in (config.mean, config.variance))
+        spectrum = (spectrum - mean) / variance.sqrt().clamp(min=SMALLEST_DEVIATION)
+    return torch.cat([angles.sin().float(), angles.cos().float(), spectrum], dim=-1)
