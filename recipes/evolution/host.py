@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sinkmodel.errors import not_finite
-from sinkmodel.memories import NAMM, NAMMConfig, make_memory
+from sinkmodel.memories import make_memory
+from sinkmodel.memories.namm import NAMM, NAMMConfig
 from sinkmodel.memories.selection import EMPTY
 from sinkmodel.scoring import nll_of
 from sinkmodel.tasks.generation import NextToken
@@ -59,7 +60,10 @@ class Host:
             for place, memory in enumerate(self._memories(reading, parameters)):
                 found[place].append(self._ask(memory, reading, cell.metric, len(groups[place])))
         return [
-            {name: np.stack([getattr(read, f"{name}_R").numpy() for read in reads], axis=1) for name in ("score", "kept")}
+            {
+                name: np.stack([getattr(read, f"{name}_R").numpy() for read in reads], axis=1)
+                for name in ("score", "kept")
+            }
             for reads in found
         ]
 

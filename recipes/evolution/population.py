@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.training.processes.ranks import World, from_all
+from recipes.training.processes.ranks import World, agree, from_all
 
 Evaluate = Callable[[list[np.ndarray]], list[dict[str, np.ndarray]]]
 """Of each group [r, n] of candidates, numbers [r, …] by name."""
@@ -21,7 +21,7 @@ def shared(evaluate: Evaluate, candidates: np.ndarray, size: int, world: World) 
     """The numbers of all candidates [P, n], in their order, on every process; groups have `size` candidates."""
     groups = [candidates[start : start + size] for start in range(0, len(candidates), size)]
     mine = list(range(world.rank, len(groups), world.size))
-    found: dict[int, dict[str, np.ndarray]] = dict(zip(mine, evaluate([groups[index] for index in mine])))
+    found = dict(zip(mine, agree(lambda: evaluate([groups[index] for index in mine]))))
     if world.size > 1:
         everywhere: list[Any] = from_all(found)
         found = {index: numbers for part in everywhere for index, numbers in part.items()}

@@ -38,7 +38,7 @@ def made_cell(
     loaded: LoadedModel,
     task: Task,
     setting: Setting,
-    seed: int,
+    seed: int | str,
     samples: int,
     answer_tokens: int | None,
     on_sample: OnSample,
@@ -56,7 +56,7 @@ def made_cell(
     return Cell(task.name, setting.length, CONTAINED, readings)
 
 
-def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int, number: int, room: int) -> Sample:
+def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int | str, number: int, room: int) -> Sample:
     """Sample `number` of a task: it depends on nothing but the seed, the task, the number, the setting and the model.
 
     Raises UserError if --length is too short for the task, or the user's own text too short for --length.
