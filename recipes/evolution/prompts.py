@@ -44,10 +44,13 @@ class Prompts:
     def cell(self, loaded: LoadedModel, task: Task, part: Part, count: int, generation: int = 0) -> Cell:
         """`count` prompts of a task. They depend on nothing but the arguments, the seed, the text and the length."""
         text = self.validation if part == "validation" else self.training
-        setting = Setting(self.config.tasks.length, 0, text)
+        setting = Setting(self.config.tasks.length, 0, text, "--tasks.length")
         room = self.config.tasks.answer_tokens if self.config.fitness.score == "match" else ONLY_THE_ANSWER
         seed = f"{self.config.seed} {part} {generation}"
-        return made_cell(loaded, task, setting, seed, count, room, lambda made: None)
+        try:
+            return made_cell(loaded, task, setting, seed, count, room, lambda made: None)
+        except UserError as error:
+            raise UserError(f"{part} prompts: {error}") from None
 
 
 def read_prompts(config: EvolveConfig) -> Prompts:

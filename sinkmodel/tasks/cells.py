@@ -75,8 +75,8 @@ def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int | s
             needed = tokens
             tokens = prompt_size(loaded, build(task.least, replace(setting, length=needed)), room)
         raise UserError(
-            f"--length {setting.length} is too short for {task.name}, whose shortest prompt and answer take {needed} "
-            f"tokens; use --length {needed} or more, or leave the task out"
+            f"{setting.option} {setting.length} is too short for {task.name}, whose shortest prompt and answer take "
+            f"{needed} tokens; use {setting.option} {needed} or more, or leave the task out"
         )
     if units == most:
         raise _too_little_text(task, setting)
@@ -84,8 +84,8 @@ def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int | s
 
 
 def _too_little_text(task: Task, setting: Setting) -> UserError:
-    remedy = "give a longer --text or lower --length" if task.needs_text else "lower --length"
-    return UserError(f"{task.name} runs out of text at --length {setting.length}; {remedy}")
+    remedy = f"give a longer text or lower {setting.option}" if task.needs_text else f"lower {setting.option}"
+    return UserError(f"{task.name} runs out of text at {setting.option} {setting.length}; {remedy}")
 
 
 def fit(size: Callable[[int], int], limit: int, least: int, most: int | None = None) -> tuple[int, int]:

@@ -388,7 +388,7 @@ def test_a_text_that_is_too_short_is_one_line(loaded, name):
     """Risk: a haystack that repeats itself, which is easy to compress."""
     for count in (1, 12):
         setting = Setting(LENGTH, 2, OwnText(list(split_sentences(sentences(count)))))
-        with pytest.raises(UserError, match=rf"{name} runs out of text at --length {LENGTH}; give a longer --text"):
+        with pytest.raises(UserError, match=rf"{name} runs out of text at --length {LENGTH}; give a longer text"):
             make_sample(loaded, TASKS[name], setting, 0, 0, 8)
 
 
