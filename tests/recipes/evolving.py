@@ -1,8 +1,8 @@
 """Small evolutions for tests: a tiny random host, which is let pass as able, and how runs are compared.
 
-    python -m tests.recipes.evolving KILLED_AT OPTIONS OF sink-evolve
+    [KILLED_AT=N] python -m tests.recipes.evolving [sink-evolve] OPTIONS OF sink-evolve
 
-The process kills itself when it is about to write its state for the KILLED_AT-th time; 0 lets it live.
+With KILLED_AT the process kills itself when it is about to write its state for the Nth time.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def files_of(run: Path) -> dict[str, object]:
     return {"metrics": metrics, "state": (run / "state.json").read_bytes(), **numbers}
 
 
-def main(killed_at: int, argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     from recipes.evolution import journal
     from recipes.evolve import main
 
-    write, calls = journal.write_state, 0
+    write, calls, killed_at = journal.write_state, 0, int(os.environ.get("KILLED_AT", "0"))
 
     def write_or_die(*arguments):
         nonlocal calls
@@ -98,4 +98,4 @@ def main(killed_at: int, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), sys.argv[2:]))
+    raise SystemExit(main([word for word in sys.argv[1:] if word != "sink-evolve"]))

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
-ARRAYS, TRAINING = {"twins.sbatch", "eval.sbatch"}, {"pretrain.sbatch", "twins.sbatch"}
+ARRAYS, TRAINING = {"twins.sbatch", "eval.sbatch"}, {"pretrain.sbatch", "twins.sbatch", "evolve.sbatch"}
 
 
 def asked_of_slurm(script: str) -> dict[str, str]:
@@ -67,14 +67,14 @@ elif [ "$name" = sink-export ]; then
 elif [ "$name" = sink-eval ]; then
   [[ $3 != */${BROKEN:-none} ]] || exit 1
   echo '{"rows": [{"policy": "sink", "nll": 1.5}]}' >"${!#}"
-elif [ "$name" = sink-pretrain ]; then
+elif [ "$name" = sink-pretrain ] || [ "$name" = sink-evolve ]; then
   [ -z "${SIGNAL:-}" ] || { kill -s "$SIGNAL" $PPID && sleep 0; }
   exit "${CODE:-0}"
 fi
 """
 DOUBLED = (
     *("srun", "scontrol", "sleep", "timeout"),
-    *("sink-pretrain", "sink-prepare", "sink-export", "sink-eval", "sink-push"),
+    *("sink-pretrain", "sink-evolve", "sink-prepare", "sink-export", "sink-eval", "sink-push"),
 )
 
 
