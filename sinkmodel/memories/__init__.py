@@ -34,8 +34,10 @@ MEMORIES: dict[str, type[Memory]] = {
     "gemfilter": GemFilter,
     "namm": NAMM,
 }
+BUDGETED = [name for name, memory in MEMORIES.items() if memory.takes_budget]  # those that a budget alone makes
 
 __all__ = [
+    "BUDGETED",
     "H2O",
     "MEMORIES",
     "NAMM",
@@ -61,6 +63,8 @@ def make_memory(name: str, config: Any, budget: int | None = None, **settings: A
     if name == "dense":
         return Dense(config, **settings)
     if name == "namm":
+        if budget is not None:
+            raise UserError("a NAMM decides itself how much it keeps; leave out the budget")
         if "artefact" not in settings:
             raise UserError("a NAMM needs an evolved network; give artefact, a folder or a name on the Hub")
         return NAMM.from_pretrained(settings.pop("artefact"), config, **settings)

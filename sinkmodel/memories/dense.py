@@ -13,6 +13,7 @@ class Dense(Memory):
     """Every key is kept. For comparisons: the same reading, the same interface, no eviction."""
 
     observes = False
+    takes_budget = False
 
     def __init__(self, config: Any):
         super().__init__(config, EVERYTHING)

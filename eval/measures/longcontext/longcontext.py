@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=positive, default=50, metavar="N", help="contexts of each task (default: 50)")
     parser.add_argument(
-        "--memories", nargs="+", metavar="MEMORY", help="names of sinkmodel.memories (default: all of them)"
+        "--memories", nargs="+", metavar="MEMORY", help="names of sinkmodel.memories (default: all that have a budget)"
     )
     parser.add_argument(
         "--budgets",
@@ -203,12 +203,13 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
 
 def _check(options: argparse.Namespace) -> None:
     """Everything that can be known to fail before a model is loaded."""
-    from sinkmodel.memories import MEMORIES
+    from sinkmodel.memories import BUDGETED
 
+    known = ["dense", *BUDGETED]
     for name in options.memories or ():
-        if name not in MEMORIES:
-            close = difflib.get_close_matches(name, MEMORIES, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(MEMORIES)}"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"choose among {', '.join(known)}"
             raise UserError(f"there is no memory {name!r}; {remedy}")
     if options.text:
         check_files(options.text)
@@ -225,10 +226,10 @@ def _check(options: argparse.Namespace) -> None:
 def _sides(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Side, list[Side]]:
     """Dense, and each other memory at each budget; UserError for a budget that is too small for one of them."""
     from eval.measures.longcontext.measure import Side
-    from sinkmodel.memories import MEMORIES, make_memory
+    from sinkmodel.memories import BUDGETED, make_memory
 
     sides = []
-    for name in dict.fromkeys(options.memories or MEMORIES):
+    for name in dict.fromkeys(options.memories or BUDGETED):
         for budget in sorted(set(options.budgets)) if name != "dense" else ():
             try:
                 sides.append(Side(name, budget, make_memory(name, loaded.model, budget=budget)))

@@ -83,6 +83,7 @@ def module() -> types.ModuleType:
     """What stands for `sinkmodel.memories` in `sys.modules`."""
     found = types.ModuleType("sinkmodel.memories")
     found.MEMORIES, found.make_memory = MEMORIES, make_memory
+    found.BUDGETED = [name for name in MEMORIES if name != "dense"]
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from eval.cli import main
 from eval.measures.longcontext import measure as module
-from sinkmodel.memories import MEMORIES
+from sinkmodel.memories import BUDGETED
 
 ARGUMENTS = ["--length", "450", "--samples", "1", "--distractors", "1", "--answer-tokens", "2"]
 SMALL, LARGE = 64, 500
@@ -27,7 +27,7 @@ def test_a_memory_that_forgets_nothing_is_dense_and_one_that_forgets_is_not(run,
     code = main(["longcontext", "--model", str(run), *words, *ARGUMENTS, "--json", str(tmp_path / "o.json")])
     assert code == 0, capsys.readouterr().err
     rows = json.loads((tmp_path / "o.json").read_text())["rows"]
-    labels = ["dense", *(f"{name} {budget}" for name in MEMORIES if name != "dense" for budget in (SMALL, LARGE))]
+    labels = ["dense", *(f"{name} {budget}" for name in BUDGETED for budget in (SMALL, LARGE))]
     assert [row["label"] for row in rows] == labels
     of_dense = rows[0]
     assert of_dense["questions"] == 4

@@ -10,15 +10,21 @@ import torch
 from transformers import DynamicCache
 
 from sinkmodel.errors import UserError
-from sinkmodel.memories import MEMORIES, Scored, make_memory, observation, pieces
+from sinkmodel.memories import BUDGETED, MEMORIES, NAMM, Scored, make_memory, observation, pieces
 from sinkmodel.memories.layer import MemoryLayer
+from sinkmodel.memories.namm import NAMMConfig
 from tests.models import build, cast, model_of, tokens
 
 PROMPT, BUDGET = 40, 12
 EVICTING = [name for name in MEMORIES if name != "dense"]
+EVOLVED = NAMMConfig(window=4, hop=2, interval=6, hidden=3, age_size=2, mean=(0.1,) * 3, variance=(0.01,) * 3)
 
 
 def new(name: str, model, budget: int = BUDGET, **settings):
+    if name == "namm":  # with a large budget, one that keeps everything
+        generator = torch.Generator().manual_seed(1)
+        parameters = torch.randn(EVOLVED.parameters, generator=generator) if budget < PROMPT else None
+        return NAMM(model.config, EVOLVED, parameters, **settings)
     if name == "snapkv":
         settings["window"] = 4
     return make_memory(name, model.config, None if name == "dense" else budget, **settings)
@@ -219,7 +225,7 @@ def test_on_a_model_every_generate_starts_with_an_empty_memory(llama, text):
     assert "generate" not in vars(llama)
 
 
-@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_bytes_are_those_of_the_budget(llama, text, name):
     memory = read(llama, new(name, llama), text[:, :PROMPT])
     layers, groups, size = 2, 2, 8
