@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import cmaes
 import numpy as np
 
 from recipes.evolution.settings import CmaSettings
@@ -23,8 +24,6 @@ class Evolution:
     """
 
     def __init__(self, parameters: int, population: int, settings: CmaSettings, seed: int):
-        import cmaes
-
         kind = cmaes.SepCMA if settings.kind == "separable" else cmaes.CMA
         self._cma: Any = kind(np.zeros(parameters), settings.sigma, seed=seed, population_size=population)
         self._asked: list[np.ndarray] = []

@@ -157,7 +157,7 @@ class ComputeSettings:
 
     device: str = "auto"
     dtype: str = "float32"
-    candidates: int = 16
+    candidates: int = 8
     processes: int | None = None
     threads: int | None = None
     timeout: float = 1800.0
