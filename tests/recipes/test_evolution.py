@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -201,16 +202,34 @@ def test_a_resumed_run_keeps_its_tasks_settings_model_and_texts(inputs, tmp_path
     assert "has done 2 generations, more than --generations 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"format": "sinkmodel-evolution", "version": 1}', "NaN"])
-def test_a_damaged_state_is_one_line(inputs, tmp_path, capsys, monkeypatch, damage):
+def shorter(state: str) -> str:
+    content = json.loads(state)
+    content["fitness"][0].pop()
+    return json.dumps(content)
+
+
+def test_a_damaged_state_is_one_line(inputs, tmp_path, capsys, monkeypatch):
     """Risk: a traceback, or a run that begins anew over what is left of another one."""
     let_pass(monkeypatch)
     folder = tmp_path / "run"
     assert run(arguments(inputs, folder, generations=1)) == 0
-    (folder / "state.json").write_text(damage)
+    path = folder / "state.json"
+    state = path.read_text()
+    damages = [
+        "{",
+        "[]",
+        '{"format": "sinkmodel-evolution", "version": 1}',
+        shorter(state),
+        state.replace("[[", "[[NaN, "),
+    ]
+    for damage in damages:
+        path.write_text(damage)
+        assert run(arguments(inputs, folder, generations=2)) == 2
+        assert str(path) in capsys.readouterr().err.strip().splitlines()[-1]
+        assert path.read_text() == damage
+    path.write_text(state.replace('"version": 1', '"version": 2'))
     assert run(arguments(inputs, folder, generations=2)) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(folder / "state.json") in line
+    assert "has version 2, and this program reads 1" in capsys.readouterr().err
     (folder / "config.yaml").unlink()
     assert run(arguments(inputs, folder, generations=2)) == 2
     assert "already holds something else" in capsys.readouterr().err
