@@ -251,7 +251,10 @@ class Memory(MemoryInterface):
         return self.ended and self.interval is not None and self.since + count == self.interval
 
     def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
-        """Which slots of a layer hold a token, [B, K] or [B, G, K], and the mask of the piece; None as in `Piece`."""
+        """Which slots of a layer hold a token, [B, K] or [B, G, K], and the mask of the piece; None as in `Piece`.
+
+        The mask is boolean, or additive in the dtype of the keys.
+        """
         return piece.full_BK, piece.mask
 
     # ------------------------------------------------------------------------------------------------------- a forward
@@ -378,7 +381,7 @@ class Memory(MemoryInterface):
         piece, layer = self.piece, self.layers[module.layer_idx]
         assert piece is not None
         full, mask = self.visible_in(layer, piece)
-        if mask is not None and self.eager:
+        if mask is not None and mask.dtype == torch.bool and self.eager:
             lowest = torch.finfo(query.dtype).min
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
         apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1

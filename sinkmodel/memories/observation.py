@@ -34,6 +34,7 @@ class Observation:
     valid_BN: Tensor | None  # False for pads; None: there are none
     scale: float
     softcap: float | None = None
+    sink_BHN: Tensor | None = None  # scores of a sink in the softmax; None: worked out from the module when needed
 
     def last(self, count: int) -> Observation:
         """The same for the last `count` queries."""
@@ -56,6 +57,22 @@ class Observation:
             full_BK=None if self.full_BK is None else self.full_BK[rows],
             places_BN=None if self.places_BN is None else self.places_BN[rows],
             valid_BN=None if self.valid_BN is None else self.valid_BN[rows],
+        )
+
+    def of_head(self, group: int, first: int) -> Observation:
+        """The same for the query heads of one KV head, and its slots from `first` on."""
+        R = self.query_BHND.shape[1] // self.keys_BGKD.shape[1]
+        heads, one = slice(group * R, (group + 1) * R), slice(group, group + 1)
+        full, sink = self.full_BK, self._sink(0, self.query_BHND.shape[2])
+        if full is not None:
+            full = full[:, group, first:] if full.dim() == 3 else full[:, first:]
+        return replace(
+            self,
+            query_BHND=self.query_BHND[:, heads],
+            keys_BGKD=self.keys_BGKD[:, one, first:],
+            values_BGKV=self.values_BGKV[:, one, first:],
+            full_BK=None if full is None or bool(full.all()) else full,
+            sink_BHN=None if sink is None else sink[:, heads],
         )
 
     def group_means(self, start: int, end: int) -> Tensor:
@@ -108,7 +125,7 @@ class Observation:
         if self.full_BK is not None:
             full = self.full_BK[:, None] if self.full_BK.dim() == 2 else self.full_BK  # [B, 1 or G, K]
             scores.unflatten(1, (G, -1)).masked_fill_(~full[:, :, None, None, :seen], float("-inf"))
-        sink = sink_scores(self.module, query, self.scale)
+        sink = self._sink(start, end)
         if sink is None:
             weights = scores.softmax(dim=-1)
         else:
@@ -117,3 +134,8 @@ class Observation:
         if self.valid_BN is not None:
             weights = weights.masked_fill(~self.valid_BN[:, None, start:end, None], 0.0)
         return weights
+
+    def _sink(self, start: int, end: int) -> Tensor | None:
+        if self.sink_BHN is not None:
+            return self.sink_BHN[:, :, start:end]
+        return sink_scores(self.module, self.query_BHND[:, :, start:end], self.scale)

@@ -8,18 +8,22 @@ own tokens, so a padded row decides where it would decide alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sinkmodel.cache.inputs import Request
 from sinkmodel.errors import UserError
 from sinkmodel.memories.arguments import one_of
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.namm.config import NAMMConfig, check_parameters, read_artefact, write_artefact
+from sinkmodel.memories.namm.mask import AdditiveMask
 from sinkmodel.memories.namm.network import token_scores
 from sinkmodel.memories.namm.spectrogram import add_hop, features
 from sinkmodel.memories.observation import BLOCK_NUMBERS, Observation
@@ -72,6 +76,9 @@ class NAMM(Memory):
         self.namm = namm or NAMMConfig()
         self.ragged = one_of("ragged", ragged, Ragged)
         self.interval = self.namm.interval
+        self.masks: dict[tuple[int, int], AdditiveMask] = {}  # of the piece in progress, by rows and heads
+        self.apart: Callable[..., Any] | None = None  # the attention of the layer in progress, if heads can be apart
+        self.empty_G: list[int] = []  # slots in front of each head that are then left out
         self.parameters = self._checked(torch.zeros(self.namm.parameters) if parameters is None else parameters)
 
     # ---------------------------------------------------------------------------------------- artefacts and candidates
@@ -128,6 +135,14 @@ class NAMM(Memory):
     def is_croppable(self) -> bool:
         return False
 
+    def _admit(self, *args: Any) -> Request:
+        request = super()._admit(*args)
+        rows = len(request.tokens)
+        if self.parameters.dim() == 2 and len(self.parameters) != rows:
+            self._begin()  # it holds nothing yet, else it would have that many rows
+            raise UserError(f"this {self.name} has parameters for {len(self.parameters)} rows and was fed {rows}")
+        return request
+
     # ------------------------------------------------------------------------------------------------ when it decides
 
     def columns_to_next_event(self, valid_BT: Tensor | None = None) -> int:
@@ -150,23 +165,58 @@ class NAMM(Memory):
 
     # --------------------------------------------------------------------------------------------- what each row sees
 
-    def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
-        """As in `Memory`, but by head: [B, G, K] and a mask [B, H, N, K]."""
-        positions = layer.held_positions()
-        count = piece.end - piece.start
-        slots = layer.length - count
-        full = positions != EMPTY
-        if bool(full.all()):
-            return None, visible(None, slots, count, self.eager, full.device)
-        if bool((full == full[:, :1]).all()):
-            return full, visible(full[:, 0], slots, count, self.eager, full.device)
-        mask = visible(full.flatten(0, 1), slots, count, self.eager, full.device)
-        assert mask is not None
-        mask = mask.view(*full.shape[:2], count, -1)
-        return full, mask.repeat_interleave(self._heads() // full.shape[1], dim=1)
+    def plan(self, request: Request, done: int) -> Piece:
+        self.masks = {}
+        return super().plan(request, done)
 
-    def _heads(self) -> int:
-        return self.config.num_attention_heads
+    def attend(
+        self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        plain = attention is ALL_ATTENTION_FUNCTIONS.get("sdpa") and kwargs.get("s_aux") is None
+        self.apart = partial(self._heads_apart, attention) if plain else None
+        return super().attend(self.apart or attention, module, query, key, value, kwargs)
+
+    def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
+        """As in `Memory`, but by head: [B, G, K] and a mask [B, H, N, K].
+
+        If the rows are alike and heads can be computed apart, the mask is [1, 1, N, K] and shows empty slots as well.
+        """
+        full, count = layer.held_positions() != EMPTY, piece.end - piece.start
+        B, G, K = full.shape
+        self.empty_G = [0] * G
+        if bool(full.all()):
+            return None, visible(None, K - count, count, self.eager, full.device)
+        H = self.config.num_attention_heads
+        if count > 1 and piece.valid_BN is None:
+            empty_BG = K - full.sum(dim=-1)
+            apart = self.apart is not None and bool((empty_BG == empty_BG[0]).all())
+            if apart:
+                self.empty_G = empty_BG[0].tolist()
+                empty_BG = empty_BG.new_zeros(1, 1)
+            shape = (1, 1) if apart else (B, H)
+            if shape not in self.masks:
+                most = max(count + each.length for each in self.layers)
+                self.masks[shape] = AdditiveMask((*shape, count, most), layer.keys.dtype, full.device)
+            return full, self.masks[shape].of(K, empty_BG)
+        mask = visible(full.flatten(0, 1), K - count, count, self.eager, full.device)
+        assert mask is not None
+        return full, mask.view(B, G, count, K).repeat_interleave(H // G, dim=1)
+
+    def _heads_apart(
+        self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs
+    ) -> tuple[Tensor, Any]:
+        """The model's attention, one KV head at a time if the heads have empty slots in front of different numbers."""
+        if not any(self.empty_G):
+            return attention(module, query, key, value, mask, **kwargs)
+        queries, outputs = query.chunk(key.shape[1], dim=1), []
+        for g, first in enumerate(self.empty_G):
+            k, v = key[:, g : g + 1, first:], value[:, g : g + 1, first:]
+            outputs.append(attention(module, queries[g], k, v, mask[..., first:], **kwargs)[0])
+        return torch.cat(outputs, dim=2), None
+
+    def commit(self, piece: Piece) -> None:
+        self.masks, self.apart = {}, None
+        super().commit(piece)
 
     # ------------------------------------------------------------------------------------------------------- features
 
@@ -210,20 +260,34 @@ class NAMM(Memory):
             done = min(N, hop - begun)
             begun_BGNK[:, :, begun : begun + done, : K - N + done] = seen.group_means(0, done)
             if begun + done == hop:
-                add_hop(spectrum, past, begun_BGNK, self.namm)
+                of_heads = [x.view(-1, *x.shape[2:]) for x in (spectrum, past, begun_BGNK)]
+                add_hop(of_heads[0], of_heads[1], of_heads[2], self.namm)
                 begun_BGNK.zero_()
-        B, H = seen.query_BHND.shape[:2]
-        numbers = BLOCK_NUMBERS.get(seen.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
-        block = max(1, numbers // (B * H * K * hop)) * hop
-        while N - done >= hop:
-            end = min(done + block, done + (N - done) // hop * hop)
-            k = K - N + end  # a later key is seen by none of them
-            for rows in seen.group_means(done, end).split(hop, dim=2):
-                add_hop(spectrum[..., :k], past[..., :k], rows, self.namm)
-            done = end
-        if done < N:
+        end = done + (N - done) // hop * hop
+        if done < end:
+            for g in range(spectrum.shape[1]):
+                self._add_hops(seen, done, end, g, spectrum[:, g], past[:, g])
+        if end < N:
             assert begun_BGNK is not None
-            begun_BGNK[:, :, : N - done] = seen.group_means(done, N)
+            begun_BGNK[:, :, : N - end] = seen.group_means(end, N)
+
+    def _add_hops(self, seen: Observation, start: int, end: int, group: int, spectrum: Tensor, past: Tensor) -> None:
+        """Add the attention that the queries [start, end), a multiple of hop, pay to the slots of one KV head."""
+        hop, N = self.namm.hop, seen.query_BHND.shape[2]
+        first = 0  # slots in front of it are empty in every row
+        if seen.full_BK is not None:
+            full = seen.full_BK[:, group] if seen.full_BK.dim() == 3 else seen.full_BK
+            first = int((~full).sum(dim=-1).min())
+        head = seen.of_head(group, first)
+        B, R, _, _ = head.query_BHND.shape
+        K = head.keys_BGKD.shape[2]
+        numbers = BLOCK_NUMBERS.get(head.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
+        block = max(1, numbers // 4 // (B * R * K * hop)) * hop  # what comes of them must stay in the cache as well
+        for begin in range(start, end, block):
+            stop = min(end, begin + block)
+            k = K - N + stop  # a later key is seen by none of these
+            for rows in head.group_means(begin, stop)[:, 0].split(hop, dim=1):
+                add_hop(spectrum[..., first : first + k], past[..., first : first + k], rows, self.namm)
 
     # ------------------------------------------------------------------------------------------------------ decisions
 
@@ -240,8 +304,13 @@ class NAMM(Memory):
             spectrum, positions = spectrum[rows], positions[rows]
             parameters = parameters[rows] if parameters.dim() == 2 else parameters
         newest = torch.tensor(seen, device=positions.device)[:, None, None] - 1
-        x_BGKF = features(spectrum, newest - positions, self.namm)
-        return token_scores(x_BGKF, parameters, self.namm.hidden)
+        empty_G = (positions == EMPTY).sum(dim=-1).amin(dim=0).tolist()
+        scores = torch.zeros(positions.shape, device=positions.device)
+        for g, first in enumerate(empty_G):  # apart, since the work grows with the square of a head's slots
+            head = slice(g, g + 1)
+            x_B1KF = features(spectrum[:, head, :, first:], newest - positions[:, head, first:], self.namm)
+            scores[:, head, first:] = token_scores(x_B1KF, parameters, self.namm.hidden)
+        return scores
 
     def _evict(self, layer: MemoryLayer, piece: Piece) -> None:
         rows = self._deciding(piece.seen)

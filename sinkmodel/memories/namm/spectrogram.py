@@ -34,18 +34,19 @@ def transform(window: int, device: torch.device) -> Tensor:
     return (torch.cat([angles.cos(), -angles.sin()]) * hann).float().to(device)
 
 
-def add_hop(spectrum_BGFK: Tensor, past_BGTK: Tensor, hop_BGNK: Tensor, config: NAMMConfig) -> None:
-    """Add one frame to the moving average, in place.
+def add_hop(spectrum_XFK: Tensor, past_XTK: Tensor, hop_XNK: Tensor, config: NAMMConfig) -> None:
+    """Add one frame to the moving averages of X KV heads, in place.
 
     Args:
-        past_BGTK: the window − hop values before it, which become those before the next frame.
-        hop_BGNK: the attention that each slot got from the latest `hop` queries.
+        past_XTK: the window − hop values before it, which become those before the next frame.
+        hop_XNK: the attention that each slot got from the latest `hop` queries.
     """
-    signal = torch.cat([past_BGTK, hop_BGNK], dim=2)
-    parts = transform(config.window, signal.device) @ signal
-    real, imaginary = parts.square_().chunk(2, dim=2)
-    spectrum_BGFK.lerp_(real.add_(imaginary).sqrt_(), 1 - config.gamma**config.hop)
-    past_BGTK.copy_(signal[:, :, config.hop :])
+    signal = torch.cat([past_XTK, hop_XNK], dim=1)
+    parts = torch.bmm(transform(config.window, signal.device).expand(len(signal), -1, -1), signal)
+    real, imaginary = parts.chunk(2, dim=1)
+    magnitude = (real * real).addcmul_(imaginary, imaginary).sqrt_()
+    spectrum_XFK.lerp_(magnitude, 1 - config.gamma**config.hop)
+    past_XTK.copy_(signal[:, config.hop :])
 
 
 def features(spectrum_BGFK: Tensor, age_BGK: Tensor, config: NAMMConfig) -> Tensor:

@@ -17,7 +17,7 @@ from tests.models import build, cast, model_of, tokens
 
 PROMPT, BUDGET = 40, 12
 EVICTING = [name for name in MEMORIES if name != "dense"]
-EVOLVED = NAMMConfig(window=4, hop=2, interval=6, hidden=3, age_size=2, mean=(0.1,) * 3, variance=(0.01,) * 3)
+EVOLVED = NAMMConfig(window=4, hop=2, interval=6, hidden=3, age_size=2, mean=(0.02,) * 3, variance=(0.0003,) * 3)
 
 
 def new(name: str, model, budget: int = BUDGET, **settings):

@@ -65,16 +65,17 @@ def expected(family: str, name: str, ragged: str = "true", start: int = 0, seed:
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Positions, features and scores of every decision, in order: [(positions, features, scores)] for each call."""
-    calls = []
+    """What every decision of a layer was made of, in order: positions, the features of each head's slots, scores."""
+    calls, seen = [], []
     scores, network = NAMM._scores, memory.token_scores
 
-    def noted(self, layer, rows, seen):
-        result = scores(self, layer, rows, seen)
-        calls[-1] = (layer.held_positions()[rows], rows, *calls[-1])
+    def noted(self, layer, rows, lengths):
+        seen.clear()
+        result = scores(self, layer, rows, lengths)
+        calls.append((layer.held_positions()[rows], [x[:, 0] for x in seen], result))
         return result
 
-    monkeypatch.setattr(memory, "token_scores", lambda x, *args: calls.append((x, y := network(x, *args))) or y)
+    monkeypatch.setattr(memory, "token_scores", lambda x, *more: seen.append(x) or network(x, *more))
     monkeypatch.setattr(NAMM, "_scores", noted)
     return calls
 
@@ -103,11 +104,11 @@ def test_features_and_scores_are_those_of_the_reference(family, name, judged):
     check(cache, outcome, feed(model, cache, torch.tensor([tokens(N)]), N)[0])
     layers, blocks = len(cache.layers), N // config.interval
     assert len(judged) == layers * blocks >= 2 * layers
-    for call, (positions, _, x, scores) in enumerate(judged):
-        for g in range(positions.shape[1]):
+    for call, (positions, of_heads, scores) in enumerate(judged):
+        for g, x in enumerate(of_heads):
             decision, held = outcome.decisions[call % layers, g][call // layers], positions[0, g] >= 0
             assert positions[0, g][held].tolist() == decision.positions
-            torch.testing.assert_close(x[0, g][held].double(), decision.features, atol=1e-5, rtol=0)
+            torch.testing.assert_close(x[0].double(), decision.features, atol=1e-5, rtol=0)
             torch.testing.assert_close(scores[0, g][held].double(), decision.scores, atol=1e-5, rtol=1e-5)
 
 
@@ -226,7 +227,8 @@ def test_statistics_are_those_of_a_network_that_keeps_everything(judged):
     config = measure_statistics(model, ids, config_of("llama"))
     for each in ids:
         model(each, past_key_values=NAMM(model, SMALL))
-    spectra = torch.cat([x[..., SMALL.age_size :].flatten(0, 2) for _, _, x, _ in judged]).double()
+    features = [x for _, of_heads, _ in judged for x in of_heads]
+    spectra = torch.cat([x[..., SMALL.age_size :].flatten(0, 1) for x in features]).double()
     torch.testing.assert_close(torch.tensor(config.mean).double(), spectra.mean(dim=0), atol=1e-6, rtol=1e-5)
     variance = spectra.var(dim=0, correction=0)
     torch.testing.assert_close(torch.tensor(config.variance).double(), variance, atol=1e-6, rtol=1e-5)
