@@ -55,11 +55,12 @@ def test_a_run_leaves_its_numbers_and_its_result(inputs, whole):
         one["fitness"] for one in state["validated"]
     ]
     best = max(state["validated"], key=lambda one: one["fitness"])
+    assert best["generation"] == 2, "the best and the last are the same"
     for name, expected in (("best", best), ("last", state["validated"][-1])):
         config, parameters = read_artefact(whole / name)
         assert (config.fitness, config.evolved_on["generation"]) == (expected["fitness"], expected["generation"])
         assert (list(config.mean), list(config.variance)) == (state["mean"], state["variance"])
-        assert config.seeds == (1234,)
+        assert config.seeds == (4,)
         assert config.evolved_on["host"]["fingerprint"] == state["host"]
         assert config.evolved_on["tasks"]["names"] == ["niah_single_2"]
         assert 0 < parameters.abs().max() < 1
@@ -133,11 +134,12 @@ def test_a_result_that_is_lost_or_damaged_is_made_again(inputs, whole, tmp_path,
     assert files_of(tmp_path / "run") == before
 
 
-def test_a_run_can_be_made_longer(inputs, whole, tmp_path, monkeypatch):
+def test_a_run_can_be_made_longer(inputs, whole, tmp_path, monkeypatch, capsys):
     """Risk: a run of two generations that is resumed with three is another one than that of three."""
     let_pass(monkeypatch)
     assert run(arguments(inputs, tmp_path / "run", generations=2)) == 0
     assert run(arguments(inputs, tmp_path / "run")) == 0
+    assert "resuming after generation 2" in capsys.readouterr().err
     assert files_of(tmp_path / "run") == files_of(whole)
 
 
