@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from eval.measures.longcontext import own_text, ruler
-from eval.measures.longcontext.own_text import WORD, OwnText, read_own_text
-from eval.measures.longcontext.samples import Sample, Setting
 from sinkmodel.console import command, put
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 from sinkmodel.parser import OneLineParser, path_of, positive, whole
 from sinkmodel.progress import CountedProgress
+from sinkmodel.tasks import own_text, ruler
+from sinkmodel.tasks.samples import Sample, Setting
+from sinkmodel.tasks.text import WORD, OwnText, read_own_text
 
 EXAMPLE = "python examples/recall_text.py --text books.jsonl.xz --documents 100000 --output recall.jsonl"
 

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
 
     if "wandb" in targets and (off := switched_off()):
         raise UserError(f"{off} switches wandb off, so nothing can be logged there; unset it, or give --to tensorboard")
-    refuse_what_is_not_installed(config)
+    refuse_what_is_not_installed(config.logging)
     recipe = Recipe.from_dict(read_checkpoint(steps[max(steps)])["recipe"])
     with locked(options.run):
         metrics = read_metrics(options.run)

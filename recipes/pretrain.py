@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import traceback
-
+from recipes.training.processes.launch import launch, run_to_end, several
 from recipes.training.processes.signals import noted
 from sinkmodel.console import command
 from sinkmodel.errors import UserError
@@ -19,19 +17,7 @@ EXAMPLE = "sink-pretrain --config pythia-160m --config sink-token --data.path da
 
 
 def main(argv: list[str] | None = None) -> int:
-    if not _several():
-        return run(argv)
-    code = 1
-    try:
-        code = run(argv)
-    except SystemExit as end:  # --help
-        code = int(end.code or 0)
-    except BaseException:  # a mistake of ours, a device that is out of memory …
-        traceback.print_exc()
-    from recipes.training.processes.ranks import leave
-
-    leave(code)
-    return code
+    return run_to_end(run, argv)
 
 
 @command("sink-pretrain")
@@ -46,21 +32,19 @@ def run(argv: list[str]) -> int:
             config = load_config(PretrainConfig, argv, DESCRIPTION, EXAMPLE)
         except UserError as error:
             failure = error
-            if processes is not None or not _several():
+            if processes is not None or not several():
                 raise
         if processes is not None:
             from recipes.training.rehearsal import rehearse
 
             return rehearse(config, processes or config.training.devices or 1)
-        if _several():
+        if several():
             from recipes.training.processes.ranks import agree_on_start
 
             if failure is not None:
                 agree_on_start(failure, 60.0, "cpu")
             agree_on_start(None, config.training.timeout, config.training.device)
         elif config.training.devices is not None and config.training.devices > 1:
-            from recipes.training.processes.launch import launch
-
             return launch("recipes.pretrain", argv, config.training.devices)
         from recipes.training.run import pretrain
 
@@ -76,11 +60,6 @@ def _dry_run(argv: list[str]) -> tuple[list[str], int | None]:
     if given and not (given.isdigit() and int(given) > 0):
         raise UserError(f"--dry-run={given}: give the number of processes that the job will have, as in --dry-run=8")
     return others, int(given or 0)
-
-
-def _several() -> bool:
-    """Whether torchrun, srun or our own launcher started this process as one of several."""
-    return max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ EXTRAS = {
     "datasets": "train",
     "zstandard": "train",
     "pyarrow": "train",
+    "cmaes": "evolve",
     "wandb": "wandb",
     "tensorboard": "tensorboard",
     "rich": "eval",

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What all jobs share: the site's settings, the health of the nodes, training with srun. Sourced by the sbatch files.
+# What all jobs share: the site's settings, the health of the nodes, programs on all of them. Sourced by the sbatch files.
 set -euo pipefail
 
 say() { echo "$(date +%FT%T) $SLURM_JOB_ID: $*" >&2; }
@@ -55,13 +55,13 @@ give_back() {
   say "it could not be put back; submit it again: it goes on where it stopped"
 }
 
-# Run sink-pretrain with these arguments on all nodes of the job, and end the job with its exit code.
-train() {
+# on_all_nodes PROGRAM ARGUMENTS…: run it on all nodes of the job, and end the job with its exit code.
+on_all_nodes() {
   local code=0 since=$SECONDS
   # Signals are for the program, which srun passes them to. This shell lives on, to say how that ended.
   trap : TERM USR1
   ask_nodes || say "not every node has answered"
-  start "$SLURM_JOB_NUM_NODES" "$SINK_TASKS_PER_NODE" sink-pretrain "$@" || code=$?
+  start "$SLURM_JOB_NUM_NODES" "$SINK_TASKS_PER_NODE" "$@" || code=$?
   trap - TERM USR1
   case $code in
     0 | 2) ;; # done, or told what is wrong with the input: nothing that another start would mend
@@ -77,7 +77,7 @@ train() {
     *)
       # A node may have died without SLURM knowing of it yet (SlurmdTimeout, minutes): nothing can be started there. A
       # job that ended now would have failed; one that waits is put back into the queue, without that node.
-      say "sink-pretrain has ended with exit code $code; asking the nodes"
+      say "$1 has ended with exit code $code; asking the nodes"
       if ! ask_nodes; then
         say "a node does not answer; waiting for SLURM to take it out"
         sleep "${SINK_NODE_PATIENCE:-900}"

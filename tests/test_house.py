@@ -57,6 +57,7 @@ COMMANDS = [
         "sink-eval longcontext",
         "sink-eval zeroshot",
     ),
+    "sink-evolve",
     "sink-eval report",
 ]
 
@@ -77,6 +78,7 @@ def test_help_shows_an_example(command):
         ("recipes.prepare", ["--help"], "jsonargparse", "train"),
         ("recipes.pretrain", ["--help"], "yaml", "train"),
         ("recipes.pretrain", ["--output=x", "--data.path=x"], "lightning", "train"),
+        ("recipes.evolve", ["--model=x", "--output=x"], "cmaes", "evolve"),
         ("recipes.publish", ["--model", ".", "--repo", "me/x"], "huggingface_hub", "hub"),
         ("eval.cli", ["report", "--json", "x.json", "--output", "y"], "matplotlib", "plots"),
         ("eval.cli", ["zeroshot", "--model", "x", "--tasks", "piqa"], "lm_eval", "zeroshot"),

@@ -78,7 +78,7 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
             key = "model.start_from" if moved and key.startswith("model.") else key  # another base has another shape
             raise UserError(
                 f"{run} holds a run with {key} = {before.get(key)}, this one has {now.get(key)}; "
-                f"resume with {_options({key: before.get(key)})}, or choose another --output"
+                f"resume with {as_options({key: before.get(key)})}, or choose another --output"
             )
 
 
@@ -131,10 +131,10 @@ def _jump(run: Path, config: PretrainConfig, step: int, before: ScheduleSettings
             what += ", and no checkpoint from before its decay is left"
     other = {f"schedule.{key}": value for key, value in asdict(before).items() if value != getattr(now, key)}
     longer = "" if now.kind == "wsd" else "; a run with schedule.kind wsd can be made longer"
-    return UserError(f"{what}; resume with {_options(other)}, or choose another --output to train anew{longer}")
+    return UserError(f"{what}; resume with {as_options(other)}, or choose another --output to train anew{longer}")
 
 
-def _options(values: dict[str, Any]) -> str:
+def as_options(values: dict[str, Any]) -> str:
     """`--key value …` to copy, as the command line takes numbers, lists and null."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     return shell(*(word for key, text in texts.items() for word in (f"--{key}", text)))
@@ -213,8 +213,8 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start
         },
         "processes": world.size,
         "nodes": world.nodes,
-        "hardware": _hardware(config.training.device),
-        "git_commit": _git_commit(),
+        "hardware": hardware(config.training.device),
+        "git_commit": git_commit(),
         "versions": {name: version(name) for name in ("sinkmodel", "torch", "transformers", "lightning")},
     }
     return all_redacted(provenance)
@@ -231,10 +231,10 @@ def _command_of(config: PretrainConfig) -> str:
         for key, value in flatten(config).items()
         if value != defaults[key] and key not in decided and (key in needed or key not in FREE_TO_CHANGE)
     }
-    return f"sink-pretrain {_options(values)}"
+    return f"sink-pretrain {as_options(values)}"
 
 
-def _hardware(device: str) -> str:
+def hardware(device: str) -> str:
     """What this process computes on, by its maker's name; a run that goes on elsewhere has the last of them."""
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -244,7 +244,7 @@ def _hardware(device: str) -> str:
     return name[1].strip() if name else f"CPU, {platform.machine()}"
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the checkout that runs, `+` behind it where files differ; None outside of one."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():

@@ -136,7 +136,7 @@ def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
-    refuse_what_is_not_installed(config)
+    refuse_what_is_not_installed(config.logging)
     if config.training.devices not in (None, world.local_size):
         raise UserError(
             f"training.devices is {config.training.devices}, but {world.local_size} processes were started on each "

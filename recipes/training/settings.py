@@ -214,24 +214,33 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
-class LoggingSettings:
-    """Where the numbers of a run go.
+class CopySettings:
+    """Where the numbers of a run go besides metrics.csv.
 
     Args:
-        every: steps between lines of metrics.csv, which is always written.
         wandb: log to Weights & Biases as well, online or, with `WANDB_MODE=offline`, for `wandb sync` later; twins
             share a group, and tags tell sink, model and data.
         tensorboard: write the same curves to `tensorboard/` in the output folder.
         project: of the wandb run.
         name: of the wandb run; the output folder's unless given.
-        spike: standard deviations above the running mean of the loss from which on a step is reported, with its rows.
     """
 
-    every: int = 10
     wandb: bool = False
     tensorboard: bool = False
     project: str = "sinkmodel"
     name: str | None = None
+
+
+@dataclass(frozen=True)
+class LoggingSettings(CopySettings):
+    """Where the numbers of a run go.
+
+    Args:
+        every: steps between lines of metrics.csv, which is always written.
+        spike: standard deviations above the running mean of the loss from which on a step is reported, with its rows.
+    """
+
+    every: int = 10
     spike: float = 6.0
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
-ARRAYS, TRAINING = {"twins.sbatch", "eval.sbatch"}, {"pretrain.sbatch", "twins.sbatch"}
+ARRAYS, TRAINING = {"twins.sbatch", "eval.sbatch"}, {"pretrain.sbatch", "twins.sbatch", "evolve.sbatch"}
 
 
 def asked_of_slurm(script: str) -> dict[str, str]:
@@ -67,14 +67,14 @@ elif [ "$name" = sink-export ]; then
 elif [ "$name" = sink-eval ]; then
   [[ $3 != */${BROKEN:-none} ]] || exit 1
   echo '{"rows": [{"policy": "sink", "nll": 1.5}]}' >"${!#}"
-elif [ "$name" = sink-pretrain ]; then
+elif [ "$name" = sink-pretrain ] || [ "$name" = sink-evolve ]; then
   [ -z "${SIGNAL:-}" ] || { kill -s "$SIGNAL" $PPID && sleep 0; }
   exit "${CODE:-0}"
 fi
 """
 DOUBLED = (
     *("srun", "scontrol", "sleep", "timeout"),
-    *("sink-pretrain", "sink-prepare", "sink-export", "sink-eval", "sink-push"),
+    *("sink-pretrain", "sink-evolve", "sink-prepare", "sink-export", "sink-eval", "sink-push"),
 )
 
 
@@ -116,16 +116,17 @@ def job(tmp_path):
     return Job(tmp_path)
 
 
-def test_a_process_a_gpu_with_its_share_of_the_cores_and_all_end_with_one(job):
+@pytest.mark.parametrize("name", ["pretrain", "evolve"])
+def test_a_process_a_gpu_with_its_share_of_the_cores_and_all_end_with_one(job, name):
     """Risk: ranks that live wait for one that has died, or each starts as many threads as the node has cores."""
     prefix = "SINK_PREFIX=(env IN=container) SINK_SRUN=(--container-image='an image')"
     (job.folder / "site.sh").write_text(f"SINK_TASKS_PER_NODE=8\n{prefix}\n")
-    assert job.run("pretrain.sbatch", "--output", "a folder").returncode == 0
+    assert job.run(f"{name}.sbatch", "--output", "a folder").returncode == 0
     nodes, start = job.calls("srun")
     assert nodes[:3] == ["--overlap", "--ntasks=2", "--ntasks-per-node=1"]
     assert start == [
         *("--kill-on-bad-exit=1", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8", "--cpus-per-task=12"),
-        *("--container-image=an image", "env", "IN=container", "sink-pretrain", "--output", "a folder"),
+        *("--container-image=an image", "env", "IN=container", f"sink-{name}", "--output", "a folder"),
     ]
     assert (job.folder / "threads").read_text() == "OMP_NUM_THREADS=12\n"
 

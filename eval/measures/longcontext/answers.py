@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from eval.measures.longcontext.samples import Metric
-from eval.measures.longcontext.tokens import Asked, Reading
 from eval.measures.streams.answers import rank_of_first
 from sinkmodel.errors import not_finite
 from sinkmodel.scoring import nll_of
-from sinkmodel.tokenizer import suppressed_ids
+from sinkmodel.tasks.generation import NextToken
+from sinkmodel.tasks.samples import Metric
+from sinkmodel.tasks.tokens import Asked, Reading
 
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
@@ -53,12 +53,7 @@ class Reader:
 
     def __init__(self, loaded: LoadedModel):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        rows = self.model.get_input_embeddings().num_embeddings
-        never = [token for token in suppressed_ids(self.model, self.tokenizer) if token < rows]
-        self._never_V = torch.zeros(rows, dtype=torch.bool, device=self.model.device)
-        self._never_V[never] = True
-        ends = self.model.generation_config.eos_token_id
-        self._ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        self._next = NextToken(loaded)
 
     @torch.inference_mode()
     def ask(self, memory: Any, reading: Reading, place: Place, metric: Metric) -> tuple[list[Answer], int, int]:
@@ -89,8 +84,8 @@ class Reader:
         """The greedy continuation, until the room is used, the text ends, or the score can no longer change."""
         text, ids = "", list[int]()
         while True:
-            token = int(logits_V.masked_fill(self._never_V, -torch.inf).argmax())
-            if token in self._ends:
+            (token,) = self._next.choose(logits_V[None])
+            if token in self._next.ends:
                 return text
             ids.append(token)
             text = self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -19,13 +19,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.measures.longcontext.metrics import METRICS, of_first_line
-from eval.measures.longcontext.samples import Metric, Question, Sample
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.tasks.cells import Cell, OnSample
+from sinkmodel.tasks.samples import Metric, Question, Sample, Setting
+from sinkmodel.tasks.tokens import in_tokens_cut
 from sinkmodel.text.json_lines import Row, read_json_lines
+
+if TYPE_CHECKING:
+    from sinkmodel.loading import LoadedModel
 
 STORY = "using a single phrase if possible. Do not provide any explanation.\n\n"
 ONLY = "Only give me the answer and do not output any other words."
@@ -240,3 +245,28 @@ def sample_of(name: str, row: Row, rng: Random, distractors: int) -> Sample:
             ),
         ),
     )
+
+
+def longbench_cell(
+    loaded: LoadedModel,
+    name: str,
+    rows: Sequence[Row],
+    setting: Setting,
+    seed: int,
+    answer_tokens: int | None,
+    on_sample: OnSample,
+) -> Cell:
+    """The cell of a data set: a prompt that is longer than --length is cut in its middle."""
+    dataset = DATASETS[name]
+    room, length = answer_tokens or dataset.room, setting.length
+    if room >= length:
+        raise UserError(
+            f"--length {length} leaves no room for a prompt of {name} beside the {room} tokens of its answer; raise "
+            "--length or lower --answer-tokens"
+        )
+    readings = []
+    for number, row in enumerate(rows):
+        sample = sample_of(name, row, Random(f"{seed} {name} {number}"), setting.distractors)
+        readings.append(in_tokens_cut(loaded, sample, room, length))
+        on_sample(1)
+    return Cell(name, length, dataset.metric, readings)

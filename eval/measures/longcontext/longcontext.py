@@ -1,7 +1,7 @@
 """`sink-eval longcontext`: what does a memory still know of a long prompt, on tasks that need the prompt?
 
-    RULER       needles, variable tracking, common and frequent words (`eval.measures.longcontext.ruler`)
-    own text    passages, key-value recall and verbatim recall from --text (`eval.measures.longcontext.own_text`)
+    RULER       needles, variable tracking, common and frequent words (`sinkmodel.tasks.ruler`)
+    own text    passages, key-value recall and verbatim recall from --text (`sinkmodel.tasks.own_text`)
     LongBench   local files in its format (`eval.measures.longcontext.longbench`)
 
 All memories read the same samples. Sample i of a task depends on --seed, the task, i, --length, --text and the
@@ -34,10 +34,10 @@ from sinkmodel.parser import name_of, path_of, positive, whole
 from sinkmodel.progress import CountedProgress
 
 if TYPE_CHECKING:
-    from eval.measures.longcontext.cells import Cell
     from eval.measures.longcontext.measure import Side
-    from eval.measures.longcontext.samples import Task
     from sinkmodel.loading import LoadedModel
+    from sinkmodel.tasks.cells import Cell
+    from sinkmodel.tasks.samples import Task
     from sinkmodel.text.json_lines import Row
 
 DESCRIPTION = "What memories still know of a long prompt: RULER, tasks from your own text, LongBench files."
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
     tasks = _tasks(options)
     _check(options)
     from eval.measures.longcontext.longbench import read_longbench
-    from eval.measures.longcontext.own_text import read_own_text
+    from sinkmodel.tasks.text import read_own_text
 
     text, texts = read_own_text(options.text) if options.text else (None, [])
     rows_of_files, files = read_longbench(options.longbench, options.samples)
@@ -145,7 +145,8 @@ def _give(
     files: list[dict[str, Any]],
     rows: list[dict[str, Any]],
 ) -> None:
-    from eval.measures.longcontext.measure import FLOOR_GAIN, FLOOR_SCORE, LEVEL
+    from eval.measures.longcontext.measure import LEVEL
+    from sinkmodel.tasks.cells import FLOOR_GAIN, FLOOR_SCORE
 
     content = {
         "command": "longcontext",
@@ -173,7 +174,7 @@ def _give(
 
 def _tasks(options: argparse.Namespace) -> list[Task]:
     """The tasks of --tasks, groups spelled out; UserError for an unknown one, or one that has no text."""
-    from eval.measures.longcontext import own_text, ruler
+    from sinkmodel.tasks import own_text, ruler
 
     known = ruler.TASKS | own_text.TASKS
     groups = {"ruler": list(ruler.TASKS), "text": list(own_text.TASKS)}
@@ -253,8 +254,9 @@ def _cells(
     loaded: LoadedModel, options: argparse.Namespace, tasks: Sequence[Task], text: Any, rows: dict[str, list[Row]]
 ) -> list[Cell]:
     """All samples in tokens, so that a task that cannot be made fails before any is measured."""
-    from eval.measures.longcontext.cells import longbench_cell, made_cell
-    from eval.measures.longcontext.samples import Setting
+    from eval.measures.longcontext.longbench import longbench_cell
+    from sinkmodel.tasks.cells import made_cell
+    from sinkmodel.tasks.samples import Setting
 
     cells = []
     lengths, seed, room = sorted(set(options.length)), options.seed, options.answer_tokens

@@ -24,13 +24,11 @@ import numpy as np
 import torch
 
 from eval.measures.longcontext.answers import Place, Reader
-from eval.measures.longcontext.cells import Cell
 from eval.measures.statistics import block_stderr
 from eval.measures.verdict.equivalence import interval
 from sinkmodel.progress import CountedProgress
+from sinkmodel.tasks.cells import FLOOR_GAIN, FLOOR_SCORE, Cell
 
-FLOOR_SCORE = 0.5
-FLOOR_GAIN = 1.0  # nats per token of the answer
 LEVEL = 0.95
 NUMBERS = ("score", "nll", "rank")
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from eval.measures.longcontext.samples import Metric, Question
+from sinkmodel.tasks.samples import Metric, Question
 
 OneAnswer = Callable[[str, str], float]
 CHINESE_PUNCTUATION = (

@@ -14,7 +14,7 @@ from recipes.training.logs.metrics_file import MetricsFile
 from recipes.training.logs.mirror import Mirror
 from recipes.training.logs.names import group_of, tags_of
 from recipes.training.logs.wandb_run import WandbRun, check_wandb, switched_off
-from recipes.training.settings import PretrainConfig
+from recipes.training.settings import CopySettings, PretrainConfig
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, shell
@@ -56,10 +56,10 @@ def build_mirrors(run: Path, config: PretrainConfig, provenance: dict[str, Any],
     return mirrors
 
 
-def refuse_what_is_not_installed(config: PretrainConfig) -> None:
+def refuse_what_is_not_installed(logging: CopySettings) -> None:
     """Raises UserError for a logger whose package is missing; none of them is needed to train."""
     for package in ("wandb", "tensorboard"):
-        wanted = getattr(config.logging, package) and not (package == "wandb" and switched_off())
+        wanted = getattr(logging, package) and not (package == "wandb" and switched_off())
         if wanted and importlib.util.find_spec(package) is None:
             raise UserError(
                 f"logging.{package} is true, but {package} is not installed; pip install 'sinkmodel[{package}]'"
@@ -68,7 +68,7 @@ def refuse_what_is_not_installed(config: PretrainConfig) -> None:
 
 def rehearse(config: PretrainConfig) -> str:
     """What a run will log to, in words, for `--dry-run`; raises UserError for what `build_loggers` would refuse."""
-    refuse_what_is_not_installed(config)
+    refuse_what_is_not_installed(config.logging)
     told = ["metrics.csv"]
     if config.logging.tensorboard:
         told.append(shell("tensorboard", "--logdir", config.output))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ class MetricsFile(Logger):
     so that a run that was killed leaves the same file as one that was not.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS):
         super().__init__()
-        self.path = path
+        self.path, self.columns = path, columns
 
     @property
     def name(self) -> str:
@@ -54,7 +55,7 @@ class MetricsFile(Logger):
         """Keep the lines up to `step`; a line cut short by a kill goes as well."""
         lines = [row for row in read_metrics(self.path.parent) if int(row["step"]) <= step]
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(buffer, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
         with atomic_file(self.path) as aside:
@@ -63,7 +64,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"step": step, **metrics})
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow({"step": step, **metrics})
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The config stands in config.yaml already."""

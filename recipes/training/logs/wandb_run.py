@@ -10,7 +10,7 @@ from typing import Any
 from recipes.training.logs.measured import Measured
 from recipes.training.logs.mirror import Mirror
 from recipes.training.logs.wandb_files import last_step, mend
-from recipes.training.settings import LoggingSettings
+from recipes.training.settings import CopySettings
 from sinkmodel.bounds import files_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line, shell
@@ -40,7 +40,7 @@ class WandbRun(Mirror):
     def __init__(
         self,
         run: Path,
-        settings: LoggingSettings,
+        settings: CopySettings,
         resuming: bool,
         last: int,
         config: dict[str, Any],
@@ -109,7 +109,7 @@ class WandbRun(Mirror):
         wandb.teardown()  # its process writes the last of the file only now, and ours may end without ceremony
 
 
-def open_run(run: Path, settings: LoggingSettings, resuming: bool, **more: Any) -> Any:
+def open_run(run: Path, settings: CopySettings, resuming: bool, **more: Any) -> Any:
     """The wandb run of a run folder, made or gone on with; how and where (WANDB_MODE, key, server) is wandb's to know.
 
     Raises UserError where wandb does not let us in, unless `resuming`.

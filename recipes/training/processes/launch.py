@@ -13,12 +13,36 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from types import FrameType
 
 from recipes.training.processes import signals
 from sinkmodel.console import say
 
 GRACE = 10.0  # seconds that the other ranks have to end by themselves once one has failed
+
+
+def several() -> bool:
+    """Whether torchrun, srun or our own launcher started this process as one of several."""
+    return max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1
+
+
+def run_to_end(run: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
+    """The exit code of a command; one of several processes does not return, and ends with it (`ranks.leave`)."""
+    if not several():
+        return run(argv)
+    code = 1
+    try:
+        code = run(argv)
+    except SystemExit as end:  # --help
+        code = int(end.code or 0)
+    except BaseException:  # a mistake of ours, a device that is out of memory …
+        traceback.print_exc()
+    from recipes.training.processes.ranks import leave
+
+    leave(code)
+    return code
 
 
 def launch(module: str, argv: list[str], processes: int) -> int:

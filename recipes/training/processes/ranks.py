@@ -128,7 +128,7 @@ def agree_on_start(failure: UserError | None, timeout: float, device: str) -> No
 
 def agree(action: Callable[[], T]) -> T:
     """Do `action` on every rank; where it fails on one, all stop, with one message, from rank 0."""
-    if not _several():
+    if not is_one_of_several():
         return action()
     result, failure = None, None
     try:
@@ -137,7 +137,7 @@ def agree(action: Callable[[], T]) -> T:
         failure = (str(error), error.exit_code)
     except OSError as error:  # a folder that one may not write to …
         failure = (str(error), 2)
-    failures = _from_all(failure and (*failure, socket.gethostname()))
+    failures = from_all(failure and (*failure, socket.gethostname()))
     failed = [(rank, *what) for rank, what in enumerate(failures) if what]
     if failed:
         rank, message, code, host = failed[0]
@@ -147,7 +147,7 @@ def agree(action: Callable[[], T]) -> T:
 
 def from_first(action: Callable[[], T]) -> T:
     """Do `action` on rank 0 alone; all get its result, or stop with its UserError."""
-    if not _several():
+    if not is_one_of_several():
         return action()
     outcome: list[Any] = [None]
 
@@ -163,9 +163,9 @@ def from_first(action: Callable[[], T]) -> T:
 
 def refuse_unequal(what: dict[str, Any], remedy: str) -> None:
     """Raises UserError, on all ranks, naming the first key whose value is not the same on all of them."""
-    if not _several():
+    if not is_one_of_several():
         return
-    everywhere = _from_all((what, socket.gethostname()))
+    everywhere = from_all((what, socket.gethostname()))
     first = everywhere[0][0]
     for rank, (theirs, host) in enumerate(everywhere):
         for key in sorted(first.keys() | theirs.keys()):
@@ -178,7 +178,7 @@ def refuse_unequal(what: dict[str, Any], remedy: str) -> None:
 
 def mean(values: torch.Tensor) -> torch.Tensor:
     """Mean over the ranks, where `values` lives; nothing waits for the device. A value that is not finite stays so."""
-    if _several():
+    if is_one_of_several():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     return values
@@ -192,7 +192,7 @@ def others_may_be_lost() -> Iterator[None]:
     except RuntimeError as error:
         if "NCCL" in str(error):
             traceback.print_exc()  # it has more to say than that somebody is gone
-        if not _several() or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+        if not is_one_of_several() or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         late = "; or they need longer than training.timeout, as for checksums of large data (data.verify)"
@@ -204,7 +204,7 @@ def others_may_be_lost() -> Iterator[None]:
         ) from None
 
 
-def _from_all(what: Any) -> list[Any]:
+def from_all(what: Any) -> list[Any]:
     """What every rank has given, in the order of the ranks."""
     everywhere: list[Any] = [None] * dist.get_world_size()
     with others_may_be_lost():
@@ -212,5 +212,6 @@ def _from_all(what: Any) -> list[Any]:
     return everywhere
 
 
-def _several() -> bool:
+def is_one_of_several() -> bool:
+    """Whether this process has met others, with which it agrees."""
     return dist.is_initialized() and dist.get_world_size() > 1

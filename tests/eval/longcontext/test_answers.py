@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.measures.longcontext import ruler
 from eval.measures.longcontext.answers import Reader
-from eval.measures.longcontext.cells import make_sample
-from eval.measures.longcontext.samples import CONTAINED, Metric, Question, Sample, Setting
-from eval.measures.longcontext.tokens import in_tokens
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel, encode, load_model
+from sinkmodel.tasks import ruler
+from sinkmodel.tasks.cells import make_sample
+from sinkmodel.tasks.samples import CONTAINED, Metric, Question, Sample, Setting
+from sinkmodel.tasks.tokens import in_tokens
 from tests.eval.longcontext.standins import Everything, Forgetful, Scripted, TokenMemory
 
 NEVER_FINAL = Metric("length", lambda text, question: len(text) / 1000)

@@ -14,8 +14,8 @@ import pytest
 from eval.measures.longcontext import metrics
 from eval.measures.longcontext.longbench import DATASETS, read_longbench, sample_of
 from eval.measures.longcontext.metrics import METRICS
-from eval.measures.longcontext.samples import CONTAINED, Question
 from sinkmodel.errors import UserError
+from sinkmodel.tasks.samples import CONTAINED, Question
 
 # ------------------------------------------------------------------------------------------------------------ metrics
 

@@ -11,10 +11,10 @@ import pytest
 
 from eval.measures.longcontext import measure as module
 from eval.measures.longcontext.answers import Answer, Reader
-from eval.measures.longcontext.cells import Cell
 from eval.measures.longcontext.measure import Measured, Side, counts, measure, measure_cell, paired, row_of
-from eval.measures.longcontext.samples import CONTAINED, Question, Sample
-from eval.measures.longcontext.tokens import in_tokens
+from sinkmodel.tasks.cells import Cell
+from sinkmodel.tasks.samples import CONTAINED, Question, Sample
+from sinkmodel.tasks.tokens import in_tokens
 from tests.eval.longcontext.standins import Everything, Forgetful
 
 
@@ -149,7 +149,7 @@ def test_rows_have_intervals_of_their_own_numbers():
 
 
 def _reading():
-    from eval.measures.longcontext.tokens import Asked, Reading
+    from sinkmodel.tasks.tokens import Asked, Reading
 
     question = Question("?", ("x",), "x")
     return Reading([1, 2], (Asked(question, [3], [[4]], [3], 1),))

@@ -9,13 +9,14 @@ from random import Random
 
 import pytest
 
-from eval.measures.longcontext import own_text, ruler
-from eval.measures.longcontext.cells import fit, made_cell, make_sample
-from eval.measures.longcontext.own_text import OwnText, read_own_text, split_sentences
-from eval.measures.longcontext.samples import CONTAINED, Question, Setting
-from eval.measures.longcontext.tokens import prompt_size
-from eval.measures.longcontext.words import PAIRS, WORDS, pair
 from sinkmodel.errors import UserError
+from sinkmodel.tasks import own_text, ruler
+from sinkmodel.tasks import text as text_module
+from sinkmodel.tasks.cells import fit, made_cell, make_sample
+from sinkmodel.tasks.samples import CONTAINED, Question, Setting
+from sinkmodel.tasks.text import OwnText, read_own_text, split_sentences
+from sinkmodel.tasks.tokens import prompt_size
+from sinkmodel.tasks.words import PAIRS, WORDS, pair
 from tests.eval.longcontext.conftest import sentences
 
 TASKS = ruler.TASKS | own_text.TASKS
@@ -364,12 +365,12 @@ def test_a_sentence_without_an_end_is_cut_between_words():
     words = "abcd " * 500
     cut = list(split_sentences(words))
     assert " ".join(cut).split() == words.split()
-    assert max(map(len, cut)) <= own_text.LONGEST
+    assert max(map(len, cut)) <= text_module.LONGEST
     assert "".join(split_sentences("x" * 1000)) == "x" * 1000
 
 
 def test_what_is_beyond_the_first_characters_is_not_read_and_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(own_text, "MOST_CHARACTERS", 100)
+    monkeypatch.setattr(text_module, "MOST_CHARACTERS", 100)
     files = [tmp_path / "one.txt", tmp_path / "two.txt"]
     for file in files:
         file.write_text("One two three. " * 5)
@@ -387,7 +388,7 @@ def test_a_text_that_is_too_short_is_one_line(loaded, name):
     """Risk: a haystack that repeats itself, which is easy to compress."""
     for count in (1, 12):
         setting = Setting(LENGTH, 2, OwnText(list(split_sentences(sentences(count)))))
-        with pytest.raises(UserError, match=rf"{name} runs out of text at --length {LENGTH}; give a longer --text"):
+        with pytest.raises(UserError, match=rf"{name} runs out of text at --length {LENGTH}; give a longer text"):
             make_sample(loaded, TASKS[name], setting, 0, 0, 8)
 
 

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 
-from eval.measures.longcontext.samples import Question, Sample
-from eval.measures.longcontext.tokens import _common, in_tokens, in_tokens_cut, prompt_size
 from sinkmodel.loading import LoadedModel, encode, load_model
+from sinkmodel.tasks.samples import Question, Sample
+from sinkmodel.tasks.tokens import _common, in_tokens, in_tokens_cut, prompt_size
 from tests import tiny
 
 CONTEXT = "the river carried the boats away, and nobody saw them again"

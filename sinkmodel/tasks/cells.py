@@ -1,7 +1,7 @@
 """The cells of a command: each task at each length, its samples made as long as fits, in the tokens of a model.
 
 A sample has the most haystack with which its prompt and the room for its answer take at most --length tokens; the
-model's own sink tokens come on top. A prompt of LongBench is cut in its middle instead.
+model's own sink tokens come on top.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from eval.measures.longcontext.longbench import DATASETS, sample_of
-from eval.measures.longcontext.samples import CONTAINED, Metric, Sample, Setting, Task
-from eval.measures.longcontext.tokens import Reading, in_tokens, in_tokens_cut, prompt_size
 from sinkmodel.errors import UserError
+from sinkmodel.tasks.samples import CONTAINED, Metric, Sample, Setting, Task
+from sinkmodel.tasks.tokens import Reading, in_tokens, prompt_size
 
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
-    from sinkmodel.text.json_lines import Row
+
+FLOOR_SCORE = 0.5  # of a full cache, from which on a model can do a task …
+FLOOR_GAIN = 1.0  # … or the nats per token of the answer that it gains by the context
 
 OnSample = Callable[[int], None]  # is given the number of samples made since the last call
 
@@ -37,7 +38,7 @@ def made_cell(
     loaded: LoadedModel,
     task: Task,
     setting: Setting,
-    seed: int,
+    seed: int | str,
     samples: int,
     answer_tokens: int | None,
     on_sample: OnSample,
@@ -55,32 +56,7 @@ def made_cell(
     return Cell(task.name, setting.length, CONTAINED, readings)
 
 
-def longbench_cell(
-    loaded: LoadedModel,
-    name: str,
-    rows: Sequence[Row],
-    setting: Setting,
-    seed: int,
-    answer_tokens: int | None,
-    on_sample: OnSample,
-) -> Cell:
-    """The cell of a data set of LongBench."""
-    dataset = DATASETS[name]
-    room, length = answer_tokens or dataset.room, setting.length
-    if room >= length:
-        raise UserError(
-            f"--length {length} leaves no room for a prompt of {name} beside the {room} tokens of its answer; raise "
-            "--length or lower --answer-tokens"
-        )
-    readings = []
-    for number, row in enumerate(rows):
-        sample = sample_of(name, row, Random(f"{seed} {name} {number}"), setting.distractors)
-        readings.append(in_tokens_cut(loaded, sample, room, length))
-        on_sample(1)
-    return Cell(name, length, dataset.metric, readings)
-
-
-def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int, number: int, room: int) -> Sample:
+def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int | str, number: int, room: int) -> Sample:
     """Sample `number` of a task: it depends on nothing but the seed, the task, the number, the setting and the model.
 
     Raises UserError if --length is too short for the task, or the user's own text too short for --length.
@@ -99,8 +75,8 @@ def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int, nu
             needed = tokens
             tokens = prompt_size(loaded, build(task.least, replace(setting, length=needed)), room)
         raise UserError(
-            f"--length {setting.length} is too short for {task.name}, whose shortest prompt and answer take {needed} "
-            f"tokens; use --length {needed} or more, or leave the task out"
+            f"{setting.option} {setting.length} is too short for {task.name}, whose shortest prompt and answer take "
+            f"{needed} tokens; use {setting.option} {needed} or more, or leave the task out"
         )
     if units == most:
         raise _too_little_text(task, setting)
@@ -108,8 +84,8 @@ def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int, nu
 
 
 def _too_little_text(task: Task, setting: Setting) -> UserError:
-    remedy = "give a longer --text or lower --length" if task.needs_text else "lower --length"
-    return UserError(f"{task.name} runs out of text at --length {setting.length}; {remedy}")
+    remedy = f"give a longer text or lower {setting.option}" if task.needs_text else f"lower {setting.option}"
+    return UserError(f"{task.name} runs out of text at {setting.option} {setting.length}; {remedy}")
 
 
 def fit(size: Callable[[int], int], limit: int, least: int, most: int | None = None) -> tuple[int, int]:

@@ -29,9 +29,9 @@ from random import Random
 from typing import Literal
 from uuid import UUID
 
-from eval.measures.longcontext.own_text import text_of
-from eval.measures.longcontext.samples import Question, Sample, Setting, Task
-from eval.measures.longcontext.words import PAIRS, WORDS, pair
+from sinkmodel.tasks.own_text import text_of
+from sinkmodel.tasks.samples import Question, Sample, Setting, Task
+from sinkmodel.tasks.words import PAIRS, WORDS, pair
 
 Kind = Literal["words", "numbers", "uuids"]
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

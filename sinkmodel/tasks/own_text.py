@@ -1,102 +1,26 @@
-"""The user's own text: as a haystack, and as tasks whose answers are in it.
+"""Tasks whose answers are in the user's own text.
 
     passages    passages with numbers in front; a question quotes one, and its number is the answer
     key_value   lines `word: word` of the text's own words; a question gives the first, and the second is the answer
     verbatim    running text; a question quotes some words of it, and those that follow them are the answer
 
-Each context has up to four questions. A text is read as sentences, of which a sample takes a run from a place of its
-own; a text that is shorter than a sample is refused, since a haystack that repeats itself is easy to compress.
+Each context has up to four questions. A text that is shorter than a sample is refused, since a haystack that repeats
+itself is easy to compress.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
 from random import Random
-from typing import Any
 
-from eval.measures.longcontext.samples import Question, Sample, Setting, Task
-from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.tasks.samples import Question, Sample, Setting, Task
+from sinkmodel.tasks.text import OwnText, run_of
 
 QUESTIONS = 4  # of one context
-LONGEST = 400  # characters of a sentence; longer ones are cut
-PASSAGE = 40  # words of a passage, or a few more, up to the end of a sentence
 QUOTE = 12  # words of a text that a question quotes
 CONTINUATION = 6  # words to be given after a quote
-MOST_CHARACTERS = 1 << 24  # of all files; what is beyond is not read
-END_OF_SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)\]])\s+|(?<=[。！？])")
-WORD = re.compile(r"[^\W\d_]{4,}")
-
-
-@dataclass(frozen=True)
-class OwnText:
-    """Sentences of the user's files, in their order, with single spaces."""
-
-    sentences: Sequence[str]
-
-    def run(self, share: float, count: int) -> list[str]:
-        """`count` sentences from a place on; after the last sentence the first one follows."""
-        return _run(self.sentences, share, count)
-
-    @cached_property
-    def passages(self) -> list[str]:
-        """Whole sentences, as many as make PASSAGE words."""
-        passages: list[str] = []
-        words: list[str] = []
-        for sentence in self.sentences:
-            words += sentence.split()
-            if len(words) >= PASSAGE:
-                passages.append(" ".join(words))
-                words = []
-        return passages
-
-    @cached_property
-    def words(self) -> list[str]:
-        """The different words of four letters or more, in lower case, in the order in which they first appear."""
-        return list(dict.fromkeys(word.lower() for sentence in self.sentences for word in WORD.findall(sentence)))
-
-
-def read_own_text(files: Sequence[Path]) -> tuple[OwnText, list[dict[str, Any]]]:
-    """The text of all files, and for each file what was taken of it."""
-    from sinkmodel.files import sha256_of
-    from sinkmodel.text import read_documents
-
-    sentences: list[str] = []
-    texts, left = [], MOST_CHARACTERS
-    for file in files:
-        first, before = len(sentences), left
-        for document in read_documents(file) if left else ():
-            sentences += split_sentences(document[:left])
-            left = max(0, left - len(document))
-            if not left:
-                say(f"only the first {MOST_CHARACTERS:,} characters of --text are used")
-                break
-        texts.append(
-            {
-                "file": str(file),
-                "sha256": sha256_of(file),
-                "sentences": len(sentences) - first,
-                "characters": before - left,
-            }
-        )
-    return OwnText(sentences), texts
-
-
-def split_sentences(text: str) -> Iterator[str]:
-    """Sentences with single spaces; one longer than LONGEST is cut, between words if it has spaces."""
-    for sentence in END_OF_SENTENCE.split(text):
-        rest = " ".join(sentence.split())
-        while len(rest) > LONGEST:
-            cut = rest.rfind(" ", 0, LONGEST)
-            cut = cut if cut > 0 else LONGEST
-            yield rest[:cut]
-            rest = rest[cut:].lstrip()
-        if rest:
-            yield rest
 
 
 def text_of(setting: Setting) -> OwnText:
@@ -104,17 +28,11 @@ def text_of(setting: Setting) -> OwnText:
     return setting.text
 
 
-def _run(parts: Sequence[str], share: float, count: int) -> list[str]:
-    assert count <= len(parts)
-    first = int(share * len(parts))
-    return [parts[place % len(parts)] for place in range(first, first + count)]
-
-
 # --------------------------------------------------------------------------------------------------------------- tasks
 
 
 def find_passage(rng: Random, units: int, setting: Setting) -> Sample:
-    passages = _run(text_of(setting).passages, rng.random(), units)
+    passages = run_of(text_of(setting).passages, rng.random(), units)
     whole = "\n".join(passages)
     taken = {run[place : place + 4] for run in re.findall(r"\d{4,}", whole) for place in range(len(run) - 3)}
     free = [number for number in map(str, range(1000, 10_000)) if number not in taken]
@@ -163,7 +81,7 @@ def recall_value(rng: Random, units: int, setting: Setting) -> Sample:
 
 
 def continue_quote(rng: Random, units: int, setting: Setting) -> Sample:
-    context = " ".join(_run(text_of(setting).passages, rng.random(), units))
+    context = " ".join(run_of(text_of(setting).passages, rng.random(), units))
     words = context.split()
     questions = []
     for _ in range(QUESTIONS):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eval.measures.longcontext.samples import Question, Sample
 from sinkmodel.loading import encode
+from sinkmodel.tasks.samples import Question, Sample
 
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel

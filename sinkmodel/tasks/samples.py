@@ -11,7 +11,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from eval.measures.longcontext.own_text import OwnText
+    from sinkmodel.tasks.text import OwnText
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,13 @@ class Setting:
         length: tokens of a prompt and the room for its answer.
         distractors: wrong answers of each question.
         text: the user's own text; None if there is none.
+        option: that gives the length, for messages.
     """
 
     length: int
     distractors: int
     text: OwnText | None = None
+    option: str = "--length"
 
 
 @dataclass(frozen=True)

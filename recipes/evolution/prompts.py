@@ -1,0 +1,90 @@
+"""The prompts of an evolution: which texts, seeds and tasks they are made of, for training, validation and statistics.
+
+They share neither seeds nor, for tasks that need a text, books. `sink-eval longcontext`, which makes the prompts of
+tests, has seeds that are numbers alone, so that none of its samples is one of these; the books of a test are yours to
+keep apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from recipes.evolution.settings import EvolveConfig
+from sinkmodel.errors import UserError
+from sinkmodel.files import sha256_of
+from sinkmodel.tasks.cells import Cell, made_cell
+from sinkmodel.tasks.samples import Setting, Task
+from sinkmodel.tasks.text import OwnText, read_own_text
+
+if TYPE_CHECKING:
+    from sinkmodel.loading import LoadedModel
+
+Part = Literal["training", "validation", "statistics"]
+ONLY_THE_ANSWER = 1  # room for what is generated, if nothing is: an answer gets the room that it needs
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """
+    Attributes:
+        training: text of training prompts and of those for the statistics; None if no task needs one.
+        validation: text of validation prompts.
+        files: SHA-256 of the files by option.
+    """
+
+    config: EvolveConfig
+    training: OwnText | None
+    validation: OwnText | None
+    files: dict[str, list[str]]
+
+    def cell(self, loaded: LoadedModel, task: Task, part: Part, count: int, generation: int = 0) -> Cell:
+        """`count` prompts of a task. They depend on nothing but the arguments, the seed, the text and the length."""
+        text = self.validation if part == "validation" else self.training
+        setting = Setting(self.config.tasks.length, 0, text, "--tasks.length")
+        room = self.config.tasks.answer_tokens if self.config.fitness.score == "match" else ONLY_THE_ANSWER
+        seed = f"{self.config.seed} {part} {generation}"
+        try:
+            return made_cell(loaded, task, setting, seed, count, room, lambda made: None)
+        except UserError as error:
+            raise UserError(f"{part} prompts: {error}") from None
+
+
+def read_prompts(config: EvolveConfig) -> Prompts:
+    """Read the texts. Raises UserError if a file is given twice, also under two names, for one option or for both."""
+    options = {"text": config.texts, "validation_text": config.validation_texts}
+    files = {option: [sha256_of(path) for path in paths] for option, paths in options.items()}
+    known: dict[str, tuple[str, Path]] = {}
+    for option, paths in options.items():
+        for path, digest in zip(paths, files[option]):
+            if digest in known:
+                other, where = known[digest]
+                raise UserError(
+                    f"--{option} {path} is the same text as --{other} {where}; give each file once: what is trained on "
+                    "cannot validate"
+                )
+            known[digest] = option, path
+    return Prompts(config, _read(config.texts), _read(config.validation_texts), files)
+
+
+def _read(paths: Sequence[Path]) -> OwnText | None:
+    return read_own_text(paths)[0] if paths else None
+
+
+def check_length(config: EvolveConfig, loaded: LoadedModel) -> None:
+    """UserError if prompts are longer than the model's positions, or too short for a single decision."""
+    length, sinks = config.tasks.length, len(loaded.sink_ids)
+    most = math.inf if loaded.positions is None else loaded.positions
+    if length + sinks > most:
+        raise UserError(
+            f"tasks.length {length} is longer than the {most} positions of {loaded.name}, {sinks} of them for what "
+            f"stands in front; use {most - sinks} or less"
+        )
+    if config.namm.interval >= length:
+        raise UserError(
+            f"namm.interval {config.namm.interval} is not below tasks.length {length}: nothing would ever be decided; "
+            "lower the interval or raise the length"
+        )
