@@ -1,11 +1,14 @@
 """Text for a small model that can recall: prose, and tasks of `sink-eval longcontext` with their answers.
 
-    python examples/recall_text.py --text books.jsonl.xz --documents 100000 --output recall.jsonl
-    sink-prepare --input recall.jsonl --vocabulary_size 2048 --output data/recall
-    sink-pretrain --config recall --config sink-token --data.path data/recall --output runs/recall
+    python examples/recall_text.py --text books.jsonl.xz --stage full --documents 150000 --output full.jsonl
+    python examples/recall_text.py --text books.jsonl.xz --stage copies --documents 60000 --output copies.jsonl
+    python examples/recall_text.py --text books.jsonl.xz --stage short --documents 120000 --output short.jsonl
 
-Each document is a run of sentences of the books, random words of them three times over (`copy`), or a sample of a task
-with the answers to all its questions. Give other books to `sink-eval longcontext`, so that the model has not read them.
+A document is a run of sentences of the books, random words of them two or three times over (`copy`), or a sample of a
+task with the answers to all its questions. A small model learns to look back from copies of few words within minutes,
+and then from short documents, in rows as short; given the full text at once, 1.3M parameters had not learned it after
+six million tokens. RESULTS.md has the commands of the three stages ("A small model that recalls"). Give other books to
+`sink-eval longcontext`, so that the model has not read them.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,7 +30,7 @@ from sinkmodel.tasks import own_text, ruler
 from sinkmodel.tasks.samples import Sample, Setting
 from sinkmodel.tasks.text import WORD, OwnText, read_own_text
 
-EXAMPLE = "python examples/recall_text.py --text books.jsonl.xz --documents 100000 --output recall.jsonl"
+EXAMPLE = "python examples/recall_text.py --text books.jsonl.xz --stage full --documents 150000 --output full.jsonl"
 
 
 @dataclass(frozen=True)
@@ -40,41 +44,67 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Books:
-    """Sentences, and the words that copies are made of: the most frequent ones, each a token, so that a copy of them is
-    the easiest thing to learn that needs a look back."""
+class Stage:
+    """What a model reads for some time.
 
-    text: OwnText
-    common: list[str]
+    Attributes:
+        words: the most frequent words of the books, which copies are made of.
+        copies: how often a line of them stands there.
+    """
+
+    mixture: tuple[Share, ...]
+    words: int
+    copies: int
 
 
 PROSE, COPY = "prose", "copy"
-MIXTURE = (
-    Share(PROSE, 15, 4, 30),
-    Share(COPY, 35, 10, 100),
-    Share("verbatim", 15, 1, 8),
-    Share("key_value", 20, 4, 40),
-    Share("niah_single_1", 3, 1, 20),
-    Share("niah_single_2", 3, 2, 20),
-    Share("niah_multikey_1", 3, 4, 20),
-    Share("niah_multikey_2", 3, 2, 20),
-    Share("niah_multiquery", 3, 4, 20),
-)
-COPIES = 3
-COMMON = 300  # words that copies are made of
+STAGES = {
+    "copies": Stage((Share(COPY, 1, 5, 25),), words=300, copies=2),
+    "short": Stage(
+        (
+            Share(PROSE, 10, 2, 5),
+            Share(COPY, 40, 5, 30),
+            Share("verbatim", 20, 1, 2),
+            Share("key_value", 20, 4, 8),
+            Share("niah_single_1", 2, 1, 2),
+            Share("niah_single_2", 3, 2, 3),
+            Share("niah_multikey_1", 3, 4, 4),
+            Share("niah_multikey_2", 3, 2, 3),
+        ),
+        words=1500,
+        copies=3,
+    ),
+    "full": Stage(
+        (
+            Share(PROSE, 15, 4, 30),
+            Share(COPY, 35, 10, 100),
+            Share("verbatim", 15, 1, 8),
+            Share("key_value", 20, 4, 40),
+            Share("niah_single_1", 3, 1, 20),
+            Share("niah_single_2", 3, 2, 20),
+            Share("niah_multikey_1", 3, 4, 20),
+            Share("niah_multikey_2", 3, 2, 20),
+            Share("niah_multiquery", 3, 4, 20),
+        ),
+        words=300,
+        copies=3,
+    ),
+}
 
 
 @command("recall_text")
 def main(argv: list[str]) -> int | None:
     options = parse(argv)
-    books = read_books(options.text)
+    stage = STAGES[options.stage]
+    text = read_books(options.text, stage)
+    words = frequent_words(text, stage.words)
     with (
         atomic_file(options.output) as path,
         path.open("w", encoding="utf-8") as file,
         CountedProgress("writing", "documents", options.documents) as progress,
     ):
         for number in range(options.documents):
-            document = make_document(Random(f"{options.seed} {number}"), books)
+            document = make_document(Random(f"{options.seed} {number}"), stage, text, words)
             file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
             progress.add(1)
     put(f"{options.documents:,} documents are in {options.output}")
@@ -86,32 +116,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text", nargs="+", type=path_of, required=True, metavar="FILE", help="books, as for sink-prepare"
     )
+    parser.add_argument("--stage", choices=STAGES, default="full", help="of the model's training (default: full)")
     parser.add_argument("--documents", type=positive, default=100_000, metavar="N")
     parser.add_argument("--seed", type=whole, default=0, metavar="N")
     parser.add_argument("--output", type=path_of, required=True, metavar="FILE.jsonl")
     return parser.parse_args(argv)
 
 
-def read_books(files: list[Path]) -> Books:
+def read_books(files: list[Path], stage: Stage) -> OwnText:
     """Raises UserError if the books are too short for the longest document of each kind."""
     text, _ = read_own_text(files)
-    for share in MIXTURE:
+    for share in stage.mixture:
         has = {"verbatim": text.passages, "key_value": text.words[::2]}.get(share.task, text.sentences)
         if len(has) < share.most:
             raise UserError(f"--text is too short for {share.task}, which takes {share.most} parts of it; add books")
-    counts = Counter(WORD.findall(" ".join(text.sentences).lower()))
-    return Books(text, [word for word, _ in counts.most_common(COMMON)])
+    return text
 
 
-def make_document(rng: Random, books: Books) -> str:
-    share = rng.choices(MIXTURE, [share.weight for share in MIXTURE])[0]
+def frequent_words(text: OwnText, count: int) -> list[str]:
+    return [word for word, _ in Counter(WORD.findall(" ".join(text.sentences).lower())).most_common(count)]
+
+
+def make_document(rng: Random, stage: Stage, text: OwnText, words: Sequence[str]) -> str:
+    """A document of the stage; copies are made of `words`."""
+    share = rng.choices(stage.mixture, [share.weight for share in stage.mixture])[0]
     units = round(share.least * (share.most / share.least) ** rng.random())  # short ones as often as long ones
     if share.task == PROSE:
-        return " ".join(books.text.run(rng.random(), units))
+        return " ".join(text.run(rng.random(), units))
     if share.task == COPY:
-        return "\n".join([" ".join(rng.choices(books.common, k=units))] * COPIES)
+        return "\n".join([" ".join(rng.choices(words, k=units))] * stage.copies)
     task = (own_text.TASKS | ruler.TASKS)[share.task]
-    return answered(task.build(rng, units, Setting(length=0, distractors=0, text=books.text)))
+    return answered(task.build(rng, units, Setting(length=0, distractors=0, text=text)))
 
 
 def answered(sample: Sample) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from examples import recall_text
-from examples.recall_text import COPY, MIXTURE, PROSE, main, make_document, read_books
+from examples.recall_text import COPY, PROSE, STAGES, frequent_words, main, make_document, read_books
+
+FULL = STAGES["full"]
 
 
 @pytest.fixture(scope="module")
@@ -23,34 +25,40 @@ def book(tmp_path_factory):
 
 
 ANSWERS = {"verbatim": r"has this passage: “(.+)", "key_value": r"Answer: (.+: .+)"}
-TASKS = [share for share in MIXTURE if share.task not in (PROSE, COPY)]
+TASKS = sorted({share.task for share in FULL.mixture} - {PROSE, COPY})
 
 
-@pytest.mark.parametrize("share", TASKS, ids=lambda share: share.task)
-def test_every_answer_stands_in_its_context(share, book, monkeypatch):
-    monkeypatch.setattr(recall_text, "MIXTURE", (share,))
-    text = read_books([book])
-    for number in range(5):
-        document = make_document(Random(number), text)
-        found = re.findall(ANSWERS.get(share.task, r"mentioned in the provided text (?:is|are) (.+)"), document)
+def documents(stage, task, book, count=5) -> list[str]:
+    """Documents of one kind alone."""
+    stage = replace(stage, mixture=tuple(share for share in stage.mixture if share.task == task))
+    text = read_books([book], stage)
+    return [make_document(Random(number), stage, text, frequent_words(text, stage.words)) for number in range(count)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_answer_stands_in_its_context(task, book):
+    for document in documents(FULL, task, book):
+        found = re.findall(ANSWERS.get(task, r"mentioned in the provided text (?:is|are) (.+)"), document)
         assert found
         context = re.split(r"\n\n?(?:What|The text above|Which word)", document)[0]
         for answer in found:
-            parts = re.findall(r"\d{7}", answer) if share.task.startswith("niah") else [answer]
+            parts = re.findall(r"\d{7}", answer) if task.startswith("niah") else [answer]
             assert parts
             assert all(part in context for part in parts), (answer, document)
 
 
-def test_a_copy_is_the_same_line_three_times(book, monkeypatch):
-    monkeypatch.setattr(recall_text, "MIXTURE", tuple(share for share in MIXTURE if share.task == COPY))
-    text = read_books([book])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_copy_is_the_same_line_of_frequent_words_again(stage, book):
+    share = next(share for share in STAGES[stage].mixture if share.task == COPY)
+    words = set(frequent_words(read_books([book], STAGES[stage]), STAGES[stage].words))
     lengths = set()
-    for number in range(5):
-        first, *more = make_document(Random(number), text).split("\n")
-        assert more == [first, first]
+    for document in documents(STAGES[stage], COPY, book):
+        first, *more = document.split("\n")
+        assert more == [first] * (STAGES[stage].copies - 1)
+        assert set(first.split()) <= words
         lengths.add(len(first.split()))
     assert len(lengths) > 1
-    assert all(10 <= length <= 100 for length in lengths)
+    assert all(share.least <= length <= share.most for length in lengths)
 
 
 def test_the_file_is_the_same_for_a_seed_and_another_for_another(book, tmp_path, capsys):
