@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkmodel.memories import MEMORIES, Scored, make_memory
+from sinkmodel.memories import MEMORIES, NAMM, Scored, make_memory
+from sinkmodel.memories.namm import NAMMConfig
 from tests.models import build, tokens
 
 FAMILIES = ("llama", "gpt_neox")
 PROMPT, AFTER, PADS, BUDGET = 24, 6, 5, 10
+EVOLVED = NAMMConfig(window=4, hop=2, interval=6, hidden=3, age_size=2, mean=(0.02,) * 3, variance=(0.0003,) * 3)
 
 
 def outcomes(family: str, weights: list[Tensor]) -> dict[str, dict[str, Any]]:
@@ -51,5 +53,8 @@ def outcome(model: Any, name: str) -> dict[str, Any]:
 def memory_of(model: Any, name: str) -> Any:
     if name == "scored":
         return Scored(model, lambda module, hidden, keys, *rest: keys.norm(dim=-1), BUDGET)
+    if name == "namm":
+        parameters = torch.randn(EVOLVED.parameters, generator=torch.Generator().manual_seed(3))
+        return NAMM(model, EVOLVED, parameters)
     settings = {"window": 3} if name == "snapkv" else {}
     return make_memory(name, model, None if name == "dense" else BUDGET, **settings)

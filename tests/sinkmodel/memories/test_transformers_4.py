@@ -44,3 +44,7 @@ def test_memories_are_the_same_on_4_57(tmp_path):
                 assert {len(head) for layer in here["kept"] for row in layer for head in row} == {BUDGET}, case
             elif name == "dense":
                 assert len(here["kept"][0][0][0]) == PROMPT - PADS + AFTER - 1
+            elif name == "namm":
+                sizes = {len(head) for layer in here["kept"] for row in layer for head in row}
+                assert len(sizes) > 2, f"{case}: heads of several sizes"
+                assert max(sizes) < PROMPT, case
