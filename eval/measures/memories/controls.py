@@ -133,7 +133,18 @@ class MatchedH2O(Matched, H2O):
 
 
 class MatchedSnapKV(Matched, SnapKV):
+    """SnapKV, with a window of at most half of its slots: if it took them all, it would be recency."""
+
     name = "SnapKV"
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.widest = self.window
+
+    def _budgets(self, seen: list[int]) -> list[int]:
+        budgets = super()._budgets(seen)
+        self.window = max(1, min(self.widest, budgets[0] // 2))
+        return budgets
 
 
 class Recency(Matched):
