@@ -10,6 +10,7 @@ import torch
 
 from eval.cli import main
 from eval.measures.memories.controls import namm_makers
+from eval.measures.memories.forgotten import Forgotten, kinds_of
 from sinkmodel.memories import NAMM
 from sinkmodel.memories.namm.network import split
 from sinkmodel.sinks import SinkConfig
@@ -128,6 +129,57 @@ def test_the_age_network_is_the_namm_without_attention():
     assert heads == [sorted([*order[: budget - 5], *range(29, 34)])] * len(heads)
 
 
+# -------------------------------------------------------------------------------------------------- what it forgets
+
+
+def test_what_is_forgotten_is_counted_by_kind_age_and_head():
+    """Risk: shares that belong to the token beside it, or to another head."""
+    pieces = ["<sink>", "The", " old", " Ann", "a", " saw", " 42", ",", "\n", " # see", " it", "\n"]
+
+    class Letters:
+        decode = staticmethod(lambda ids: "".join(pieces[i] for i in ids))
+
+    class Layer:
+        def __init__(self, *heads):
+            self.heads = heads
+
+        def held_positions(self):
+            return torch.tensor([self.heads])
+
+    memory = type(
+        "Held", (), {"layers": [Layer([0, 3, 9, 11], [-1, 3, 10, 11]), Layer([-1, -1, -1, 3], [1, 2, 3, 11])]}
+    )
+    found = Forgotten(Letters, 1)
+    found.add(range(12), memory)
+    table = found.table()
+    assert table["heads"] == [[pytest.approx(n / 12) for n in layer] for layer in ([4, 3], [1, 4])]
+    assert [(row["kind"], row["tokens"], row["kept_share"]) for row in table["kinds"]] == [
+        ("sink", 1, 0.25), ("blank", 2, 3 / 8), ("comment", 2, 0.25), ("number", 1, 0), ("function word", 1, 0.25),
+        ("name", 2, 0.5), ("other word", 2, 1 / 8), ("punctuation", 1, 0),
+    ]  # fmt: skip
+    assert [(row["from"], row["tokens"]) for row in table["ages"]] == [(0, 12)]
+    found.add([8] * 20, memory)
+    assert [(row["from"], row["tokens"]) for row in found.table()["ages"]] == [(0, 28), (16, 4)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "He met Anna. Then|they|left",
+            "function word,other word,name,punctuation,function word,function word,other word",
+        ),
+        ("x = 3 // old\ny", "other word,punctuation,number,comment,comment,other word"),
+        ("a#b", "function word,punctuation,other word"),
+        ("/* a\nb */ c", "comment,comment,comment,comment,other word"),
+    ],
+)
+def test_kinds_of_tokens(text, expected):
+    """Guards the rules: a capital that begins a sentence is not a name, and # inside of a word begins no comment."""
+    pieces = re.findall(r"\s*(?:/\*|\*/|//|\w+|[^\w\s])", text.replace("|", " "))
+    assert kinds_of(pieces) == expected.split(",")
+
+
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
@@ -147,6 +199,16 @@ def test_memories(run, texts, artefact, tmp_path, capsys):
     assert content["artefact"] == str(artefact)
     assert len({row["nll"] for row in content["rows"]}) == 7
     assert all(name in out for name in ROWS)
+    forgets = content["forgets"]
+    assert forgets["prompts"] == 2
+    assert (forgets["kinds"][0]["kind"], forgets["kinds"][0]["tokens"]) == ("sink", 2)
+    assert "age from 16" in out
+    for name in ("kinds", "ages"):
+        kept_tokens = sum(row["tokens"] * row["kept_share"] for row in forgets[name])
+        assert sum(row["tokens"] for row in forgets[name]) == 2 * 41
+        assert kept_tokens / (2 * 41) == pytest.approx(content["rows"][1]["kept_share"])
+    shares = [share for layer in forgets["heads"] for share in layer]
+    assert sum(shares) / len(shares) == pytest.approx(content["rows"][1]["kept_share"])
 
 
 def test_latency(run, artefact, tmp_path, capsys):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.measures.memories.forgotten import Forgotten
 from sinkmodel.cache.inputs import Request
 from sinkmodel.memories import H2O, NAMM, Memory, SnapKV
 from sinkmodel.memories.layer import MemoryLayer
@@ -44,12 +45,15 @@ KEEPS = {  # each row that `namm` stands for, and which tokens it keeps, in word
 class Sizes:
     """How many tokens a NAMM kept of each prompt that it read, as a mean over its layers and KV heads, rounded."""
 
-    def __init__(self) -> None:
+    def __init__(self, forgotten: Forgotten | None = None):
         self._kept: dict[bytes, int] = {}
+        self.forgotten = forgotten
 
     def note(self, prompt: bytes, memory: NAMM) -> None:
         kept = [(layer.held_positions() != EMPTY).float().sum(dim=-1).mean() for layer in memory.layers]
         self._kept[_digest(prompt)] = round(torch.stack(kept).mean().item())
+        if self.forgotten is not None:
+            self.forgotten.add(torch.frombuffer(bytearray(prompt), dtype=torch.int64).tolist(), memory)
 
     def of(self, prompt: bytes) -> int:
         assert _digest(prompt) in self._kept, "the NAMM reads a prompt before its controls"
@@ -57,16 +61,22 @@ class Sizes:
 
 
 def namm_makers(
-    model: Any, namm: NAMMConfig, parameters: Tensor, seed: int = 0, **settings: Any
+    model: Any,
+    namm: NAMMConfig,
+    parameters: Tensor,
+    seed: int = 0,
+    forgotten: Forgotten | None = None,
+    **settings: Any,
 ) -> dict[str, Callable[[], Memory]]:
     """Makes an empty memory for each row; the NAMM comes first, and has to read a prompt before the others do.
 
     Args:
         model: the model or its config.
         seed: of the random choice.
+        forgotten: is given what the NAMM kept of each prompt.
         settings: `sinks` and `window`, as the NAMM and the others take them.
     """
-    sizes = Sizes()
+    sizes = Sizes(forgotten)
     of_namm = {"sinks": settings.get("sinks", 0), "window": settings.get("window", 1)}
     return {
         "namm": partial(Recorded, sizes, model, namm, parameters, **of_namm),
@@ -96,7 +106,7 @@ class OfPrompt(Memory):
         request = super()._admit(*args)
         assert len(request.tokens) == 1
         if not self.ended:
-            self.prompt += request.tokens.cpu().numpy().tobytes()
+            self.prompt += request.tokens.long().cpu().numpy().tobytes()
         return request
 
 

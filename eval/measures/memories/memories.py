@@ -114,7 +114,10 @@ def run(options: argparse.Namespace) -> None:
     from eval.measures.memories.measure import Question, measure
 
     question = Question(options.prompt, options.after, options.margin, options.level, options.seed, options.these_texts)
-    sides = sides_of(options, loaded)
+    from eval.measures.memories.forgotten import Forgotten
+
+    forgotten = Forgotten(loaded.tokenizer, len(loaded.sink_ids))
+    sides = sides_of(options, loaded, forgotten)
     length = options.prompt + options.after
     taken = None if options.prompts > 1 else length
     texts, documents = read_texts(loaded, options.text, length, taken, options.documents, "--prompt and --continue")
@@ -135,6 +138,8 @@ def run(options: argparse.Namespace) -> None:
         "texts": texts,
         "rows": rows,
     }
+    if NAMM in options.memories:
+        content["forgets"] = forgotten.table()
     if options.csv is not None:
         write_csv(options.csv, list(rows[0]), [list(row.values()) for row in rows])
         say(f"wrote {options.csv}")
@@ -187,7 +192,7 @@ def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
 # ------------------------------------------------------------------------------------------------------- what is read
 
 
-def sides_of(options: argparse.Namespace, loaded: LoadedModel) -> list[Side]:
+def sides_of(options: argparse.Namespace, loaded: LoadedModel, forgotten: Any = None) -> list[Side]:
     """Dense first, then each memory at each budget. What cannot be made is refused here, before anything is read."""
     from eval.measures.memories.controls import KEEPS
     from eval.measures.memories.measure import Side
@@ -197,7 +202,7 @@ def sides_of(options: argparse.Namespace, loaded: LoadedModel) -> list[Side]:
     sides = [Side("dense", None, memory_reader(partial(Dense, loaded.model)), "everything")]
     for name in dict.fromkeys(options.memories):
         if name == NAMM:
-            for row, make in namm_rows(options, loaded.model).items():
+            for row, make in namm_rows(options, loaded.model, forgotten).items():
                 sides.append(Side(row, None, memory_reader(make), KEEPS[row]))
         elif name != "dense":
             sides += [_side(options, loaded, name, budget) for budget in sorted(set(options.budgets))]
@@ -261,4 +266,18 @@ def print_table(content: dict[str, Any]) -> None:
             number(row["kept_share"] and 100 * row["kept_share"], ".0f"),
             *(number(row[key], ".2f") for key in ("prefill_ratio", "decode_ratio")),
         )
+    show(table)
+    if "forgets" in content:
+        print_forgotten(content["forgets"])
+
+
+def print_forgotten(forgets: dict[str, Any]) -> None:
+    caption = "a share of the tokens, as a mean over layers and KV heads; age: tokens that came after it"
+    table = new_table(
+        f"kept by namm at the end of {forgets['prompts']} prompts", caption, ["tokens"], ["number", "kept %"]
+    )
+    rows = [(row["kind"], row) for row in forgets["kinds"]]
+    rows += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
+    for name, row in rows:
+        table.add_row(name, f"{row['tokens']:,}", f"{100 * row['kept_share']:.1f}")
     show(table)

@@ -61,14 +61,18 @@ def memory_maker(options: argparse.Namespace, model: Any, name: str, budget: int
     return partial(make_memory, "snapkv" if name == PUBLISHED else name, model, budget, **settings)
 
 
-def namm_rows(options: argparse.Namespace, model: Any) -> dict[str, Callable[[], Any]]:
-    """Makes the memory of each row that `namm` stands for, the NAMM first; for a model or its config."""
+def namm_rows(options: argparse.Namespace, model: Any, forgotten: Any = None) -> dict[str, Callable[[], Any]]:
+    """Makes the memory of each row that `namm` stands for, the NAMM first; for a model or its config.
+
+    Args:
+        forgotten: a `Forgotten` that is given what the NAMM kept of each prompt.
+    """
     from eval.measures.memories.controls import namm_makers
     from sinkmodel.memories.namm import read_artefact
 
     given = {name: getattr(options, name, None) for name in ("seed", "sinks", "window")}
     settings = {name: value for name, value in given.items() if value is not None}
-    return namm_makers(model, *read_artefact(options.artefact), **settings)
+    return namm_makers(model, *read_artefact(options.artefact), forgotten=forgotten, **settings)
 
 
 def check_namm(options: argparse.Namespace, memories: Iterable[str]) -> int:

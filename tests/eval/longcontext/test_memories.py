@@ -63,19 +63,7 @@ def test_namm_comes_with_controls_of_its_size(run, book, tmp_path, capsys, place
     """Risk: sizes of other prompts, since the NAMM reads all of a cell before its controls do; inside has four."""
     artefact = write_artefact(tmp_path / "namm", interval=48)
     words = ["--tasks", "key_value", "--text", book, "--memories", "namm", "--artefact", artefact, "--question", place]
-    arguments = [
-        "longcontext",
-        "--model",
-        run,
-        *words,
-        *ARGUMENTS,
-        "--samples",
-        samples,
-        "--answer-tokens",
-        1,
-        "--json",
-        tmp_path / "o.json",
-    ]
+    arguments = ["longcontext", "--model", run, *words, *ARGUMENTS, "--json", tmp_path / "o.json"]
     code = main(list(map(str, arguments)))
     out, err = capsys.readouterr()
     assert code == 0, err
