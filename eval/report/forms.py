@@ -23,7 +23,7 @@ OF_ATTENTION = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_
 TIMES = _each(NUMBER, "ms_per_token", "ms_per_token_p99")
 RATIO = _each(NUMBER, "value", "low", "high")
 OF_ANSWER = _each(NUMBER, *(f"{what}_{of}" for what in ("step", "total") for of in ("ms", "ratio", "low", "high")))
-OF_TOKENS = {"tokens": COUNT, "kept_share": REAL}
+OF_TOKENS = {"tokens": COUNT, "kept_share": NUMBER}
 EVERY = {"command_line?": TEXT}  # in the result of every command
 # A list has one form for all that it holds, a tuple one for each; a name with "?" may be missing. What was measured
 # may be None: it was not, or is no number.
@@ -157,7 +157,7 @@ FORMS: dict[str, dict[str, Any]] = {
             "prompts": COUNT,
             "kinds": [{"kind": TEXT, **OF_TOKENS}],
             "ages": [{"from": COUNT, **OF_TOKENS}],
-            "heads": [[REAL]],
+            "heads": [[NUMBER]],
         },
     },
     "longcontext": {

@@ -11,6 +11,7 @@ import torch
 from eval.cli import main
 from eval.measures.memories.controls import namm_makers
 from eval.measures.memories.forgotten import Forgotten, kinds_of
+from eval.report.forms import FORMS, mismatch
 from sinkmodel.memories import NAMM
 from sinkmodel.memories.namm.network import split
 from sinkmodel.sinks import SinkConfig
@@ -199,6 +200,7 @@ def test_memories(run, texts, artefact, tmp_path, capsys):
     assert content["artefact"] == str(artefact)
     assert len({row["nll"] for row in content["rows"]}) == 7
     assert all(name in out for name in ROWS)
+    assert mismatch(FORMS["memories"], content) is None  # a report reads it
     forgets = content["forgets"]
     assert forgets["prompts"] == 2
     assert (forgets["kinds"][0]["kind"], forgets["kinds"][0]["tokens"]) == ("sink", 2)

@@ -45,7 +45,7 @@ def _forgets(forgets: dict[str, Any], name: str) -> list[Table]:
         "tokens that came after it.",
     )
     heads = Table(
-        ["layer", *(f"head {head}" for head in range(len(forgets["heads"][0])))],
+        ["layer", *(f"head {head}" for head in range(max(map(len, forgets["heads"]), default=0)))],
         [[str(layer), *map(_percent, shares)] for layer, shares in enumerate(forgets["heads"])],
         caption="The % of a prompt that each KV head keeps with namm.",
     )
