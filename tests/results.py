@@ -203,7 +203,14 @@ def memories() -> dict[str, Any]:
     alone = dict.fromkeys(paired)
     dense = {"memory": "dense", "label": "dense", "budget": None, "tokens": 64, "nll": 3.0, **alone, **cost}
     head = {"command": "memories", "model": "runs/token", "prompt": 32, "continue": 16, "margin": 0.01, "level": 0.95}
-    return {**head, "texts": [], "rows": [{**dense, "bytes_held": 2**22}, *rows], **WHEN}
+    kept = {"tokens": 32, "kept_share": 0.375}
+    forgets = {
+        "prompts": 1,
+        "kinds": [{"kind": "name", **kept}],
+        "ages": [{"from": 16, **kept}],
+        "heads": [[0.5, 0.25]],
+    }
+    return {**head, "texts": [], "rows": [{**dense, "bytes_held": 2**22}, *rows], "forgets": forgets, **WHEN}
 
 
 def longcontext() -> dict[str, Any]:

@@ -64,3 +64,8 @@ def paired_ratio(
     rng = random.Random(0)
     medians = [median(rng.choices(ratios, k=len(ratios))) for _ in range(resamples)]
     return median(ratios), quantile(medians, 0.025), quantile(medians, 0.975)
+
+
+def share(kept: float | None, of_dense: float | None) -> float | None:
+    """What is kept of the keys and values that dense keeps."""
+    return kept / of_dense if kept is not None and of_dense else None

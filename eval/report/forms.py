@@ -23,6 +23,7 @@ OF_ATTENTION = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_
 TIMES = _each(NUMBER, "ms_per_token", "ms_per_token_p99")
 RATIO = _each(NUMBER, "value", "low", "high")
 OF_ANSWER = _each(NUMBER, *(f"{what}_{of}" for what in ("step", "total") for of in ("ms", "ratio", "low", "high")))
+OF_TOKENS = {"tokens": COUNT, "kept_share": NUMBER}
 EVERY = {"command_line?": TEXT}  # in the result of every command
 # A list has one form for all that it holds, a tuple one for each; a name with "?" may be missing. What was measured
 # may be None: it was not, or is no number.
@@ -148,10 +149,16 @@ FORMS: dict[str, dict[str, Any]] = {
             {
                 **_each(TEXT, "memory", "label"),
                 **_each(NUMBER, "budget", "tokens", "nll", "difference", "low", "high"),
-                **_each(NUMBER, "bytes_held", "bytes_kept", "prefill_ratio", "decode_ratio"),
+                **_each(NUMBER, "bytes_held", "bytes_kept", "kept_share?", "prefill_ratio", "decode_ratio"),
                 "answer": ANY,
             }
         ],
+        "forgets?": {
+            "prompts": COUNT,
+            "kinds": [{"kind": TEXT, **OF_TOKENS}],
+            "ages": [{"from": COUNT, **OF_TOKENS}],
+            "heads": [[NUMBER]],
+        },
     },
     "longcontext": {
         "model": TEXT,

@@ -26,7 +26,14 @@ from eval.measures.command import (
     show,
     write_csv,
 )
-from eval.measures.memories.options import add_memory_arguments, check_memories, memory_maker
+from eval.measures.memories.options import (
+    NAMM,
+    add_memory_arguments,
+    check_memories,
+    check_namm,
+    memory_maker,
+    namm_rows,
+)
 from eval.measures.texts import add_text_argument, check_files, repeated
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -46,7 +53,10 @@ EXAMPLE = (
     "--memories snapkv h2o --budgets 128 256"
 )
 ENOUGH = 5  # contexts for an interval
-SETTINGS = ("question", "samples", "distractors", "answer_tokens", "sinks", "window", "positions", "layer", "seed")
+SETTINGS = (
+    *("question", "samples", "distractors", "answer_tokens"),
+    *("sinks", "window", "positions", "layer", "artefact", "seed"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--samples", type=positive, default=50, metavar="N", help="contexts of each task (default: 50)")
     parser.add_argument(
-        "--memories", nargs="+", metavar="MEMORY", help="names of sinkmodel.memories (default: all that have a budget)"
+        "--memories",
+        nargs="+",
+        metavar="MEMORY",
+        help="names of sinkmodel.memories (default: all that have a budget); namm needs --artefact, and five rows of "
+        "its size come with it",
     )
     add_memory_arguments(parser)
     parser.add_argument(
@@ -200,7 +214,7 @@ def _check(options: argparse.Namespace) -> None:
     """Everything that can be known to fail before a model is loaded."""
     from sinkmodel.memories import BUDGETED
 
-    known = ["dense", *BUDGETED]
+    known = ["dense", *BUDGETED, NAMM]
     for name in options.memories or ():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -214,21 +228,33 @@ def _check(options: argparse.Namespace) -> None:
     check_output("--csv", options.csv)
     if options.csv is not None and options.csv == options.json:
         raise UserError(f"--csv and --json are both {options.csv}; give two names")
-    check_memories(options, [name for name in options.memories or BUDGETED if name != "dense"])
+    interval = check_namm(options, options.memories or ())
+    if min(options.length) < interval:
+        say(f"--artefact decides after {interval} tokens: in a prompt of --length {min(options.length)} namm keeps all")
+    check_memories(options, _budgeted(options))
     if options.samples < ENOUGH:
         say(f"--samples {options.samples}: fewer than {ENOUGH} contexts give no interval")
 
 
 def _sides(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Side, list[Side]]:
-    """Dense, and each other memory at each budget."""
+    """Dense, then each other memory at each budget, then namm and the rows of its size."""
     from eval.measures.longcontext.measure import Side
-    from sinkmodel.memories import BUDGETED, make_memory
+    from sinkmodel.memories import make_memory
 
     sides = []
-    for name in dict.fromkeys(options.memories or BUDGETED):
-        for budget in sorted(set(options.budgets)) if name != "dense" else ():
+    for name in _budgeted(options):
+        for budget in sorted(set(options.budgets)):
             sides.append(Side(name, budget, memory_maker(options, loaded.model, name, budget)()))
+    if NAMM in (options.memories or ()):
+        sides += [Side(name, None, make()) for name, make in namm_rows(options, loaded.model).items()]
     return Side("dense", None, make_memory("dense", loaded.model)), sides
+
+
+def _budgeted(options: argparse.Namespace) -> list[str]:
+    """The memories that are measured at each of --budgets."""
+    from sinkmodel.memories import BUDGETED
+
+    return [name for name in dict.fromkeys(options.memories or BUDGETED) if name not in ("dense", NAMM)]
 
 
 def _check_model(loaded: LoadedModel, options: argparse.Namespace) -> None:
@@ -244,7 +270,7 @@ def _check_model(loaded: LoadedModel, options: argparse.Namespace) -> None:
             f"--length {longest} is longer than the {min(ends)} positions of {loaded.name}{in_front}; use "
             f"--length {min(ends) - sinks} or less"
         )
-    if others := [c for c in options.budgets if c >= min(options.length) + sinks]:
+    if _budgeted(options) and (others := [c for c in options.budgets if c >= min(options.length) + sinks]):
         say(
             f"--budgets {others[0]} holds the whole of a prompt of --length {min(options.length)}: nothing is forgotten"
         )
@@ -280,9 +306,9 @@ def print_table(content: dict[str, Any]) -> None:
         f"answer; rank: of the right answer among it and up to {content['distractors']} wrong ones; − dense: paired "
         f"by context, [{100 * content['level']:g} % interval for other contexts]; gain: nats that the context saves "
         f"dense; floor: dense scores below {100 * content['floor_score']:g} % and gains less than "
-        f"{content['floor_gain']:g} nat, so the other memories were not run",
+        f"{content['floor_gain']:g} nat, so the other memories were not run; kept: of dense's keys and values",
         ["task", "memory"],
-        ["tokens", "score", "− dense", "nats", "− dense", "rank", "held MiB"],
+        ["tokens", "score", "− dense", "nats", "− dense", "rank", "held MiB", "kept %"],
     )
     several = len({row["length"] for row in content["rows"]}) > 1
     for row in content["rows"]:
@@ -298,6 +324,7 @@ def print_table(content: dict[str, Any]) -> None:
             f"gain {row['gain']:.2f}" if is_dense else _difference(row, "nll", "+.2f"),
             number(row["rank"], ".2f"),
             number(_times(row["bytes_held"], 2**-20), ".2f"),
+            number(_times(row["kept_share"], 100), ".0f"),
         )
     show(table)
 

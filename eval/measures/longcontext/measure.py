@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from eval.measures.longcontext.answers import Place, Reader
-from eval.measures.statistics import block_stderr
+from eval.measures.statistics import block_stderr, share
 from eval.measures.verdict.equivalence import interval
 from sinkmodel.progress import CountedProgress
 from sinkmodel.tasks.cells import FLOOR_GAIN, FLOOR_SCORE, Cell
@@ -35,7 +35,7 @@ NUMBERS = ("score", "nll", "rank")
 
 @dataclass(frozen=True)
 class Side:
-    """A memory to measure; `budget` is None for dense."""
+    """A memory to measure; `budget` is None for dense, and for namm and the rows of its size."""
 
     name: str
     budget: int | None
@@ -128,6 +128,7 @@ def row_of(
             difference = paired(values, of_dense, seed, bounded=name == "score")
         row |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high"), difference))
     row |= {name: getattr(found, name, None) for name in ("bytes_held", "bytes_kept", "seconds")}
+    row["kept_share"] = share(row["bytes_kept"], getattr(dense or found, "bytes_kept", None))
     return row | {"by_context": {name: getattr(found, name, None) for name in NUMBERS}}
 
 

@@ -17,7 +17,7 @@ import torch
 
 from eval.measures.memories.readers import Reader, Reading
 from eval.measures.perplexity import perplexity
-from eval.measures.statistics import block_stderr
+from eval.measures.statistics import block_stderr, share
 from eval.measures.verdict.equivalence import decide, interval
 from sinkmodel.errors import UserError
 from sinkmodel.progress import CountedProgress
@@ -30,7 +30,7 @@ class Side:
     """A row of the table."""
 
     memory: str
-    budget: int | None  # None for dense
+    budget: int | None  # None for dense, and for namm and the rows of its size
     reads: Reader
     remark: str  # which tokens it keeps, in words
 
@@ -117,6 +117,9 @@ def row(
         **(UNKNOWN if readings is dense else against(scored, dense, question)),
         "bytes_held": average([reading.bytes_held for reading in flat]),
         "bytes_kept": average([reading.bytes_kept for reading in flat]),
+        "kept_share": share(
+            average([reading.bytes_kept for reading in flat]), average([reading.bytes_kept for reading in of_dense])
+        ),
         "prefill_seconds": median([reading.prefill_seconds for reading in flat]),
         "decode_ms": median([reading.decode_seconds and 1e3 * reading.decode_seconds for reading in flat]),
         "prefill_ratio": ratio(flat, of_dense, "prefill_seconds"),

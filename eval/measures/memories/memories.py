@@ -10,6 +10,8 @@ them: equivalent, better, worse or undecided.
     snapkv … gemfilter   C slots of the prompt in each KV head (`sinkmodel.memories`); what comes after the prompt is
                          added to them, except that h2o and tova stay at C
     snapkv-as-published  a set for each query head, as the paper's code has it, which takes H/G times the memory
+    namm                 what an evolved network wants to keep, --artefact; with it come five rows of its size
+                         (`eval.measures.memories.controls`)
 """
 
 from __future__ import annotations
@@ -30,7 +32,15 @@ from eval.measures.command import (
     show,
     write_csv,
 )
-from eval.measures.memories.options import PUBLISHED, add_memory_arguments, check_memories, memory_maker
+from eval.measures.memories.options import (
+    NAMM,
+    PUBLISHED,
+    add_memory_arguments,
+    check_decides,
+    check_memories,
+    memory_maker,
+    namm_rows,
+)
 from eval.measures.texts import add_text_argument, check_files, read_texts
 from eval.policies.choice import BORROWED
 from sinkmodel.console import say
@@ -48,7 +58,7 @@ EXAMPLE = (
 )
 STREAMS = ("window", "sink", "recompute")
 ALONE = ("snapkv", "h2o", "tova", "expected-attention", "gemfilter")
-NAMES = ("dense", *STREAMS, *ALONE, PUBLISHED)
+NAMES = ("dense", *STREAMS, *ALONE, PUBLISHED, NAMM)
 DEFAULT = ("dense", "window", "sink", *ALONE)
 
 
@@ -104,7 +114,10 @@ def run(options: argparse.Namespace) -> None:
     from eval.measures.memories.measure import Question, measure
 
     question = Question(options.prompt, options.after, options.margin, options.level, options.seed, options.these_texts)
-    sides = sides_of(options, loaded)
+    from eval.measures.memories.forgotten import Forgotten
+
+    forgotten = Forgotten(loaded.tokenizer, len(loaded.sink_ids))
+    sides = sides_of(options, loaded, forgotten)
     length = options.prompt + options.after
     taken = None if options.prompts > 1 else length
     texts, documents = read_texts(loaded, options.text, length, taken, options.documents, "--prompt and --continue")
@@ -115,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
         "sink_ids": loaded.sink_ids,
         "prompt": options.prompt,
         "continue": options.after,
-        **{key: getattr(options, key) for key in ("sinks", "window", "positions", "layer")},
+        **{key: getattr(options, key) for key in ("sinks", "window", "positions", "layer", "artefact")},
         "margin": options.margin,
         "level": options.level,
         "seed": options.seed,
@@ -125,6 +138,8 @@ def run(options: argparse.Namespace) -> None:
         "texts": texts,
         "rows": rows,
     }
+    if NAMM in options.memories:
+        content["forgets"] = forgotten.table()
     if options.csv is not None:
         write_csv(options.csv, list(rows[0]), [list(row.values()) for row in rows])
         say(f"wrote {options.csv}")
@@ -152,7 +167,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--level is {options.level}; give one from 0.5 to below 1, such as 0.95")
     if options.margin == 0:
         raise UserError("--margin is 0, and no difference is exactly that; give a number above 0")
-    for budget in options.budgets:
+    check_decides(options, options.memories, "--prompt", options.prompt)
+    budgeted = [name for name in options.memories if name not in ("dense", NAMM)]
+    for budget in options.budgets if budgeted else ():
         if budget > options.prompt:
             raise UserError(
                 f"--budgets {budget} keeps every token of --prompt {options.prompt}; lower it, or raise --prompt"
@@ -161,7 +178,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--stride {options.stride} does not fit into --budgets {budget} of recompute; lower it")
         if "sink" in options.memories and options.sinks and options.sinks >= budget:
             raise UserError(f"--budgets {budget} holds nothing but the --sinks {options.sinks} of sink; raise it")
-    check_memories(options, [name for name in options.memories if name not in ("dense", *STREAMS)])
+    check_memories(options, [name for name in budgeted if name not in STREAMS])
 
 
 def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
@@ -175,15 +192,19 @@ def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
 # ------------------------------------------------------------------------------------------------------- what is read
 
 
-def sides_of(options: argparse.Namespace, loaded: LoadedModel) -> list[Side]:
+def sides_of(options: argparse.Namespace, loaded: LoadedModel, forgotten: Any = None) -> list[Side]:
     """Dense first, then each memory at each budget. What cannot be made is refused here, before anything is read."""
+    from eval.measures.memories.controls import KEEPS
     from eval.measures.memories.measure import Side
     from eval.measures.memories.readers import memory_reader
     from sinkmodel.memories import Dense
 
     sides = [Side("dense", None, memory_reader(partial(Dense, loaded.model)), "everything")]
     for name in dict.fromkeys(options.memories):
-        if name != "dense":
+        if name == NAMM:
+            for row, make in namm_rows(options, loaded.model, forgotten).items():
+                sides.append(Side(row, None, memory_reader(make), KEEPS[row]))
+        elif name != "dense":
             sides += [_side(options, loaded, name, budget) for budget in sorted(set(options.budgets))]
     return sides
 
@@ -226,10 +247,11 @@ def print_table(content: dict[str, Any]) -> None:
     table = new_table(
         f"{content['model']}, {content['dtype']}: {lengths}",
         f"difference: to dense, in nats per token, {100 * content['level']:g} % interval over texts, equivalent within "
-        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; "
+        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; %: "
+        "of dense's; "
         "×: of dense's time, median over prompts in which all took turns",
         ["memory"],
-        ["tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "prefill ×", "decode ×"],
+        ["tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "kept %", "prefill ×", "decode ×"],
     )
     for row in rows:
         interval = "–" if row["low"] is None else f"[{row['low']:+.4f}, {row['high']:+.4f}]"
@@ -241,6 +263,21 @@ def print_table(content: dict[str, Any]) -> None:
             interval,
             row["answer"] or "–",
             *(number(row[key] and row[key] / 2**20, ",.1f") for key in ("bytes_held", "bytes_kept")),
+            number(row["kept_share"] and 100 * row["kept_share"], ".0f"),
             *(number(row[key], ".2f") for key in ("prefill_ratio", "decode_ratio")),
         )
+    show(table)
+    if "forgets" in content:
+        print_forgotten(content["forgets"])
+
+
+def print_forgotten(forgets: dict[str, Any]) -> None:
+    caption = "a share of the tokens, as a mean over layers and KV heads; age: tokens that came after it"
+    table = new_table(
+        f"kept by namm at the end of {forgets['prompts']} prompts", caption, ["tokens"], ["number", "kept %"]
+    )
+    rows = [(row["kind"], row) for row in forgets["kinds"]]
+    rows += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
+    for name, row in rows:
+        table.add_row(name, f"{row['tokens']:,}", f"{100 * row['kept_share']:.1f}")
     show(table)

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from sinkmodel.errors import UserError
-from sinkmodel.parser import positive, whole
+from sinkmodel.parser import name_of, positive, whole
 
 PUBLISHED = "snapkv-as-published"
+NAMM = "namm"
 
 
 def add_memory_arguments(parser: argparse.ArgumentParser, sinks_default: str = "the method's own") -> None:
@@ -35,6 +36,16 @@ def add_memory_arguments(parser: argparse.ArgumentParser, sinks_default: str = "
         help="of kept keys: those that they have in the text, or numbered again from 0 (default: text)",
     )
     parser.add_argument("--layer", type=whole, metavar="R", help="in which gemfilter chooses (default: 13/32 of all)")
+    add_artefact_argument(parser)
+
+
+def add_artefact_argument(parser: Any) -> None:
+    parser.add_argument(
+        "--artefact",
+        type=name_of,
+        metavar="NAME",
+        help="the evolved network of namm: a folder that sink-evolve wrote, or a Hub name",
+    )
 
 
 def memory_maker(options: argparse.Namespace, model: Any, name: str, budget: int) -> Callable[[], Any]:
@@ -48,6 +59,51 @@ def memory_maker(options: argparse.Namespace, model: Any, name: str, budget: int
         settings["group"] = "as_published"
     settings |= {key: getattr(options, key) for key in ("sinks", "window") if getattr(options, key) is not None}
     return partial(make_memory, "snapkv" if name == PUBLISHED else name, model, budget, **settings)
+
+
+def namm_rows(options: argparse.Namespace, model: Any, forgotten: Any = None) -> dict[str, Callable[[], Any]]:
+    """Makes the memory of each row that `namm` stands for, the NAMM first; for a model or its config.
+
+    Args:
+        forgotten: a `Forgotten` that is given what the NAMM kept of each prompt.
+    """
+    from eval.measures.memories.controls import namm_makers
+    from sinkmodel.memories.namm import read_artefact
+
+    given = {name: getattr(options, name, None) for name in ("seed", "sinks", "window")}
+    settings = {name: value for name, value in given.items() if value is not None}
+    return namm_makers(model, *read_artefact(options.artefact), forgotten=forgotten, **settings)
+
+
+def check_namm(options: argparse.Namespace, memories: Iterable[str]) -> int:
+    """The tokens between two decisions of --artefact, or 0 if namm is not among the memories.
+
+    Raises UserError if one is there without the other, if the artefact cannot be read, or for other options that a NAMM
+    does not have.
+    """
+    if NAMM not in memories:
+        if options.artefact is not None:
+            raise UserError("--artefact is the network of namm; add namm to --memories, or leave --artefact out")
+        return 0
+    if options.artefact is None:
+        raise UserError("namm needs an evolved network; give --artefact, a folder that sink-evolve wrote or a Hub name")
+    if getattr(options, "positions", "text") != "text":
+        raise UserError(
+            f"--positions {options.positions} is not for namm, whose heads keep sets of different sizes; leave it out"
+        )
+    from sinkmodel.memories.namm import read_artefact
+
+    return read_artefact(options.artefact)[0].interval
+
+
+def check_decides(options: argparse.Namespace, memories: Iterable[str], option: str, prompt: int) -> None:
+    """As `check_namm`; and UserError if a prompt of that many tokens ends before the first decision."""
+    interval = check_namm(options, memories)
+    if prompt < interval:
+        raise UserError(
+            f"{option} {prompt} ends before the first decision of --artefact, after {interval} tokens, so that namm "
+            f"forgets nothing; make it at least {interval}"
+        )
 
 
 def check_memories(options: argparse.Namespace, names: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from eval.measures.meters import PeakMemory, memory_now
 from eval.measures.prefill.crossover import Times, crossover, crossover_interval
-from eval.measures.statistics import paired_ratio
+from eval.measures.statistics import paired_ratio, share
 from eval.measures.timing import BLOCK, Tokens, now
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
@@ -35,7 +35,7 @@ class Side:
     """A memory at a budget, and what was measured of it, an entry a round."""
 
     memory: str
-    budget: int | None  # None for dense
+    budget: int | None  # None for dense, and for namm and the rows of its size
     make: Callable[[], Any]  # an empty cache
     first: list[float] = field(default_factory=list)  # ms to the first token
     above: list[int] = field(default_factory=list)  # peak bytes above those before the prompt was read
@@ -203,6 +203,7 @@ def row(side: Side, dense: Side, answers: Sequence[int], base: int) -> dict[str,
         "reading_bytes": above,
         "bytes_held": side.sizes[0],
         "bytes_kept": side.sizes[1],
+        "kept_share": share(side.sizes[1], dense.sizes[1]),
         "bytes_grown": int(median(side.grown)),
         "answers": [_answer_row(side, dense, answer) for answer in answers],
     }

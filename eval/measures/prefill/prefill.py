@@ -26,7 +26,8 @@ from eval.measures.command import (
     show,
     write_csv,
 )
-from eval.measures.memories.memories import ALONE, PUBLISHED
+from eval.measures.memories.memories import ALONE
+from eval.measures.memories.options import NAMM, PUBLISHED, add_artefact_argument, check_decides, namm_rows
 from eval.measures.shape import config_of, load_shape, read_shape
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
 COMMAND = "latency --prefill"
-NAMES = ("dense", *ALONE, PUBLISHED)
+NAMES = ("dense", *ALONE, PUBLISHED, NAMM)
 BUDGETS = [1024]
 DEFAULTS: dict[str, Any] = {
     "length": [2048],
     "memories": ["dense", *ALONE],
     "layer": None,
+    "artefact": None,
     "answers": [1, 128, 1024],
     "rounds": 5,
     "csv": None,
@@ -63,9 +65,10 @@ def add_arguments(group: Any) -> None:
         nargs="+",
         choices=NAMES,
         metavar="MEMORY",
-        help=f"of {', '.join(NAMES)} (default: all but the last; dense is always measured)",
+        help=f"of {', '.join(NAMES)} (default: all but the last two; dense is always measured)",
     )
     group.add_argument("--layer", type=whole, metavar="R", help="in which gemfilter chooses (default: 13/32 of all)")
+    add_artefact_argument(group)
     group.add_argument(
         "--answers",
         type=positive,
@@ -144,7 +147,9 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--memories has dense alone, which there is nothing to compare with; add one, such as snapkv")
     if options.layer is not None and "gemfilter" not in options.memories:
         raise UserError("--layer is that in which gemfilter chooses; add gemfilter to --memories, or leave --layer out")
-    for budget in options.budgets:
+    check_decides(options, options.memories, "--length", min(options.length))
+    budgeted = set(options.memories) - {"dense", NAMM}
+    for budget in options.budgets if budgeted else ():
         if budget >= min(options.length):
             raise UserError(
                 f"--budgets {budget} keeps every token of --length {min(options.length)}; lower it, or raise --length"
@@ -189,7 +194,9 @@ def sides_of(options: argparse.Namespace, model_or_config: Any) -> list[Side]:
         settings: dict[str, Any] = {"group": "as_published"} if name == PUBLISHED else {}
         if name == "gemfilter" and options.layer is not None:
             settings["layer"] = options.layer
-        for budget in sorted(set(options.budgets)) if name != "dense" else ():
+        if name == NAMM:
+            sides += [Side(row, None, make) for row, make in namm_rows(options, model_or_config).items()]
+        for budget in sorted(set(options.budgets)) if name not in ("dense", NAMM) else ():
             make = partial(make_memory, "snapkv" if name == PUBLISHED else name, model_or_config, budget, **settings)
             try:
                 make()
@@ -226,9 +233,10 @@ def _print_prompt(title: str, rows: list[dict[str, Any]], weights: int) -> None:
         title,
         "ms to the first token: median; ×: of dense's, median over rounds in which all took turns [95 % interval by "
         f"bootstrap over them]; peak: of the process, {weights / 2**20:,.0f} MiB of weights included; reading: of it, "
-        "what the prompt took; held: by the memory afterwards; grown: by how much the process is larger than before",
+        "what the prompt took; held: by the memory afterwards; kept: of dense's keys and values; grown: by how much "
+        "the process is larger than before",
         ["memory"],
-        ["ms to first token", "× dense", "interval", "peak MiB", "reading", "held", "grown"],
+        ["ms to first token", "× dense", "interval", "peak MiB", "reading", "held", "kept %", "grown"],
     )
     for row in rows:
         table.add_row(
@@ -237,7 +245,9 @@ def _print_prompt(title: str, rows: list[dict[str, Any]], weights: int) -> None:
             number(row["ttft_ratio"], ".2f"),
             interval_of(row["ttft_low"], row["ttft_high"]),
             f"{row['peak_bytes'] / 2**20:,.0f}",
-            *(f"{row[key] / 2**20:,.1f}" for key in ("reading_bytes", "bytes_held", "bytes_grown")),
+            *(f"{row[key] / 2**20:,.1f}" for key in ("reading_bytes", "bytes_held")),
+            f"{100 * row['kept_share']:.0f}",
+            f"{row['bytes_grown'] / 2**20:,.1f}",
         )
     show(table)
 

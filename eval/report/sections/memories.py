@@ -29,7 +29,31 @@ def memories(inputs: Inputs) -> Section | None:
         numbers = [[row[key] for key in keys] for row in rows]
         made.blocks.append(Chart(f"memories-{number}", [panel(alt, paint)], keys, numbers))
         made.blocks.append(_table(content, name))
+        if "forgets" in content:
+            made.blocks += _forgets(content["forgets"], name)
     return made
+
+
+def _forgets(forgets: dict[str, Any], name: str) -> list[Table]:
+    """Which tokens a NAMM keeps of its prompts, and how much each of its heads keeps."""
+    of_tokens = [(row["kind"], row) for row in forgets["kinds"]]
+    of_tokens += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
+    kinds = Table(
+        ["tokens", "number", "kept %"],
+        [[kind, f"{row['tokens']:,}", _percent(row["kept_share"])] for kind, row in of_tokens],
+        caption=f"{name}: what namm keeps of {forgets['prompts']:,} prompts, as a mean over layers and KV heads; age: "
+        "tokens that came after it.",
+    )
+    heads = Table(
+        ["layer", *(f"head {head}" for head in range(max(map(len, forgets["heads"]), default=0)))],
+        [[str(layer), *map(_percent, shares)] for layer, shares in enumerate(forgets["heads"])],
+        caption="The % of a prompt that each KV head keeps with namm.",
+    )
+    return [kinds, heads]
+
+
+def _percent(share: float | None) -> str:
+    return figure(share and 100 * share, ".1f")
 
 
 def _titled(axis: Any, content: dict[str, Any], title: str) -> None:
@@ -39,7 +63,7 @@ def _titled(axis: Any, content: dict[str, Any], title: str) -> None:
 
 def _table(content: dict[str, Any], name: str) -> Table:
     return Table(
-        ["memory", "answer", "nats", "− dense", "interval", "MiB held", "MiB kept", "prefill ×", "decode ×"],
+        ["memory", "answer", "nats", "− dense", "interval", "MiB held", "MiB kept", "kept %", "prefill ×", "decode ×"],
         [
             [
                 row["label"],
@@ -48,6 +72,7 @@ def _table(content: dict[str, Any], name: str) -> Table:
                 figure(row["difference"], "+.4f"),
                 between(row["low"], row["high"], "+.4f"),
                 *(figure(row[key] and row[key] / MEBIBYTE, ",.1f") for key in ("bytes_held", "bytes_kept")),
+                _percent(row.get("kept_share")),
                 *(figure(row[key]) for key in ("prefill_ratio", "decode_ratio")),
             ]
             for row in content["rows"]
@@ -55,8 +80,8 @@ def _table(content: dict[str, Any], name: str) -> Table:
         words=2,
         caption=f"{name}: {content['prompt']:,} tokens of prompt, then {content['continue']:,} scored; − dense: paired "
         f"difference in nats per token, {100 * content['level']:g} % interval, equivalent within "
-        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; ×: of "
-        "dense's time.",
+        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; %: of "
+        "dense's; ×: of dense's time.",
     )
 
 

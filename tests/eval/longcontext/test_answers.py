@@ -86,15 +86,15 @@ def test_generation_stops_when_the_score_is_final_at_an_end_of_text_or_when_the_
     (answer,), _, _ = reader.ask(TokenMemory(), reading, "outside", NEVER_FINAL)
     assert answer.text.startswith(f" {value}.")
     assert len(encode(loaded, answer.text)) >= 20 - 1
-    reader._ends |= {encode(loaded, ".")[0]}
+    reader._next.ends |= {encode(loaded, ".")[0]}
     (answer,), _, _ = reader.ask(TokenMemory(), reading, "outside", NEVER_FINAL)
     assert answer.text == f" {value}"
 
 
 def test_ends_are_those_of_the_model_and_of_the_tokenizer(loaded):
     reader = Reader(loaded)
-    assert loaded.tokenizer.eos_token_id in reader._ends
-    assert reader._ends >= {loaded.model.generation_config.eos_token_id}
+    assert loaded.tokenizer.eos_token_id in reader._next.ends
+    assert reader._next.ends >= {loaded.model.generation_config.eos_token_id}
 
 
 def test_the_tokens_that_a_model_must_not_give_are_not_generated(loaded):
@@ -124,7 +124,7 @@ def test_dense_is_the_model_itself(loaded):
             assert answer.nll == pytest.approx(nats[0], abs=1e-4)
             assert answer.rank == 1 + sum(other < nats[0] for other in nats[1:])
             greedy = list(prompt)
-            never = torch.arange(loaded.model.get_input_embeddings().num_embeddings)[Reader(loaded)._never_V]
+            never = torch.arange(loaded.model.get_input_embeddings().num_embeddings)[Reader(loaded)._next._never_V]
             for _ in range(5):
                 logits_V = loaded.model(input_ids=torch.tensor([greedy])).logits[0, -1]
                 logits_V[never] = -torch.inf

@@ -10,6 +10,7 @@ import pytest
 from eval.cli import main
 from eval.measures.longcontext import measure as module
 from sinkmodel.memories import BUDGETED
+from tests.eval.namm import ROWS, check_rows, write_artefact
 
 ARGUMENTS = ["--length", "450", "--samples", "1", "--distractors", "1", "--answer-tokens", "2"]
 SMALL, LARGE = 64, 500
@@ -55,6 +56,21 @@ def test_the_options_of_a_memory_reach_it(run, book, tmp_path, capsys):
         assert nll(memory, *changes) != pytest.approx(nll(memory), abs=1e-4), memory
     plain, cached = nll("snapkv"), nll("snapkv", "--positions", "cache")
     assert plain != pytest.approx(cached, abs=1e-5)
+
+
+@pytest.mark.parametrize("place", ["outside", "inside"])
+def test_namm_comes_with_controls_of_its_size(run, book, tmp_path, capsys, place):
+    """Risk: sizes of other prompts, since the NAMM reads all of a cell before its controls do; inside has four."""
+    artefact = write_artefact(tmp_path / "namm", interval=48)
+    words = ["--tasks", "key_value", "--text", book, "--memories", "namm", "--artefact", artefact, "--question", place]
+    arguments = ["longcontext", "--model", run, *words, *ARGUMENTS, "--json", tmp_path / "o.json"]
+    code = main(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+    check_rows(rows, 400)
+    assert len({row["nll"] for row in rows}) == 7
+    assert all(name in out for name in ROWS)
 
 
 @pytest.mark.parametrize(
