@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -123,18 +124,30 @@ def test_a_text_in_forwards_of_any_size(family, ragged, size, implementation):
     check(cache, expected(family, "overlap", ragged), feed(model, cache, torch.tensor([tokens(N)]), size)[0])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("ragged", ["true", "fill"])
-@pytest.mark.parametrize("size", [1, 10, N])
+@pytest.mark.parametrize(
+    ("family", "ragged", "size"),
+    [("llama", "true", 1), *itertools.product(["llama", "gpt_neox"], ["true", "fill"], [10, N])],
+)
 def test_padded_rows_are_as_alone(family, ragged, size):
-    """Guards rows whose frames and decisions fall on other columns."""
+    """Guards rows whose frames and decisions fall on other columns, each with parameters of its own if size is 10."""
     model, starts = model_of(family), [0, 7, 29]
     ids = torch.tensor([[0] * start + tokens(N)[start:] for start in starts])
     mask = torch.tensor([[0] * start + [1] * (N - start) for start in starts])
-    cache = NAMM(model, config_of(family), parameters_of(family), ragged=ragged)
+    seeds = [0, 1, 2] if size == 10 else [0, 0, 0]
+    candidates = torch.stack([parameters_of(family, seed=seed) for seed in seeds])
+    cache = NAMM(model, config_of(family), candidates if size == 10 else candidates[0], ragged=ragged)
     logits = feed(model, cache, ids, size, mask)
-    for row, start in enumerate(starts):
-        check(cache, expected(family, "overlap", ragged, start), logits[row, start:], row)
+    for row, (start, seed) in enumerate(zip(starts, seeds)):
+        check(cache, expected(family, "overlap", ragged, start, seed), logits[row, start:], row)
+
+
+def test_pads_do_not_bring_a_decision_forward(monkeypatch):
+    """Guards a padded prompt that is cut in more pieces than it needs."""
+    model, pieces, plan = model_of("llama"), [], NAMM.plan
+    monkeypatch.setattr(NAMM, "plan", lambda *a: pieces.append(x := plan(*a)) or x)
+    mask = torch.tensor([[0] * 7 + [1] * SMALL.interval])
+    model(torch.ones_like(mask), attention_mask=mask, past_key_values=NAMM(model, SMALL))
+    assert [(x.start, x.end) for x in pieces] == [(0, 7 + SMALL.interval)]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma", "phi", "smollm3", "llama-yarn", *IN_SOFTMAX])
@@ -211,7 +224,9 @@ def test_first_and_last_tokens_can_be_forced():
 def test_state_is_counted_and_slots_are_those_of_the_longest_head():
     model, config = model_of("llama"), config_of("llama")
     cache = NAMM(model, config, parameters_of("llama"))
-    model(torch.tensor([tokens(48), tokens(48, seed=1)]), past_key_values=cache)
+    ids = torch.tensor([tokens(48), tokens(48, seed=1)])
+    for part in ids.split(46, dim=1):  # a frame that is begun is held for as long as it is not whole
+        model(part, past_key_values=cache)
     held = kept = 0
     for layer in range(2):
         heads = [len(head) for row in (0, 1) for head in cache.kept_positions(layer, row)]
