@@ -15,14 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from recipes.config import dump_config, flatten
 from recipes.evolution.settings import EvolveConfig
-from recipes.training.folder import as_options
+from recipes.training.folder import as_options, saved_config
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json
-from sinkmodel.locks import LOCK
 from sinkmodel.memories.namm import NAMMConfig, read_artefact, write_artefact
 
 STATE, FORMAT, VERSION = "state.json", "sinkmodel-evolution", 1
@@ -100,14 +98,9 @@ def read_state(run: Path, config: EvolveConfig) -> State | None:
 
 def check_folder(run: Path, config: EvolveConfig) -> None:
     """Raises UserError if the folder holds another run, or something else."""
-    if not run.exists():
+    if (before := saved_config(run)) is None:
         return
-    saved = run / "config.yaml"
-    if not run.is_dir() or (not saved.exists() and any(path.name != LOCK for path in run.iterdir())):
-        raise UserError(f"{run} already holds something else; choose another --output or remove it")
-    if not saved.exists():
-        return
-    before, now = flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
+    now = flatten(config)
     if "population" not in before:
         raise UserError(f"{run} holds a run of another command; choose another --output")
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):

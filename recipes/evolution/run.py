@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,9 +51,6 @@ from sinkmodel.memories.namm import NAMMConfig
 from sinkmodel.models import count_parameters
 from sinkmodel.scoring import check_decoder
 from sinkmodel.secrets import all_redacted
-
-if TYPE_CHECKING:
-    pass
 
 LARGE = 1_000_000_000  # parameters of a model from which on a match is the default fitness
 

@@ -57,17 +57,24 @@ UNDECIDED = {"optimizer.lr": None, "schedule.min_lr": None}  # by default, of a 
 FREE_GROUPS = ("checkpoints.", "logging.", "schedule.")  # of the last `starting_point` says how far
 
 
-def check_folder(run: Path, config: PretrainConfig) -> None:
-    """Raises UserError where the folder holds another run, or something else."""
+def saved_config(run: Path) -> dict[str, Any] | None:
+    """The config of the run in a folder, flat; None if there is no run yet. UserError if it holds something else."""
     if not run.exists():
-        return
+        return None
     saved = run / "config.yaml"
-    if not run.is_dir() or (not saved.exists() and any(path.name != LOCK for path in run.iterdir())):
+    if saved.is_file():
+        return flatten(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    if not run.is_dir() or any(path.name != LOCK for path in run.iterdir()):
         raise UserError(f"{run} already holds something else; choose another --output or remove it")
-    if not saved.exists():
+    return None
+
+
+def check_folder(run: Path, config: PretrainConfig) -> None:
+    """Raises UserError if the folder holds another run, or something else."""
+    if (saved := saved_config(run)) is None:
         return
     # A run of an earlier version lacks the keys that are new; it was what they are by default.
-    before, now = DEFAULTS | flatten(yaml.safe_load(saved.read_text(encoding="utf-8"))), flatten(config)
+    before, now = DEFAULTS | saved, flatten(config)
     names = {before.get("model.start_from"), now.get("model.start_from")}
     moved = len(names) == 2 and None not in names  # perhaps: `check_unchanged` compares the fingerprints
     # Keys of the run itself first: `step` decides others.

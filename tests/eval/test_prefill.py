@@ -272,7 +272,7 @@ def test_a_report_is_made_of_what_is_never(capsys):
 
 
 def test_a_process_that_has_kept_more_is_reported(capsys):
-    """Guards the demand of the memory: what is not given back is said in a line of its own."""
+    """Guards a memory that holds on to the prompt: what the process does not give back is reported in a line."""
     row = {"label": "snapkv 8", "length": 64, "bytes_held": 2**20, "bytes_grown": 2**20 + prefill.SLACK}
     prefill.report_growth([row])
     assert capsys.readouterr().err == ""

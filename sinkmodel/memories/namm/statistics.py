@@ -56,7 +56,7 @@ class _Measured:
 
 
 class _Measuring(NAMM):
-    """Takes numbers where it would decide."""
+    """At the times of its decisions it takes numbers, and keeps everything."""
 
     measured: _Measured
 
