@@ -50,11 +50,13 @@ class Stage:
     Attributes:
         words: the most frequent words of the books, which copies are made of.
         copies: how often a line of them stands there.
+        questions: about the context of a task, at most.
     """
 
     mixture: tuple[Share, ...]
     words: int
     copies: int
+    questions: int = 4
 
 
 PROSE, COPY = "prose", "copy"
@@ -88,6 +90,20 @@ STAGES = {
         ),
         words=300,
         copies=3,
+    ),
+    "answers": Stage(
+        (
+            Share(PROSE, 10, 4, 30),
+            Share(COPY, 10, 10, 60),
+            Share("verbatim", 15, 1, 6),
+            Share("key_value", 35, 4, 50),
+            Share("niah_single_1", 10, 1, 20),
+            Share("niah_single_2", 10, 2, 12),
+            Share("niah_multikey_1", 10, 4, 12),
+        ),
+        words=1500,
+        copies=2,
+        questions=10,
     ),
 }
 
@@ -146,7 +162,7 @@ def make_document(rng: Random, stage: Stage, text: OwnText, words: Sequence[str]
     if share.task == COPY:
         return "\n".join([" ".join(rng.choices(words, k=units))] * stage.copies)
     task = (own_text.TASKS | ruler.TASKS)[share.task]
-    return answered(task.build(rng, units, Setting(length=0, distractors=0, text=text)))
+    return answered(task.build(rng, units, Setting(0, distractors=0, text=text, questions=stage.questions)))
 
 
 def answered(sample: Sample) -> str:
