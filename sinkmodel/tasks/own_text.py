@@ -4,8 +4,8 @@
     key_value   lines `word: word` of the text's own words; a question gives the first, and the second is the answer
     verbatim    running text; a question quotes some words of it, and those that follow them are the answer
 
-Each context has as many questions as the setting says, or fewer if the text has no more. A text that is shorter than a sample is refused, since a haystack that repeats
-itself is easy to compress.
+Each context has as many questions as the setting says, or fewer if the text has no more. A text that is shorter than a
+sample is refused, since a haystack that repeats itself is easy to compress.
 """
 
 from __future__ import annotations
