@@ -393,17 +393,26 @@ class Memory(MemoryInterface):
         if mask is not None and mask.dtype == torch.bool and self.eager:
             lowest = torch.finfo(query.dtype).min
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
-        apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
-        output = attention(_Ungrouped(module) if apart else module, query, key, value, mask, **kwargs)
-        self.attended += 1
         self.scale, self.softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")
-        if self.observes:
-            places, valid = piece.place_BN, piece.valid_BN
-            self.observe(layer, Observation(module, query, key, value, full, places, valid, self.scale, self.softcap))
+        places, valid = piece.place_BN, piece.valid_BN
+        seen = Observation(module, query, key, value, full, places, valid, self.scale, self.softcap)
+        output = self.attend_and_observe(attention, layer, seen, mask, kwargs)
+        self.attended += 1
         if piece.ends_prompt and self.compresses_in_attention:
             self._compress(layer, piece.seen)
         if piece.evicts:
             self._evict(layer, piece)
+        return output
+
+    def attend_and_observe(
+        self, attention: Callable[..., Any], layer: MemoryLayer, seen: Observation, mask: Tensor | None, kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """The output of `attention` for what `seen` holds, after `observe` was given it."""
+        module, query, key = seen.module, seen.query_BHND, seen.keys_BGKD
+        apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
+        output = attention(_Ungrouped(module) if apart else module, query, key, seen.values_BGKV, mask, **kwargs)
+        if self.observes:
+            self.observe(layer, seen)
         return output
 
     def _evict(self, layer: MemoryLayer, piece: Piece) -> None:
