@@ -66,7 +66,7 @@ def test_a_tokenizer_with_fewer_ids_than_the_manifest_says_stops_the_job(data, t
 def test_it_says_where_a_run_would_go_on(data, tmp_path, capsys):
     run = train(data, tmp_path / "run", schedule__steps=14)
     assert main([*arguments(data, run, schedule__steps=14), "--dry-run"]) == 0
-    assert "goes on from step14.ckpt" in capsys.readouterr().out
+    assert "resumes from step14.ckpt" in capsys.readouterr().out
 
 
 def test_what_would_stop_the_job_stops_it(data, tmp_path, capsys, monkeypatch):
@@ -149,4 +149,4 @@ def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(data, tmp_path,
     (run / "checkpoints" / "step40.ckpt").unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1_100_000}))
     assert main([*arguments(data, run, **every), "--dry-run"]) == 0
-    assert "goes on from step30.ckpt" in capsys.readouterr().out
+    assert "resumes from step30.ckpt" in capsys.readouterr().out
