@@ -124,6 +124,6 @@ def test_a_disk_that_is_full_ends_tensorboard_and_not_the_run(data, tmp_path, ca
     said = [line for line in capsys.readouterr().err.splitlines() if "TensorBoard" in line]
     assert said == [
         "TensorBoard failed at step 5 ([Errno 28] No space left on device) and is now disabled; metrics.csv has every "
-        "line, and sink-log, or a resumed run, brings it level again"
+        "line, and sink-log, or a resumed run, adds the missing ones"
     ]
     assert max(checkpoint_steps(run)) == 10

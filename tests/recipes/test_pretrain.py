@@ -287,7 +287,7 @@ def test_bad_input_is_one_line_and_writes_nothing(data, undisturbed, tmp_path, c
     cases = [
         ((altered, new), {}, "train-00000.bin has been altered"),
         ((cut, new), {}, "train-00000.bin is cut short"),
-        ((tmp_path / "nowhere", new), {}, "is no folder"),
+        ((tmp_path / "nowhere", new), {}, "is not a folder"),
         ((data, occupied), {}, "already holds something else"),
         ((data, undisturbed), {"optimizer.lr": 1e-3}, "optimizer.lr = 0.003, this one has 0.001"),
         ((data, undisturbed), {"sink.kind": "none"}, "sink.kind = token, this one has none"),

@@ -51,7 +51,7 @@ def test_an_id_beyond_the_vocabulary_stops_the_job(tmp_path, capsys, split):
     ):
         assert main([*arguments(data, tmp_path / "run"), *words]) == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert f"{split}-00000.bin holds the id 300 at token 100, its tokenizer has the ids 0 to 299" in said
+        assert f"{split}-00000.bin holds the id 300 at token 100, but its tokenizer has the ids 0 to 299" in said
         assert not (tmp_path / "run").exists()
 
 
@@ -72,7 +72,7 @@ def test_it_says_where_a_run_would_go_on(data, tmp_path, capsys):
 def test_what_would_stop_the_job_stops_it(data, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     cases = [
-        ({}, "--dry-run=3", "9 rows, training.batch_tokens = 576, can be shared among them"),
+        ({}, "--dry-run=3", "training.batch_tokens = 576 (9 rows) would do"),
         ({"training__micro_rows": 3}, "--dry-run=2", "training.micro_rows = 2 would do"),
         ({}, "--dry-run=many", "give the number of processes"),
         ({}, "--dry-run=0", "give the number of processes"),
