@@ -1,4 +1,4 @@
-"""What of a model folder goes to the Hub: its files as they are, and a card, which is written elsewhere."""
+"""The files of a model folder that are pushed to the Hub: all of its files, and a card (`recipes.card`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sinkmodel.files import read_json
 
 @dataclass(frozen=True)
 class CardInput:
-    """What the card of a model tells beside what its folder says: see recipes.card.card.make_card."""
+    """Inputs of a model card besides the model folder: see recipes.card.card.make_card."""
 
     run: Path | None = None
     report: Path | None = None
@@ -33,10 +33,11 @@ def plan_of(
     beside: Mapping[str, bytes] = MappingProxyType({}),
     seen: bool = True,
 ) -> Plan:
-    """What makes a branch hold a model folder, its card if one is wanted, and what is to stand `beside`, by path.
+    """The plan that makes a branch hold a model folder, its card unless `card` is None, and the files in `beside`.
 
     Args:
-        seen: whether the repository can be asked for what it has; else it is told as if it were new.
+        beside: contents of more files, by path in the repository.
+        seen: whether the repository can be read; if not, the plan is made as if it were new.
     """
     files: dict[str, Path | bytes] = {**model_files(folder), **beside}
     if card is not None:
@@ -45,34 +46,34 @@ def plan_of(
 
 
 def model_files(folder: Path) -> dict[str, Path]:
-    """The files of a model folder by their path in the repository; hidden ones stay here.
+    """The files of a model folder by their path in the repository, without hidden ones.
 
     Raises UserError if the folder has no config.json or no weights as safetensors, and for a link that leads out of it.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give one that sink-export wrote")
+        raise UserError(f"{folder} is not a folder; give one that sink-export wrote")
     if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{folder} is a run, not a model folder; push it with {shell('--run', folder)}")
     files = files_of(folder)
     for name in ("config.json", "*.safetensors"):
         if not any(fnmatch(path, name) for path in files):
-            raise UserError(f"{folder} is no model folder, it has no {name}; give one that sink-export wrote")
+            raise UserError(f"{folder} is not a model folder: it has no {name}; give one that sink-export wrote")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{folder / 'config.json'} names no model_type; give a folder that sink-export wrote")
     return files
 
 
-def card_files(folder: Path, repository: str, told: CardInput, previous: str | None) -> dict[str, bytes]:
-    """README.md and its figures, by path; the folder itself, which may have a README.md of its own, stays as it is.
+def card_files(folder: Path, repository: str, inputs: CardInput, previous: str | None) -> dict[str, bytes]:
+    """README.md and its figures, by path. The folder, which may have a README.md of its own, is not changed.
 
     Args:
-        previous: the card that the Hub has now.
+        previous: the card that is on the Hub now, or None.
     """
     from recipes.card.card import make_card
 
     card = make_card(
-        folder, repository=repository, run=told.run, report=told.report, results=told.results, previous=previous
+        folder, repository=repository, run=inputs.run, report=inputs.report, results=inputs.results, previous=previous
     )
     with TemporaryDirectory() as output:
         card.write(Path(output))

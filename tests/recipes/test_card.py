@@ -457,7 +457,7 @@ def test_metadata_that_cannot_be_read_is_refused():
     assert front_matter("---\na: 1\n---\ntext\n---\n") == {"a": 1}
     assert front_matter("no front\n---\na: 1\n---\n") == {}
     for text in ("---\na: [\n---\n", "---\njust words\n---\n"):
-        with pytest.raises(UserError, match="metadata of the card there is not"):
+        with pytest.raises(UserError, match="metadata of the old card is not"):
             front_matter(text)
 
 
@@ -644,7 +644,7 @@ def test_wrong_input_is_one_line(model, run, tmp_path):
     for wrong, message in (
         ({"sink": {"kind": "token", "token_ids": ["<b>"]}}, "a sink of kind 'token' with the token ids"),
         ({"sink": {"kind": "soft"}}, "a sink of kind 'soft'"),
-        ({"max_position_embeddings": None}, "it names no positions"),
+        ({"max_position_embeddings": None}, "has no max_position_embeddings"),
     ):
         (model / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(UserError, match=message):
