@@ -175,8 +175,8 @@ def test_results_of_other_models_are_left_out_and_said(model, run, tmp_path, cap
     text = card_of(model, run=run, results=files)
     assert "model-index" not in text
     said = capsys.readouterr().err
-    assert "ppl.json tells of other models" in said
-    assert "latency.json: sink-eval latency has its place in a report alone" in said
+    assert "ppl.json names other models" in said
+    assert "latency.json: results of sink-eval latency are shown only in a report" in said
 
 
 def test_a_model_is_known_by_its_repository_its_run_and_copies_of_its_folder(model, exported, run, tmp_path):
@@ -633,7 +633,7 @@ def test_wrong_input_is_one_line(model, run, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "other"))
     config = yaml.safe_load((other / "config.yaml").read_text())
     (other / "config.yaml").write_text(yaml.safe_dump(config | {"seed": 7}))
-    with pytest.raises(UserError, match="did not train this model: its seed is another"):
+    with pytest.raises(UserError, match="did not train this model: its seed differs"):
         card_of(model, run=other)
     with pytest.raises(UserError, match=r"has no config\.yaml"):
         card_of(model, run=tmp_path)
