@@ -33,9 +33,8 @@ def taken(monkeypatch):
 def test_the_operator_of_torch_is_there_and_right():
     """Risk: a new torch without the private operator, or with another one of its name: every gain is gone unseen."""
     assert products.usable()
-    assert str(torch.ops.mkldnn._linear_pointwise.default._schema) == (
-        "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
-    )
+    arguments = [argument.name for argument in torch.ops.mkldnn._linear_pointwise.default._schema.arguments]
+    assert arguments == ["X", "W", "B", "attr", "scalars", "algorithm"]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -205,7 +204,7 @@ def test_a_compiled_model_computes_its_own_products(taken):
         torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.GELU(), torch.nn.Linear(24, 8)),
         torch.randn(32, 24),
     )
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with fast_products(ONEDNN):
         assert torch.allclose(compiled(x), layer(x), atol=1e-5)
-    assert len(taken) == 2, "those of the layer that is not compiled"
+    assert len(taken) == 2, "those of the one that is not compiled"
