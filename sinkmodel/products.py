@@ -206,7 +206,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         input, weight_NK = ctx.saved_tensors
         grad_MN = grad.reshape(-1, grad.shape[-1])
-        grads = [None] * 3
+        grads: list[Tensor | None] = [None] * 3
         if weight_NK is not None:
             grads[0] = _times(grad_MN, weight_NK.t()).view(ctx.shape)
         if input is not None:
