@@ -145,7 +145,7 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Where and how it is computed.
+    """Devices, processes and precision.
 
     Args:
         device: `auto`, `cpu` or `cuda`.

@@ -37,8 +37,8 @@ def open_tokenizer(config: PretrainConfig, train: TokenSplit) -> TextTokenizer:
     text = TextTokenizer.from_file(train.tokenizer_file, train.eos_id, train.pad_id)
     if text.vocabulary < train.vocabulary:  # then the data may hold ids that the tokenizer does not have
         raise UserError(
-            f"{train.tokenizer_file} has {text.vocabulary} ids, the manifest beside it says {train.vocabulary}: it has "
-            "been altered; prepare the folder again with sink-prepare"
+            f"{train.tokenizer_file} has {text.vocabulary} ids, but the manifest beside it states {train.vocabulary}: "
+            "it has been altered; prepare the folder again with sink-prepare"
         )
     sink_tokenizer(text, config.sink)
     return text

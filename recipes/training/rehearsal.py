@@ -25,6 +25,7 @@ from sinkmodel.checkpoint import checkpoint_steps
 from sinkmodel.console import put
 from sinkmodel.errors import UserError
 from sinkmodel.models import count_parameters, head_of
+from sinkmodel.products import fast_products
 
 ASSUMED_GPU, ASSUMED_MFU = "H100", 0.40  # well-tuned trainers of this size reach it (llm.c, modded-nanogpt, nanochat)
 BYTES_PER_PARAMETER = 12  # in a checkpoint: weight and two moments in fp32
@@ -100,9 +101,10 @@ def _precision(config: PretrainConfig) -> str:
 
 
 def _speed(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, str]:
-    """Tokens/s of one process, and a description of its device; assumed for a known GPU if there is none here.
+    """Tokens/s of one process, and a description of its device.
 
-    Else measured: on a GPU with a micro-batch, on a CPU with one row.
+    Measured with one micro-batch on a GPU, or with one row on a CPU. If the run needs a GPU and there is none here, the
+    speed is an assumption about a known GPU.
     """
     device = config.training.device
     if device != "cpu" and not torch.cuda.is_available():
@@ -119,7 +121,8 @@ def _speed(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, str]:
     ids = torch.zeros(rows, config.data.sequence, dtype=torch.long, device=name)
     for _ in range(2):  # the first warms up
         start = time.perf_counter()
-        with torch.autocast(name, torch.bfloat16, enabled=_precision(config) == "bf16"):
+        half = torch.autocast(name, torch.bfloat16, enabled=_precision(config) == "bf16")
+        with half, fast_products():
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             head_of(model)(hidden.flatten(0, 1), ids.flatten())[0].backward()
         if name == "cuda":

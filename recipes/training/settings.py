@@ -215,7 +215,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class CopySettings:
-    """Where the numbers of a run go besides metrics.csv.
+    """Loggers that a run has besides metrics.csv.
 
     Args:
         wandb: log to Weights & Biases as well, online or, with `WANDB_MODE=offline`, for `wandb sync` later. Twins
@@ -233,7 +233,7 @@ class CopySettings:
 
 @dataclass(frozen=True)
 class LoggingSettings(CopySettings):
-    """Where the numbers of a run go.
+    """How a run logs its numbers.
 
     Args:
         every: steps between lines of metrics.csv, which is always written.

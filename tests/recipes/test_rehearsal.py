@@ -60,7 +60,7 @@ def test_a_tokenizer_with_fewer_ids_than_the_manifest_says_stops_the_job(data, t
     path = tmp_path / "data" / "manifest.json"
     path.write_text(path.read_text().replace('"vocabulary": 300', '"vocabulary": 3000'))
     assert main([*arguments(tmp_path / "data", tmp_path / "run"), "--dry-run"]) == 2
-    assert "has 300 ids, the manifest beside it says 3000" in capsys.readouterr().err.splitlines()[-1]
+    assert "has 300 ids, but the manifest beside it states 3000" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_it_says_where_a_run_would_go_on(data, tmp_path, capsys):
