@@ -76,8 +76,8 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
         ("logging", logging),
         ("folder", f"{run} resumes from {start.name}" if start else f"{run} starts anew"),
     ]  # fmt: skip
-    for name, text in everything:
-        put(f"{name:>11}  {text}")
+    for name, value in everything:
+        put(f"{name:>11}  {value}")
     if free < size * more:
         raise UserError(
             f"{run} needs up to {_gigabytes(size * more)} for {more} more checkpoints, {_gigabytes(free)} are free; "
