@@ -84,12 +84,13 @@ class NAMM(Memory):
     # ---------------------------------------------------------------------------------------- artefacts and candidates
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, config: Any, **settings: Any) -> NAMM:
+    def from_pretrained(cls, name: str | Path, config: Any, *, revision: str | None = None, **settings: Any) -> NAMM:
         """The memory of an artefact, a folder or a Hub name, for a model or its config; `settings` as for `NAMM`.
 
-        Raises UserError if there is none of that name, or if it is damaged, of another version or altered.
+        `revision` is a branch, tag or commit of a repository on the Hub. Raises UserError if there is no such artefact,
+        or if it is damaged, of another version or altered.
         """
-        return cls(config, *read_artefact(name), **settings)
+        return cls(config, *read_artefact(name, revision), **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artefact to a new folder; UserError if the folder holds anything, or for more than one network."""
