@@ -148,8 +148,16 @@ def piece_of(
     Args:
         settled: what the cache settles itself, such as positions.
         accepts: the names of the forward's arguments; of the tokens and of what is settled, others are left out.
+
+    Raises UserError if images come with a part of the tokens that stand for them.
     """
     T = request.tokens.shape[1]
+    images = next((name for name, x in request.others.items() if name.startswith("pixel_") and x is not None), None)
+    if images is not None and end - start < T:
+        raise UserError(
+            f"{images} belongs to all {T} tokens, and this cache reads {end - start} of them first; put the features "
+            "of the images into inputs_embeds"
+        )
     keep: Any = request.keep
     if end - start < T:  # of a piece, those that are wanted, at least one; or all of them
         keep = max(1, keep - (T - end)) if isinstance(keep, int) and keep else 0

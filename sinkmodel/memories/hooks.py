@@ -44,14 +44,18 @@ def alone(model: Any) -> Any:
 
 @contextmanager
 def observed(memory: Observer, model: Any) -> Iterator[None]:
-    """Let every layer of a forward inside pass through `memory.attend`; the model is as before afterwards."""
-    name = model.config._attn_implementation
+    """Let every layer of a forward inside pass through `memory.attend`; the model is as before afterwards.
+
+    Of a model with a part that sees images the name is changed in the config of the language part alone.
+    """
+    config = model.config.get_text_config()
+    name = config._attn_implementation
     token = _CURRENT.set((memory, name))
-    model.config._attn_implementation = OBSERVED
+    config._attn_implementation = OBSERVED
     try:
         yield
     finally:
-        model.config._attn_implementation = name
+        config._attn_implementation = name
         _CURRENT.reset(token)
 
 

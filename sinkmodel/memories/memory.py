@@ -291,7 +291,7 @@ class Memory(MemoryInterface):
                 layer.move_to(traits.device)
         if not self.seen:
             self.seen, self.kept, self.shift = ([0] * len(request.tokens) for _ in range(3))
-        self.eager = model.config._attn_implementation == "eager"
+        self.eager = model.config.get_text_config()._attn_implementation == "eager"
         return request
 
     def read(self, forward: Callable[..., Any], model: Any, request: Request) -> list[Any]:
@@ -310,10 +310,11 @@ class Memory(MemoryInterface):
 
     def run(self, forward: Callable[..., Any], model: Any, request: Request, piece: Piece) -> Any:
         assert self.traits is not None
+        settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
+        inputs = piece_of(request, piece.start, piece.end, settled, self.traits.accepts)
         self.torn, self.attended = True, 0
         with torch.no_grad(), self.around(model):
-            settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
-            output = forward(model, **piece_of(request, piece.start, piece.end, settled, self.traits.accepts))
+            output = forward(model, **inputs)
         self._check_observed()
         self.commit(piece)
         self.torn = False
