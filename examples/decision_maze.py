@@ -4,8 +4,8 @@
 
 The task is a T-maze. The first state alone shows a cue, left or right; a corridor follows, and at its end the agent
 has to turn to the side of the cue, for a return of 1. It is trained offline, on episodes that follow the cue three
-times of four, as transformers' `DecisionTransformerModel` reads them: the return to go, the state and the action of each
-step are three tokens. Played with a wanted return of 1, it needs the cue at the end.
+times of four, as transformers' `DecisionTransformerModel` reads them: the return to go, the state and the action of
+each step are three tokens. Played with a wanted return of 1, it needs the cue at the end.
 
 Attention in that model knows no positions, since the time of a step is part of its embedding. So what is left in the
 cache is read exactly as if the rest was masked. The network of the NAMM stays as it was evolved; the example measures
