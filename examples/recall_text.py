@@ -3,12 +3,14 @@
     python examples/recall_text.py --text books.jsonl.xz --stage full --documents 150000 --output full.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage copies --documents 60000 --output copies.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage short --documents 120000 --output short.jsonl
+    python examples/recall_text.py --text books.jsonl.xz --stage answers --documents 80000 --output answers.jsonl
 
 A document is a run of sentences of the books, random words of them two or three times over (`copy`), or a sample of a
 task with the answers to all its questions. A small model learns to look back from copies of few words within minutes,
 and then from short documents, in rows as short; given the full text at once, 1.3M parameters had not learned it after
-six million tokens. RESULTS.md has the commands of the three stages ("A small model that recalls"). Give other books to
-`sink-eval longcontext`, so that the model has not read them.
+six million tokens. It answers reliably after texts with many questions about each context (`answers`). RESULTS.md has the
+commands of all stages ("A small model that recalls"). Give other books to `sink-eval longcontext`, so that the model has
+not read them.
 """
 
 from __future__ import annotations
@@ -50,11 +52,13 @@ class Stage:
     Attributes:
         words: the most frequent words of the books, which copies are made of.
         copies: how often a line of them stands there.
+        questions: about the context of a task, at most.
     """
 
     mixture: tuple[Share, ...]
     words: int
     copies: int
+    questions: int = 4
 
 
 PROSE, COPY = "prose", "copy"
@@ -88,6 +92,20 @@ STAGES = {
         ),
         words=300,
         copies=3,
+    ),
+    "answers": Stage(
+        (
+            Share(PROSE, 10, 4, 30),
+            Share(COPY, 10, 10, 60),
+            Share("verbatim", 15, 1, 6),
+            Share("key_value", 35, 4, 50),
+            Share("niah_single_1", 10, 1, 20),
+            Share("niah_single_2", 10, 2, 12),
+            Share("niah_multikey_1", 10, 4, 12),
+        ),
+        words=1500,
+        copies=2,
+        questions=10,
     ),
 }
 
@@ -146,7 +164,7 @@ def make_document(rng: Random, stage: Stage, text: OwnText, words: Sequence[str]
     if share.task == COPY:
         return "\n".join([" ".join(rng.choices(words, k=units))] * stage.copies)
     task = (own_text.TASKS | ruler.TASKS)[share.task]
-    return answered(task.build(rng, units, Setting(length=0, distractors=0, text=text)))
+    return answered(task.build(rng, units, Setting(0, distractors=0, text=text, questions=stage.questions)))
 
 
 def answered(sample: Sample) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sinkmodel.cache.hook import install_hook, uncompiled
-from sinkmodel.cache.inputs import Request, joined, piece_of
+from sinkmodel.cache.inputs import MASKLESS, Request, joined, piece_of
 from sinkmodel.errors import UserError
 from sinkmodel.memories.admission import admit
 from sinkmodel.memories.arguments import one_of, whole
@@ -34,7 +34,7 @@ from sinkmodel.memories.hooks import alone, attention_modules, observed
 from sinkmodel.memories.interface import MemoryInterface
 from sinkmodel.memories.layer import SPARE, MemoryLayer
 from sinkmodel.memories.observation import Observation
-from sinkmodel.memories.pieces import Piece, lengths, next_piece, ranks
+from sinkmodel.memories.pieces import Implementation, Piece, lengths, next_piece, ranks
 from sinkmodel.memories.selection import EMPTY, best, force
 from sinkmodel.model_support import check_config
 from sinkmodel.probe import Traits, sample_of
@@ -108,7 +108,8 @@ class Memory(MemoryInterface):
         self.ended = False  # the prompt has been compressed
         self.since = 0  # tokens since the last eviction
         self.torn = False  # a forward was broken off while it was writing
-        self.in_forward, self.eager = False, False
+        self.in_forward = False
+        self.implementation: Implementation = "sdpa"
         self.piece: Piece | None = None  # what the forward in progress reads
         self.model: Any = None  # a weak reference to the model that reads
         self.sample: list[float] = []  # a few of its weights, by which a restored memory knows it
@@ -291,7 +292,8 @@ class Memory(MemoryInterface):
                 layer.move_to(traits.device)
         if not self.seen:
             self.seen, self.kept, self.shift = ([0] * len(request.tokens) for _ in range(3))
-        self.eager = model.config.get_text_config()._attn_implementation == "eager"
+        name = model.config.get_text_config()._attn_implementation
+        self.implementation = "eager" if name == "eager" else "flash" if name in MASKLESS else "sdpa"
         return request
 
     def read(self, forward: Callable[..., Any], model: Any, request: Request) -> list[Any]:
@@ -391,20 +393,29 @@ class Memory(MemoryInterface):
         piece, layer = self.piece, self.layers[module.layer_idx]
         assert piece is not None
         full, mask = self.visible_in(layer, piece)
-        if mask is not None and mask.dtype == torch.bool and self.eager:
+        if mask is not None and mask.dtype == torch.bool and self.implementation == "eager":
             lowest = torch.finfo(query.dtype).min
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
-        apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
-        output = attention(_Ungrouped(module) if apart else module, query, key, value, mask, **kwargs)
-        self.attended += 1
         self.scale, self.softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")
-        if self.observes:
-            places, valid = piece.place_BN, piece.valid_BN
-            self.observe(layer, Observation(module, query, key, value, full, places, valid, self.scale, self.softcap))
+        places, valid = piece.place_BN, piece.valid_BN
+        seen = Observation(module, query, key, value, full, places, valid, self.scale, self.softcap)
+        output = self.attend_and_observe(attention, layer, seen, mask, kwargs)
+        self.attended += 1
         if piece.ends_prompt and self.compresses_in_attention:
             self._compress(layer, piece.seen)
         if piece.evicts:
             self._evict(layer, piece)
+        return output
+
+    def attend_and_observe(
+        self, attention: Callable[..., Any], layer: MemoryLayer, seen: Observation, mask: Tensor | None, kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        """The output of `attention` for what `seen` holds, after `observe` was given it."""
+        module, query, key = seen.module, seen.query_BHND, seen.keys_BGKD
+        apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
+        output = attention(_Ungrouped(module) if apart else module, query, key, seen.values_BGKV, mask, **kwargs)
+        if self.observes:
+            self.observe(layer, seen)
         return output
 
     def _evict(self, layer: MemoryLayer, piece: Piece) -> None:

@@ -76,14 +76,20 @@ class Observation:
             sink_BHN=None if sink is None else sink[:, heads],
         )
 
-    def group_means(self, start: int, end: int) -> Tensor:
+    def group_means(self, start: int, end: int, output_BNHV: Tensor | None = None) -> Tensor:
         """The attention of the queries [start, end), a mean over each group: [B, G, end − start, seen] in fp32.
 
-        `seen` leaves out the keys after the last of these queries.
+        `seen` leaves out the keys after the last of these queries. If `output_BNHV` is given, the attention's output
+        for these queries is written there.
         """
-        seen = self.keys_BGKD.shape[2] - self.query_BHND.shape[2] + end
+        G, seen = self.keys_BGKD.shape[1], self.keys_BGKD.shape[2] - self.query_BHND.shape[2] + end
         keys_BGDK = self.keys_BGKD[:, :, :seen].transpose(-1, -2)
-        return self._weights(start, end, keys_BGDK).unflatten(1, (self.keys_BGKD.shape[1], -1)).mean(dim=2)
+        weights_BGRNK = self._weights(start, end, keys_BGDK).unflatten(1, (G, -1))
+        if output_BNHV is not None:
+            values_BGKV = self.values_BGKV[:, :, :seen]
+            outputs = torch.matmul(weights_BGRNK.flatten(2, 3).to(values_BGKV.dtype), values_BGKV)
+            output_BNHV[:, start:end] = outputs.unflatten(2, (-1, end - start)).flatten(1, 2).transpose(1, 2)
+        return weights_BGRNK.mean(dim=2)
 
     def weights(self) -> Tensor:
         """The attention of all queries to all keys, [B, H, N, K] in fp32; rows of pads are 0.

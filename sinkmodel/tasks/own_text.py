@@ -4,8 +4,8 @@
     key_value   lines `word: word` of the text's own words; a question gives the first, and the second is the answer
     verbatim    running text; a question quotes some words of it, and those that follow them are the answer
 
-Each context has up to four questions. A text that is shorter than a sample is refused, since a haystack that repeats
-itself is easy to compress.
+Each context has as many questions as the setting says, or fewer if the text has no more. A text that is shorter than a
+sample is refused, since a haystack that repeats itself is easy to compress.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from sinkmodel.errors import UserError
 from sinkmodel.tasks.samples import Question, Sample, Setting, Task
 from sinkmodel.tasks.text import OwnText, run_of
 
-QUESTIONS = 4  # of one context
 QUOTE = 12  # words of a text that a question quotes
 CONTINUATION = 6  # words to be given after a quote
 
@@ -52,7 +51,7 @@ def find_passage(rng: Random, units: int, setting: Setting) -> Sample:
                 tuple(rng.sample(others, min(len(others), setting.distractors))),
             )
         )
-        if len(questions) == QUESTIONS:
+        if len(questions) == setting.questions:
             break
     context = "\n\n".join(f"Passage {number}: {passage}" for number, passage in zip(numbers, passages))
     return Sample("Below are passages of a text, each with its number.\n\n", context, _some(questions))
@@ -75,7 +74,7 @@ def recall_value(rng: Random, units: int, setting: Setting) -> Sample:
                 tuple(rng.sample(others, min(len(others), setting.distractors))),
             )
         )
-        if len(questions) == QUESTIONS:
+        if len(questions) == setting.questions:
             break
     return Sample("Below is a list of pairs of words.\n\n", whole, _some(questions))
 
@@ -84,7 +83,7 @@ def continue_quote(rng: Random, units: int, setting: Setting) -> Sample:
     context = " ".join(run_of(text_of(setting).passages, rng.random(), units))
     words = context.split()
     questions = []
-    for _ in range(QUESTIONS):
+    for _ in range(setting.questions):
         if (quote := _quote(rng, words, context, QUOTE, CONTINUATION)) is None:
             continue
         starts = [rng.randrange(len(words) - CONTINUATION + 1) for _ in range(2 * setting.distractors)]

@@ -73,12 +73,14 @@ class Setting:
         distractors: wrong answers of each question.
         text: the user's own text; None if there is none.
         option: that gives the length, for messages.
+        questions: about one context, at most; RULER's tasks have one.
     """
 
     length: int
     distractors: int
     text: OwnText | None = None
     option: str = "--length"
+    questions: int = 4
 
 
 @dataclass(frozen=True)

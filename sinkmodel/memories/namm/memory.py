@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,6 @@ from sinkmodel.memories.arguments import one_of
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.namm.config import NAMMConfig, check_parameters, read_artefact, write_artefact
-from sinkmodel.memories.namm.mask import AdditiveMask
 from sinkmodel.memories.namm.network import token_scores
 from sinkmodel.memories.namm.spectrogram import add_hop, features
 from sinkmodel.memories.observation import BLOCK_NUMBERS, Observation
@@ -76,9 +74,7 @@ class NAMM(Memory):
         self.namm = namm or NAMMConfig()
         self.ragged = one_of("ragged", ragged, Ragged)
         self.interval = self.namm.interval
-        self.masks: dict[tuple[int, int], AdditiveMask] = {}  # of the piece in progress, by rows and heads
-        self.apart: Callable[..., Any] | None = None  # the attention of the layer in progress, if heads can be apart
-        self.empty_G: list[int] = []  # slots in front of each head that are then left out
+        self.at_once = False  # attention of the layer in progress is computed where its weights are looked at
         self.parameters = self._checked(torch.zeros(self.namm.parameters) if parameters is None else parameters)
 
     # ---------------------------------------------------------------------------------------- artefacts and candidates
@@ -166,62 +162,43 @@ class NAMM(Memory):
 
     # --------------------------------------------------------------------------------------------- what each row sees
 
-    def plan(self, request: Request, done: int) -> Piece:
-        self.masks = {}
-        return super().plan(request, done)
-
     def attend(
         self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
     ) -> tuple[Tensor, Any]:
+        piece = self.piece
+        assert piece is not None
         plain = attention is ALL_ATTENTION_FUNCTIONS.get("sdpa") and kwargs.get("s_aux") is None
-        self.apart = partial(self._heads_apart, attention) if plain else None
-        return super().attend(self.apart or attention, module, query, key, value, kwargs)
+        self.at_once = plain and piece.valid_BN is None and len(list(self._alike(piece))) == 1
+        return super().attend(attention, module, query, key, value, kwargs)
 
     def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
-        """As in `Memory`, but by head: [B, G, K] and a mask [B, H, N, K].
-
-        If the rows are alike and heads can be computed apart, the mask is [1, 1, N, K] and shows empty slots as well.
-        """
+        """As in `Memory`, but by head: [B, G, K] and a mask [B, H, N, K]."""
         full, count = layer.held_positions() != EMPTY, piece.end - piece.start
-        B, G, K = full.shape
-        self.empty_G = [0] * G
-        if bool(full.all()):
-            return None, visible(None, K - count, count, self.eager, full.device)
-        H = self.config.num_attention_heads
-        if count > 1 and piece.valid_BN is None:
-            empty_BG = K - full.sum(dim=-1)
-            apart = self.apart is not None and bool((empty_BG == empty_BG[0]).all())
-            if apart:
-                self.empty_G = empty_BG[0].tolist()
-                empty_BG = empty_BG.new_zeros(1, 1)
-            shape = (1, 1) if apart else (B, H)
-            if shape not in self.masks:
-                most = max(count + each.length for each in self.layers)
-                self.masks[shape] = AdditiveMask((*shape, count, most), layer.keys.dtype, full.device)
-            return full, self.masks[shape].of(K, empty_BG)
-        mask = visible(full.flatten(0, 1), K - count, count, self.eager, full.device)
+        _, G, K = full.shape
+        every = bool(full.all())
+        if self.at_once:
+            return (None if every else full), None
+        if every:
+            return None, visible(None, K - count, count, self.implementation, full.device)
+        mask = visible(full.flatten(0, 1), K - count, count, self.implementation, full.device)
         assert mask is not None
-        return full, mask.view(B, G, count, K).repeat_interleave(H // G, dim=1)
+        return full, mask.view(-1, G, count, K).repeat_interleave(self.config.num_attention_heads // G, dim=1)
 
-    def _heads_apart(
-        self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs
+    def attend_and_observe(
+        self, attention: Callable[..., Any], layer: MemoryLayer, seen: Observation, mask: Tensor | None, kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """The model's attention, one KV head at a time if the heads have empty slots in front of different numbers."""
-        if not any(self.empty_G):
-            return attention(module, query, key, value, mask, **kwargs)
-        queries, outputs = query.chunk(key.shape[1], dim=1), []
-        for g, first in enumerate(self.empty_G):
-            k, v = key[:, g : g + 1, first:], value[:, g : g + 1, first:]
-            outputs.append(attention(module, queries[g], k, v, mask[..., first:], **kwargs)[0])
-        return torch.cat(outputs, dim=2), None
-
-    def commit(self, piece: Piece) -> None:
-        self.masks, self.apart = {}, None
-        super().commit(piece)
+        """All weights are computed to be observed, so the output is best computed from them, if nothing else is due."""
+        if not self.at_once:
+            return super().attend_and_observe(attention, layer, seen, mask, kwargs)
+        B, H, N, _ = seen.query_BHND.shape
+        output = seen.values_BGKV.new_empty(B, N, H, seen.values_BGKV.shape[-1])
+        self.observe(layer, seen, output)
+        return output, None
 
     # ------------------------------------------------------------------------------------------------------- features
 
-    def observe(self, layer: MemoryLayer, seen: Observation) -> None:
+    def observe(self, layer: MemoryLayer, seen: Observation, output_BNHV: Tensor | None = None) -> None:
+        """As in `Memory`; the attention's output is written to `output_BNHV` if it is given, and all rows are alike."""
         piece, config = self.piece, self.namm
         assert piece is not None
         B, G = layer.keys.shape[:2]
@@ -232,10 +209,10 @@ class NAMM(Memory):
                 layer.numbers("begun", B, G, config.hop)
             of_slots = [layer.held_numbers(name) for name in STATE if name in layer.per_slot]
             if len(rows) == B:
-                self._add(seen.last(count), begun, *of_slots)
+                self._add(seen.last(count), output_BNHV, begun, *of_slots)
             else:
                 own = [x[rows] for x in of_slots]
-                self._add(seen.last(count).of_rows(rows), begun, *own)
+                self._add(seen.last(count).of_rows(rows), None, begun, *own)
                 for x, changed in zip(of_slots, own):
                     x[rows] = changed
         if not any(n % config.hop for n in piece.seen):
@@ -251,7 +228,13 @@ class NAMM(Memory):
             yield rows, begun, count
 
     def _add(
-        self, seen: Observation, begun: int, spectrum: Tensor, past: Tensor, begun_BGNK: Tensor | None = None
+        self,
+        seen: Observation,
+        output_BNHV: Tensor | None,
+        begun: int,
+        spectrum: Tensor,
+        past: Tensor,
+        begun_BGNK: Tensor | None = None,
     ) -> None:
         """Add the attention of new queries to the spectrum of each slot; `begun` values of a frame are there."""
         hop, N, K = self.namm.hop, seen.query_BHND.shape[2], seen.keys_BGKD.shape[2]
@@ -259,20 +242,31 @@ class NAMM(Memory):
         if begun:
             assert begun_BGNK is not None
             done = min(N, hop - begun)
-            begun_BGNK[:, :, begun : begun + done, : K - N + done] = seen.group_means(0, done)
+            begun_BGNK[:, :, begun : begun + done, : K - N + done] = seen.group_means(0, done, output_BNHV)
             if begun + done == hop:
                 of_heads = [x.view(-1, *x.shape[2:]) for x in (spectrum, past, begun_BGNK)]
                 add_hop(of_heads[0], of_heads[1], of_heads[2], self.namm)
                 begun_BGNK.zero_()
         end = done + (N - done) // hop * hop
         if done < end:
-            for g in range(spectrum.shape[1]):
-                self._add_hops(seen, done, end, g, spectrum[:, g], past[:, g])
+            G = spectrum.shape[1]
+            outputs = [None] * G if output_BNHV is None else output_BNHV.chunk(G, dim=2)
+            for g, output in enumerate(outputs):
+                self._add_hops(seen, output, done, end, g, spectrum[:, g], past[:, g])
         if end < N:
             assert begun_BGNK is not None
-            begun_BGNK[:, :, : N - end] = seen.group_means(end, N)
+            begun_BGNK[:, :, : N - end] = seen.group_means(end, N, output_BNHV)
 
-    def _add_hops(self, seen: Observation, start: int, end: int, group: int, spectrum: Tensor, past: Tensor) -> None:
+    def _add_hops(
+        self,
+        seen: Observation,
+        output_BNRV: Tensor | None,
+        start: int,
+        end: int,
+        group: int,
+        spectrum: Tensor,
+        past: Tensor,
+    ) -> None:
         """Add the attention that the queries [start, end), a multiple of hop, pay to the slots of one KV head."""
         hop, N = self.namm.hop, seen.query_BHND.shape[2]
         first = 0  # slots in front of it are empty in every row
@@ -283,11 +277,11 @@ class NAMM(Memory):
         B, R, _, _ = head.query_BHND.shape
         K = head.keys_BGKD.shape[2]
         numbers = BLOCK_NUMBERS.get(head.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
-        block = max(1, numbers // 4 // (B * R * K * hop)) * hop  # what comes of them must stay in the cache as well
+        block = max(1, numbers // (B * R * K * hop)) * hop
         for begin in range(start, end, block):
             stop = min(end, begin + block)
             k = K - N + stop  # a later key is seen by none of these
-            for rows in head.group_means(begin, stop)[:, 0].split(hop, dim=1):
+            for rows in head.group_means(begin, stop, output_BNRV)[:, 0].split(hop, dim=1):
                 add_hop(spectrum[..., first : first + k], past[..., first : first + k], rows, self.namm)
 
     # ------------------------------------------------------------------------------------------------------ decisions

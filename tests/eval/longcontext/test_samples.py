@@ -279,8 +279,8 @@ def test_a_quoted_passage_is_found_by_its_number():
         sample = built("passages", 9, number)
         passages = dict(re.findall(r"Passage (\d{4}): (.*)", sample.context))
         assert len(passages) == 9
-        assert len(sample.questions) == own_text.QUESTIONS
-        assert len({question.answers for question in sample.questions}) == own_text.QUESTIONS
+        assert len(sample.questions) == SETTING.questions
+        assert len({question.answers for question in sample.questions}) == SETTING.questions
         for question in sample.questions:
             quote = re.search("“(.*)”", question.text)[1]
             assert len(quote.split()) == own_text.QUOTE
@@ -313,7 +313,7 @@ def test_a_key_has_one_value():
         pairs = [line.split(": ") for line in sample.context.split("\n")]
         words = [word for of_line in pairs for word in of_line]
         assert len(set(words)) == len(words) == 80
-        assert len(sample.questions) == own_text.QUESTIONS
+        assert len(sample.questions) == SETTING.questions
         for question in sample.questions:
             key = re.search(r"Which word belongs to (\w+) in the list above\? Answer: (\w+):$", question.text)
             assert key[1] == key[2]
