@@ -8,9 +8,9 @@
 A document is a run of sentences of the books, random words of them two or three times over (`copy`), or a sample of a
 task with the answers to all its questions. A small model learns to look back from copies of few words within minutes,
 and then from short documents, in rows as short; given the full text at once, 1.3M parameters had not learned it after
-six million tokens. It answers reliably after texts with many questions about each context (`answers`). RESULTS.md has the
-commands of all stages ("A small model that recalls"). Give other books to `sink-eval longcontext`, so that the model has
-not read them.
+six million tokens. Texts with many questions about each context (`answers`) make it reliable. RESULTS.md has the
+commands of all stages ("A small model that recalls"). Give other books to `sink-eval longcontext`, so that the model
+has not read them.
 """
 
 from __future__ import annotations
