@@ -90,7 +90,7 @@ class Chat:
         if whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before + after):
             system = whole[len(before) : len(whole) - len(after)]
         else:
-            raise UserError("the chat template leaves the system message out as it is; give another --system")
+            raise UserError("the chat template does not render this system message; give another --system")
         pieces = [*self._pieces(before), system, *self._pieces(after)]
         intake = Intake(self._tokenizer, len(self._tokenizer))
         return [token for block in intake.blocks(pieces) for token in block]

@@ -14,8 +14,8 @@ DESCRIPTION = """\
 Stream text through a model without end, at constant cost: only S sinks and the latest tokens are kept.
 
 In a terminal each line is a turn, which the model continues. An empty line lets the model continue its own text. Ctrl-C
-stops a turn; Ctrl-D, or Ctrl-C at the prompt, ends the program. From a pipe, all text is read first, whatever its length,
-and then continued. A final line end is left out. With --score, the loss of the text is printed instead."""
+stops a turn; Ctrl-D, or Ctrl-C at the prompt, ends the program. From a pipe, all text is read first, whatever its
+length, and then continued. A final line end is left out. With --score, the loss of the text is printed instead."""
 EXAMPLE = """\
 Example:
   sink-stream --model runs/sink
@@ -57,13 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="C",
         help=f"slots of the cache, sinks included (default: {BUDGET}, or the model's positions if these are fewer)",
     )
-    add("--sinks", type=whole, metavar="S", help="leading tokens that are never evicted (default: the model's own sinks, or 1)")
-    add("--positions", choices=("cache", "text"), help="position of a sink: right before the window, or its true one (default: cache)")
+    add("--sinks", type=whole, metavar="S", help="leading tokens that are never evicted (default: the model's, or 1)")
+    add("--positions", choices=("cache", "text"), help="place of the sinks: before the window (default) or unchanged")
     add("--max-tokens", type=whole, default=256, metavar="N", help="most tokens of a reply (default: 256)")
     add(
         "--stop", type=utf8, action="append", default=[], metavar="TEXT", help="ends a reply; may be repeated"
     )
-    add("--temperature", type=real, metavar="T", help="sampling temperature (default: 0, the most likely token; 1 with --top-k or --top-p)")
+    add("--temperature", type=real, metavar="T", help="default: 0, the most likely token; 1 with --top-k or --top-p")
     add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
     add("--top-p", type=real, metavar="P", help="sample from the most likely tokens that have P of the probability")
     add("--seed", type=whole, default=0, metavar="N", help="random seed for sampling (default: 0)")
