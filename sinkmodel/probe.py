@@ -54,7 +54,6 @@ def traits_of(model: Any, run: Callable[..., Any], slots: int) -> Traits:
         run: its forward.
         slots: number of keys that its stream will hold.
     """
-    """
     device, rows = next(model.parameters()).device, model.get_input_embeddings().num_embeddings
     inv_freq, limit = (torch.empty(0), None) if model.config.model_type == "mpt" else frequencies(model)
     autocast = torch.is_autocast_enabled(device.type)

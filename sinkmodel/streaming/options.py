@@ -60,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sinks", type=whole, metavar="S", help="leading tokens that are never evicted (default: the model's, or 1)")
     add("--positions", choices=("cache", "text"), help="place of the sinks: before the window (default) or unchanged")
     add("--max-tokens", type=whole, default=256, metavar="N", help="most tokens of a reply (default: 256)")
-    add(
-        "--stop", type=utf8, action="append", default=[], metavar="TEXT", help="ends a reply; may be repeated"
-    )
+    add("--stop", type=utf8, action="append", default=[], metavar="TEXT", help="ends a reply; may be repeated")
     add("--temperature", type=real, metavar="T", help="default: 0, the most likely token; 1 with --top-k or --top-p")
     add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
     add("--top-p", type=real, metavar="P", help="sample from the most likely tokens that have P of the probability")
@@ -80,9 +78,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.score:
         given = [name for name in ("chat", "stop", "temperature", "top_k", "top_p") if getattr(options, name)]
         if given:
-            raise UserError(
-                f"--score writes no text, so --{given[0].replace('_', '-')} has no effect; leave it out"
-            )
+            raise UserError(f"--score writes no text, so --{given[0].replace('_', '-')} has no effect; leave it out")
     if options.restore is not None:
         given = [name for name in SETTLED if getattr(options, name) is not None]
         if given:
