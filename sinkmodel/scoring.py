@@ -82,7 +82,7 @@ def _check_input(model: Any, documents: Sequence[Sequence[int]], chunk: int) -> 
     if chunk < 1:
         raise UserError(f"chunk is {chunk}; it is the number of queries computed together, at least 1")
     if model.training:
-        raise UserError("the model is in training mode, so its dropout is on; call model.eval() first")
+        raise UserError("the model is in training mode, with its dropout on; call model.eval() first")
     rows = model.get_input_embeddings().num_embeddings
     for ids_T in map(torch.as_tensor, documents):
         if not len(ids_T):
