@@ -404,7 +404,7 @@ WRONG = {
         {"model__sink_row": "mean", "sink__kind": "none"},
         "model.sink_row is for sink.kind token",
     ),
-    "no bos": ({"model__sink_row": "bos"}, "has no token that stands in front"),
+    "no bos": ({"model__sink_row": "bos"}, "has no token at the beginning of a text"),
     "no such model": ({"model__start_from": "nowhere"}, "nowhere is no folder, no file"),
     "no such moments": ({"optimizer__start_from": "nowhere"}, "nowhere does not exist"),
 }

@@ -18,7 +18,7 @@ from tests.reference import streaming_logits
 
 __all__ = ["hub"]
 
-# One of each rotary layout: half-split, partial, interleaved, a layer without, a factor on the keys, other frequencies.
+# One of each rotary layout: half-split, partial, interleaved, a layer without, a factor on the keys, changes its rotary frequencies.
 FAMILIES = ["gpt_neox", "gpt_neox-serial", "llama", "llama-yarn", "llama-llama3", "qwen3", "cohere", "smollm3", "phi"]
 CASES = [(family, 12, 4, 70) for family in FAMILIES]  # budget, sinks, prompt
 CASES += [("gpt_neox", *case) for case in ((12, 1, 1), (12, 1, 5), (9, 8, 50), (70, 2, 150), (3, 0, 9))]
@@ -144,8 +144,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     for argv, message in (
-        (["--output", tmp_path / "x", "--checkpoint", tmp_path, "--format", "custom_generate"], "of no model"),
-        (["--output", tmp_path / "x"], "--checkpoint is what to export"),
+        (["--output", tmp_path / "x", "--checkpoint", tmp_path, "--format", "custom_generate"], "takes none, since it has no model"),
+        (["--output", tmp_path / "x"], "give the --checkpoint to export"),
         (["--output", tmp_path / "taken", "--format", "custom_generate"], "already holds something else"),
     ):
         assert main([str(word) for word in argv]) == 2
@@ -180,7 +180,7 @@ def test_what_would_not_be_exact_is_refused():
         ("llama", {"dola_layers": "low"}, "dola_layers"),
         ("llama", {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "pads must be on the left"),
         ("mistral", {"budget": models.POSITIONS + 1}, f"window of {models.POSITIONS}"),
-        ("llama-dynamic", {}, "other frequencies"),
+        ("llama-dynamic", {}, "changes its rotary frequencies"),
         ("mpt", {}, "no rotary positions"),
         ("GPT2", {}, "no rotary positions"),
     ]
