@@ -75,7 +75,7 @@ def rotating_twin(model: PreTrainedModel, budget: int) -> PreTrainedModel:
 
 # ---------------------------------------------------------------------------------------------------------- the sides
 
-Side = tuple[Callable[[Tensor], object], Callable[[], object]]  # a step, and what restores the cache, untimed
+Side = tuple[Callable[[Tensor], object], Callable[[], object]]  # a step, and a reset of the cache (untimed)
 
 
 def streaming(model: PreTrainedModel, run: Callable, budget: int, sinks: int) -> tuple[Side, StreamingCache]:

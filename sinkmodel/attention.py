@@ -5,7 +5,7 @@ with scores S_j = q·k_j·scale, the output is
 
     y = Σ_j e^S_j v_j / (e^s + Σ_j e^S_j) = o · e^(lse − lse'),    lse' = log(e^lse + e^s)
 
-where o and lse = log Σ_j e^S_j are what PyTorch's fused kernels compute without the sink. Their backward pass derives
+Here o and lse = log Σ_j e^S_j are what PyTorch's fused kernels compute without the sink. Their backward pass derives
 probabilities from e^(S − lse) and uses the row sum of dy·o. If it is given lse' and y instead of lse and o, it returns
 the exact gradients of q, k and v. The gradient of s is −e^(s − lse') Σ dy·y. So such a sink costs a few operations on
 [B, H, T], with no copy and no mask.

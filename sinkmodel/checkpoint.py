@@ -45,7 +45,7 @@ class Recipe:
     tokens: int  # text and sink tokens that the model processed
     provenance: dict[str, Any]  # run config, data fingerprint, git commit, versions
     base: Base | None = None  # the model that training started from
-    parts: str = "all"  # what was trained, one of PARTS; the rest is the base's and not in the checkpoint
+    parts: str = "all"  # the trained parts, one of PARTS; the rest is the base's and not in the checkpoint
     generation: dict[str, Any] | None = None  # the base's generation settings: `bases.generation_of`
 
     def stated(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`UserError`, which means that the input is wrong and tells the remedy, and phrases that several such errors share."""
+"""`UserError`, which means that the input is wrong and gives the remedy, and phrases that several such errors share."""
 
 from __future__ import annotations
 

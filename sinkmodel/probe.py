@@ -31,7 +31,7 @@ SAMPLE = 16  # number of weights by which a stream recognises its model
 
 @dataclass(frozen=True)
 class Traits:
-    """What a trial run of a model revealed."""
+    """Properties of a model that a trial run revealed."""
 
     rotary: Rotary | None  # None: ALiBi
     groups: int  # G, KV heads

@@ -16,7 +16,7 @@ PROVENANCE = "training.json"  # in an exported folder
 
 
 def read_provenance(name: str, step: int | None = None) -> dict[str, Any]:
-    """What sink-pretrain recorded about a run, checkpoint, export or row, with `step`, `tokens`, `base` and `parts`.
+    """The record of sink-pretrain about a run, checkpoint, export or row, with `step`, `tokens`, `base` and `parts`.
 
     Empty for a third-party model. With `step`, a run folder's checkpoint of that step is read instead of the newest.
     """

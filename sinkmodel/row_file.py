@@ -6,7 +6,7 @@ A row file is safetensors with strings as metadata, so any program can read it:
     base                    name of the base for `load_model`; a file or folder by its absolute path
     base_fingerprint        SHA-256 of its weights (`bases.weights_fingerprint`); base_step, base_license if known
     sink_ids                JSON list; the file's `….sink_rows` are their rows of the embedding
-    parts, step, tokens     what was trained, optimiser steps done, tokens that the model processed
+    parts, step, tokens     trained parts, optimiser steps done, tokens that the model processed
     vocabulary_sha256       of the text tokens and their ids; checked when the file is loaded
     tokenizer_sha256        of the tokenizer.json that the data was prepared with
     command, git_commit     of the run, if known
@@ -42,7 +42,7 @@ class Row:
 
     Args:
         base: the model that the row belongs to.
-        parts: what was trained, `sink` or `sink+norms`.
+        parts: the trained parts, `sink` or `sink+norms`.
         sink_ids: ids of the sinks, the first ones after the text vocabulary.
         step: optimiser steps done.
         tokens: tokens that the model processed in training.

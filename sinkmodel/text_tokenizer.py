@@ -1,7 +1,7 @@
 """Extract the text tokenizer (without our sinks) from a model's tokenizer, and compare two tokenizers.
 
 Our exports add to the tokenizer that the data was prepared with: sinks, a template that prepends them, names of unused
-rows. All of that is removed here. What a third-party tokenizer has, such as a prepended `<s>`, stays.
+rows. All of that is removed here. Properties of a third-party tokenizer, such as a prepended `<s>`, stay.
 """
 
 from __future__ import annotations

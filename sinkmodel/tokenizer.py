@@ -30,7 +30,7 @@ NO_BOS = "{% set bos_token = '' %}"
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """What the data was encoded with: a `tokenizer.json` as a string, and its special ids. It has no sink.
+    """The tokenizer of the data: a `tokenizer.json` as a string, and its special ids. It has no sink.
 
     Args:
         definition: the content of `tokenizer.json`.

@@ -75,7 +75,7 @@ def _of_checkpoint(path: Path) -> TextTokenizer:
 
 
 def _of_gguf(file: Path) -> TextTokenizer:
-    """What transformers builds from a GGUF file, without the tokens that it adds to those in the file.
+    """The tokenizer that transformers builds from a GGUF file, without the tokens that it adds to those in the file.
 
     It gives every byte-level tokenizer GPT-2's `<|endoftext|>`, for which a Llama 3 has no row.
     """

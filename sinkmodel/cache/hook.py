@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ForwardCache(Protocol):
-    """What the hook needs of a cache. It recognises such a cache by the attribute `run_forward`."""
+    """The methods that the hook needs of a cache. It recognises such a cache by the attribute `run_forward`."""
 
     @property
     def in_forward(self) -> bool:

@@ -1,4 +1,4 @@
-"""Plan the next forward of a ring of slots, as integers: where keys are written, who sees whom, at which positions.
+"""Plan the next forward of a ring of slots, as integers: slots to write, positions, and which keys each query sees.
 
 Token u of a row (pads not counted) takes slot u if u < C, else slot S + (u − S) mod W, which held token u − W. Its
 position for the model is u − origin, a number that stays small. While the query is at place min(u, C − 1), sink i

@@ -3,10 +3,10 @@
 | name | class | keeps |
 |---|---|---|
 | `dense` | `Dense` | everything |
-| `snapkv` | `SnapKV` | what the last queries of the prompt attend to |
-| `h2o` | `H2O` | what got most attention so far, and the recent tokens |
-| `tova` | `TOVA` | what the latest query attends to most |
-| `expected-attention` | `ExpectedAttention` | what future queries are expected to attend to |
+| `snapkv` | `SnapKV` | tokens to which the last queries of the prompt attend |
+| `h2o` | `H2O` | tokens with the most attention so far, and the recent tokens |
+| `tova` | `TOVA` | tokens to which the latest query attends most |
+| `expected-attention` | `ExpectedAttention` | tokens to which future queries are expected to attend |
 | `gemfilter` | `GemFilter` | tokens that an early layer chooses; the whole model then reads these again |
 | `namm` | `NAMM` | tokens that an evolved network wants to keep; it needs an `artefact` and has no budget |
 | | `Scored` | tokens that a user's own scorer chooses |

@@ -20,7 +20,7 @@ from sinkmodel.memories.selection import GroupRule, Pooling, join_group, pool
 
 
 class SnapKV(Memory):
-    """A memory that keeps what the last `window` queries of the prompt attend to.
+    """A memory that keeps the tokens to which the last `window` queries of the prompt attend.
 
     Args:
         window: w; 32 in the paper's experiments (section 5). A prompt that is not longer than the budget is kept whole.

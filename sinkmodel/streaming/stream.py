@@ -53,8 +53,8 @@ class Stream:
     Args:
         tokenizer: a tokenizer of transformers; needed only for text.
         budget: slots of the cache; sinks, pinned tokens and the current token are included.
-        sinks: number of leading tokens that are never evicted. None takes `sinks_to_keep`, or the whole front if it is
-            longer.
+        sinks: number of leading tokens that are never evicted. None takes `sinks_to_keep`, or the number of ids in
+            `front_of` if that is larger.
         pinned: text or ids that are never evicted, the same in each row, such as a system prompt.
         on_evict: called with (row, place, id) for each evicted token, in order.
         batch: number of rows; None for a single stream.

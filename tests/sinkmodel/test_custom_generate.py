@@ -18,7 +18,7 @@ from tests.reference import streaming_logits
 
 __all__ = ["hub"]
 
-# One of each rotary layout: half-split, partial, interleaved, a layer without, a factor on the keys, changes its rotary frequencies.
+# One of each rotary layout: half-split, partial, interleaved, a layer without, a factor on the keys, other frequencies.
 FAMILIES = ["gpt_neox", "gpt_neox-serial", "llama", "llama-yarn", "llama-llama3", "qwen3", "cohere", "smollm3", "phi"]
 CASES = [(family, 12, 4, 70) for family in FAMILIES]  # budget, sinks, prompt
 CASES += [("gpt_neox", *case) for case in ((12, 1, 1), (12, 1, 5), (9, 8, 50), (70, 2, 150), (3, 0, 9))]
@@ -144,7 +144,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     for argv, message in (
-        (["--output", tmp_path / "x", "--checkpoint", tmp_path, "--format", "custom_generate"], "takes none, since it has no model"),
+        (["--output", tmp_path / "x", "--checkpoint", tmp_path, "--format", "custom_generate"], "takes none"),
         (["--output", tmp_path / "x"], "give the --checkpoint to export"),
         (["--output", tmp_path / "taken", "--format", "custom_generate"], "already holds something else"),
     ):

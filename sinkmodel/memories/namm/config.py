@@ -44,7 +44,7 @@ class NAMMConfig:
         mean: mean of each bin over all layers, heads and tokens, measured once with a network that keeps everything.
         variance: variance of each bin, likewise. If both are empty, they are not measured yet, and the spectrogram is
             not normalised.
-        evolved_on: what the parameters were evolved on, as JSON: host, tasks, stages.
+        evolved_on: the conditions of the evolution, as JSON: host, tasks, stages.
         seeds: random seeds of the evolution.
         fitness: fitness of the parameters at the end of the evolution.
         commit: commit of the code that evolved them.
