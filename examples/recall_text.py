@@ -3,12 +3,14 @@
     python examples/recall_text.py --text books.jsonl.xz --stage full --documents 150000 --output full.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage copies --documents 60000 --output copies.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage short --documents 120000 --output short.jsonl
+    python examples/recall_text.py --text books.jsonl.xz --stage answers --documents 80000 --output answers.jsonl
 
 A document is consecutive sentences of the books, random words of them repeated two or three times (`copy`), or a sample
 of a task with the answers to all its questions. From copies of few words, a small model learns within minutes to look
 back, and then from short documents, in rows as short. When it was given the full text at once, a model of 1.3M
-parameters had not learned it after six million tokens. RESULTS.md has the commands of the three stages ("A small model
-that recalls"). Use other books for `sink-eval longcontext`, so that the model has not read them.
+parameters had not learned it after six million tokens. Texts with many questions about each context (`answers`) make it
+reliable. RESULTS.md has the commands of all stages ("A small model that recalls"). Use other books for `sink-eval
+longcontext`, so that the model has not read them.
 """
 
 from __future__ import annotations

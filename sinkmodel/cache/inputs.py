@@ -18,6 +18,7 @@ from sinkmodel.sinks import SINK_ATTENTION
 
 BOOLEAN = ("sdpa", SINK_ATTENTION)  # implementations that take a boolean mask, or none
 ATTENTION = (*BOOLEAN, "eager")
+MASKLESS = ("flash_attention_2", "flash_attention_3")  # causal up to the last key; these take no mask
 SETTLED = ("past_key_values", "position_ids", "cache_position", "use_cache")  # the cache sets these
 NOT_GIVEN = ("labels", "output_attentions", "output_router_logits")  # refused, because one forward may become several
 
@@ -60,7 +61,15 @@ def request_of(name: str, tokens: Tensor, valid_BT: Tensor | None, inputs: dict[
     return Request(name, tokens, valid_BT, 0 if keep is None else keep, as_tuple, {**others, "return_dict": True})
 
 
-def check_inputs(cache: str, model: Any, tokens: Any, inputs: dict[str, Any], columns: int, rows: int) -> None:
+def check_inputs(
+    cache: str,
+    model: Any,
+    tokens: Any,
+    inputs: dict[str, Any],
+    columns: int,
+    rows: int,
+    attention: tuple[str, ...] = ATTENTION,
+) -> None:
     """Raise UserError for inputs that none of our caches supports.
 
     Args:
@@ -69,6 +78,7 @@ def check_inputs(cache: str, model: Any, tokens: Any, inputs: dict[str, Any], co
         inputs: the other inputs by name, from `bound`.
         columns: columns that the cache has been fed, pads included.
         rows: rows that it holds; ignored while `columns` is 0.
+        attention: attention implementations that the cache supports.
     """
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape:
         raise UserError("a stream takes input_ids [rows, tokens] with at least one of each")
@@ -76,9 +86,9 @@ def check_inputs(cache: str, model: Any, tokens: Any, inputs: dict[str, Any], co
         asked = inputs[name] if inputs.get(name) is not None else getattr(model.config, name, False)
         if asked is not None and asked is not False:
             raise UserError(f"{name} is not available with a {cache}; use the logits")
-    if model.config._attn_implementation not in ATTENTION:
+    if model.config._attn_implementation not in attention:
         raise UserError(
-            f"attn_implementation {model.config._attn_implementation!r} cannot take the mask of a stream; "
+            f"attn_implementation {model.config._attn_implementation!r} cannot take the mask of a {cache}; "
             f"use model.set_attn_implementation({ATTENTION[0]!r})"
         )
     if columns and len(tokens) != rows:

@@ -136,7 +136,9 @@ class NAMM(Memory):
         rows = len(request.tokens)
         if self.parameters.dim() == 2 and len(self.parameters) != rows:
             self._begin()  # the memory is empty here, else its rows would match
-            raise UserError(f"this {self.name} has parameters for {len(self.parameters)} rows but got {rows} rows")
+            raise UserError(
+                f"this {self.name} has parameters for {len(self.parameters)} rows, the input has {rows}"
+            )
         return request
 
     # ------------------------------------------------------------------------------------------- when a row decides
@@ -178,8 +180,8 @@ class NAMM(Memory):
         if self.at_once:
             return (None if every else full), None
         if every:
-            return None, visible(None, K - count, count, self.eager, full.device)
-        mask = visible(full.flatten(0, 1), K - count, count, self.eager, full.device)
+            return None, visible(None, K - count, count, self.implementation, full.device)
+        mask = visible(full.flatten(0, 1), K - count, count, self.implementation, full.device)
         assert mask is not None
         return full, mask.view(-1, G, count, K).repeat_interleave(self.config.num_attention_heads // G, dim=1)
 

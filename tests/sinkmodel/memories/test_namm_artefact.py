@@ -135,7 +135,7 @@ def test_what_cannot_be_made_or_saved(llama, memory, tmp_path):
 def test_what_does_not_fit_a_memory_in_use(llama, memory, tmp_path):
     ids, P = torch.tensor([tokens(20)]), CONFIG.parameters
     pair = NAMM(llama, CONFIG, torch.zeros(2, P))
-    refused(lambda: llama(ids, past_key_values=pair), "for 2 rows but got 1 rows")
+    refused(lambda: llama(ids, past_key_values=pair), "for 2 rows, the input has 1")
     llama(ids.repeat(2, 1), past_key_values=pair)
     llama(ids, past_key_values=memory)
     refused(lambda: memory.with_parameters(torch.zeros(2, P)), "are for 2 rows, and this NAMM holds 1")
