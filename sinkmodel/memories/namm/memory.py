@@ -136,9 +136,7 @@ class NAMM(Memory):
         rows = len(request.tokens)
         if self.parameters.dim() == 2 and len(self.parameters) != rows:
             self._begin()  # the memory is empty here, else its rows would match
-            raise UserError(
-                f"this {self.name} has parameters for {len(self.parameters)} rows, the input has {rows}"
-            )
+            raise UserError(f"this {self.name} has parameters for {len(self.parameters)} rows, the input has {rows}")
         return request
 
     # ------------------------------------------------------------------------------------------- when a row decides
