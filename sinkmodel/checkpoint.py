@@ -149,7 +149,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
         raise UserError(f"{path} does not exist; give a run folder or a checkpoint file")
     steps = checkpoint_steps(path)
     if not steps:
-        raise UserError(f"{path} has no checkpoints/step*.ckpt; give the folder that sink-pretrain wrote")
+        raise UserError(f"{path} holds no checkpoints/step*.ckpt; give the folder that sink-pretrain wrote")
     if step is None:
         return steps[max(steps)]
     if step not in steps:

@@ -114,7 +114,7 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "meta":
-        raise UserError("device 'meta' has only shapes and no numbers; use cpu, or a GPU")
+        raise UserError("device 'meta' has shapes and no numbers; use cpu, or a GPU")
     try:
         model = model.to(device=device, dtype=getattr(torch, dtype or "float32")).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:

@@ -181,8 +181,8 @@ def test_what_would_not_be_exact_is_refused():
         ("llama", {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "pads must be on the left"),
         ("mistral", {"budget": models.POSITIONS + 1}, f"window of {models.POSITIONS}"),
         ("llama-dynamic", {}, "changes its rotary frequencies"),
-        ("mpt", {}, "no rotary positions"),
-        ("GPT2", {}, "no rotary positions"),
+        ("mpt", {}, "same rotary positions"),
+        ("GPT2", {}, "same rotary positions"),
     ]
     for family, settings, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -170,7 +170,7 @@ def test_bad_output_names_are_one_line(tmp_path, capsys):
     for output, form, message in (
         (tmp_path / "model", "gguf", "it ends in .gguf"),
         (tmp_path / "model.gguf", "transformers", "with --format gguf it ends in .gguf"),
-        (taken, "gguf", "exists already"),
+        (taken, "gguf", "already exists"),
     ):
         refused(["--checkpoint", tmp_path / "run", "--output", output, "--format", form], message, capsys)
     assert taken.read_text() == "mine"

@@ -160,7 +160,7 @@ def test_what_has_no_row_is_refused_before_anything_is_written(tmp_path, capsys)
     taken.write_text("mine")
     for checkpoint, output, message in (
         ("whole", "x.safetensors", "holds a whole model, and a row is what training.parts sink or sink+norms trained"),
-        ("whole", "taken.safetensors", "exists already"),
+        ("whole", "taken.safetensors", "already exists"),
         ("whole", "x", "with --format row it ends in .safetensors"),
         ("none", "x.safetensors", "does not exist"),
     ):

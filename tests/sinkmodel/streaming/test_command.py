@@ -213,8 +213,8 @@ def test_a_saved_stream_is_checked_before_it_is_used(stream, model, tmp_path):
     for path, message in (
         (cut, "no saved stream, or damaged"),
         (plain, "not the state of a Stream"),
-        (tmp_path, "is no file"),
-        (tmp_path / "none", "is no file"),
+        (tmp_path, "is not a file"),
+        (tmp_path / "none", "is not a file"),
     ):
         code, _, said = stream("text", "--restore", path)
         assert code == 2
