@@ -148,7 +148,7 @@ class SinkEmbedding(nn.Module):
     """A frozen embedding with trained rows for the sinks.
 
     Args:
-        table: the model's own embedding, [V, D]. If it scales its rows, as Gemma's does, so are the sinks' rows.
+        table: the model's own embedding, [V, D]. If it scales its rows, as Gemma's does, ours are scaled too.
         first: id of the first sink.
         sinks: S. Their rows are a parameter `sink_rows` [S, D], so no gradient of the whole table is computed.
     """

@@ -36,7 +36,7 @@ PREFIX = "model."  # prefix of the transformers model in the LightningModule's s
 
 @dataclass(frozen=True)
 class Recipe:
-    """The record of a checkpoint: everything in it besides the weights."""
+    """The record that describes a checkpoint, stored beside its weights."""
 
     model_config: dict[str, Any]  # transformers' config.to_dict()
     sink: SinkConfig
