@@ -113,9 +113,7 @@ def verify(path: Path) -> None:
     """Raise UserError if a checkpoint's checksum differs from the recorded one. Without a record it passes."""
     known = _read_manifest(path.parent).get(path.name)
     if known is not None and sha256_of(path) != known:
-        raise UserError(
-            f"{path} was changed after it was written: its checksum in {MANIFEST} differs; use another of the run"
-        )
+        raise UserError(f"{path} is not what was written: its checksum in {MANIFEST} differs; use another of the run")
 
 
 def digest_of(path: Path) -> str:

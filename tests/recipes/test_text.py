@@ -341,7 +341,7 @@ BAD = {
     "keyless.jsonl": (GOOD + GOOD + b'{"body": "x"}\n', ":3: no text under the key 'text' (there is body)"),
     "null.jsonl": (b'{"text": null}\n', "holds no text"),
     "number.jsonl": (GOOD + b'{"text": 7}\n', ":2: the key 'text' holds a number, not text"),
-    "list.jsonl": (b"[1]\n", ":1: not a JSON object; make it one object a line with: jq -c '.[]'"),
+    "list.jsonl": (b"[1]\n", ":1: not a JSON object; write one object per line with: jq -c '.[]'"),
     "indented.json": (b'{\n "text": "x"\n}\n', ":1: not a JSON object"),
     "a.parquet": (b"PAR1 nothing of the kind", "not a valid Parquet file"),
     "a.docx": (b"x", "is not a text file"),

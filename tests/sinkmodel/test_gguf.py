@@ -150,7 +150,7 @@ def test_layouts_on_numbers():
 
 
 SINKS_REFUSED = {
-    **{kind: (SinkConfig(kind), f"this model has one of kind '{kind}'") for kind in IN_SOFTMAX},
+    **{kind: (SinkConfig(kind), f"this model has a sink of kind '{kind}'") for kind in IN_SOFTMAX},
     "two": (SinkConfig("token", 2), "this model has 2 sinks"),
 }
 
@@ -168,8 +168,8 @@ def test_bad_output_names_are_one_line(tmp_path, capsys):
     taken = tmp_path / "taken.gguf"
     taken.write_text("mine")
     for output, form, message in (
-        (tmp_path / "model", "gguf", "it ends in .gguf"),
-        (tmp_path / "model.gguf", "transformers", "with --format gguf it ends in .gguf"),
+        (tmp_path / "model", "gguf", "it must end in .gguf"),
+        (tmp_path / "model.gguf", "transformers", "it must end in .gguf with --format gguf"),
         (taken, "gguf", "already exists"),
     ):
         refused(["--checkpoint", tmp_path / "run", "--output", output, "--format", form], message, capsys)

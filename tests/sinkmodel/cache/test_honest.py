@@ -160,7 +160,7 @@ def test_a_subclass_that_filters_what_it_is_given_is_refused():
             return super().forward(input_ids=input_ids, **kwargs)
 
     mine = Mine(build("llama").config).eval()
-    with pytest.raises(UserError, match="Mine does not name attention_mask, past_key_values, position_ids"):
+    with pytest.raises(UserError, match="Mine has no argument attention_mask, past_key_values, position_ids"):
         fed(mine, StreamingCache(mine, BUDGET, SINKS), [1, 2], 1)
 
 

@@ -68,7 +68,7 @@ def test_what_was_saved_decides_as_before(llama, memory, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("version", 2, "has version 2 of the format, and this program reads 1"),
+        ("version", 2, "has version 2 of the format, this program reads 1"),
         ("format", "other", "is not the config of a NAMM"),
         ("mean", [0.02, 0.015, 0.011], "has statistics or settings other than those"),
         ("gamma", 0.9, "has statistics or settings other than those"),

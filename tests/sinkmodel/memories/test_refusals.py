@@ -106,7 +106,7 @@ def test_generate_with_a_prompt_that_has_been_read(llama, read):
 @pytest.mark.parametrize("mode", ["prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"])
 def test_generation_modes_that_take_tokens_back(llama, read, mode):
     asked = {mode: build("llama", num_hidden_layers=1) if mode == "assistant_model" else 1}
-    match = f"assisted generation takes tokens back, which SnapKV cannot do; leave out .*{mode}"
+    match = f"assisted generation removes tokens, which SnapKV cannot do; leave out .*{mode}"
     refused(lambda: llama.generate(torch.tensor([tokens(50)]), past_key_values=read, **asked), match)
 
 
@@ -115,12 +115,12 @@ def test_generation_modes_that_take_tokens_back(llama, read, mode):
     [
         ({"ids": ((1, 2), (3, 4))}, "has 1 rows and was fed 2"),
         ({"ids": ((1, 600),)}, "has the id 600"),
-        ({"labels": torch.tensor([[1, 2]])}, "labels cannot be had"),
-        ({"output_attentions": True}, "output_attentions cannot be had"),
+        ({"labels": torch.tensor([[1, 2]])}, "labels is not available"),
+        ({"output_attentions": True}, "output_attentions is not available"),
         ({"use_cache": False}, "use_cache=False"),
         ({"attention_mask": torch.tensor([[1] * 40 + [1, 0]])}, "left-padded rows"),
         ({"attention_mask": torch.zeros(1, 1, 2, 42)}, "makes the attention mask itself"),
-        ({"ids": (tuple(range(30)),)}, f"reach position 69, and the positions of this llama end at {POSITIONS - 1}"),
+        ({"ids": (tuple(range(30)),)}, f"reach position 69, but the positions of this llama end at {POSITIONS - 1}"),
     ],
 )
 def test_inputs_that_do_not_continue(llama, read, changes, match):

@@ -211,7 +211,7 @@ def test_a_saved_stream_is_checked_before_it_is_used(stream, model, tmp_path):
     plain = tmp_path / "plain"
     Stream(load_checkpoint(Path(model))[0], budget=BUDGET).cache.save(plain)
     for path, message in (
-        (cut, "no saved stream, or damaged"),
+        (cut, "not a saved stream, or it is damaged"),
         (plain, "not the state of a Stream"),
         (tmp_path, "is not a file"),
         (tmp_path / "none", "is not a file"),
