@@ -12,7 +12,7 @@ __all__ = ["SinkConfig", "StreamingCache", "UserError"]
 
 
 def __getattr__(name: str) -> Any:
-    """StreamingCache when it is asked for: it brings torch and transformers, which --help can do without."""
+    """Import StreamingCache on first use: it imports torch and transformers, which `--help` does not need."""
     if name == "StreamingCache":
         from sinkmodel.cache import StreamingCache
 

@@ -322,7 +322,7 @@ def test_a_model_with_a_narrower_window_of_its_own_is_refused():
     """Guards "keys seen": transformers would let a query see 8 keys where the row says 16."""
     model = build("mistral", sliding_window=8)
     loaded = type("Loaded", (), {"model": model, "sink_ids": [], "positions": 64, "name": "m"})()
-    with pytest.raises(UserError, match="'mistral' has a window of 8 of its own"):
+    with pytest.raises(UserError, match="'mistral' has its own window of 8"):
         latency._check_model(loaded, 16)
 
 

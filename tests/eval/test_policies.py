@@ -162,7 +162,7 @@ def test_a_model_whose_own_window_is_narrower_is_refused_by_name():
     for family, own in (("mistral", {"sliding_window": 8}), ("Llama4Text", {"attention_chunk_size": 8, **llama4})):
         model = build(family, **own)
         for policy in (Recompute(0, BUDGET), Dense()):
-            with pytest.raises(UserError, match="'(mistral|llama4_text)' has a window of 8"):
+            with pytest.raises(UserError, match="'(mistral|llama4_text)' has its own window of 8"):
                 policy.score(model, [tokens(40)], 7, nothing)
 
 
