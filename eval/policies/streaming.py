@@ -16,7 +16,7 @@ from sinkmodel.scoring import streaming_nll
 
 @dataclass(frozen=True)
 class Streaming(Policy):
-    """`window` (S = 0) and `sink`. With `convention` "paper" a query sees C + 1 keys: the forward comes before eviction."""
+    """`window` (S = 0) and `sink`. With `convention` "paper", eviction follows the forward: a query sees C + 1 keys."""
 
     name: str
     sinks: int

@@ -59,7 +59,7 @@ class SinkLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """For each (key, context, target) the log-likelihood of the target in nats, and whether it is the greedy one."""
+        """For each (key, context, target) the target's log-likelihood in nats, and whether greedy decoding gives it."""
         room = self.max_length - len(self.sink_ids)
         # lm-eval replaces an empty context by its prefix, bos or eos. No text encoded here contains that id.
         parts = [
@@ -88,7 +88,7 @@ class SinkLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts to generate from: ids and mask, both [B, T], with T at most `left_truncate_len`, including the sinks."""
+        """Prompts to generate from: ids and mask, both [B, T]; T, with the sinks, is at most `left_truncate_len`."""
         room = (left_truncate_len or self.max_length) - len(self.sink_ids)
         assert room > 0
         rows = [self.sink_ids + self.tok_encode(string, left_truncate_len=room) for string in strings]

@@ -109,7 +109,7 @@ def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
 
 
 def _manager(names: list[str]) -> Any:
-    """lm-eval's index of tasks: only of the paper's folders if these are enough, else of all 14,000 (half a minute)."""
+    """lm-eval's index of tasks: only the paper's folders if these are enough, else all 14,000 (half a minute)."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent

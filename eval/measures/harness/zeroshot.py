@@ -235,7 +235,7 @@ def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dic
     sinks = f"{in_front} in front" if count else "no sink token: adapter = stock"
     table = new_table(
         f"{options.model}, {options.dtype}, {sinks}",
-        "±: standard error over questions; paper: StreamingLLM's Table 4, 160M model with the same number of sink tokens",
+        "±: standard error over questions; paper: StreamingLLM's Table 4, 160M model with as many sink tokens",
         ["task", "metric"],
         ["questions", "stock", "±", "adapter", "±", "paper"],
     )

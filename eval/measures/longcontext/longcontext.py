@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="TASK",
-        help="tasks of RULER (niah_single_1 … 3, niah_multikey_1 … 3, niah_multivalue, niah_multiquery, vt, cwe, fwe), of "
+        help="RULER's (niah_single_1 … 3, niah_multikey_1 … 3, niah_multivalue, niah_multiquery, vt, cwe, fwe), of "
         "--text (passages, key_value, verbatim), or the groups ruler and text",
     )
     add_text_argument(parser, required=False)

@@ -6,7 +6,7 @@ layers and KV heads at the end of the prompt, rounded.
 
     namm-random    random tokens, drawn separately for each prompt, layer and head
     namm-recency   the latest tokens
-    namm-age       the tokens that the same network scores highest if all features of attention are 0, so only age counts
+    namm-age       the tokens that the same network scores highest if all features of attention are 0: only age counts
     namm-h2o, namm-snapkv   the methods of these names
 
 A NAMM always keeps the tokens that came after its last decision, and the newest token at that decision. The random

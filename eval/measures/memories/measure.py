@@ -130,7 +130,7 @@ def row(
 
 
 def against(scored: Sequence[torch.Tensor], dense: Sequence[Sequence[Reading]], question: Question) -> dict[str, Any]:
-    """The paired difference to dense in nats per token, with its interval and answer, or None if there is too little text."""
+    """The paired difference to dense in nats per token, its interval and answer (None if there is too little text)."""
     differences = [
         mine.double().numpy() - torch.cat([reading.nll for reading in theirs]).double().numpy()
         for mine, theirs in zip(scored, dense)

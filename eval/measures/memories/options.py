@@ -39,7 +39,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser, sinks_default: str = "
         "--layer",
         type=whole,
         metavar="R",
-        help="layer in which gemfilter selects tokens (default: 13/32 of all layers)",
+        help="layer in which gemfilter selects tokens (default: 13/32 of all)",
     )
     add_artefact_argument(parser)
 

@@ -264,7 +264,7 @@ def beginnings(documents: Documents, budget: int, most: int) -> Documents:
 def against_recompute(
     side: Side, question: Question, streamed: Sequence[Series], documents: Documents, beside: int
 ) -> Pair:
-    """S+W, already scored as `streamed`, against recomputed windows. Their queries see `keys_seen_least` keys or more."""
+    """S+W, already scored as `streamed`, against recomputed windows, whose queries see `keys_seen_least` or more."""
     window = question.budget - len(side.front)
     answers = max(1, question.budget // SHARE)
     policy = Recompute(len(side.front), question.budget, answers)
@@ -282,7 +282,7 @@ def against_recompute(
         label,
         policy.label,
         by_document(kept, places, len(documents)),
-        by_document([window[-answers:] for window in recomputed], places, len(documents)),
+        by_document([part[-answers:] for part in recomputed], places, len(documents)),
         answers,  # one block per window: windows are so far apart that they share no cached key
         keys_seen_least=question.budget - answers + 1,
         windows=len(windows),
