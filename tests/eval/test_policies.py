@@ -162,7 +162,7 @@ def test_a_model_whose_own_window_is_narrower_is_refused_by_name():
     for family, own in (("mistral", {"sliding_window": 8}), ("Llama4Text", {"attention_chunk_size": 8, **llama4})):
         model = build(family, **own)
         for policy in (Recompute(0, BUDGET), Dense()):
-            with pytest.raises(UserError, match="'(mistral|llama4_text)' has a window of 8"):
+            with pytest.raises(UserError, match="'(mistral|llama4_text)' has its own window of 8"):
                 policy.score(model, [tokens(40)], 7, nothing)
 
 
@@ -201,7 +201,7 @@ def test_dense_goes_as_far_as_the_model_has_positions_of_one_kind(family, change
     assert capsys.readouterr().err == ""
     if end is None:
         texts.check_positions(loaded, 65, [Dense()])
-        assert "dense goes on to place 64, and m was made for 64 positions" in capsys.readouterr().err
+        assert "dense reaches position 64, and m was made for 64 positions" in capsys.readouterr().err
         return
     (nll,) = Dense().score(model, [tokens(end + 1)], 16, nothing)
     assert nll.isfinite().all()

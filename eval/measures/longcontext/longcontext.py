@@ -268,7 +268,7 @@ def _check_model(loaded: LoadedModel, options: argparse.Namespace) -> None:
     ends = [end for end in (loaded.positions, end_of(loaded.model)) if end is not None]
     longest, sinks = max(options.length), len(loaded.sink_ids)
     if ends and longest + sinks > min(ends):
-        in_front = f", {sinks} of them for the sink tokens" if sinks else ""
+        in_front = f", {sinks} of them for the tokens in front" if sinks else ""
         raise UserError(
             f"--length {longest} is longer than the {min(ends)} positions of {loaded.name}{in_front}; use "
             f"--length {min(ends) - sinks} or less"
