@@ -36,7 +36,7 @@ from sinkmodel.progress import Progress
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
-DESCRIPTION = "Zero-shot tasks of lm-eval, with exactly one set of sinks in front, beside what stock lm-eval gives."
+DESCRIPTION = "Zero-shot tasks of lm-eval, with exactly one set of sinks in front, compared to stock lm-eval."
 EXAMPLE = "sink-eval zeroshot --model models/sink --tasks paper"
 RESAMPLES = 1000  # of a bootstrap; lm-eval's 100,000 take minutes and change only the third digit
 

@@ -247,8 +247,8 @@ def print_table(content: dict[str, Any]) -> None:
     table = new_table(
         f"{content['model']}, {content['dtype']}: {lengths}",
         f"difference: to dense, in nats per token, {100 * content['level']:g} % interval over texts, equivalent within "
-        f"±{content['margin']:g}; MiB held: at the end of the prompt; kept: its part that is keys and values of tokens;"
-        " %: share of dense's; ×: ratio to dense's time, median over prompts on which all took turns",
+        f"±{content['margin']:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
+        "%: share of dense's; ×: ratio to dense's time, median over prompts on which all took turns",
         ["memory"],
         ["tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "kept %", "prefill ×", "decode ×"],
     )

@@ -45,7 +45,7 @@ def said_by(loaded: LoadedModel) -> Said:
 
 
 def shape_of(config: Any) -> dict[str, Any]:
-    """The values of SIZES in a transformers config, by name; None if it has no such key (GPT-NeoX has no KV heads).
+    """The values of SIZES in a transformers config, by name; None if it lacks the key, such as GPT-NeoX's KV heads.
 
     A model with a sink in the softmax has the same shape as its twin, although its model type differs: `sink_gpt_neox`.
     """
@@ -69,7 +69,7 @@ def not_twins(one: Said, other: Said) -> list[str]:
 
 
 def _is_base(one: Said, other: Said) -> bool | None:
-    """Whether the first was trained from the second; None if unknown: it is not in fp32, and name or step differ."""
+    """Whether the first was trained from the second; None if unknown: no fp32 weights, and another name or step."""
     base = one.get("base")
     if not isinstance(base, dict):
         return False

@@ -93,7 +93,7 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
 
 
 def _names(content: dict[str, Any]) -> dict[str, str]:
-    """Short names for `sink`, `vanilla` and each run. With several runs, the roles have no short names."""
+    """Short names of the runs and, if there is one pair, of the roles `sink` and `vanilla`."""
     roles = ("sink", "vanilla")
     if pairs := each_pair(content):
         return short_names([pair[role] for role in roles for pair in pairs])
