@@ -440,7 +440,7 @@ GOOD = '{"question": "a?", "choices": ["b", "c"], "answer": 0}\n'
         ('{"question": "a?", "choices": {"text": ["b", "c"], "label": 5}, "answer": 0}', "labels are not a list"),
         (
             '{"question": "a?", "choices": {"text": ["b", "c"], "label": ["A", "B", "C"]}, "answer": "C"}',
-            "one for each of 2",
+            "a list of 2, one for each choice",
         ),
         (b"caf\xe9", "is not UTF-8"),
         (GOOD.replace("a?", "a? " * 80), "question 1 takes 179 tokens with its longest choice, and .* for 126"),

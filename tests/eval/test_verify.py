@@ -294,9 +294,15 @@ def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, ca
     ("lengths", "says"),
     [
         ([150, 150, 0, 150, 150], "4 documents, and an answer for other texts needs 5; give 1 more"),
-        ([700, 700, 700, 699, 697], "5 documents, and 5"),
-        ([700, 700, 700, 690, 640], "5 documents of unequal length weigh as 4.99 of one length, and 5 are needed"),
-        ([8000, 4000, 2000, 1000, 500, 250, 125], "7 documents of unequal length weigh as 2.95 of one length, and 5"),
+        ([700, 700, 700, 699, 697], "5 documents, and an answer for other texts needs 5"),
+        (
+            [700, 700, 700, 690, 640],
+            "5 documents of unequal length weigh as much as 4.99 of one length, and an answer for other texts needs 5",
+        ),
+        (
+            [8000, 4000, 2000, 1000, 500, 250, 125],
+            "7 documents of unequal length weigh as much as 2.95 of one length, and an answer for other texts needs 5",
+        ),
     ],
 )
 def test_what_is_missing_of_a_sample_is_said_in_numbers(lengths, says):
@@ -637,7 +643,7 @@ def test_the_same_text_twice_is_refused_however_it_is_named(runs, texts, tmp_pat
         ({"--tokens": 20}, "--tokens 20 does not overflow --budget 20"),
         ({"--margin": 0}, "--margin"),
         ({"--margin": "nan"}, "--margin"),
-        ({"--level": 95}, "no level"),
+        ({"--level": 95}, "is not a level"),
         ({"--seed": -1}, "--seed"),
         ({"--text": "none.txt"}, "none.txt does not exist"),
         ({"--json": "none/out.json"}, "none does not exist"),
