@@ -250,7 +250,7 @@ def test_threads_are_set_and_written_down(run, tmp_path, capsys):
         (["--sinks", 0], "--sinks"),
         (["--tokens", 0], "--tokens"),
         (["--policies", "window-paper"], "window-paper"),
-        (["--policies", "dense", "--stream-length", 9999], "--stream-length is for window and sink"),
+        (["--policies", "dense", "--stream-length", 9999], "--stream-length is only for window and sink"),
         (["--stream-length", 500], "--stream-length 500 leaves no room .* make it at least 1384"),
         (["--threads", 0], "--threads"),
         (["--plot", "BAD/none/out.png"], "--plot .*none does not exist"),
