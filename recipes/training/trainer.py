@@ -29,10 +29,10 @@ micro-batch, the others only if it was the last one of its step (`at_step_bounda
 - Checkpoints is last. All that a checkpoint's step has logged is in metrics.csv before the checkpoint exists, so a run
   that is killed in between writes the same lines again, and neither loses nor doubles one.
 
-We use Lightning's loop over micro-batches, its mixed precision, its strategies (FSDP2 and DeepSpeed with methods of ours
-for checkpoints), callbacks, the interface of loggers, and the way it collects the state for a checkpoint. We do not use
-its validation loop, checkpoint callback, progress bar, `self.log`, learning-rate schedulers, `gradient_clip_val`,
-distributed sampler, signal handlers, or LightningCLI.
+We use Lightning's loop over micro-batches, its mixed precision, its strategies (FSDP2 and DeepSpeed with methods of
+ours for checkpoints), callbacks, the interface of loggers, and the way it collects the state for a checkpoint. We do
+not use its validation loop, checkpoint callback, progress bar, `self.log`, learning-rate schedulers,
+`gradient_clip_val`, distributed sampler, signal handlers, or LightningCLI.
 """
 
 from __future__ import annotations
