@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sinkmodel.cache.inputs import MASKLESS
 from sinkmodel.errors import UserError
 
 OBSERVED = "sinkmodel_observed"  # registered without a mask function, so transformers makes no mask
@@ -71,7 +72,13 @@ def _observed_attention(
             "it once for each thread"
         )
     memory, name = current
-    return memory.attend(_function(module, name), module, query, key, value, kwargs)
+    if name not in MASKLESS:
+        return memory.attend(_function(module, name), module, query, key, value, kwargs)
+    module.config._attn_implementation = name  # flash attention looks at it
+    try:
+        return memory.attend(_function(module, name), module, query, key, value, kwargs)
+    finally:
+        module.config._attn_implementation = OBSERVED
 
 
 def _function(module: Any, name: str) -> Any:

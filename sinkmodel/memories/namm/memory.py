@@ -178,8 +178,8 @@ class NAMM(Memory):
         if self.at_once:
             return (None if every else full), None
         if every:
-            return None, visible(None, K - count, count, self.eager, full.device)
-        mask = visible(full.flatten(0, 1), K - count, count, self.eager, full.device)
+            return None, visible(None, K - count, count, self.implementation, full.device)
+        mask = visible(full.flatten(0, 1), K - count, count, self.implementation, full.device)
         assert mask is not None
         return full, mask.view(-1, G, count, K).repeat_interleave(self.config.num_attention_heads // G, dim=1)
 
