@@ -49,12 +49,14 @@ from sinkmodel.loading import LoadedModel, load_model
 from sinkmodel.locks import locked
 from sinkmodel.memories.namm import NAMMConfig
 from sinkmodel.models import count_parameters
+from sinkmodel.products import TORCH, fast_products
 from sinkmodel.scoring import check_decoder
 from sinkmodel.secrets import all_redacted
 
 LARGE = 1_000_000_000  # parameters of a model from which on a match is the default fitness
 
 
+@fast_products(TORCH)  # a resumed run, and every process, computes the same bits
 def evolve(config: EvolveConfig) -> int:
     """Evolve a memory, or resume, on every process of the run alike.
 

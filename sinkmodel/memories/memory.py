@@ -38,6 +38,7 @@ from sinkmodel.memories.pieces import Implementation, Piece, lengths, next_piece
 from sinkmodel.memories.selection import EMPTY, best, force
 from sinkmodel.model_support import check_config
 from sinkmodel.probe import Traits, sample_of
+from sinkmodel.products import fast_products
 from sinkmodel.rope import Rotary
 
 Positions = Literal["text", "cache"]
@@ -313,7 +314,8 @@ class Memory(MemoryInterface):
     def run(self, forward: Callable[..., Any], model: Any, request: Request, piece: Piece) -> Any:
         assert self.traits is not None
         self.torn, self.attended = True, 0
-        with torch.no_grad(), self.around(model):
+        rows = (piece.end - piece.start) * len(self.seen)
+        with torch.no_grad(), self.around(model), fast_products(rows=rows):
             settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
             output = forward(model, **piece_of(request, piece.start, piece.end, settled, self.traits.accepts))
         self._check_observed()

@@ -15,7 +15,6 @@ RENORMALISED = "a sink in the softmax: the fused kernel's output and log-sum-exp
 RENORMALISED_BACKWARD = "its backward pass, which is given another log-sum-exp"
 
 
-# The place for oneDNN's product of matrices, once `sinkmodel/products.py` is there.
 TORCH = [
     PrivatePart(
         "torch",
@@ -78,6 +77,13 @@ TORCH = [
             *("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
             *("dropout_p", "is_causal", "philox_seed", "philox_offset", "scale"),
         ),
+    ),
+    PrivatePart(
+        "torch",
+        "torch.ops.mkldnn._linear_pointwise",
+        ("sinkmodel/products.py",),
+        "oneDNN's product of matrices in fp32; used only if it is there, passes a trial and is faster",
+        check=checks.operator("mkldnn._linear_pointwise", "X", "W", "B", "attr", "scalars", "algorithm"),
     ),
     PrivatePart(
         "torch",
