@@ -131,6 +131,7 @@ TRANSFORMERS = [
             CUSTOM,
             "sinkmodel/maps.py",
             "sinkmodel/memories/hooks.py",
+            "sinkmodel/memories/admission.py",
             "sinkmodel/memories/memory.py",
             "sinkmodel/trainable.py",
         ),
