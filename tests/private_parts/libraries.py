@@ -187,7 +187,7 @@ TRANSFORMERS = [
         "transformers",
         "transformers.GenerationConfig._from_model_config",
         ("sinkmodel/bases.py",),
-        "tells a generation config made from defaults from one that a model ships",
+        "distinguishes a generation config made from defaults from one that a model ships",
         check=checks.from_model_config,
     ),
     PrivatePart(
