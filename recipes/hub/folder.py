@@ -1,4 +1,4 @@
-"""The files of a model folder or of a NAMM that are pushed to the Hub: all of its files, and a card (`recipes.card`)."""
+"""The files of a model folder or a NAMM that are pushed to the Hub: all of its files, and a card (`recipes.card`)."""
 
 from __future__ import annotations
 
