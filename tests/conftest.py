@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("REHEARSE", "1")  # tests/gpu have a GPU under make test-gpu alone, which does not read this file
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
