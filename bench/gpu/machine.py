@@ -25,7 +25,8 @@ DEVICE = sized("cuda", "cpu")
 DTYPE = sized("bfloat16", "float32")  # of models that are measured; a CPU is slow in half precision
 # Options of torch.compile for a decoding step. reduce-overhead records CUDA graphs; aot_eager needs no C++ compiler.
 STEP: dict[str, Any] = sized({"mode": "reduce-overhead"}, {"backend": "aot_eager"})
-KERNEL: dict[str, Any] = sized({}, {"backend": "aot_eager"})  # and for one function, such as flex_attention
+# And for one function, such as flex_attention, in shapes of which there are few.
+KERNEL: dict[str, Any] = {"dynamic": False, **sized({}, {"backend": "aot_eager"})}
 
 
 def need_device() -> None:

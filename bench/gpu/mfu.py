@@ -1,7 +1,7 @@
 """MFU and tokens/s of the recipe for 160M parameters: what sink-pretrain itself logs.
 
-On a GPU this is `sink-pretrain --config pythia-160m --config one-gpu`, bf16 and compiled, with batches of 524,288 tokens.
-The text is made up, and is read from a prepared folder as in any run.
+On a GPU this is `sink-pretrain --config pythia-160m --config one-gpu`, bf16 and compiled, with batches of
+524,288 tokens. The text is made up, and is read from a prepared folder as in any run.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from sinkmodel.checkpoint import read_metrics
 from tests import tiny
 
 RECIPE = sized(
-    ["--config=pythia-160m", "--config=one-gpu", "--model.vocabulary=50304", "--training.batch_tokens=524288"],
-    ["--config=tiny", "--model.vocabulary=384", "--model.layers=2", "--model.hidden=64", "--training.batch_tokens=1024"]
-    + ["--training.micro_rows=2", "--training.precision=bf16"],
-)
+    "--config pythia-160m --config one-gpu --model.vocabulary 50304 --training.batch_tokens 524288",
+    "--config tiny --model.vocabulary 384 --model.layers 2 --model.hidden 64 --training.batch_tokens 1024 "
+    "--training.micro_rows 2 --training.precision bf16",
+).split()
 STEPS, EVERY = sized(60, 6), sized(5, 1)  # a line of the log is the mean over EVERY steps
 WARM_UP = 2  # lines left out: they compile
 WORDS = sized(200_000, 4000)
@@ -43,6 +43,6 @@ def measure() -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> str:
     return (
-        f"mfu: sink-pretrain {' '.join(RECIPE[:2])}: {result['mfu']:.1%} ({result['lowest']:.1%} to "
+        f"mfu: sink-pretrain {' '.join(RECIPE[:4])}: {result['mfu']:.1%} ({result['lowest']:.1%} to "
         f"{result['highest']:.1%}), {result['tokens_per_second']:,.0f} tokens/s on {device_name()}"
     )

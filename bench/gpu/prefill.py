@@ -53,10 +53,11 @@ def random_namm(folder: Path) -> Path:
 
 def show(result: dict[str, Any]) -> str:
     dense, *rows = result["rows"]
+    device = device_name()
     lines = [
         f"prefill, {SHAPE.stem} in {DTYPE}, {LENGTH:,} tokens: {row['label']} takes {row['ttft_ratio']:.2f}× dense "
         f"({row['ttft_ms'] / 1e3:.2f} against {dense['ttft_ms'] / 1e3:.2f} s), "
-        f"a step {row['answers'][-1]['step_ratio']:.2f}×, and holds {row['bytes_held'] / 2**20:,.0f} MiB on {device_name()}"
+        f"a step {row['answers'][-1]['step_ratio']:.2f}×, and holds {row['bytes_held'] / 2**20:,.0f} MiB on {device}"
         for row in rows
     ]
     return "\n".join(lines)

@@ -134,6 +134,7 @@ def measure() -> dict[str, Any]:
 
 def compare(model: Any, documents: list[list[int]], budget: int, chunk: int) -> dict[str, Any]:
     """Tokens/s of each side, in turns; what flex and flash change of the mean loss."""
+    free()  # flex is compiled for each shape, of which dynamo takes eight
     speeds: dict[str, list[float]] = {name: [] for name in SIDES}
     losses: dict[str, float] = {}
     for turn in range(ROUNDS + 1):
@@ -159,7 +160,7 @@ def show(result: dict[str, Any]) -> str:
         sides = ", ".join(f"{name} {x:,.0f} tokens/s" for name, x in row["tokens_per_second"].items())
         best = max(row["ratios"], key=row["ratios"].get)
         lines.append(
-            f"scoring, {SHAPE.stem} in {DTYPE}, {SINKS}+{row['budget'] - SINKS}, chunks of {row['chunk']}: {best} is the "
-            f"fastest, {row['ratios'][best]:.2f}× blocks ({sides}) on {device_name()}"
+            f"scoring, {SHAPE.stem} in {DTYPE}, {SINKS}+{row['budget'] - SINKS}, chunks of {row['chunk']}: "
+            f"{best} is the fastest, {row['ratios'][best]:.2f}× blocks ({sides}) on {device_name()}"
         )
     return "\n".join(lines)

@@ -22,6 +22,7 @@ def test_two_ranks_train_as_one_does(tmp_path):
     settings = {"schedule__steps": 4, "logging__every": 1, "training__device": DEVICE, "training__precision": "fp32"}
     one = train(data, tmp_path / "one", **settings)
     complete(data, tmp_path / "two", GPUS, **settings)
-    first, second = ([float(row["loss"]) for row in read_metrics(run) if row["loss"]] for run in (one, tmp_path / "two"))
+    runs = one, tmp_path / "two"
+    first, second = ([float(row["loss"]) for row in read_metrics(run) if row["loss"]] for run in runs)
     assert len(first) == 4
     assert second == pytest.approx(first, abs=BOUND)

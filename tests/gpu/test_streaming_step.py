@@ -17,7 +17,8 @@ BOUND = 1e-3  # of logits between 1 and 10, fp32 on both sides
 @torch.no_grad()
 def fed(run, cache, ids: list[int], device: str) -> torch.Tensor:
     """Logits [T, V] of one token after the other, on the host: a CUDA graph writes over its last output."""
-    return torch.cat([run(input_ids=torch.tensor([[x]], device=device), past_key_values=cache).logits[0].cpu() for x in ids])
+    steps = torch.tensor(ids, device=device)[:, None, None]
+    return torch.cat([run(input_ids=step, past_key_values=cache).logits[0].cpu() for step in steps])
 
 
 def test_a_compiled_step_is_compiled_once_and_gives_the_logits_of_the_cpu():
