@@ -129,7 +129,7 @@ def alternate(sides: dict[str, Side], rounds: int, warm_up: int = 3, device: str
     where = torch.device(device)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(warm_up + rounds):
-        ids = torch.randint(0, 1000, (1, 1)).to(where)
+        ids = torch.randint(0, 256, (1, 1)).to(where)
         for name, (step, back) in sides.items():
             started = now(where)
             step(ids)

@@ -7,18 +7,16 @@ Random weights, in bf16 on a GPU; the sides take turns step by step, and the rat
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from bench.decoding import alternate, dynamic, moving, ratio, static, streaming
-from bench.gpu.machine import DEVICE, DTYPE, STEP, device_name, free, sized
+from bench.gpu.machine import DEVICE, DTYPE, STEP, device_name, free, shape_file, sized
 from eval.measures.shape import load_shape
 
-CONFIGS = Path("configs/models")
-SHAPES = sized(["pythia-160m", "llama-8b"], ["tiny"])
+SHAPES = [shape_file(name) for name in sized(["pythia-160m", "llama-8b"], ["one"])]
 BUDGETS = sized([1024, 4096], [24])
 SINKS = 4
 ROUNDS, WARM_UP = sized(100, 2), sized(8, 1)  # CUDA graphs are recorded in the second step
@@ -28,9 +26,11 @@ ROUNDS, WARM_UP = sized(100, 2), sized(8, 1)  # CUDA graphs are recorded in the 
 def measure() -> dict[str, Any]:
     rows = []
     for shape in SHAPES:
-        model = load_shape(CONFIGS / f"{shape}.yaml", DTYPE, DEVICE).model
+        model = load_shape(shape, DTYPE, DEVICE).model
         for budget in BUDGETS:
-            rows += [{"shape": shape, "budget": budget, **compare(model, budget, how)} for how in ("eager", "graphs")]
+            rows += [
+                {"shape": shape.stem, "budget": budget, **compare(model, budget, how)} for how in ("eager", "graphs")
+            ]
         del model
         free()
     return {"rows": rows}

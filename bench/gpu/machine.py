@@ -7,6 +7,7 @@ that a script which was rehearsed has no line left that runs for the first time 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,10 +24,16 @@ def sized(on_gpu: T, in_rehearsal: T) -> T:
 
 DEVICE = sized("cuda", "cpu")
 DTYPE = sized("bfloat16", "float32")  # of models that are measured; a CPU is slow in half precision
-# Options of torch.compile for a decoding step. reduce-overhead records CUDA graphs; aot_eager needs no C++ compiler.
-STEP: dict[str, Any] = sized({"mode": "reduce-overhead"}, {"backend": "aot_eager"})
+# Options of torch.compile for a decoding step. reduce-overhead records CUDA graphs; a rehearsal traces, no more.
+STEP: dict[str, Any] = sized({"mode": "reduce-overhead"}, {"backend": "eager"})
 # And for one function, such as flex_attention, in shapes of which there are few.
 KERNEL: dict[str, Any] = {"dynamic": False, **sized({}, {"backend": "aot_eager"})}
+
+
+def shape_file(name: str) -> Path:
+    """A shape of configs/models, or that of rehearsals."""
+    here = Path(__file__).parent
+    return sized(here.parents[1] / "configs" / "models" / f"{name}.yaml", here / "rehearsal.yaml")
 
 
 def need_device() -> None:

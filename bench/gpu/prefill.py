@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.machine import DEVICE, DTYPE, device_name, free, sized
+from bench.gpu.machine import DEVICE, DTYPE, device_name, free, shape_file, sized
 from eval.cli import main as sink_eval
 from eval.measures.prefill.prefill import NAMES
 from eval.measures.shape import config_of, read_shape
@@ -20,7 +20,7 @@ from sinkmodel.files import read_json
 from sinkmodel.memories import NAMM
 from sinkmodel.memories.namm import NAMMConfig
 
-SHAPE = Path("configs/models") / sized("llama-8b.yaml", "recall.yaml")
+SHAPE = shape_file("llama-8b")
 LENGTH, BUDGET = sized(131_072, 96), sized(1024, 40)
 ANSWERS = sized([1, 128], [1, 2])
 ROUNDS = sized(5, 1)  # five give an interval

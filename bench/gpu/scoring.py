@@ -16,7 +16,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from bench.gpu.machine import DEVICE, DTYPE, KERNEL, device_name, free, sized
+from bench.gpu.machine import DEVICE, DTYPE, KERNEL, device_name, free, shape_file, sized
 from eval.measures.shape import load_shape
 from sinkmodel import scoring
 from sinkmodel.attention import sink_scores
 from sinkmodel.band import Band
 from sinkmodel.scoring import streaming_nll
 
-SHAPE = Path("configs/models") / sized("pythia-160m.yaml", "tiny.yaml")
+SHAPE = shape_file("pythia-160m")
 BUDGETS, SINKS = sized([256, 1024], [24]), 4
 DOCUMENTS, LENGTH = sized(8, 2), sized(16_384, 150)
 CHUNKS = sized([256, 1024], [32])  # queries of a document in one forward
