@@ -96,6 +96,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.memories
 	$(BIN)/python -m bench.attention
 	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.products
 	$(BIN)/python -m bench.frozen
 	$(BIN)/python -m bench.saving
 	$(BIN)/python -m bench.export

@@ -3,12 +3,14 @@
     python examples/recall_text.py --text books.jsonl.xz --stage full --documents 150000 --output full.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage copies --documents 60000 --output copies.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage short --documents 120000 --output short.jsonl
+    python examples/recall_text.py --text books.jsonl.xz --stage answers --documents 80000 --output answers.jsonl
 
 A document is a run of sentences of the books, random words of them two or three times over (`copy`), or a sample of a
 task with the answers to all its questions. A small model learns to look back from copies of few words within minutes,
 and then from short documents, in rows as short; given the full text at once, 1.3M parameters had not learned it after
-six million tokens. RESULTS.md has the commands of the three stages ("A small model that recalls"). Give other books to
-`sink-eval longcontext`, so that the model has not read them.
+six million tokens. Texts with many questions about each context (`answers`) make it reliable. RESULTS.md has the
+commands of all stages ("A small model that recalls"). Give other books to `sink-eval longcontext`, so that the model
+has not read them.
 """
 
 from __future__ import annotations

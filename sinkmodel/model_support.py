@@ -15,6 +15,7 @@ ABSOLUTE = (
     *("biogpt", "codegen2", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "imagegpt", "openai-gpt", "opt", "transfo-xl"),
     *("xglm", "xlnet"),
 )  # learned or sinusoidal embeddings of the place in the text, added once; a key cannot be moved
+POSITION_FREE = ("decision_transformer",)  # time is in the embedding of each token, and attention knows no positions
 OTHER_ALIBI = ("bloom",)  # and Falcon with alibi=True: their bias is built from a 2-D mask of the whole text
 RECURRENT = (
     *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "minimax"),

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from sinkmodel.errors import UserError, not_finite
+from sinkmodel.model_support import POSITION_FREE
 from sinkmodel.rope import Rotary
 from sinkmodel.sinks import kind_of
 
 STATIC_TYPES = ("default", "linear", "llama3", "yarn")  # one set of frequencies for all lengths
 BOUNDED_TYPES = ("dynamic", "longrope")  # the same frequencies up to the original length, others beyond
+UNTURNED = ("mpt", *POSITION_FREE)  # model types whose keys are not turned by position
 PROBE_TOKENS, PROBE_SHIFT = 8, 37
 SAMPLE = 16  # weights of a model, by which a stream knows it
 
@@ -33,7 +35,7 @@ SAMPLE = 16  # weights of a model, by which a stream knows it
 class Traits:
     """What a trial run of a model showed."""
 
-    rotary: Rotary | None  # None: ALiBi
+    rotary: Rotary | None  # None: ALiBi, or no positions at all
     groups: int  # G, KV heads
     key_size: int
     value_size: int
@@ -55,7 +57,8 @@ def traits_of(model: Any, run: Callable[..., Any], slots: int) -> Traits:
         slots: how many keys its stream will hold.
     """
     device, rows = next(model.parameters()).device, model.get_input_embeddings().num_embeddings
-    inv_freq, limit = (torch.empty(0), None) if model.config.model_type == "mpt" else frequencies(model)
+    unturned = model.config.model_type in UNTURNED
+    inv_freq, limit = (torch.empty(0), None) if unturned else frequencies(model)
     autocast = torch.is_autocast_enabled(device.type)
     key = (model.dtype, device, autocast, rows, limit, tuple(inv_freq.tolist()))
     traits = _SEEN.setdefault(model, {})
@@ -76,7 +79,9 @@ def _try(model: Any, run: Callable[..., Any]) -> Traits:
     lacking = {"past_key_values", "attention_mask", *(() if kind == "mpt" else ("position_ids",))} - accepts
     if lacking:
         raise UserError(f"the forward of {type(model).__name__} does not name {', '.join(sorted(lacking))}; let it")
-    rotary = None if kind == "mpt" else rotary_of(model, run)
+    rotary = None if kind in UNTURNED else rotary_of(model, run)
+    if kind in POSITION_FREE:
+        _check_unmoved(model, run)
     layers = trial_keys(model, run, None if kind == "mpt" else 0)
     shapes = {(*layer.keys.shape[1::2], layer.values.shape[-1], layer.keys.device) for layer in layers}
     if len(shapes) > 1:
@@ -86,6 +91,16 @@ def _try(model: Any, run: Callable[..., Any]) -> Traits:
     groups, key_size, value_size, device = shapes.pop()
     rows = model.get_input_embeddings().num_embeddings
     return Traits(rotary, groups, key_size, value_size, layers[0].keys.dtype, device, rows, accepts)
+
+
+def _check_unmoved(model: Any, run: Callable[..., Any]) -> None:
+    """UserError if the keys of a model that should know no positions depend on those that it is given."""
+    near, far = ([layer.keys for layer in trial_keys(model, run, offset)] for offset in (0, 1))
+    if any(_difference(key, moved) > 1e-6 for key, moved in zip(near, far)):
+        raise UserError(
+            f"model type {model.config.model_type!r} adds a position to its tokens here; give it position 0 for all of "
+            "them, as transformers' own class does"
+        )
 
 
 def rotary_of(model: Any, run: Callable[..., Any] | None = None) -> Rotary:

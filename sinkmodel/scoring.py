@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from sinkmodel.band import Band, banded
 from sinkmodel.errors import UserError, first_line, not_finite
+from sinkmodel.products import fast_products
 
 CHUNK = 256
 ROWS_AT_ONCE = 1024  # queries of all documents together in one forward; its logits take ROWS_AT_ONCE × V
@@ -111,7 +112,9 @@ def _score(
             memory.keep_rows(alive)
             ids_BN = ids_BT[:alive, start:end].to(model.device)
             targets_BN = ids_BT[:alive, start + 1 : end + 1].to(model.device)
-            nll_BN = nll_of(memory.forward(model, ids_BN), targets_BN).cpu()
+            with fast_products():
+                logits_BNV = memory.forward(model, ids_BN)
+            nll_BN = nll_of(logits_BNV, targets_BN).cpu()
             for row in range(alive):
                 stop = min(end, lengths[row] - 1)
                 nll[batch[row]][start:stop] = nll_BN[row, : stop - start]

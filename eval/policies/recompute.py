@@ -20,6 +20,7 @@ from torch import Tensor
 
 from eval.policies.policy import Policy, Stream, refuse_narrower_window
 from sinkmodel.errors import not_finite
+from sinkmodel.products import fast_products
 from sinkmodel.scoring import check_decoder, nll_of
 
 TOKENS_AT_ONCE = 8192  # of all windows in one forward
@@ -114,7 +115,8 @@ def _window(ids: Sequence[int], end: int, budget: int, sinks: int) -> list[int]:
 
 def last_logits(model: Any, ids_BT: Tensor, count: int) -> Tensor:
     """Logits [B, count, V] of the last positions of a forward from scratch; no others are computed, where it can be."""
-    return model(input_ids=ids_BT, use_cache=False, logits_to_keep=count).logits[:, -count:]
+    with fast_products():
+        return model(input_ids=ids_BT, use_cache=False, logits_to_keep=count).logits[:, -count:]
 
 
 class RecomputedStream(Stream):

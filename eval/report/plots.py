@@ -113,15 +113,14 @@ def paint_budgets(axis: Axes, lines: dict[str, list[tuple[float, float | None, f
     axis.set_ylabel("perplexity")
 
 
-def paint_heads(axis: Axes, rows: Sequence[dict[str, Any]], name: str) -> None:
-    """A map of layers and their heads, from 0 to 1."""
-    values: list[list[float]] = [
-        [math.nan if head[name] is None else head[name] for head in row["heads"]] for row in rows
-    ]
+def paint_heads(axis: Axes, layers: Sequence[Sequence[float | None]], head: str = "head") -> None:
+    """A map of layers and their heads, from 0 to 1; None where nothing is known."""
+    most = max(map(len, layers))
+    values = [[math.nan if x is None else x for x in (*row, *[None] * (most - len(row)))] for row in layers]
     image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="none")
     axis.figure.colorbar(image, ax=axis, aspect=14, shrink=0.9).outline.set_visible(False)
-    axis.set(xlabel="head", ylabel="layer")
-    axis.set_xticks(range(0, max(map(len, values)), -(-max(map(len, values)) // 12)))
+    axis.set(xlabel=head, ylabel="layer")
+    axis.set_xticks(range(0, most, -(-most // 12)))
     axis.set_yticks(range(0, len(values), -(-len(values) // 12)))
     axis.spines[:].set_visible(False)
 
@@ -234,6 +233,23 @@ def paint_memories(axis: Axes, content: dict[str, Any]) -> None:
         ticks_at(axis, [2.0**power for power in range(first, last + 1)])
     axis.set_xlabel(f"MiB held after {content['prompt']} tokens of prompt")
     axis.set_ylabel(f"nats per token over the next {content['continue']}")
+
+
+def paint_kept(axis: Axes, names: Sequence[str], shares: Sequence[float | None], mean: float | None) -> None:
+    """The % that is kept of each kind of token as bars, the first on top; dotted: of all tokens."""
+    places = [-row for row in range(len(names))]
+    axis.barh(places, [math.nan if x is None else 100 * x for x in shares], height=0.66, color=COLOURS[0])
+    for place, share in zip(places, shares):
+        if share is not None:
+            axis.annotate(f"{100 * share:.0f}", (100 * share, place), xytext=(3, 0), textcoords="offset points",
+                          va="center", fontsize=8.5)  # fmt: skip
+    if mean is not None:
+        axis.axvline(100 * mean, color=INK, linestyle=":", linewidth=1)
+    axis.set_yticks(places, [shown(name) for name in names])
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlim(0, 108)  # with room for the number of a full bar
+    axis.set_xticks(range(0, 101, 25))
+    axis.set_xlabel("% kept (dotted: of all tokens)")
 
 
 def draw_memories(path: Path, content: dict[str, Any]) -> None:

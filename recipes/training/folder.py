@@ -200,7 +200,9 @@ def _set_aside(run: Path, config: PretrainConfig, start: Path) -> None:
     say(f"what the run did after step {step} is kept in {aside}")
 
 
-def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start: Path | None) -> dict[str, Any]:
+def provenance_of(
+    config: PretrainConfig, train: TokenSplit, world: World, start: Path | None, products: str
+) -> dict[str, Any]:
     """Where the weights come from; with `earlier_schedules` if the steps before `start` followed another schedule."""
     earlier: list[dict[str, Any]] = []
     if start is not None:
@@ -221,6 +223,7 @@ def provenance_of(config: PretrainConfig, train: TokenSplit, world: World, start
         "processes": world.size,
         "nodes": world.nodes,
         "hardware": hardware(config.training.device),
+        "products": products,  # the library of products in fp32 on a CPU: see `sinkmodel.products`
         "git_commit": git_commit(),
         "versions": {name: version(name) for name in ("sinkmodel", "torch", "transformers", "lightning")},
     }

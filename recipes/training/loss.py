@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recipes.data.rows import IGNORE
+from sinkmodel.products import linear, matmul
 
 
 class LossHead(nn.Linear):
@@ -121,7 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + chunk)
                 hidden_nD, scored_n = hidden_ND[part].to(dtype), scored_N[part]
                 target_n1 = targets_N[part].clamp(min=0).unsqueeze(1)
-                logits_nV = F.linear(hidden_nD, weight_VD, bias)
+                logits_nV = linear(hidden_nD, weight_VD, bias)
                 if rows_SD is not None:
                     logits_nV[:, columns] = F.linear(hidden_nD, rows, rows_bias)
                 picked_n1 = logits_nV.gather(1, target_n1).to(wide)
@@ -136,11 +137,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                         grad_nS = grad_nV[:, columns].clone()
                         grad_nV[:, columns] = 0  # the weight's own rows had no part
                     if grad_hidden_ND is not None:
-                        grad_hidden_ND[part] = grad_nV @ weight_VD
+                        grad_hidden_ND[part] = matmul(grad_nV, weight_VD)
                         if rows_SD is not None:
                             grad_hidden_ND[part] += grad_nS @ rows
                     if grad_head_VD is not None:
-                        grad_head_VD += grad_nV.T @ hidden_nD
+                        grad_head_VD += matmul(grad_nV.T, hidden_nD)
                     if grad_rows_SD is not None:
                         grad_rows_SD += grad_nS.T @ hidden_nD
                     del grad_nV

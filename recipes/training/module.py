@@ -22,6 +22,7 @@ from sinkmodel.bases import SinkEmbedding
 from sinkmodel.checkpoint import Recipe
 from sinkmodel.maps import Seen, watch
 from sinkmodel.models import head_of
+from sinkmodel.products import TORCH, fast_products
 
 
 class SinkLanguageModel(LightningModule):
@@ -35,6 +36,8 @@ class SinkLanguageModel(LightningModule):
         recipe: what a checkpoint of step n says about itself; called at every save.
         head_chunk: places whose logits exist at a time.
         compile_model: compile the decoder's body in place, so that names in checkpoints stay as they are, and the loss.
+        products: the library of large fp32 products on a CPU, `torch` or `onednn`; see `sinkmodel.products`. What is
+            compiled keeps its own.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class SinkLanguageModel(LightningModule):
         recipe: Callable[[int], Recipe],
         head_chunk: int = 1024,
         compile_model: bool = False,
+        products: str = TORCH,
         embedding: SinkEmbedding | None = None,
         moments: dict[int, dict[str, torch.Tensor]] | None = None,
     ):
@@ -60,6 +64,7 @@ class SinkLanguageModel(LightningModule):
         model.set_output_embeddings(LossHead(head_of(model), head_chunk, compile_model))
         if compile_model:
             self.model.base_model.compile()
+        self.products, self.body_products = products, TORCH if compile_model else products
         # Of the latest micro-batch: its two losses, [2]; of the latest step: the norm before clipping. On the device.
         self.losses: torch.Tensor | None = None
         self.grad_norm: torch.Tensor | None = None
@@ -77,11 +82,13 @@ class SinkLanguageModel(LightningModule):
 
     def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean nll over all targets of [B, T] rows, with gradients, and over those a twin shares, without."""
-        hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
+        with fast_products(self.body_products):
+            hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
         rows: dict[str, Any] = {}
         if self.tied:
             rows = {"rows_SD": self.tied[0].sink_rows, "first_row": self.tied[0].first}
-        loss, nll_N = head_of(self.model)(hidden_BTD.flatten(0, 1), targets_BT.flatten(), **rows)
+        with fast_products(self.products):
+            loss, nll_N = head_of(self.model)(hidden_BTD.flatten(0, 1), targets_BT.flatten(), **rows)
         shared = twin_targets(targets_BT.shape[1], self.sinks)
         return loss, nll_N.view_as(targets_BT)[:, shared].mean()
 

@@ -25,6 +25,7 @@ from sinkmodel.checkpoint import checkpoint_steps
 from sinkmodel.console import put
 from sinkmodel.errors import UserError
 from sinkmodel.models import count_parameters, head_of
+from sinkmodel.products import fast_products
 
 ASSUMED_GPU, ASSUMED_MFU = "H100", 0.40  # what well-tuned trainers of this size reach (llm.c, modded-nanogpt, nanochat)
 BYTES_PER_PARAMETER = 12  # of a checkpoint: weight and two moments in fp32
@@ -116,7 +117,8 @@ def _speed(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, str]:
     ids = torch.zeros(rows, config.data.sequence, dtype=torch.long, device=name)
     for _ in range(2):  # the first warms up
         start = time.perf_counter()
-        with torch.autocast(name, torch.bfloat16, enabled=_precision(config) == "bf16"):
+        half = torch.autocast(name, torch.bfloat16, enabled=_precision(config) == "bf16")
+        with half, fast_products():
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             head_of(model)(hidden.flatten(0, 1), ids.flatten())[0].backward()
         if name == "cuda":

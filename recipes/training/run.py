@@ -39,6 +39,7 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError, shell
 from sinkmodel.locks import LOCK, locked
 from sinkmodel.models import count_parameters
+from sinkmodel.products import AUTO, ONEDNN, SWITCH, TORCH, asked, library, usable
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -78,7 +79,9 @@ def pretrain(config: PretrainConfig) -> int:
         if start is not None:
             agree(lambda: check_unchanged(base, start))
             agree(lambda: check_checkpoint(start, model, datamodule, config.sink))
-        provenance = provenance_of(config, train, world, start)
+        products = from_first(lambda: _products(config, start))
+        agree(lambda: _refuse_no_onednn(products))
+        provenance = provenance_of(config, train, world, start, products)
         module = SinkLanguageModel(
             model,
             len(begin.front),
@@ -97,6 +100,7 @@ def pretrain(config: PretrainConfig) -> int:
             ),
             head_chunk=config.training.head_chunk,
             compile_model=config.training.compile,
+            products=products,
             embedding=begin.embedding,
             moments=moments,
         )
@@ -148,6 +152,29 @@ def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
             "start one a GPU"
         )
     return replace(config, training=replace(config.training, device=device, precision=precision))
+
+
+def _products(config: PretrainConfig, start: Path | None) -> str:
+    """The library of all ranks' products in fp32 on a CPU; a run that goes on keeps the one that it had, bit for bit.
+
+    SINKMODEL_PRODUCTS overrules that. Without it, a new run takes what is faster here.
+    """
+    if config.training.device != "cpu" or config.training.precision != "fp32":
+        return TORCH
+    if start is None:
+        return library()
+    before = read_checkpoint(start)["recipe"]["provenance"].get("products", TORCH)
+    wanted = before if asked() == AUTO else asked()
+    if wanted == ONEDNN and not usable():
+        wanted = TORCH
+    if wanted != before:
+        say(f"matrix products by {wanted}, by {before} until here: losses are equal to rounding, not to the bit")
+    return wanted
+
+
+def _refuse_no_onednn(products: str) -> None:
+    if products == ONEDNN and not usable():
+        raise UserError(f"rank 0 takes matrix products of oneDNN, which this rank's torch lacks; set {SWITCH}={TORCH}")
 
 
 def _refuse_unequal_ranks(config: PretrainConfig, train: TokenSplit, base: OpenBase | None) -> None:

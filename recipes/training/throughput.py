@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sinkmodel.models import count_parameters, head_of
+from sinkmodel.products import matmul
 
 # Dense bf16 tensor-core peaks in FLOP/s, from NVIDIA's data sheets; the first name that fits counts.
 PEAKS = {
@@ -46,6 +47,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(size, size, device=device, dtype=dtype)
     until = time.perf_counter() + 0.5  # long enough to meet a quiet moment of a shared machine
     while (start := time.perf_counter()) < until:
-        (a @ a).sum().item()
+        matmul(a, a).sum().item()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best

@@ -27,6 +27,7 @@ from recipes.training.processes.strategies import build_strategy
 from recipes.training.settings import PretrainConfig
 from recipes.training.throughput import flops_per_token, peak_flops
 from sinkmodel.checkpoint import Recipe, read_checkpoint
+from sinkmodel.products import fast_products
 
 
 def build_trainer(
@@ -54,7 +55,7 @@ def build_trainer(
         config.logging.every,
         config.training.batch_tokens,
         flops_per_token(module.model, config.data.sequence),
-        from_first(lambda: peak_flops(torch.device(config.training.device), torch.bfloat16 if half else torch.float32)),
+        from_first(lambda: _peak_flops(config, half, module.products)),
     )
     step = 0 if start is None else _step_of(start)
     loggers = agree(lambda: build_loggers(run, config, provenance, step) if world.rank == 0 else [])
@@ -91,6 +92,12 @@ def build_trainer(
     )
     _leave_signals_to_us(trainer)
     return trainer, stop, writer
+
+
+def _peak_flops(config: PretrainConfig, half: bool, products: str) -> float:
+    """Of one device, by the products that the run takes."""
+    with fast_products(products):
+        return peak_flops(torch.device(config.training.device), torch.bfloat16 if half else torch.float32)
 
 
 def _leave_signals_to_us(trainer: Trainer) -> None:

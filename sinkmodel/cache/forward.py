@@ -30,6 +30,7 @@ from sinkmodel.cache.plan import Plan, next_plan
 from sinkmodel.cache.state import State
 from sinkmodel.errors import UserError
 from sinkmodel.probe import traits_of
+from sinkmodel.products import fast_products
 from sinkmodel.sinks import kind_of
 
 BATCHED = "sinkmodel.streaming.Stream(batch=...), whose ended rows take nothing"
@@ -54,7 +55,9 @@ def run_forward(
         while done < request.tokens.shape[1]:
             plan = _begin(state, request, done, with_mask)
             inputs = _inputs(cache, state, model, request, done, plan)
-            with torch.no_grad():  # keys are kept without gradients, so what came through them would be wrong
+            rows = 0 if compiling else plan.columns * len(state.seen)
+            # Keys are kept without gradients, so what came through them would be wrong.
+            with torch.no_grad(), fast_products(rows=rows):
                 outputs.append(forward(model, **inputs))
             _commit(state, plan)
             done += plan.columns

@@ -18,6 +18,7 @@ from sinkmodel.sinks import SINK_ATTENTION
 
 BOOLEAN = ("sdpa", SINK_ATTENTION)  # the implementations that take a mask of ours as True and False, or none
 ATTENTION = (*BOOLEAN, "eager")
+MASKLESS = ("flash_attention_2", "flash_attention_3")  # they are causal from the last key on, and take no mask
 SETTLED = ("past_key_values", "position_ids", "cache_position", "use_cache")  # by the cache
 NOT_GIVEN = ("labels", "output_attentions", "output_router_logits")  # one forward may become several
 
@@ -60,7 +61,15 @@ def request_of(name: str, tokens: Tensor, valid_BT: Tensor | None, inputs: dict[
     return Request(name, tokens, valid_BT, 0 if keep is None else keep, as_tuple, {**others, "return_dict": True})
 
 
-def check_inputs(cache: str, model: Any, tokens: Any, inputs: dict[str, Any], columns: int, rows: int) -> None:
+def check_inputs(
+    cache: str,
+    model: Any,
+    tokens: Any,
+    inputs: dict[str, Any],
+    columns: int,
+    rows: int,
+    attention: tuple[str, ...] = ATTENTION,
+) -> None:
     """Raise UserError for what no cache of ours can do.
 
     Args:
@@ -69,6 +78,7 @@ def check_inputs(cache: str, model: Any, tokens: Any, inputs: dict[str, Any], co
         inputs: the other inputs by name, as `bound` gives them.
         columns: tokens of each row that the cache has been fed, pads counted.
         rows: rows that it holds; not looked at while `columns` is 0.
+        attention: the implementations that it can be used with.
     """
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape:
         raise UserError("a stream is fed input_ids [rows, tokens] with at least one of each")
@@ -76,7 +86,7 @@ def check_inputs(cache: str, model: Any, tokens: Any, inputs: dict[str, Any], co
         asked = inputs[name] if inputs.get(name) is not None else getattr(model.config, name, False)
         if asked is not None and asked is not False:
             raise UserError(f"{name} cannot be had with a {cache}; take the logits")
-    if model.config._attn_implementation not in ATTENTION:
+    if model.config._attn_implementation not in attention:
         raise UserError(
             f"attn_implementation {model.config._attn_implementation!r} takes no mask of ours; "
             f"use model.set_attn_implementation({ATTENTION[0]!r})"
@@ -148,8 +158,16 @@ def piece_of(
     Args:
         settled: what the cache settles itself, such as positions.
         accepts: the names of the forward's arguments; of the tokens and of what is settled, others are left out.
+
+    Raises UserError if images come with a part of the tokens that stand for them.
     """
     T = request.tokens.shape[1]
+    images = next((name for name, x in request.others.items() if name.startswith("pixel_") and x is not None), None)
+    if images is not None and end - start < T:
+        raise UserError(
+            f"{images} belongs to all {T} tokens, and this cache reads {end - start} of them first; put the features "
+            "of the images into inputs_embeds"
+        )
     keep: Any = request.keep
     if end - start < T:  # of a piece, those that are wanted, at least one; or all of them
         keep = max(1, keep - (T - end)) if isinstance(keep, int) and keep else 0

@@ -9,7 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sinkmodel.cache.inputs import Request, bound, check_ids, check_inputs, request_of, tokens_of, valid_columns
+from sinkmodel.cache.inputs import (
+    ATTENTION,
+    MASKLESS,
+    Request,
+    bound,
+    check_ids,
+    check_inputs,
+    request_of,
+    tokens_of,
+    valid_columns,
+)
 from sinkmodel.errors import UserError
 from sinkmodel.model_support import own_window, signature
 from sinkmodel.probe import Traits, sample_of, traits_of
@@ -21,6 +31,8 @@ class Reader(Protocol):
     config: Any
     columns: int
     seen: list[int]
+    kept: list[int]
+    even: bool
     shift: list[int]
     torn: bool
     model: Any
@@ -38,7 +50,8 @@ def admit(
     inputs = bound(forward, model, args, kwargs)
     name, tokens = tokens_of(inputs)
     mask = inputs.pop("attention_mask", None)
-    check_inputs(memory.name, model, tokens, inputs, memory.columns, len(memory.seen))
+    attention = (*ATTENTION, *MASKLESS)
+    check_inputs(memory.name, model, tokens, inputs, memory.columns, len(memory.seen), attention)
     if memory.torn:
         raise UserError(f"an earlier forward of this {memory.name} was broken off while it was writing; reset() it")
     if memory.model is not None and memory.model() is not model:
@@ -51,6 +64,7 @@ def admit(
         )
     valid_BT = valid_columns(mask, tokens, memory.columns, memory.seen, memory.name)
     _check_left_padded(memory, valid_BT)
+    _check_mask(memory, model.config.get_text_config()._attn_implementation, valid_BT)
     traits = memory.traits or traits_of(model, functools.partial(forward, model), 1)
     if name == "input_ids":
         check_ids(traits.vocabulary, tokens)
@@ -67,6 +81,19 @@ def _check_left_padded(memory: Reader, valid_BT: Tensor | None) -> None:
     if bool((before_BT & ~valid_BT).any()):
         raise UserError(
             f"{memory.name} takes rows that are padded on the left, and in one of these a pad follows a token"
+        )
+
+
+def _check_mask(memory: Reader, implementation: str, valid_BT: Tensor | None) -> None:
+    """UserError if a mask is needed and the attention takes none."""
+    if implementation not in MASKLESS:
+        return
+    padded = valid_BT is not None and not bool(valid_BT.all())
+    if padded or not memory.even or min(memory.kept, default=0) < max(memory.kept, default=0):
+        why = "its rows have pads" if memory.even else "its heads keep sets of different sizes"
+        raise UserError(
+            f"{memory.name} needs an attention mask here, since {why}, and {implementation} takes none; "
+            f"use model.set_attn_implementation({ATTENTION[0]!r})"
         )
 
 

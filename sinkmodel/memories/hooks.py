@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sinkmodel.cache.inputs import MASKLESS
 from sinkmodel.errors import UserError
 
 OBSERVED = "sinkmodel_observed"  # registered without a mask function, so transformers makes no mask
@@ -44,14 +45,18 @@ def alone(model: Any) -> Any:
 
 @contextmanager
 def observed(memory: Observer, model: Any) -> Iterator[None]:
-    """Let every layer of a forward inside pass through `memory.attend`; the model is as before afterwards."""
-    name = model.config._attn_implementation
+    """Let every layer of a forward inside pass through `memory.attend`; the model is as before afterwards.
+
+    Of a model with a part that sees images the name is changed in the config of the language part alone.
+    """
+    config = model.config.get_text_config()
+    name = config._attn_implementation
     token = _CURRENT.set((memory, name))
-    model.config._attn_implementation = OBSERVED
+    config._attn_implementation = OBSERVED
     try:
         yield
     finally:
-        model.config._attn_implementation = name
+        config._attn_implementation = name
         _CURRENT.reset(token)
 
 
@@ -71,7 +76,13 @@ def _observed_attention(
             "it once for each thread"
         )
     memory, name = current
-    return memory.attend(_function(module, name), module, query, key, value, kwargs)
+    if name not in MASKLESS:
+        return memory.attend(_function(module, name), module, query, key, value, kwargs)
+    module.config._attn_implementation = name  # flash attention looks at it
+    try:
+        return memory.attend(_function(module, name), module, query, key, value, kwargs)
+    finally:
+        module.config._attn_implementation = OBSERVED
 
 
 def _function(module: Any, name: str) -> Any:

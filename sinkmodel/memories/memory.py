@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sinkmodel.cache.hook import install_hook, uncompiled
-from sinkmodel.cache.inputs import Request, joined, piece_of
+from sinkmodel.cache.inputs import MASKLESS, Request, joined, piece_of
 from sinkmodel.errors import UserError
 from sinkmodel.memories.admission import admit
 from sinkmodel.memories.arguments import one_of, whole
@@ -34,10 +34,11 @@ from sinkmodel.memories.hooks import alone, attention_modules, observed
 from sinkmodel.memories.interface import MemoryInterface
 from sinkmodel.memories.layer import SPARE, MemoryLayer
 from sinkmodel.memories.observation import Observation
-from sinkmodel.memories.pieces import Piece, lengths, next_piece, ranks
+from sinkmodel.memories.pieces import Implementation, Piece, lengths, next_piece, ranks
 from sinkmodel.memories.selection import EMPTY, best, force
 from sinkmodel.model_support import check_config
 from sinkmodel.probe import Traits, sample_of
+from sinkmodel.products import fast_products
 from sinkmodel.rope import Rotary
 
 Positions = Literal["text", "cache"]
@@ -108,7 +109,8 @@ class Memory(MemoryInterface):
         self.ended = False  # the prompt has been compressed
         self.since = 0  # tokens since the last eviction
         self.torn = False  # a forward was broken off while it was writing
-        self.in_forward, self.eager = False, False
+        self.in_forward = False
+        self.implementation: Implementation = "sdpa"
         self.piece: Piece | None = None  # what the forward in progress reads
         self.model: Any = None  # a weak reference to the model that reads
         self.sample: list[float] = []  # a few of its weights, by which a restored memory knows it
@@ -291,7 +293,8 @@ class Memory(MemoryInterface):
                 layer.move_to(traits.device)
         if not self.seen:
             self.seen, self.kept, self.shift = ([0] * len(request.tokens) for _ in range(3))
-        self.eager = model.config._attn_implementation == "eager"
+        name = model.config.get_text_config()._attn_implementation
+        self.implementation = "eager" if name == "eager" else "flash" if name in MASKLESS else "sdpa"
         return request
 
     def read(self, forward: Callable[..., Any], model: Any, request: Request) -> list[Any]:
@@ -310,10 +313,12 @@ class Memory(MemoryInterface):
 
     def run(self, forward: Callable[..., Any], model: Any, request: Request, piece: Piece) -> Any:
         assert self.traits is not None
+        settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
+        inputs = piece_of(request, piece.start, piece.end, settled, self.traits.accepts)
         self.torn, self.attended = True, 0
-        with torch.no_grad(), self.around(model):
-            settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
-            output = forward(model, **piece_of(request, piece.start, piece.end, settled, self.traits.accepts))
+        rows = (piece.end - piece.start) * len(self.seen)
+        with torch.no_grad(), self.around(model), fast_products(rows=rows):
+            output = forward(model, **inputs)
         self._check_observed()
         self.commit(piece)
         self.torn = False
@@ -390,7 +395,7 @@ class Memory(MemoryInterface):
         piece, layer = self.piece, self.layers[module.layer_idx]
         assert piece is not None
         full, mask = self.visible_in(layer, piece)
-        if mask is not None and mask.dtype == torch.bool and self.eager:
+        if mask is not None and mask.dtype == torch.bool and self.implementation == "eager":
             lowest = torch.finfo(query.dtype).min
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, lowest)
         self.scale, self.softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")

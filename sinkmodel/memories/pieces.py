@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.selection import EMPTY
 from sinkmodel.probe import Traits
 
+Implementation = Literal["sdpa", "eager", "flash"]  # what the model's attention is like
 LONGEST_MASKED = 512  # queries of a piece that needs a mask, so that the mask stays small
 
 
@@ -42,7 +43,7 @@ class Progress(Protocol):
     expected: int | None
     ended: bool
     even: bool
-    eager: bool
+    implementation: Implementation
     traits: Traits | None
     layers: list[MemoryLayer]
 
@@ -57,7 +58,7 @@ def next_piece(memory: Progress, request: Request, done: int) -> Piece:
     device = memory.traits.device
     valid = None if request.valid_BT is None else request.valid_BT[:, done:]
     count = request.tokens.shape[1] - done
-    if memory.columns or valid is not None or memory.eager:
+    if memory.implementation != "flash" and (memory.columns or valid is not None or memory.implementation == "eager"):
         count = min(count, LONGEST_MASKED)
     count = min(count, memory.columns_to_next_event(valid))
     if valid is not None:
@@ -81,7 +82,7 @@ def next_piece(memory: Progress, request: Request, done: int) -> Piece:
         place_BN=(token_BN - torch.tensor(memory.shift)[:, None]).clamp(min=0).to(device),
         valid_BN=None if valid is None else valid.to(device),
         full_BK=full,
-        mask=visible(full, slots, count, memory.eager, device) if memory.even else None,
+        mask=visible(full, slots, count, memory.implementation, device) if memory.even else None,
     )
 
 
@@ -98,12 +99,15 @@ def positions_in_text(seen: list[int], count: int, valid_BN: Tensor | None) -> T
     return (seen_B1 + valid_BN.cumsum(dim=1) - 1).masked_fill(~valid_BN, EMPTY)
 
 
-def visible(full_BK: Tensor | None, slots: int, count: int, explicit: bool, device: torch.device) -> Tensor | None:
+def visible(
+    full_BK: Tensor | None, slots: int, count: int, implementation: Implementation, device: torch.device
+) -> Tensor | None:
     """The mask [B or 1, 1, N, K + N] of `count` queries after `slots` slots; None if the kernel needs none.
 
-    A pad sees itself, so that no softmax is over nothing. `explicit`: a kernel that is not causal by itself.
+    A pad sees itself, so that no softmax is over nothing. Without a mask sdpa is causal from the first slot on, flash
+    from the last one, and eager sees everything.
     """
-    if full_BK is None and (count == 1 or (slots == 0 and not explicit)):
+    if full_BK is None and (count == 1 or implementation == "flash" or (slots == 0 and implementation == "sdpa")):
         return None
     seen = torch.ones(count, slots + count, dtype=torch.bool, device=device).tril(slots)
     if full_BK is None:

@@ -11,10 +11,13 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from eval.cli import main
-from eval.report.blocks import figure, short_names
+from eval.report.blocks import Chart, figure, short_names
 from eval.report.forms import FORMS, clean, mismatch
+from eval.report.inputs import Inputs, Result
+from eval.report.sections import memories
 from tests import results
 
 SECTIONS = ["The verdict", "The grid", "Training of the twins", "Perplexity by position", "Perplexity against budget",
@@ -135,6 +138,70 @@ def test_the_papers_numbers_stand_below_the_models_that_are_as_its(tmp_path):
     assert "| token | token ×1 | 2 | 16 | 56.25 \\[55.25, 57.25\\] | 18.40 \\[17.40, 19.40\\] |" in markdown
     assert "token: the paper's" not in page.text
     assert [alt.split("; ")[1] for alt in page.alts] == ["lowest 18.40 (1+), highest 112.50 (0+)"] * 2
+
+
+def test_what_a_namm_keeps_is_a_picture_by_kind_by_age_and_by_head(tmp_path, monkeypatch):
+    """Risk: a bar beside the name of another, layers taken for heads, or a picture whose numbers are missing."""
+    painted = []
+    panel = memories.panel
+    monkeypatch.setattr(memories, "panel", lambda alt, paint: painted.append(paint) or panel(alt, paint))
+    page, markdown, output = of_results(tmp_path, memories=results.memories())
+    axes = [Figure().add_subplot() for _ in painted]
+    for axis, paint in zip(axes, painted):
+        paint(axis)
+    _, kinds, ages, heads = axes
+    for axis, names, shares, mean in (
+        (kinds, ["sink", "function word", "name"], [100, 25, 62.5], 100 * (1 + 24 / 4 + 7 * 0.625) / 32),
+        (ages, ["from 0", "from 16"], [50, 21.875], 100 * (8 + 3.5) / 32),
+    ):
+        labels = dict(zip(axis.get_yticks(), (label.get_text() for label in axis.get_yticklabels())))
+        bars = {labels[bar.get_y() + bar.get_height() / 2]: bar.get_width() for bar in axis.patches}
+        assert bars == pytest.approx(dict(zip(names, shares)))
+        assert [bar.get_y() for bar in axis.patches] == sorted((bar.get_y() for bar in axis.patches), reverse=True)
+        assert axis.lines[0].get_xdata() == pytest.approx([mean] * 2)
+    image = heads.images[0]
+    assert image.get_array().filled(-1).tolist() == [[0.5, 0.25], [0.4375, -1]]
+    assert image.get_clim() == (0, 1)
+    assert (heads.get_xlabel(), heads.get_ylabel()) == ("KV head", "layer")
+    assert page.alts[1:] == [
+        "token: the % of tokens that namm keeps, by kind: sink 100.0, function word 25.0, name 62.5",
+        "token: the % of tokens that namm keeps, by age: from 0 50.0, from 16 21.9",
+        "token: the share of a prompt that each KV head keeps, layer by layer, from 25.0 to 50.0 %",
+    ]
+    assert [tuple(row.values()) for row in rows_of(output / "figures" / "forgotten-1.csv")] == [
+        ("kind", "sink", "", "1", "1.0"),
+        ("kind", "function word", "", "24", "0.25"),
+        ("kind", "name", "", "7", "0.625"),
+        ("age", "0", "", "16", "0.5"),
+        ("age", "16", "", "16", "0.21875"),
+        ("layer", "0", "0", "", "0.5"),
+        ("layer", "0", "1", "", "0.25"),
+        ("layer", "1", "0", "", "0.4375"),
+        ("layer", "1", "1", "", ""),
+    ]
+    assert "(figures/forgotten-1-3.png)" in markdown
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads": []},
+        {"heads": [[]]},
+        {"heads": [[0.5], [0.25, 0.125]]},
+        {"heads": [[None]]},
+        {"kinds": [], "ages": []},
+        {"kinds": [{"kind": "name", "tokens": 3, "kept_share": None}], "ages": []},
+    ],
+    ids=str,
+)
+def test_a_namm_of_which_little_is_known_makes_a_page(monkeypatch, changes):
+    """Risk: a traceback for layers with other numbers of heads, or for shares that were not measured."""
+    monkeypatch.setattr(memories, "panel", lambda alt, paint: paint(Figure().add_subplot()))
+    content = results.memories()
+    content["forgets"] |= changes
+    made = memories.memories(Inputs(results=[Result(Path("x"), "", content)]))
+    charts = [block.name for block in made.blocks if isinstance(block, Chart)]
+    assert charts == ["memories-1", *(["forgotten-1"] if any(content["forgets"]["heads"]) else [])]
 
 
 @pytest.mark.parametrize(("answer", "tone"), [("better", "good"), ("worse", "bad"), ("undecided", "open")])

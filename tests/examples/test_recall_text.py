@@ -61,6 +61,16 @@ def test_a_copy_is_the_same_line_of_frequent_words_again(stage, book):
     assert all(share.least <= length <= share.most for length in lengths)
 
 
+def test_the_last_stage_asks_more_about_each_context(book):
+    asked = {
+        stage: max(
+            document.count("Which word belongs to") for document in documents(STAGES[stage], "key_value", book, 9)
+        )
+        for stage in ("full", "answers")
+    }
+    assert asked == {"full": 4, "answers": 10}
+
+
 def test_the_file_is_the_same_for_a_seed_and_another_for_another(book, tmp_path, capsys):
     texts = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

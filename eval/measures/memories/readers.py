@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sinkmodel.products import fast_products
 from sinkmodel.scoring import nll_of
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def _read(model: Any, cache: Any, prompt: list[int], continuation: list[int], si
     device = model.get_input_embeddings().weight.device
     prompt_1P, after_1N = (torch.tensor([ids], device=device) for ids in (prompt, continuation))
     started = time.perf_counter()
-    logits = [model(input_ids=prompt_1P, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]]
+    with fast_products():
+        logits = [model(input_ids=prompt_1P, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]]
     _wait(device)
     prefill = time.perf_counter() - started
     held, kept = size()

@@ -38,7 +38,9 @@ def layers(inputs: Inputs) -> Section | None:
             mean = figure(_mean(rows, f"{target}_alpha"), ".3f")
             alt = f"{name}: α of {of_target} for each layer and head; mean {mean}"
             title = f"{name}: α of {of_target}"
-            paint = functools.partial(paint_heads, rows=rows, name=f"{target}_alpha")
+            paint = functools.partial(
+                paint_heads, layers=[[head[f"{target}_alpha"] for head in row["heads"]] for row in rows]
+            )
             panels.append(panel(alt, functools.partial(_titled, paint, title)))
         header = ["layer", "head", *OF_ATTENTION]
         numbers = [

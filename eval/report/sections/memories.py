@@ -9,7 +9,7 @@ from eval.measures.prefill.prefill import crossover_range, tokens_or_never
 from eval.report.blocks import Chart, Section, Table, between, figure, short_names
 from eval.report.charts import panel, shown
 from eval.report.inputs import Inputs
-from eval.report.plots import paint_memories
+from eval.report.plots import paint_heads, paint_kept, paint_memories
 
 MEBIBYTE = 2**20
 
@@ -30,12 +30,12 @@ def memories(inputs: Inputs) -> Section | None:
         made.blocks.append(Chart(f"memories-{number}", [panel(alt, paint)], keys, numbers))
         made.blocks.append(_table(content, name))
         if "forgets" in content:
-            made.blocks += _forgets(content["forgets"], name)
+            made.blocks += _forgets(content["forgets"], name, number)
     return made
 
 
-def _forgets(forgets: dict[str, Any], name: str) -> list[Table]:
-    """Which tokens a NAMM keeps of its prompts, and how much each of its heads keeps."""
+def _forgets(forgets: dict[str, Any], name: str, number: int) -> list[Chart | Table]:
+    """Which tokens a NAMM keeps of its prompts, and how much each of its heads keeps, as a picture and in numbers."""
     of_tokens = [(row["kind"], row) for row in forgets["kinds"]]
     of_tokens += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
     kinds = Table(
@@ -49,7 +49,41 @@ def _forgets(forgets: dict[str, Any], name: str) -> list[Table]:
         [[str(layer), *map(_percent, shares)] for layer, shares in enumerate(forgets["heads"])],
         caption="The % of a prompt that each KV head keeps with namm.",
     )
-    return [kinds, heads]
+    return [_picture(forgets, name, number), kinds, heads] if any(forgets["heads"]) else [kinds]
+
+
+def _picture(forgets: dict[str, Any], name: str, number: int) -> Chart:
+    """What is kept by kind, by age, and by layer and KV head."""
+    kinds = [(row["kind"], row) for row in forgets["kinds"]]
+    ages = [(f"from {row['from']:,}", row) for row in forgets["ages"]]
+    panels = []
+    for rows, of, title in ((kinds, "kind", "By kind of token"), (ages, "age", "By age, in tokens after it")):
+        words = ", ".join(f"{row_name} {_percent(row['kept_share'])}" for row_name, row in rows)
+        alt = f"{name}: the % of tokens that namm keeps, by {of}: {words}"
+        panels.append(panel(alt, functools.partial(_kept, rows=rows, title=title)))
+    shares = [share for layer in forgets["heads"] for share in layer if share is not None]
+    least, most = (_percent(end(shares, default=None)) for end in (min, max))
+    alt = f"{name}: the share of a prompt that each KV head keeps, layer by layer, from {least} to {most} %"
+    panels.append(panel(alt, functools.partial(_heads, layers=forgets["heads"])))
+    numbers = [["kind", row["kind"], None, row["tokens"], row["kept_share"]] for row in forgets["kinds"]]
+    numbers += [["age", row["from"], None, row["tokens"], row["kept_share"]] for row in forgets["ages"]]
+    for layer, of_layer in enumerate(forgets["heads"]):
+        numbers += [["layer", layer, head, None, share] for head, share in enumerate(of_layer)]
+    columns = ["by", "value", "head", "tokens", "kept_share"]
+    return Chart(f"forgotten-{number}", panels, columns, numbers, f"{name}: what namm keeps at the end of its prompts.")
+
+
+def _kept(axis: Any, rows: list[tuple[str, dict[str, Any]]], title: str) -> None:
+    known = [(row["tokens"], row["kept_share"]) for _, row in rows if row["kept_share"] is not None]
+    tokens = sum(count for count, _ in known)
+    mean = sum(count * share for count, share in known) / tokens if tokens else None
+    paint_kept(axis, [name for name, _ in rows], [row["kept_share"] for _, row in rows], mean)
+    axis.set_title(title)
+
+
+def _heads(axis: Any, layers: list[list[float | None]]) -> None:
+    paint_heads(axis, layers, "KV head")
+    axis.set_title("Share kept by layer and KV head")
 
 
 def _percent(share: float | None) -> str:

@@ -141,12 +141,15 @@ def write_artefact(folder: str | Path, config: NAMMConfig, parameters: Tensor) -
         save_file(tensors, aside / WEIGHTS, metadata)
 
 
-def read_artefact(name: str | Path) -> tuple[NAMMConfig, Tensor]:
+def read_artefact(name: str | Path, revision: str | None = None) -> tuple[NAMMConfig, Tensor]:
     """The config and the flat parameters of an artefact: a folder, or a repository on the Hub.
+
+    Args:
+        revision: a branch, tag or commit of the repository; None: its main branch.
 
     Raises UserError if there is none, or if it is damaged, of another version, or has altered statistics.
     """
-    folder = _folder_of(str(name))
+    folder = _folder_of(str(name), revision)
     config, sha256 = _read_config(folder / CONFIG)
     path = folder / WEIGHTS
     try:
@@ -200,28 +203,33 @@ def _read_config(path: Path) -> tuple[NAMMConfig, str | None]:
     return config, about.get("statistics_sha256")
 
 
-def _folder_of(name: str) -> Path:
+def _folder_of(name: str, revision: str | None) -> Path:
     from sinkmodel.names import find_model
 
     path = Path(name)
     if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{name} is a folder, which has no revision {revision}; leave it out, or give a Hub name")
         return path
     if find_model(name)[0] != "hub":
         raise UserError(f"{name} is not a folder with a NAMM; give one that has {CONFIG} and {WEIGHTS}, or a Hub name")
-    return _of_hub(name)
+    return _of_hub(name, revision)
 
 
-def _of_hub(name: str) -> Path:
+def _of_hub(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     from sinkmodel.secrets import hub_token
 
     hub_token()  # one that can be sent, or none
     try:
-        files = [Path(huggingface_hub.hf_hub_download(name, file)) for file in (CONFIG, WEIGHTS)]
+        folder = Path(huggingface_hub.hf_hub_download(name, CONFIG, revision=revision)).parent
+        # The cache names this folder after the commit, so that both files are of the same one.
+        huggingface_hub.hf_hub_download(name, WEIGHTS, revision=folder.name)
     except Exception as error:  # no network, no such repository, no such file: all end here
+        at = "" if revision is None else f" at revision {revision}"
         raise UserError(
-            f"{name} is not a folder, nor a Hub repository with a NAMM that can be reached ({first_line(error)}); "
+            f"{name} is not a folder, nor a Hub repository with a NAMM{at} that can be reached ({first_line(error)}); "
             "check the name or download it first"
         ) from None
-    return files[0].parent
+    return folder

@@ -80,12 +80,13 @@ class NAMM(Memory):
     # ---------------------------------------------------------------------------------------- artefacts and candidates
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, config: Any, **settings: Any) -> NAMM:
+    def from_pretrained(cls, name: str | Path, config: Any, *, revision: str | None = None, **settings: Any) -> NAMM:
         """The memory of an artefact, a folder or a Hub name, for a model or its config; `settings` as for `NAMM`.
 
-        Raises UserError if there is none of that name, or if it is damaged, of another version or altered.
+        `revision` is a branch, tag or commit of a repository on the Hub. Raises UserError if there is no such artefact,
+        or if it is damaged, of another version or altered.
         """
-        return cls(config, *read_artefact(name), **settings)
+        return cls(config, *read_artefact(name, revision), **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the artefact to a new folder; UserError if the folder holds anything, or for more than one network."""
@@ -178,8 +179,8 @@ class NAMM(Memory):
         if self.at_once:
             return (None if every else full), None
         if every:
-            return None, visible(None, K - count, count, self.eager, full.device)
-        mask = visible(full.flatten(0, 1), K - count, count, self.eager, full.device)
+            return None, visible(None, K - count, count, self.implementation, full.device)
+        mask = visible(full.flatten(0, 1), K - count, count, self.implementation, full.device)
         assert mask is not None
         return full, mask.view(-1, G, count, K).repeat_interleave(self.config.num_attention_heads // G, dim=1)
 

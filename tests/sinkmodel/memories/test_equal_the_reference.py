@@ -9,9 +9,11 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinkmodel.memories import MEMORIES, Scored, make_memory
-from tests.models import IN_SOFTMAX, model_of, tokens
+from tests.models import IN_SOFTMAX, build, model_of, tokens
 from tests.sinkmodel.memories.reference import run
 
 PROMPT, AFTER, SHORT = 40, 12, 9  # SHORT: a row below the budget
@@ -160,3 +162,28 @@ def test_other_families(family, name, positions):
 def test_every_memory_is_compared():
     elsewhere = {"dense", "namm"}  # the latter in test_namm.py
     assert {kind for kind, _ in SETTINGS.values()} | elsewhere == {*MEMORIES, "scored"}
+
+
+def causal_from_the_end(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """What flash attention computes, by its documentation: no mask, and the last query sees the last key."""
+    assert attention_mask is None
+    assert module.config._attn_implementation == "flash_attention_2"
+    N, K = query.shape[2], key.shape[2]
+    seen = torch.ones(N, K, dtype=torch.bool).tril(K - N)
+    output = F.scaled_dot_product_attention(query, key, value, seen, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_flash_attention_gets_no_mask(name, monkeypatch):
+    """In the whole prompt, in pieces of it, and after it; flash attention itself needs a GPU."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", causal_from_the_end)
+    model, ids = build("llama"), torch.tensor([tokens(PROMPT + AFTER)])
+    model.config._attn_implementation = "flash_attention_2"
+    for piece in (PROMPT, 11):
+        memory, outcome = memory_of(name, model), expected("llama", name, "text", PROMPT)
+        memory.expect(PROMPT)
+        for part in ids[:, :PROMPT].split(piece, dim=1):
+            model(part, past_key_values=memory)
+        check(memory, outcome, after(model, memory, ids[:, PROMPT:], 3, 1)[0])
+    assert model.config._attn_implementation == "flash_attention_2"

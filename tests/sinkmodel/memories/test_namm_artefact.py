@@ -53,7 +53,7 @@ def refused(call, match: str) -> None:
 
 def test_what_was_saved_decides_as_before(llama, memory, folder, monkeypatch):
     """Also for another model, and from the Hub."""
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(folder / file))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision: str(folder / file))
     for name, model in ((folder, llama), (str(folder), model_of("gpt_neox")), ("org/namm", llama)):
         again = make_memory("namm", model, artefact=name, ragged="fill", sinks=1)
         assert (again.namm, again.fingerprint, again.ragged, again.sinks) == (CONFIG, memory.fingerprint, "fill", 1)
@@ -111,6 +111,7 @@ def test_files_that_are_damaged_or_missing(llama, folder, tmp_path):
     (folder / "config.json").write_text("{")
     refused(lambda: NAMM.from_pretrained(folder, llama), "cannot be read as JSON")
     refused(lambda: NAMM.from_pretrained(tmp_path / "none", llama), "is not a folder with a NAMM")
+    refused(lambda: NAMM.from_pretrained(folder, llama, revision="v1"), "is a folder, which has no revision v1")
     refused(lambda: NAMM.from_pretrained(tmp_path, llama), "config.json cannot be read")
 
 

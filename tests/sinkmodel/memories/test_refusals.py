@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sinkmodel.errors import UserError
-from sinkmodel.memories import H2O, TOVA, Dense, ExpectedAttention, GemFilter, Scored, SnapKV, make_memory
+from sinkmodel.memories import H2O, NAMM, TOVA, Dense, ExpectedAttention, GemFilter, Scored, SnapKV, make_memory
 from tests.models import POSITIONS, build, model_of, tokens
 
 PROMPT, BUDGET = 40, 12
@@ -65,6 +65,18 @@ def test_a_model_whose_attention_cannot_be_seen_is_named_and_nothing_is_kept():
     memory = SnapKV(model.config, 12, window=4)
     refused(lambda: model(torch.tensor([tokens(20)]), past_key_values=memory), "'gptj' does not send its attention")
     assert memory.columns == 0
+
+
+def test_what_flash_attention_has_no_mask_for():
+    model = build("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    pads = {"ids": ((0, 1, 2), (3, 4, 5)), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+    for memory, inputs, match in (
+        (SnapKV(model.config, 64), pads, "rows have pads"),
+        (NAMM(model.config), {}, "heads"),
+    ):
+        refused(lambda memory=memory, inputs=inputs: forward(model, memory, **inputs), match)
+        assert memory.columns == 0
 
 
 @pytest.fixture
