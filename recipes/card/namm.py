@@ -122,7 +122,8 @@ def _tasks(record: dict[str, Any]) -> str:
 
 
 def _fitness(record: dict[str, Any]) -> str:
-    return f"{record['fitness']:.4f}, where the full cache has 1"
+    penalty = (record.get("selected_by") or {}).get("size_penalty") or 0
+    return f"{record['fitness']:.4f}; the full cache has {1 - penalty:g}"
 
 
 def _selected_by(record: dict[str, Any]) -> str:
