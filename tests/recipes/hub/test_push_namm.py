@@ -163,7 +163,7 @@ def test_results_with_this_artefact_are_on_the_card(hub, push, namm):
         ("long prompt, namm, 256 tokens, question outside, on token", "0.7000", "–"),
     ]
     assert "ppl.json: sink-eval ppl measures no memory" in err
-    assert "of-another.json tells of other" in err
+    assert "of-another.json names other models" in err
     index = [metric for one in front_matter(card)["model-index"][0]["results"] for metric in one["metrics"]]
     assert [metric["value"] for metric in index] == [0.02, 0.02, 0.7]
 
