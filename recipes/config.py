@@ -13,9 +13,10 @@ import jsonargparse
 import yaml
 
 from sinkmodel.errors import UserError, shell
-from sinkmodel.parser import name_of, path_of
+from sinkmodel.parser import VERSION, name_of, path_of
 
 T = TypeVar("T")
+WITHOUT_KEY = ("--help", "--version", "--print_config")  # options that are not keys of a config
 PathText = typing.Annotated[str, "path"]
 """The type of a key that is a path, or a name that may be one: `~` in it is the home folder."""
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
@@ -25,7 +26,7 @@ def load_config(cls: type[T], argv: list[str], description: str, example: str) -
     """Fill the dataclass `cls` from `--config` files (in order; shipped ones by name) and `--key value` (last wins).
 
     Raises UserError for an unknown key (naming the most similar valid one), a wrong type, or a missing file.
-    `--help` prints every key with its default and exits.
+    `--help` prints every key with its default and exits; `--version` prints the version and exits.
     """
     argv = _resolve_config_files(argv)
     _refuse_unknown_options(cls, argv)
@@ -36,6 +37,7 @@ def load_config(cls: type[T], argv: list[str], description: str, example: str) -
         exit_on_error=False,
         default_env=False,
     )
+    parser.add_argument("--version", action="version", version=VERSION, help="print the version and exit")
     parser.add_argument(
         "--config", action="config", help="a YAML file, or the name of a shipped one; may be given several times"
     )
@@ -146,7 +148,7 @@ def _refuse_unknown_options(cls: type, argv: list[str]) -> None:
     for path in reversed(_config_files(argv)):
         _refuse_unknown_keys(path, known)
     for word in argv:
-        if word.startswith("--") and not word.startswith("--config=") and word not in ("--help", "--print_config"):
+        if word.startswith("--") and not word.startswith("--config=") and word not in WITHOUT_KEY:
             option = word[2:].partition("=")[0].rstrip("+").removesuffix(".help")
             if option not in known and option not in {key.rpartition(".")[0] for key in known}:
                 remedy = _nearest(option, known, "--") or "; --help lists the keys"

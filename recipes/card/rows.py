@@ -25,13 +25,13 @@ def training_rows(facts: Facts) -> list[tuple[str, str]]:
     return known(TRAINING, facts.training) + known(MEASURED, measured)
 
 
-def citation(training: dict[str, Any]) -> str:
-    """The recipe with its version and commit, if they are known."""
+def citation(training: dict[str, Any], what: str = "trained this model") -> str:
+    """The recipe that did `what`, with its version and commit, if they are known."""
     parts = known(
-        [("", lambda t: f"version {_version(t['versions']['sinkmodel'])}"), ("", lambda t: f"commit {_commit(t)}")],
+        [("", lambda t: f"version {_version(t['versions']['sinkmodel'])}"), ("", lambda t: f"commit {commit_of(t)}")],
         training,
     )
-    return ", ".join(["The recipe that trained this model", *(text for _, text in parts)])
+    return ", ".join([f"The recipe that {what}", *(text for _, text in parts)])
 
 
 def known(rows: Iterable[tuple[str, Describe]], record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -141,7 +141,7 @@ def _version(version: Any) -> str:
     return str(version)
 
 
-def _commit(training: dict[str, Any]) -> str:
+def commit_of(training: dict[str, Any]) -> str:
     """Raises ValueError for anything but a git commit id, with a + after it if files were changed."""
     commit = str(_settled(training["git_commit"]))
     if not re.fullmatch(r"[0-9a-f]{7,64}\+?", commit):
@@ -175,7 +175,7 @@ TRAINING: list[tuple[str, Describe]] = [
     ("hardware", _hardware),
     ("seed", lambda t: f"{_settled(t['config']['seed'])}"),
     ("made with", lambda t: ", ".join(f"{name} {_version(version)}" for name, version in t["versions"].items())),
-    ("commit of the recipe", _commit),
+    ("commit of the recipe", commit_of),
 ]
 MEASURED: list[tuple[str, Describe]] = [
     ("time in training steps", lambda m: duration(m["seconds"])),

@@ -1,4 +1,39 @@
-"""The Lightning Trainer of a run: its callbacks in their order, its loggers, and the parts that are switched off."""
+"""The Lightning Trainer of a run: its callbacks in their order, its loggers, and the parts that are switched off.
+
+One optimiser step. It reads `accumulation` micro-batches; the lines below are those of a step that has only one. If it
+has several, Lightning repeats the lines for each, but calls `optimizer_zero_grad` with the first one only, and
+`configure_gradient_clipping` and `AdamW.step` with the last one only.
+
+    on_train_batch_start         module: set the learning rate, which is a function of the step
+    training_step                module: forward and loss; nothing waits for the device
+    optimizer_zero_grad
+    backward                     the loss is divided by `accumulation`; DDP and FSDP2 average over the ranks
+    configure_gradient_clipping  module: clip the gradient, and keep its norm (ZeRO does both in its engine)
+    AdamW.step                   called before `training_step`, which is in its closure; updates the weights here
+    Watchdog                     something has moved: start the time-out again
+    StopOnSignal                 agree on signals and failed checkpoints; set `trainer.should_stop`
+    StepMeans                    mean losses over micro-batches and ranks, on the device
+    Health                       keep loss and gradient norm, on the device, until somebody looks at them
+    Metrics                      every `logging.every` steps: wait for the device, look at the health, log a line
+    Progress                     show the line that was logged
+    Validation                   every `validation.every` steps: score the validation rows, log a line
+    Checkpoints                  at steps to save: look at the health, copy the state; a thread writes the file
+
+The names from Watchdog on are callbacks; each line is its `on_train_batch_end`. Watchdog and StepMeans act with every
+micro-batch, the others only if it was the last one of its step (`at_step_boundary`). Why this order:
+
+- StopOnSignal comes before Checkpoints, which saves if the run is asked to stop.
+- StepMeans comes before Health and Metrics, which read its means. Health comes before Metrics, since a line looks at
+  all steps since the last one, and this step is one of them.
+- Metrics comes before Progress, which shows its line, and before Validation, which takes its own time out of the speed.
+- Checkpoints is last. All that a checkpoint's step has logged is in metrics.csv before the checkpoint exists, so a run
+  that is killed in between writes the same lines again, and neither loses nor doubles one.
+
+We use Lightning's loop over micro-batches, its mixed precision, its strategies (FSDP2 and DeepSpeed with methods of
+ours for checkpoints), callbacks, the interface of loggers, and the way it collects the state for a checkpoint. We do
+not use its validation loop, checkpoint callback, progress bar, `self.log`, learning-rate schedulers,
+`gradient_clip_val`, distributed sampler, signal handlers, or LightningCLI.
+"""
 
 from __future__ import annotations
 

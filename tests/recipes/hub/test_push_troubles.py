@@ -57,7 +57,10 @@ def refused(told: tuple[int, str, str]) -> str:
         (["--model", "model", "--repo", "me/x", "--report", "nowhere"], "nowhere"),
         (["--model", "model", "--repo", "me/x", "--results", "nowhere.json"], "nowhere.json"),
         (["--model", "model", "--repo", "me/x", "--privat"], "did you mean --private?"),
-        (["--model", "nothing", "--repo", "me/x"], "nothing is not a folder; give one that sink-export wrote"),
+        (
+            ["--model", "nothing", "--repo", "me/x"],
+            "nothing is not a folder; give one that sink-export or sink-evolve wrote",
+        ),
         (["--model", "empty", "--repo", "me/x"], "empty is not a model folder: it has no config.json"),
         (["--model", "no-weights", "--repo", "me/x"], "no-weights is not a model folder: it has no *.safetensors"),
         (["--model", "broken", "--repo", "me/x"], "broken/config.json is not valid JSON"),
@@ -92,8 +95,8 @@ def test_wrong_input_is_named_and_nothing_is_made(hub, push, model, words, said)
     ("token", "said"),
     [
         (None, "no token for the Hub: run `hf auth login`, or export HF_TOKEN; it must be allowed to write to org"),
-        ("hf_mistypëd", "the token for the Hub, of HF_TOKEN or of the login, has a letter that no token has"),
-        ("hf_mis typed", "the token for the Hub, of HF_TOKEN or of the login, has a letter that no token has"),
+        ("hf_mistypëd", "the token for the Hub, from HF_TOKEN or from the login, has a character that no token has"),
+        ("hf_mis typed", "the token for the Hub, from HF_TOKEN or from the login, has a character that no token has"),
         ("hf_mistyped", "the Hub refuses the token of HF_TOKEN or of the login (Invalid credentials"),
         (READ_ONLY, "your token may not write to org/sink (You don't have the rights"),
     ],
