@@ -8,7 +8,9 @@ from sinkmodel.sinks import SinkConfig
 if TYPE_CHECKING:
     from sinkmodel.cache import StreamingCache
 
-__all__ = ["SinkConfig", "StreamingCache", "UserError"]
+__all__ = ["SinkConfig", "StreamingCache", "UserError", "__version__"]
+
+__version__ = "0.1.0"  # the only place: the build reads it here
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from sinkmodel import __version__
 from sinkmodel.errors import UserError
+
+VERSION = f"sinkmodel {__version__}"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -20,6 +23,7 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, epilog: str):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=layout)
+        self.add_argument("--version", action="version", version=VERSION, help="print the version and exit")
 
     def parse_known_args(self, args=None, namespace=None):
         """Report a mistyped option first, before a required option that is missing because of it."""
