@@ -8,11 +8,13 @@ from sinkmodel.sinks import SinkConfig
 if TYPE_CHECKING:
     from sinkmodel.cache import StreamingCache
 
-__all__ = ["SinkConfig", "StreamingCache", "UserError"]
+__all__ = ["SinkConfig", "StreamingCache", "UserError", "__version__"]
+
+__version__ = "0.1.0"  # the only place: the build reads it here
 
 
 def __getattr__(name: str) -> Any:
-    """StreamingCache when it is asked for: it brings torch and transformers, which --help can do without."""
+    """Import StreamingCache on first use: it imports torch and transformers, which `--help` does not need."""
     if name == "StreamingCache":
         from sinkmodel.cache import StreamingCache
 

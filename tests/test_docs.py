@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -126,7 +127,25 @@ def test_every_key_of_a_config_is_explained_by_help():
     told = io.StringIO()
     with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
         importlib.import_module("recipes.pretrain").main(["--help"])
-    assert "the run folder; a run that stopped there goes on" in " ".join(told.getvalue().split())
+    assert "the run folder; if it holds a run that stopped, that run is resumed" in " ".join(told.getvalue().split())
+
+
+def tour() -> list[tuple[str, list[str]]]:
+    """(file, names that it should define) of the codebase tour. A step may go through two files."""
+    _, _, page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## A tour of the code")
+    page, _, _ = page.partition("\n## ")
+    steps = re.split(r"`([\w/]+\.py)`: ", "\n".join(re.findall(r"^\d+\. (?:.*\n)(?:    ?.*\n)*", page, re.MULTILINE)))
+    return [(file, re.findall(r"`(\w+)`", text)) for file, text in zip(steps[1::2], steps[2::2])]
+
+
+def test_the_tour_of_the_code_names_what_is_there():
+    """Risk: a newcomer looks for a function that was renamed."""
+    assert len(tour()) >= 20
+    for file, names in tour():
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert names, file
+        assert names[0] in defined, f"{file} has no {names[0]}"
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures

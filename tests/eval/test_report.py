@@ -240,12 +240,12 @@ def test_a_verdict_says_which_texts_it_is_for(tmp_path):
         expected = changes.get("speaks_of", "these texts")
         assert [row["speaks_of"] for row in rows_of(output / "figures" / "verdict-1.csv")][:2] == [expected] * 2
     these, others, undecided = (page.text for page in pages.values())
-    assert these.count("The interval speaks of these texts, not of others.") >= 1
+    assert these.count("The interval holds for these texts, not for others.") >= 1
     assert these.count("equivalent for these texts") == 2
     assert "these texts" not in others
     assert "of 3 documents. 3 documents: too few to speak of other texts. The interval" in undecided
     assert undecided.count("undecided for other texts") == 2
-    assert "holds zero and a difference that would matter" not in undecided
+    assert "contains zero and a difference that would matter" not in undecided
     assert "No amount of text" not in undecided
 
 
@@ -270,12 +270,12 @@ def test_each_result_alone_makes_a_page(tmp_path):
 
 def test_a_rank_says_among_how_many_numbers(tmp_path):
     page, _, _ = of_results(tmp_path, lines=results.streameval())
-    assert "rank: among it and 9 other numbers of the stream, by chance 5.5; ±" in page.text
+    assert "rank: of the answer among itself and 9 other numbers of the stream, by chance 5.5; ±" in page.text
     older = results.streameval()
     del older["distractors"]
     (tmp_path / "older").mkdir()
     page, _, _ = of_results(tmp_path / "older", lines=older)
-    assert "rank: among it and other numbers of the stream; ±" in page.text
+    assert "rank: of the answer among itself and other numbers of the stream; ±" in page.text
 
 
 def test_several_results_of_one_command_stand_beside_each_other(tmp_path):
@@ -301,7 +301,7 @@ def test_several_pairs_of_runs_are_told_apart(tmp_path):
     text = page.text
     assert "the sink models (sink 1+7) lost 0.0012 nats per token less than the vanilla models (vanilla 4+4)" in text
     assert "Over 2 pairs of runs; standard error over runs 0.0300, over texts 0.0010." in text
-    assert "They speak of these two runs" not in text
+    assert "They hold for these two runs" not in text
     markdown = (output / "report.md").read_text(encoding="utf-8")
     assert "| pair | token-1 | none-1 |" in markdown
     assert "| pair | token-2 | none-2 |" in markdown
@@ -565,7 +565,7 @@ def test_any_value_of_another_kind_is_refused_in_one_line_or_not_read(tmp_path, 
     ("options", "message"),
     [
         (["--run", "{}/none"], "has no metrics.csv"),
-        (["--run", "{}/broken"], "line 2, has something that is no number"),
+        (["--run", "{}/broken"], "line 2, has a value that is not a number"),
         (["--run", "{}/stepless"], "line 2, has no step or no tokens"),
         (["--run", "{}/bytes"], "is not text"),
         (["--json", "{}/deep.json"], "it is nested too deep"),
@@ -577,7 +577,7 @@ def test_any_value_of_another_kind_is_refused_in_one_line_or_not_read(tmp_path, 
         (["--json", "{}/odd.json"], "its command is ['ppl'], not one of"),
         (["--json", "{}/bare.json"], "is not what sink-eval ppl --json writes: it has no model; measure it again"),
         (["--json", "{}/lacking.json"], "rows[1] has no nll"),
-        (["--json", "{}/bins.json"], "rows[0].by_position[0] is no list of 3"),
+        (["--json", "{}/bins.json"], "rows[0].by_position[0] is not a list of 3"),
         (["--json", "{}/many.json"], "distractors is not a whole number"),
         (["--json", "{}/empty.json"], "has no rows"),
         (["--maps", "{}/token"], "has no maps.csv"),

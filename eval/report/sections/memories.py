@@ -1,4 +1,4 @@
-"""What KV memories cost on the same prompts, what reading one costs, and what they still know of long ones."""
+"""KV memories: their cost on the same prompts, the cost of reading a prompt, and tasks with long prompts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def memories(inputs: Inputs) -> Section | None:
     made = Section("memories", "Memories")
     for number, content in enumerate(found, 1):
         name, rows = names[content["model"]], content["rows"]
-        alt = f"{name}: nats per token over the bytes held, a line for each memory; the numbers are in the table"
+        alt = f"{name}: nats per token over the bytes held, one line per memory; the numbers are in the table"
         paint = functools.partial(_titled, content=content, title=f"Memories, {name}")
         keys = ["memory", "budget", "tokens", "nll", "difference", "low", "high", "answer", "bytes_held", "bytes_kept"]
         numbers = [[row[key] for key in keys] for row in rows]
@@ -35,14 +35,14 @@ def memories(inputs: Inputs) -> Section | None:
 
 
 def _forgets(forgets: dict[str, Any], name: str, number: int) -> list[Chart | Table]:
-    """Which tokens a NAMM keeps of its prompts, and how much each of its heads keeps, as a picture and in numbers."""
+    """Which tokens of its prompts a NAMM keeps, and how much each of its heads keeps, as a picture and in numbers."""
     of_tokens = [(row["kind"], row) for row in forgets["kinds"]]
     of_tokens += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
     kinds = Table(
         ["tokens", "number", "kept %"],
         [[kind, f"{row['tokens']:,}", _percent(row["kept_share"])] for kind, row in of_tokens],
-        caption=f"{name}: what namm keeps of {forgets['prompts']:,} prompts, as a mean over layers and KV heads; age: "
-        "tokens that came after it.",
+        caption=f"{name}: share of the tokens of {forgets['prompts']:,} prompts that namm keeps, as a mean over layers "
+        "and KV heads; age: number of tokens after a token.",
     )
     heads = Table(
         ["layer", *(f"head {head}" for head in range(max(map(len, forgets["heads"]), default=0)))],
@@ -53,7 +53,7 @@ def _forgets(forgets: dict[str, Any], name: str, number: int) -> list[Chart | Ta
 
 
 def _picture(forgets: dict[str, Any], name: str, number: int) -> Chart:
-    """What is kept by kind, by age, and by layer and KV head."""
+    """The shares that are kept by kind of token, by age, and by layer and KV head."""
     kinds = [(row["kind"], row) for row in forgets["kinds"]]
     ages = [(f"from {row['from']:,}", row) for row in forgets["ages"]]
     panels = []
@@ -114,13 +114,13 @@ def _table(content: dict[str, Any], name: str) -> Table:
         words=2,
         caption=f"{name}: {content['prompt']:,} tokens of prompt, then {content['continue']:,} scored; − dense: paired "
         f"difference in nats per token, {100 * content['level']:g} % interval, equivalent within "
-        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; %: of "
-        "dense's; ×: of dense's time.",
+        f"±{content['margin']:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
+        "%: share of dense's; ×: ratio to dense's time.",
     )
 
 
 def prefill(inputs: Inputs) -> Section | None:
-    """`sink-eval latency --prefill`: the first token, memory, answers, and from which length on who is ahead."""
+    """`sink-eval latency --prefill`: time to the first token, memory, answers, and when one side overtakes another."""
     found = inputs.of("latency --prefill")
     if not found:
         return None
@@ -150,7 +150,8 @@ def _prompt(content: dict[str, Any], name: str) -> Table:
         ],
         caption=f"{name}, {content['dtype']}, {content['device']}, {content['threads']} threads. × dense: median over "
         f"rounds in which all took turns; MiB: peak of the process with {content['weights_bytes'] / MEBIBYTE:,.0f} of "
-        "weights, what of it the prompt took, what the memory holds afterwards, and by how much the process has grown.",
+        "weights; reading: the part of the peak that the prompt took; held: by the memory afterwards; grown: by how "
+        "much the process has grown.",
     )
 
 
@@ -172,7 +173,7 @@ def _answers(content: dict[str, Any]) -> Table:
             for row in content["rows"]
             for part in row["answers"]
         ],
-        caption="A step at the end of an answer of so many tokens, and the whole answer with its prompt.",
+        caption="ms/step: a step at the end of an answer of that many tokens; total: the whole answer with its prompt.",
     )
 
 
@@ -191,12 +192,12 @@ def _ahead(content: dict[str, Any]) -> Table:
         ],
         words=2,
         caption="The shortest answer, in tokens, that takes the first one longer than the other. An interval from 0 "
-        "means that the order of the first tokens is not sure.",
+        "means that the order of the first tokens is uncertain.",
     )
 
 
 def longcontext(inputs: Inputs) -> Section | None:
-    """`sink-eval longcontext`: tasks that need the prompt; cells that dense cannot do say "floor"."""
+    """`sink-eval longcontext`: tasks that need the prompt; cells that dense cannot do are marked "floor"."""
     found = inputs.of("longcontext")
     if not found:
         return None
@@ -208,8 +209,8 @@ def longcontext(inputs: Inputs) -> Section | None:
                 ["task", "memory", "length", "score", "− dense", "interval", "nats", "− dense", "interval", "MiB held"],
                 [_cell(row) for row in content["rows"]],
                 words=2,
-                caption=f"{names[content['model']]}: the question is {content['rows'][0]['question']} of what is "
-                "compressed; score: the task's metric; nats: of the right answer; − dense: paired by context, 95 % "
+                caption=f"{names[content['model']]}: the question is {content['rows'][0]['question']} the compressed "
+                "prompt; score: the task's metric; nats: of the right answer; − dense: paired by context, 95 % "
                 "intervals; floor: dense cannot do the task either.",
             )
         )
