@@ -1,10 +1,11 @@
-"""What a sink in the softmax costs: forward and backward of one layer's attention, against PyTorch's causal kernel.
+"""The cost of a sink in the softmax: forward and backward of one layer, compared with PyTorch's causal kernel.
 
     python -m bench.attention [--rows 16] [--heads 12] [--length 2048] [--size 64] [--rounds 30]
 
-`renormalised` is `sinkmodel.attention` (the same kernel, its result and its backward pass put right), `column` one more
-key and a mask through `scaled_dot_product_attention`, `flex` FlexAttention with its lse, compiled (GPU only: it has no
-backward pass on a CPU). bf16 on a GPU, fp32 on a CPU. The sides take turns; each line is a ratio of medians.
+`renormalised` is `sinkmodel.attention` (the same kernel, with its result and its backward pass corrected). `column` is
+one more key and a mask with `scaled_dot_product_attention`. `flex` is FlexAttention with its lse, compiled (GPU only,
+since it has no backward pass on a CPU). bf16 on a GPU, fp32 on a CPU. The sides alternate. Each line is a ratio of
+medians.
 """
 
 from __future__ import annotations

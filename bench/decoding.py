@@ -1,17 +1,18 @@
-"""What a decoding step costs with a full `StreamingCache`, beside the caches that people have.
+"""The cost of a decoding step with a full `StreamingCache`, compared with common caches.
 
     python -m bench.decoding [--layers 12 --hidden 768] [--budgets 256 … 4096] [--compiled 256 1024]
 
-Each line is a ratio of medians, ours over theirs, with a 95 % bootstrap interval; the sides take turns step by step.
+Each line is a ratio of medians, ours to theirs, with a 95 % bootstrap interval. The sides alternate step by step.
 
-    StaticCache, DynamicCache   transformers' own, holding as many keys; the faster of the two counts
-    rotate-everything           the paper's way (mit-han-lab/streaming-llm): raw keys, all of them rotated by place at
-                                every step, joined by `torch.cat`, and cut and joined again after the forward. Kinder
-                                than the paper's code: cosines and sines made once, PyTorch's fused attention
-    recompute                   no cache: the whole window through the model at every step, logits of its end alone
+    StaticCache, DynamicCache   transformers' own, holding as many keys; compared with the faster of the two
+    rotate-everything           the paper's way (mit-han-lab/streaming-llm): unrotated keys, all rotated by place at
+                                every step, joined by `torch.cat`, and cut and joined again after the forward. Faster
+                                than the paper's code: cosines and sines are computed once, and the attention is
+                                PyTorch's fused one
+    recompute                   no cache: the whole window goes through the model at every step, for its last logits
 
-Random weights in Pythia-160M's shape, fp32. Caches are filled with random keys; what they hold does not matter here.
-"Compiled" is `torch.compile` of the model as it is, which needs a C++ compiler and half a minute a budget.
+Random weights in Pythia-160M's shape, fp32. Caches are filled with random keys, since their content does not matter.
+"Compiled" is `torch.compile` of the unmodified model, which needs a C++ compiler and half a minute per budget.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sinkmodel.shapes import ModelShape
 
 VOCABULARY = 50304
 PAPER = "rotate-everything"
-AT_ZERO = torch.zeros(1, 1, dtype=torch.long)  # a position at which RoPE leaves keys raw
+AT_ZERO = torch.zeros(1, 1, dtype=torch.long)  # the position at which RoPE does not change keys
 
 
 def rotating_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -44,7 +45,7 @@ def rotating_attention(module, query, key, value, attention_mask, scaling=None, 
 
 
 def evict(cache: DynamicCache, start: int, recent: int) -> None:
-    """After the forward: a query sees one key more than is kept (design, decision 8)."""
+    """Evict after the forward, so a query sees one key more than is kept (design, decision 8)."""
     for layer in cache.layers:
         if layer.keys.shape[2] > start + recent:
             layer.keys = torch.cat([layer.keys[:, :, :start], layer.keys[:, :, -recent:]], dim=2)
@@ -62,7 +63,7 @@ AttentionInterface.register("bench_rotating", rotating_attention)
 
 
 def rotating_twin(model: PreTrainedModel, budget: int) -> PreTrainedModel:
-    """The same weights, not copied, in a model whose attention rotates everything."""
+    """A model that shares the weights and whose attention rotates everything."""
     twin = type(model)(type(model.config)(**model.config.to_dict())).eval()
     twin.load_state_dict(model.state_dict(), assign=True)
     twin.set_attn_implementation("bench_rotating")
@@ -74,7 +75,7 @@ def rotating_twin(model: PreTrainedModel, budget: int) -> PreTrainedModel:
 
 # ---------------------------------------------------------------------------------------------------------- the sides
 
-Side = tuple[Callable[[Tensor], object], Callable[[], object]]  # a step, and what puts the cache back, untimed
+Side = tuple[Callable[[Tensor], object], Callable[[], object]]  # a step, and a reset of the cache (untimed)
 
 
 def streaming(model: PreTrainedModel, run: Callable, budget: int, sinks: int) -> tuple[Side, StreamingCache]:
@@ -124,7 +125,7 @@ def fill(cache, model: PreTrainedModel, count: int) -> None:
 
 
 def alternate(sides: dict[str, Side], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Milliseconds of each step of each side."""
+    """Times of each step of each side, in milliseconds."""
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(warm_up + rounds):
         ids = torch.randint(0, 1000, (1, 1))
@@ -141,28 +142,28 @@ def alternate(sides: dict[str, Side], rounds: int, warm_up: int = 3) -> dict[str
 
 
 def compare(model: PreTrainedModel, budget: int, mode: str, options: argparse.Namespace) -> None:
-    """A step at a full cache: ours against transformers' caches, and against rotating everything."""
+    """Compare a step with a full cache: ours with transformers' caches, and with rotating everything."""
     torch._dynamo.reset()
     twin = rotating_twin(model, budget)
     run, run_twin = (torch.compile(model), torch.compile(twin)) if mode == "compiled" else (model, twin)
     ours, cache = streaming(model, run, budget, options.sinks)
     sides = {"StreamingCache": ours, "StaticCache": static(model, run, budget)}
-    if mode == "eager":  # compiled, it is compiled again at every length
+    if mode == "eager":  # a compiled model would be compiled again at every length
         sides["DynamicCache"] = dynamic(model, run, budget)
     sides[PAPER] = rotating(twin, run_twin, budget, options.sinks)
     taken = alternate(sides, options.rounds)
-    # One step in 2C turns the window to count positions anew; it is not among those timed, so each gets its share.
+    # One step in 2C turns the window to renumber positions. It is not among the timed steps, so each gets its share.
     share = moving(cache) / (2 * budget)
     taken["StreamingCache"] = [x + share for x in taken["StreamingCache"]]
     ms = {name: statistics.median(x) for name, x in taken.items()}
     usual = min(("StaticCache", "DynamicCache"), key=lambda name: ms.get(name, float("inf")))
     ratios = [f"{ratio(taken, 'StreamingCache', other)} {other} ({ms[other]:.1f} ms)" for other in (usual, PAPER)]
-    said = f"decoding, {mode}, {options.sinks}+{budget - options.sinks}: StreamingCache ({ms['StreamingCache']:.1f} ms)"
-    print(f"{said} takes {', '.join(ratios)}", flush=True)
+    side = f"decoding, {mode}, {options.sinks}+{budget - options.sinks}: StreamingCache ({ms['StreamingCache']:.1f} ms)"
+    print(f"{side} takes {', '.join(ratios)}", flush=True)
 
 
 def moving(cache: StreamingCache) -> float:
-    """Milliseconds of counting positions anew, which turns every key of the window."""
+    """Milliseconds of renumbering positions, which turns every key of the window."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -186,7 +187,7 @@ def recompute(model: PreTrainedModel, budget: int, options: argparse.Namespace) 
 
 
 def ratio(taken: dict[str, list[float]], one: str, other: str, draws: int = 1000) -> str:
-    """`1.02× (1.00 to 1.05)`: of medians, and a 95 % interval from rounds drawn with replacement."""
+    """`1.02× (1.00 to 1.05)`: the ratio of medians, and a 95 % interval from rounds drawn with replacement."""
     rng, rounds = random.Random(0), list(zip(taken[one], taken[other]))
 
     def of(pairs: list[tuple[float, float]]) -> float:
@@ -197,7 +198,7 @@ def ratio(taken: dict[str, list[float]], one: str, other: str, draws: int = 1000
 
 
 def check() -> None:
-    """The rotate-everything side gives the numbers of a StreamingCache, so it is no straw man."""
+    """Check that the rotate-everything side computes the same as a StreamingCache, so that the comparison is fair."""
     model = build_model(ModelShape(layers=2, hidden=64, heads=4, kv_heads=4, ffn=64, positions=64), 128, seed=1).eval()
     twin, ours, theirs = rotating_twin(model, 16), StreamingCache(model.config, 16, 4), DynamicCache()
     for ids in torch.randint(0, 128, (48, 1, 1)):
@@ -213,10 +214,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--budgets", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
-    parser.add_argument("--compiled", type=int, nargs="*", default=[256, 1024], help="budgets to compile for")
+    parser.add_argument("--compiled", type=int, nargs="*", default=[256, 1024], help="budgets with a compiled model")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--recompute_rounds", type=int, default=2, help="0 leaves the recompute line out")
+    parser.add_argument("--recompute_rounds", type=int, default=2, help="0 omits the recompute line")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

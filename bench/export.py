@@ -1,12 +1,11 @@
-"""How long the export of a 160M model takes, and how far it fills the memory, as ratios to its weights.
+"""The time and the memory that the export of a 160M model takes, as ratios to its weights.
 
     python -m bench.export [--folder DIR]
 
-Pythia-160M's shape with random weights, as sink-pretrain writes it: weights and two moments in fp32, 1.9 GB, and its
-checksum, which the export checks. Each export is a process of its own. Seconds are from its first line to its end,
-imports and all, and as a ratio to writing the same weights with safetensors alone; memory is the peak of resident
-memory (Linux) above what the imports take, over the weights as they were trained (fp32). Pages of the checkpoint, which
-is mapped, are in it.
+Pythia-160M's shape with random weights, in the form of sink-pretrain: weights and two moments in fp32, 1.9 GB, with a
+checksum, which the export verifies. Each export is its own process. Its seconds, imports included, are compared with
+writing the same weights by safetensors alone. Memory is the peak of resident memory (Linux) above that of the imports,
+divided by the weights as they were trained (fp32). It includes pages of the checkpoint, which is mapped.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ print(json.dumps(watch.peak() - before))
 
 
 def write_checkpoint(run: Path) -> dict[str, torch.Tensor]:
-    """`run/checkpoints/step1.ckpt` with its checksum; the weights, for the baseline."""
+    """Write `run/checkpoints/step1.ckpt` with its checksum. Returns the weights, for the baseline."""
     names = {f"t{i}": i for i in range(ROWS - 27)}  # as many ids as Pythia has
     backend = Tokenizer(models.BPE(vocab=names, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -75,7 +74,7 @@ def children_seconds() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=path_of, help="where to write (default: the system's folder for such files)")
+    parser.add_argument("--folder", type=path_of, help="folder to write to (default: the system's temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         folder = Path(place)

@@ -1,10 +1,10 @@
-"""Training the sink's row alone, as a ratio to training all weights of the same model, and the memory that it takes.
+"""The speed of training only the sink's row, as a ratio to training all weights of the same model, and its memory.
 
     python -m bench.frozen [--model NAME] [--steps 8] [--rounds 3] [--sequence 256] [--rows 1]
 
-`sink-pretrain` with `training.parts` sink and all, in turns, each in a process of its own with one thread. Tokens/s are
-those of metrics.csv. Memory is the most that is alive in a forward and backward pass on top of weights and optimiser
-state, in units of the activations: what autograd saves for the backward pass of one micro-batch.
+`sink-pretrain` with `training.parts` sink and all, alternating, each in its own process with one thread. Tokens/s are
+those of metrics.csv. Memory is the peak of a forward and backward pass on top of weights and optimiser state, in units
+of the activations, which are what autograd saves for the backward pass of one micro-batch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from sinkmodel.checkpoint import read_metrics
 from tests import tiny
 
-# Prints the bytes that autograd saves in the first step, and the most that were alive in the second one, beyond what
-# was alive before it: as PyTorch's allocator counts, without what the C library keeps back.
+# Prints the bytes that autograd saves in the first step, and the peak of allocated bytes in the second step beyond
+# those at its beginning: by the count of PyTorch's allocator, without memory that the C library keeps.
 PROBE = """
 import json, sys, torch
 from torch.profiler import ProfilerActivity, profile
@@ -68,7 +68,7 @@ sys.exit(code)
 
 
 def measure(words: list[str], output: Path) -> tuple[float, dict[str, int]]:
-    """Median tokens/s of the logged lines but the first two, and what PROBE prints."""
+    """Median tokens/s of the logged lines except the first two, and the output of PROBE."""
     command = [sys.executable, "-c", PROBE, *words, f"--output={output}"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
@@ -77,7 +77,7 @@ def measure(words: list[str], output: Path) -> tuple[float, dict[str, int]]:
 
 
 def base(folder: Path) -> tuple[Path, Path]:
-    """A Llama of 29M parameters, with tests.tiny's tokenizer, and text in its tokens."""
+    """A Llama of 29M parameters with the tokenizer of `tests.tiny`, and text in its tokens."""
     from tests.bases import save_base
 
     sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -87,8 +87,8 @@ def base(folder: Path) -> tuple[Path, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model to start from (default: a random Llama of 29M parameters)")
-    parser.add_argument("--data", help="a folder of sink-prepare in its tokens; goes with --model")
+    parser.add_argument("--model", help="model to start from (default: a random Llama of 29M parameters)")
+    parser.add_argument("--data", help="folder of sink-prepare in the model's tokens; required with --model")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequence", type=int, default=256)
@@ -114,7 +114,7 @@ def main() -> None:
                 found.append(speed)
     ratios = sorted(a / b for a, b in zip(speeds["sink"], speeds["all"]))
     print(
-        f"frozen: the sink's row alone {statistics.median(speeds['sink']):,.0f} tokens/s, all weights "
+        f"frozen: only the sink's row {statistics.median(speeds['sink']):,.0f} tokens/s, all weights "
         f"{statistics.median(speeds['all']):,.0f}; ratio {statistics.median(ratios):.2f} "
         f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
     )

@@ -1,13 +1,13 @@
-"""What a KV memory costs beside dense attention: reading a prompt, and a decoding step after it.
+"""The cost of KV memories compared with dense attention: reading a prompt, and a decoding step after it.
 
     python -m bench.memories [--layers 8] [--prompt 4096] [--budget 1024] [--rounds 5]
 
-Each line is a ratio of times to those of transformers' DynamicCache in the same run, median over rounds in which all
-sides take turns, with the smallest and the largest. Random weights in SmolLM2-135M's shape with fewer layers, fp32.
+Each line is a ratio of times to those of transformers' DynamicCache in the same run: the median over rounds in which
+the sides alternate, with the smallest and the largest. Random weights in SmolLM2-135M's shape with fewer layers, fp32.
 
     prefill    reading the prompt and compressing it, with the logits of its last token; CPU time of the process
-    decode     a step with the budget's keys, beside a step of a DynamicCache that holds as many
-    ideal      GemFilter: (r + 1)/L of dense's prefill and a prefill of the budget
+    decode     a step with the budget's keys, compared with a step of a DynamicCache that holds as many
+    ideal      for GemFilter: (r + 1)/L of dense's prefill plus a prefill of the budget
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = 16
 
 
 def smollm2(layers: int, positions: int) -> PreTrainedModel:
-    """SmolLM2-135M's shape with so many layers and a small vocabulary, whose head counts for little."""
+    """SmolLM2-135M's shape with `layers` layers and a small vocabulary, so that the head takes little time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
@@ -36,7 +36,7 @@ def smollm2(layers: int, positions: int) -> PreTrainedModel:
         num_hidden_layers=layers,
         num_attention_heads=9,
         num_key_value_heads=3,
-        max_position_embeddings=positions,  # h2o and tova count on
+        max_position_embeddings=positions,  # h2o and tova keep text positions, which grow
     )
     return LlamaForCausalLM(config).eval()
 
@@ -47,7 +47,7 @@ def read(model: PreTrainedModel, ids: torch.Tensor, cache: object) -> None:
 
 
 def reader(model: PreTrainedModel, name: str, budget: int, ids: torch.Tensor) -> Callable[[], object]:
-    """Reads the prompt with a new memory, which it returns."""
+    """A function that reads the prompt with a new memory and returns the memory."""
 
     def run() -> object:
         memory = make_memory(name, model, budget)
@@ -74,7 +74,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round; one round before them warms up."""
+    """Seconds of each side in each round, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, run in sides.items():

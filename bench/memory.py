@@ -1,10 +1,10 @@
-"""By how much the process has grown after a stream of a million tokens.
+"""How much the process grows during a stream of a million tokens.
 
     python -m bench.memory [--tokens 1000000] [--budget 1024] [--sinks 1]
 
-A tiny model (1 layer, d 32, random weights) is fed through one `StreamingCache`: in pieces for speed, and the last
-50,000 token by token. Resident memory (Linux, /proc/self/statm) is read after a warm-up and at the end, both times
-after a garbage collection and `malloc_trim`: what the C library keeps of freed tensors comes and goes by 7 MB.
+A tiny model (1 layer, d 32, random weights) streams with one `StreamingCache`: in pieces for speed, and the last 50,000
+tokens one by one. Resident memory (Linux, /proc/self/statm) is read after a warm-up and at the end, both times after a
+garbage collection and `malloc_trim`, because the freed memory that the C library keeps varies by 7 MB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WARM_UP = 16 * PIECE, 2_000  # tokens in pieces, and one by one
 
 def resident_mb() -> float:
     gc.collect()
-    with contextlib.suppress(AttributeError):  # a C library other than glibc has none
+    with contextlib.suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -39,7 +39,7 @@ def resident_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--one_by_one", type=int, default=50_000, help="how many of them, at the end")
+    parser.add_argument("--one_by_one", type=int, default=50_000, help="tokens at the end, fed one by one")
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--sinks", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -69,7 +69,7 @@ def main() -> None:
     print(
         f"memory: the process grew by {after - before:.2f} MB over {options.tokens:,} tokens "
         f"({between - before:.2f} MB over {pieces:,} in pieces, then {options.one_by_one:,} one by one; "
-        f"{layer.keys.shape[2]} slots a head, {before:.0f} MB resident, {seconds:.0f} s)"
+        f"{layer.keys.shape[2]} slots per head, {before:.0f} MB resident, {seconds:.0f} s)"
     )
 
 

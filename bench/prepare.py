@@ -1,12 +1,12 @@
-"""How fast `sink-prepare` is beside a plain `tokenizers` loop over the same text, tokenizer and cores.
+"""The speed of `sink-prepare` compared with a plain `tokenizers` loop over the same text, tokenizer and cores.
 
     python bench/prepare.py                                       King James text, a BPE trained on the spot
     python bench/prepare.py --input books.jsonl.xz --tokenizer tokenizer.json --characters 30000000
 
-The plain loop is `encode_batch` over batches of whole documents, on all cores, its ids taken; text and tokenizer are in
-memory already, nothing is written. `sink-prepare` runs as its users run it, from reading the file to the manifest. Its
-start-up (a second or less) is measured on a hundredth of the text and taken off, since it does not grow with the text.
-The rounds alternate, and the medians are compared.
+The plain loop is `encode_batch` over batches of whole documents on all cores, with its ids extracted. Its text and
+tokenizer are already in memory, and nothing is written. `sink-prepare` runs as for users, from reading the file to the
+manifest. Its start-up (a second or less) is measured with a hundredth of the text and subtracted, since it does not
+grow with the text. The rounds alternate, and the medians are compared.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from recipes.data.corpora import KingJames
 from recipes.data.local_files import LocalFiles
 from recipes.data.tokenization import load_vocabulary, train_vocabulary
 
-BATCH = 64  # documents, for the plain loop
+BATCH = 64  # documents in a batch of the plain loop
 HELD_OUT = ["--validation_fraction", "0", "--test_fraction", "0"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", help="a text file; by default the King James Bible, again and again")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; by default a byte-level BPE of 8,192 ids")
+    parser.add_argument("--input", help="a text file (default: the King James Bible, repeated)")
+    parser.add_argument("--tokenizer", help="a tokenizer.json (default: a byte-level BPE of 8,192 ids)")
     parser.add_argument("--characters", type=int, default=16_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -77,7 +77,7 @@ def write_lines(path: Path, texts: list[str]) -> None:
 
 
 def plain_loop(definition: str, texts: list[str]) -> float:
-    """Tokens per second of the library alone."""
+    """Tokens per second of the tokenizers library alone."""
     tokenizer = Tokenizer.from_str(definition)
     began, tokens = time.perf_counter(), 0
     for start in range(0, len(texts), BATCH):
@@ -87,7 +87,7 @@ def plain_loop(definition: str, texts: list[str]) -> float:
 
 
 def prepare(folder: Path, source: str, output: str) -> tuple[float, int]:
-    """Seconds and tokens of the command."""
+    """Run the command. Returns its seconds and tokens."""
     argv = ["--input", str(folder / source), "--tokenizer", str(folder / "tokenizer.json")]
     began = time.perf_counter()
     command = [sys.executable, "-m", "recipes.prepare", *argv, *HELD_OUT, "--output", str(folder / output)]

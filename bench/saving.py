@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint of a 160M model, as a ratio to writing it before going on.
+"""How long training waits for a checkpoint of a 160M model, as a ratio to writing it before training continues.
 
     python -m bench.saving [--rounds 3] [--folder DIR]
 
-Weights and two moments of Pythia-160M's shape in fp32, 1.9 GB. Both sides write the same file, synced, with a checksum.
+Weights and two moments in Pythia-160M's shape in fp32, 1.9 GB. Both sides write the same file, synced, with a checksum.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def at_once(checkpoint: dict, path: Path) -> float:
     return time.perf_counter() - start
 
 
-def behind(checkpoint: dict, path: Path) -> tuple[float, float]:
-    """Seconds that training waits, and until the file is complete."""
+def in_background(checkpoint: dict, path: Path) -> tuple[float, float]:
+    """Seconds that training waits, and seconds until the file is complete."""
     writer, start = BackgroundCheckpointIO(), time.perf_counter()
     writer.save_checkpoint(checkpoint, path)
     waited = time.perf_counter() - start
@@ -43,7 +43,7 @@ def behind(checkpoint: dict, path: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=path_of, help="where to write (default: the system's folder for such files)")
+    parser.add_argument("--folder", type=path_of, help="folder to write to (default: the system's temporary folder)")
     options = parser.parse_args()
     state = build_model(ModelShape(), 50_304, seed=0).state_dict()
     moments = {number: {"exp_avg": w.clone(), "exp_avg_sq": w.clone()} for number, w in enumerate(state.values())}
@@ -52,13 +52,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for _ in range(options.rounds):
             plain.append(at_once(checkpoint, Path(folder) / "step1.ckpt"))
-            waited, total = behind(checkpoint, Path(folder) / "step1.ckpt")
+            waited, total = in_background(checkpoint, Path(folder) / "step1.ckpt")
             waits.append(waited)
             totals.append(total)
     ratios = sorted(wait / whole for wait, whole in zip(waits, plain))
     print(
         f"saving: training waits {statistics.median(waits):.2f} s, the file is complete after "
-        f"{statistics.median(totals):.2f} s; written before going on {statistics.median(plain):.2f} s; ratio "
+        f"{statistics.median(totals):.2f} s; written before training continues {statistics.median(plain):.2f} s; ratio "
         f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
 

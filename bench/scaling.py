@@ -1,8 +1,8 @@
-"""Weak scaling of sink-pretrain: tokens/s of two processes as a ratio to twice that of one, a core and a batch each.
+"""Weak scaling of sink-pretrain: tokens/s of two processes as a ratio to twice that of one, with a core per process.
 
     python -m bench.scaling [--steps 40] [--rounds 3] [--strategies ddp fsdp2 deepspeed_stage_1 …]
 
-The `tiny` model, gloo over the loopback. A process has one thread, so that each of two has as much as one alone.
+The `tiny` model, gloo over the loopback device. Every process has one thread and its own batch of the same size.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from recipes.training.settings import STRATEGIES
 from sinkmodel.checkpoint import read_metrics
 from tests import tiny
 
-ROWS = 8  # of one process, a step
+ROWS = 8  # rows of one process in a step
 
 
 def speed(data: Path, output: Path, strategy: str, processes: int, steps: int) -> float:
-    """Median tokens/s of the logged lines, the first one, which warms up, left out."""
+    """Median tokens/s of the logged lines, except the first one, which is warm-up."""
     words = ["--config", "tiny", "--config", "sink-token", "--data.path", str(data), "--output", str(output)]
     words += [f"--schedule.steps={steps}", "--validation.every=1000000", "--checkpoints.every=1000000"]
     words += [f"--training.batch_tokens={256 * ROWS * processes}", f"--training.micro_rows={ROWS}"]

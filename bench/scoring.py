@@ -1,13 +1,13 @@
-"""How much quicker chunked scoring is than the paper's loop, which feeds a stream token by token, with equal numbers.
+"""How much faster chunked scoring is than the paper's loop, which feeds a stream token by token, with equal numbers.
 
     python -m bench.scoring [--layers 4 --hidden 128 --vocabulary 2048] [--budget 256 1024] [--sinks 4]
 
-The baseline is the paper's evaluation of GPT-NeoX, written anew after mit-han-lab/streaming-llm @2e50426
-(`examples/eval_long_ppl.py`, `pos_shift/modify_gpt_neox.py`, `kv_cache.py`) and transformers 4.33, which it pins: one
-token a step, raw keys in the cache, every key of every layer rotated by its place at every step, attention as baddbmm,
-mask, softmax, matmul, and after the forward a cut and a `torch.cat` of every layer's keys and values. Its progress bar
-and its log are left out. It keeps start + recent keys and lets each query see one more, so our budget is
-start + recent + 1 (design, decision 8).
+The baseline is the paper's evaluation of GPT-NeoX, rewritten from mit-han-lab/streaming-llm @2e50426
+(`examples/eval_long_ppl.py`, `pos_shift/modify_gpt_neox.py`, `kv_cache.py`) and transformers 4.33, which it pins. It
+feeds one token per step and caches unrotated keys. At every step it rotates every key of every layer by its place, and
+computes attention as baddbmm, mask, softmax, matmul. After the forward it cuts every layer's keys and values and joins
+them by `torch.cat`. Its progress bar and its log are left out. It keeps start + recent keys and lets each query see one
+more, so our budget is start + recent + 1 (design, decision 8).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sinkmodel.scoring import streaming_nll
 
 
 class PaperLoop:
-    """The paper's loop over a GPT-NeoX of transformers, whose attention modules it replaces as the paper does."""
+    """The paper's loop with a GPT-NeoX of transformers. It replaces the attention's forward, as the paper does."""
 
     def __init__(self, model: GPTNeoXForCausalLM, start: int, recent: int):
         self.model, self.start, self.recent = model, start, recent
@@ -39,7 +39,7 @@ class PaperLoop:
 
     def __enter__(self) -> PaperLoop:
         self.attention_before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(CAUSAL)  # never called: a name for which transformers makes no mask
+        self.model.set_attn_implementation(CAUSAL)  # never called; with this name transformers makes no mask
         for layer in self.model.gpt_neox.layers:
             layer.attention.forward = types.MethodType(self.attention, layer.attention)
         return self
@@ -66,7 +66,7 @@ class PaperLoop:
             self.past = [tuple(torch.cat([x[:, :, part] for part in kept], dim=2) for x in past) for past in self.past]
 
     def attention(self, module, hidden_11E: Tensor, **_) -> tuple[Tensor, None]:
-        """One new token; K keys with its own."""
+        """Attention of one new token to K keys, its own included."""
         H, D = module.config.num_attention_heads, module.head_size
         q, k, v = module.query_key_value(hidden_11E).view(1, 1, H, 3 * D).permute(0, 2, 1, 3).chunk(3, dim=-1)
         past = self.past[module.layer_idx]
@@ -83,7 +83,7 @@ class PaperLoop:
         return module.dense(out_1H1D.permute(0, 2, 1, 3).contiguous().view(1, 1, H * D)), None
 
     def rotated(self, x_1HKD: Tensor, places_1K: Tensor) -> Tensor:
-        """RoPE at these places; cosines and sines are gathered from a copy of the whole table, as the paper does."""
+        """RoPE at these places. Cosines and sines are gathered from a copy of the whole table, as in the paper."""
         R = self.cos_11PR.shape[-1]
         index_11KR = places_1K[:, None, :, None].repeat(1, 1, 1, R)
         cos, sin = (torch.gather(table.repeat(1, 1, 1, 1), 2, index_11KR) for table in (self.cos_11PR, self.sin_11PR))
@@ -93,7 +93,7 @@ class PaperLoop:
 
 
 def random_model(layers: int, hidden: int, heads: int, vocabulary: int, positions: int) -> GPTNeoXForCausalLM:
-    """Weights are large enough that attention is far from uniform."""
+    """A model with random weights, large enough that attention is far from uniform."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=vocabulary,
@@ -111,7 +111,7 @@ def random_model(layers: int, hidden: int, heads: int, vocabulary: int, position
 
 
 def compare(model: GPTNeoXForCausalLM, budget: int, options: argparse.Namespace) -> str:
-    """Both sides in turns, each over streams of budget + `--tokens`; every round gives a ratio."""
+    """Run both sides alternately over streams of budget + `--tokens` tokens; every round gives a ratio."""
     sinks, length = options.sinks, budget + options.tokens
     documents = torch.randint(0, model.config.vocab_size, (options.documents, length)).tolist()
     streaming_nll(model, documents, budget, sinks)  # warm-up
@@ -145,8 +145,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=64)
     parser.add_argument("--budget", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2048, help="of a document, beyond the budget")
-    parser.add_argument("--documents", type=int, default=8, help="how many the chunked form scores")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a document beyond the budget")
+    parser.add_argument("--documents", type=int, default=8, help="documents that chunked scoring scores")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     positions = 2 * max(options.budget)

@@ -2,7 +2,7 @@
 
     python -m bench.training [--steps 40] [--rounds 3]
 
-Both sides alternate in one process on the same cores, so that what else the machine does falls on both.
+Both sides alternate in one process on the same cores, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests import tiny
 
 
 def bare_loop(config: PretrainConfig, vocabulary: int, steps: int) -> float:
-    """Tokens/s of the plainest loop: full logits, F.cross_entropy, clipping, AdamW. No data loading, no logging."""
+    """Tokens/s of the simplest loop: full logits, F.cross_entropy, clipping, AdamW. No data loading, no logging."""
     model = build_model(config.model, vocabulary, config.seed)
     optimizer = build_optimizer(model, config.optimizer)
     rows = config.training.batch_tokens // config.data.sequence
@@ -51,7 +51,7 @@ def bare_loop(config: PretrainConfig, vocabulary: int, steps: int) -> float:
 
 
 def pretrain(argv: list[str], output: Path) -> float:
-    """Median tokens/s of the lines that sink-pretrain logged, the first one, which warms up, left out."""
+    """Median tokens/s of the lines that sink-pretrain logged, except the first one, which is warm-up."""
     with contextlib.redirect_stderr(io.StringIO()):
         assert sink_pretrain([*argv, "--output", str(output)]) == 0
     speeds = [float(row["tokens_per_second"]) for row in read_metrics(output) if row["loss"]]

@@ -1,8 +1,8 @@
-"""The README's picture, from what `make demo` measured: perplexity along the stream.
+"""Make the README's picture from the results of `make demo`: perplexity along the stream.
 
     python docs/picture.py runs/demo/ppl docs/streams.svg
 
-One SVG for light and dark pages; the same numbers give the same bytes.
+One SVG for light and dark pages. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from eval.report.charts import GRID, STYLE, draw_lines, inline, plain, scale_values
 
-MERGED = 2  # bins of the result that are one point here: single ones are noisy
-# The report's colours (eval/report/templates/page.css): `inline` leaves them to the page, which here is the picture.
+MERGED = 2  # bins of the result per point, since single ones are noisy
+# The report's colours (eval/report/templates/page.css). `inline` leaves colours to the page, which here is the picture.
 COLOURS = """<style>
 svg { color: #1b1e23; --line-0: #0072b2; --line-1: #d55e00; --line-2: #009e73; --line-3: #cc79a7; --line-4: #e69f00; }
 @media (prefers-color-scheme: dark) { svg { color: #e4e6ea; --line-0: #56b4e9; --line-1: #e8762b; } }
@@ -58,7 +58,7 @@ def main(folder: Path, output: Path) -> None:
 
 
 def line_of(content: dict[str, Any], policy: str, sinks: int) -> list[tuple[float, float | None]]:
-    """(place, perplexity) of one row, some of its bins merged."""
+    """(place, perplexity) points of one row, with MERGED bins per point."""
     (row,) = [row for row in content["rows"] if (row["policy"], row["sinks"]) == (policy, sinks)]
     bins = row["by_position"]
     groups = [bins[start : start + MERGED] for start in range(0, len(bins), MERGED)]

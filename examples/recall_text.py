@@ -1,16 +1,16 @@
-"""Text for a small model that can recall: prose, and tasks of `sink-eval longcontext` with their answers.
+"""Write training text for a small model that can recall: prose, and tasks of `sink-eval longcontext` with answers.
 
     python examples/recall_text.py --text books.jsonl.xz --stage full --documents 150000 --output full.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage copies --documents 60000 --output copies.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage short --documents 120000 --output short.jsonl
     python examples/recall_text.py --text books.jsonl.xz --stage answers --documents 80000 --output answers.jsonl
 
-A document is a run of sentences of the books, random words of them two or three times over (`copy`), or a sample of a
-task with the answers to all its questions. A small model learns to look back from copies of few words within minutes,
-and then from short documents, in rows as short; given the full text at once, 1.3M parameters had not learned it after
-six million tokens. Texts with many questions about each context (`answers`) make it reliable. RESULTS.md has the
-commands of all stages ("A small model that recalls"). Give other books to `sink-eval longcontext`, so that the model
-has not read them.
+A document is consecutive sentences of the books, random words of them repeated two or three times (`copy`), or a sample
+of a task with the answers to all its questions. From copies of few words, a small model learns within minutes to look
+back, and then from short documents, in rows as short. When it was given the full text at once, a model of 1.3M
+parameters had not learned it after six million tokens. Texts with many questions about each context (`answers`) make it
+reliable. RESULTS.md has the commands of all stages ("A small model that recalls"). Use other books for `sink-eval
+longcontext`, so that the model has not read them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EXAMPLE = "python examples/recall_text.py --text books.jsonl.xz --stage full --d
 
 @dataclass(frozen=True)
 class Share:
-    """A kind of document: how often it is drawn, and the fewest and most sentences, words, pairs or needles in it."""
+    """A kind of document: its weight, and the least and most sentences, words, pairs or needles in it."""
 
     task: str
     weight: int
@@ -47,12 +47,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a model reads for some time.
+    """The text of one stage of training.
 
     Attributes:
-        words: the most frequent words of the books, which copies are made of.
-        copies: how often a line of them stands there.
-        questions: about the context of a task, at most.
+        mixture: the kinds of documents.
+        words: number of the books' most frequent words from which copies are made.
+        copies: how often a line of words occurs in a copy.
+        questions: largest number of questions about the context of a task.
     """
 
     mixture: tuple[Share, ...]
@@ -125,16 +126,16 @@ def main(argv: list[str]) -> int | None:
             document = make_document(Random(f"{options.seed} {number}"), stage, text, words)
             file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
             progress.add(1)
-    put(f"{options.documents:,} documents are in {options.output}")
+    put(f"wrote {options.documents:,} documents to {options.output}")
     return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser("recall_text.py", "Write text with a share of recall tasks.", f"Example:\n  {EXAMPLE}")
+    parser = OneLineParser("recall_text.py", "Write training text with recall tasks.", f"Example:\n  {EXAMPLE}")
     parser.add_argument(
         "--text", nargs="+", type=path_of, required=True, metavar="FILE", help="books, as for sink-prepare"
     )
-    parser.add_argument("--stage", choices=STAGES, default="full", help="of the model's training (default: full)")
+    parser.add_argument("--stage", choices=STAGES, default="full", help="stage of the training (default: full)")
     parser.add_argument("--documents", type=positive, default=100_000, metavar="N")
     parser.add_argument("--seed", type=whole, default=0, metavar="N")
     parser.add_argument("--output", type=path_of, required=True, metavar="FILE.jsonl")
@@ -142,12 +143,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def read_books(files: list[Path], stage: Stage) -> OwnText:
-    """Raises UserError if the books are too short for the longest document of each kind."""
+    """Read the books. Raises UserError if they are too short for the longest document of any kind."""
     text, _ = read_own_text(files)
     for share in stage.mixture:
         has = {"verbatim": text.passages, "key_value": text.words[::2]}.get(share.task, text.sentences)
         if len(has) < share.most:
-            raise UserError(f"--text is too short for {share.task}, which takes {share.most} parts of it; add books")
+            raise UserError(f"--text is too short for {share.task}, which needs {share.most} parts of it; add books")
     return text
 
 
@@ -156,9 +157,9 @@ def frequent_words(text: OwnText, count: int) -> list[str]:
 
 
 def make_document(rng: Random, stage: Stage, text: OwnText, words: Sequence[str]) -> str:
-    """A document of the stage; copies are made of `words`."""
+    """A random document of the stage. Copies are made from `words`."""
     share = rng.choices(stage.mixture, [share.weight for share in stage.mixture])[0]
-    units = round(share.least * (share.most / share.least) ** rng.random())  # short ones as often as long ones
+    units = round(share.least * (share.most / share.least) ** rng.random())  # log-uniform
     if share.task == PROSE:
         return " ".join(text.run(rng.random(), units))
     if share.task == COPY:
@@ -168,7 +169,7 @@ def make_document(rng: Random, stage: Stage, text: OwnText, words: Sequence[str]
 
 
 def answered(sample: Sample) -> str:
-    """The sample as one text, each question with its answer."""
+    """The sample as one text, with each question followed by its answer."""
     return sample.before + sample.context + "".join(f"{q.text} {q.reference}" for q in sample.questions)
 
 

@@ -1,4 +1,4 @@
-"""`sink-push`: a model folder, or a run with its checkpoints, becomes a repository on the Hugging Face Hub."""
+"""`sink-push`: a model folder, a NAMM, or a run with its checkpoints becomes a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from recipes.hub.repository import Repository
 
 DESCRIPTION = """\
-Push a model folder, or a run with its checkpoints, to the Hugging Face Hub.
+Push a model folder, an evolved NAMM, or a run with its checkpoints, to the Hugging Face Hub.
 
 What is there already is not sent again: the same command goes on where it was stopped, and does nothing where nothing
 has changed. The token is that of `hf auth login` or of HF_TOKEN. The repository's address is printed at the end."""
 EXAMPLE = """example:
   sink-push --model models/sink --repo ORG/NAME
   sink-push --model models/sink-1000 --repo ORG/NAME --revision step1000
+  sink-push --model runs/namm/best --repo ORG/NAME
   sink-push --run runs/sink --repo ORG/NAME --every 1000 --follow"""
 OF_A_MODEL, OF_A_RUN = ("revision", "tag"), ("every", "follow", "dtype", "workdir")
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = OneLineParser(prog="sink-push", description=DESCRIPTION, epilog=EXAMPLE)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", type=path_of, metavar="DIR", help="a folder that sink-export wrote")
+    what.add_argument("--model", type=path_of, metavar="DIR", help="a folder that sink-export wrote, or sink-evolve")
     what.add_argument("--run", type=path_of, help="a run: its checkpoints as branches step1000 …, the newest on main")
     parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="made where it is not there")
     parser.add_argument("--private", action="store_true", help="make it private; one that is public is refused")
@@ -150,8 +151,10 @@ def push_model(options: argparse.Namespace, repository: Repository, card: CardIn
 
 
 def push_run(options: argparse.Namespace, repository: Repository, card: CardInput | None) -> list[str]:
+    from recipes.hub.folder import refuse_evolution
     from recipes.hub.runs import RunPush
 
+    refuse_evolution(options.run)
     workdir = options.workdir or options.run.resolve().parent
     run = RunPush(options.run, repository, options.every, options.dtype or "float32", workdir, card)
     if options.dry_run:

@@ -14,7 +14,7 @@ __version__ = "0.1.0"  # the only place: the build reads it here
 
 
 def __getattr__(name: str) -> Any:
-    """StreamingCache when it is asked for: it brings torch and transformers, which --help can do without."""
+    """Import StreamingCache on first use: it imports torch and transformers, which `--help` does not need."""
     if name == "StreamingCache":
         from sinkmodel.cache import StreamingCache
 

@@ -1,10 +1,10 @@
-"""GPT-NeoX and Llama with a sink in their softmax: transformers' own classes, one parameter a layer more, or none.
+"""GPT-NeoX and Llama with a sink in their softmax: transformers' own classes, at most one parameter more per layer.
 
-A folder of such a model has a model type of its own, `sink_gpt_neox` or `sink_llama`. `import sinkmodel.architectures`
-makes transformers' Auto classes know it; without, they refuse it by name. Its config.json has the sizes one level down,
-and a sentence where the hidden size should be: a plain `GPTNeoXForCausalLM.from_pretrained`, which would only warn of
-the model type and then compute a softmax that lacks its sink, ends with that sentence (in transformers 4 with an error
-that is less clear).
+The folder of such a model has its own model type, `sink_gpt_neox` or `sink_llama`. `import sinkmodel.architectures`
+registers these with transformers' Auto classes; without it, they refuse the folder by name. A plain
+`GPTNeoXForCausalLM.from_pretrained` would only warn about the model type and then compute a softmax without the sink.
+Therefore config.json has the sizes one level down, and a sentence in place of the hidden size: plain classes fail with
+that sentence (in transformers 4 with a less clear error).
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from sinkmodel.attention import CAUSAL
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import IN_SOFTMAX, SINK_ATTENTION, kind_of
 
-FIELDS = "decoder"  # where config.json has what a plain loader would look for
+FIELDS = "decoder"  # the key of config.json that holds what a plain loader expects at the top level
 WARNING = "this model has a sink in its softmax: import sinkmodel.architectures, then use AutoModelForCausalLM"
-PARAMETER = "sink"  # its name in an attention module
-# Those that know of the sink.
+PARAMETER = "sink"  # the parameter's name in an attention module
+# The attention functions that include the sink.
 ATTENTIONS = (SINK_ATTENTION, CAUSAL, "sinkmodel_banded", "sinkmodel_watched", "sinkmodel_observed")
 
 
 class _SinkInConfig:
-    """Of a config: one level more in config.json, and no attention function that does not know of the sink."""
+    """Mixin of a config: one more level in config.json, and only attention functions that include the sink."""
 
     @property
     def _attn_implementation(self) -> str:
-        """What every layer asks. Whatever transformers has put there by itself means the one that has the sink."""
+        """Read by every layer. A name that transformers chose by default is replaced by the one with the sink."""
         name = self._attn_implementation_internal
         return name if name in ATTENTIONS else SINK_ATTENTION
 
@@ -68,10 +68,10 @@ class SinkLlamaConfig(_SinkInConfig, LlamaConfig):
 
 
 class _SinkInSoftmax:
-    """Of a model: `attention.sink` in every layer.
+    """Mixin of a model: adds `attention.sink` to every layer.
 
-    `logit` [H] and `kv_bias` [G, D] start as zeros, so that all three kinds start as the same function. It is never
-    decayed (`recipes.training.optimizer`).
+    `logit` [H] and `kv_bias` [G, D] start as zeros, so that all three kinds start as the same function. The optimiser
+    never decays them (`recipes.training.optimizer`).
     """
 
     def __init__(self, config: Any):
@@ -104,7 +104,7 @@ class SinkLlamaForCausalLM(_SinkInSoftmax, LlamaForCausalLM):
 
 
 def with_sink(name: Any) -> str:
-    """`sdpa` and `eager`, which transformers chooses by itself, mean the one with the sink; UserError for others."""
+    """Map `sdpa` and `eager`, transformers' defaults, to the attention with the sink; UserError for other names."""
     if name not in (None, "sdpa", "eager", *ATTENTIONS):
         raise UserError(f"attn_implementation {name!r} would drop the sink in the softmax; leave it out")
     return name if name in ATTENTIONS else SINK_ATTENTION
@@ -116,7 +116,7 @@ def attentions_of(model: Any) -> list[nn.Module]:
 
 
 def sink_shape(config: Any) -> tuple[int, ...] | None:
-    """[H] of a `logit`, [G, D] of a `kv_bias`; None where nothing is learned."""
+    """[H] for a `logit`, [G, D] for a `kv_bias`; None if the sink has no parameter."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -1,13 +1,14 @@
 """Attention functions that transformers does not have. Importing this module registers them by name.
 
-A sink that is no token is one more column of every softmax, with a score s of its own and a value of zero. In front of
-the keys of a query, scores S_j = q·k_j·scale, it leaves
+A sink that is not a token is one more column of every softmax, with its own score s and a value of zero. For a query
+with scores S_j = q·k_j·scale, the output is
 
     y = Σ_j e^S_j v_j / (e^s + Σ_j e^S_j) = o · e^(lse − lse'),    lse' = log(e^lse + e^s)
 
-of o and lse = log Σ_j e^S_j, what PyTorch's fused kernels compute without it. Their backward pass takes probabilities
-from e^(S − lse) and the row sum of dy·o: given lse' and y in place of lse and o, it gives the exact gradients of q, k
-and v, and that of s is −e^(s − lse') Σ dy·y. So such a sink costs a few operations on [B, H, T], no copy, no mask.
+Here o and lse = log Σ_j e^S_j are what PyTorch's fused kernels compute without the sink. Their backward pass derives
+probabilities from e^(S − lse) and uses the row sum of dy·o. If it is given lse' and y instead of lse and o, it returns
+the exact gradients of q, k and v. The gradient of s is −e^(s − lse') Σ dy·y. So such a sink costs a few operations on
+[B, H, T], with no copy and no mask.
 
 Shapes: B rows, H heads in G groups of shared keys, T queries, K keys, D.
 """
@@ -43,13 +44,14 @@ def causal_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Rows of whole text, every token seeing all before it: PyTorch's causal kernel, and no mask, ever.
+    """Causal attention over whole rows, in which every token sees all before it. Never makes a mask.
 
-    For training. Under the name `sdpa` transformers 5 looks in every forward whether rows are packed, which waits for
-    the device, and once compiled always builds the mask [B, 1, T, T], with which PyTorch's flash kernel cannot be used.
-    A name that has no mask function gets none (transformers, masking_utils.py, `_preprocess_mask_arguments`).
-    Takes [B, H or G, T, D], returns [B, T, H, D]. Raises ValueError if a mask comes all the same, and UserError if the
-    model asks for anything else that would be ignored, as a window narrower than the row.
+    For training. Under the name `sdpa`, transformers 5 checks in every forward whether rows are packed, which waits for
+    the device. Once compiled, it always builds the mask [B, 1, T, T], with which PyTorch's flash kernel cannot be used.
+    A name without a mask function gets no mask (transformers, masking_utils.py, `_preprocess_mask_arguments`).
+
+    Takes [B, H or G, T, D], returns [B, T, H, D]. Raises ValueError if there is a mask nevertheless, and UserError if
+    the model requests something that would be ignored, such as a window narrower than the row.
     """
     if attention_mask is not None:
         raise ValueError("causal attention takes no mask: rows must be whole, without padding")
@@ -58,7 +60,7 @@ def causal_attention(
     kind = module.config.model_type
     if sliding_window is not None and sliding_window < query.shape[2]:
         raise UserError(
-            f"model type {kind!r} has a sliding window of {sliding_window} of its own, narrower than rows of "
+            f"model type {kind!r} has its own sliding window of {sliding_window}, narrower than rows of "
             f"{query.shape[2]} tokens; train on rows of at most {sliding_window}"
         )
     asked = requests(None, kwargs) + ([] if getattr(module, "is_causal", True) else ["keys after the query"])
@@ -70,7 +72,7 @@ def causal_attention(
     return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling, is_causal=True)
 
 
-# What transformers passes along and we need not look at; anything else that is set is a request we would not honour.
+# Arguments that transformers passes and that can be ignored. Any other that is set is a request that we do not support.
 HARMLESS = {
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
     "position_ids", "cache_position", "position_embeddings", "is_causal", "past_key_values", "past_key_value",
@@ -78,7 +80,7 @@ HARMLESS = {
 
 
 def requests(attention_mask: Tensor | None, others: dict[str, Any]) -> list[str]:
-    """The names of what an attention function of ours was asked for and does not do."""
+    """Names of the requests that our attention functions do not support."""
     asked = [name for name, x in others.items() if name not in HARMLESS and x is not None and x is not False]
     return asked + ["attention_mask"] * (attention_mask is not None)
 
@@ -94,9 +96,9 @@ def sink_attention_forward(
     sink_turn: Rotation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer of a model with a sink in its softmax; [B, T, H, D].
+    """The attention of a model with a sink in its softmax, which transformers calls in every layer; [B, T, H, D].
 
-    `sink_turn` is that of `sink_scores`. Raises ValueError for dropout, which is not for sinks.
+    `sink_turn` is the `turn` of `sink_scores`. Raises ValueError for dropout, which is not supported with such a sink.
     """
     if dropout:
         raise ValueError("attention with a sink in its softmax has no dropout; set attention_dropout to 0")
@@ -109,10 +111,10 @@ def sink_attention_forward(
 
 
 def sink_scores(module: Any, query_BHTD: Tensor, scale: float, turn: Rotation | None = None) -> Tensor | None:
-    """s [B, H, T] in fp32, the sink's score for each query, already scaled; None where the module has no such sink.
+    """The sink's score s [B, H, T] for each query, scaled, in fp32; None if the module has no such sink.
 
-    `zero`: 0. `logit`: a number a head. `kv_bias`: q · k · scale, where k was never rotated, so that it stands at
-    position 0: in a stream, whose queries are not at the positions that they were rotated to, `turn` brings them there.
+    `zero`: 0. `logit`: one number per head. `kv_bias`: q · k · scale. Its k was never rotated, so it is at position 0.
+    In a stream the queries' places differ from the positions of their rotation, so `turn` rotates them to their places.
     """
     kind = kind_of(module.config)
     if kind == "zero":
@@ -123,16 +125,16 @@ def sink_scores(module: Any, query_BHTD: Tensor, scale: float, turn: Rotation | 
         key_GD = module.sink.float()
         key_H1D = key_GD.repeat_interleave(query_BHTD.shape[1] // len(key_GD), dim=0)[:, None]
         query = query_BHTD.float() if turn is None else turn_half_split(query_BHTD, turn)
-        return (query * key_H1D).sum(-1) * scale  # no matrix product: autocast would round it
+        return (query * key_H1D).sum(-1) * scale  # not a matrix product, which autocast would round
     return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, score_BHT: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """y [B, H, T, D] of q [B, H, T, D] and k, v [B, H, K, D]: causal from the first key on where T > 1 and no mask is.
+    """y [B, H, T, D] for q [B, H, T, D] and k, v [B, H, K, D]. Without a mask and for T > 1: causal from the first key.
 
-    A mask is as for `scaled_dot_product_attention`, True where seen or additive.
+    The mask is as for `scaled_dot_product_attention`: boolean with True for visible keys, or additive.
     """
-    if torch.is_autocast_enabled(q.device.type):  # as it does itself for PyTorch's own attention
+    if torch.is_autocast_enabled(q.device.type):  # autocast does the same for PyTorch's own attention
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     causal = mask is None and q.shape[2] > 1
     square = q.shape[2] == k.shape[2]
@@ -142,7 +144,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, score_BHT: Tensor, mask: Tensor | No
 
 
 def _with_column(q: Tensor, k: Tensor, v: Tensor, score_BHT: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Word by word: a key of zeros in front, whose score is its bias, and a value of zeros. Copies keys and values."""
+    """The definition: in front a key of zeros, with its score as bias, and a value of zeros. Copies keys and values."""
     T, K = q.shape[2], k.shape[2]
     if mask is None:
         mask = torch.ones(T, K, dtype=torch.bool, device=q.device).tril() if T > 1 else q.new_zeros(1, 1)
@@ -151,24 +153,24 @@ def _with_column(q: Tensor, k: Tensor, v: Tensor, score_BHT: Tensor, mask: Tenso
     return F.scaled_dot_product_attention(q, F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0)), bias_BHTK, scale=scale)
 
 
-# ------------------------------------------------------------------------------------- PyTorch's kernels, renormalised
+# ---------------------------------------------------------------------------------- PyTorch's kernels, renormalised
 
 
 def _has_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether a fused kernel gives lse here. Sizes are those that PyTorch itself sends to them without padding."""
+    """Whether a fused kernel returns lse here. Sizes are those for which PyTorch itself uses it without padding."""
     device, size = q.device.type, q.shape[-1]
     if size != v.shape[-1]:
         return False
     if device == "cpu":
         return True
     if q.dtype == torch.float32 and torch.compiler.is_compiling():
-        return False  # its gradients came out wrong on an H100 (torch 2.11), those of eager fp32 and of bf16 right
+        return False  # wrong gradients on an H100 (torch 2.11); those of eager fp32 and of bf16 were right
     known = q.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return device == "cuda" and known and size % 8 == 0 and size <= 256
 
 
 class _Renormalised(torch.autograd.Function):
-    """`y` of the module's docstring; the three kernels differ in what they hand to their backward pass."""
+    """`y` of the module's docstring. The three kernels pass different values to their backward passes."""
 
     @staticmethod
     def forward(ctx, q, k, v, score_BHT, causal, scale):
@@ -181,11 +183,11 @@ class _Renormalised(torch.autograd.Function):
             )
         else:
             out, lse, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
-        total_BHT = torch.logaddexp(lse[:, :, :T], score_BHT)  # in fp32, or fp64 where q is
+        total_BHT = torch.logaddexp(lse[:, :, :T], score_BHT)  # in fp32, or in fp64 if q is
         out = (out * (lse[:, :, :T] - total_BHT).exp()[..., None]).to(q.dtype)
         ctx.causal, ctx.scale, ctx.padding = causal, scale, lse.shape[2] - T
-        ctx.beside = [None if isinstance(x, Tensor) else x for x in rest]  # lengths; without tensors of random numbers,
-        ctx.random = [i for i, x in enumerate(rest) if isinstance(x, Tensor)]  # which nobody reads, but all must get
+        ctx.beside = [None if isinstance(x, Tensor) else x for x in rest]  # lengths; RNG tensors are saved below: the
+        ctx.random = [i for i, x in enumerate(rest) if isinstance(x, Tensor)]  # backward ops require but ignore them
         ctx.save_for_backward(q, k, v, score_BHT, out, total_BHT, *(rest[i] for i in ctx.random))
         return out
 
@@ -200,7 +202,7 @@ class _Renormalised(torch.autograd.Function):
                 grad, q, k, v, out, total_BHT, 0.0, causal, scale=scale
             )
         elif q.dtype == torch.float32:
-            lse = F.pad(total_BHT, (0, ctx.padding), value=float("inf"))  # the kernel's own, a multiple of 32 long
+            lse = F.pad(total_BHT, (0, ctx.padding), value=float("inf"))  # the kernel's length, a multiple of 32
             grads = aten._scaled_dot_product_efficient_attention_backward(
                 grad, q, k, v, None, out, lse, *beside, 0.0, [True, True, True, False], causal, scale=scale
             )[:3]

@@ -1,18 +1,18 @@
-"""The keys that a chunk of streaming queries sees, and their attention, in a transformers model as it is.
+"""The keys that a chunk of streaming queries sees, and their attention, in an unmodified transformers model.
 
-A stream that holds C = S + W keys, the current token among them, renumbers them by place in the cache at every step
-(StreamingLLM, section 3.2). Seen from query t that means:
+A stream that holds C = S + W keys, the current token included, numbers them by place in the cache at every step
+(StreamingLLM, section 3.2). For query t this means:
 
     key j in the window, t − W < j ≤ t, j ≥ S     at distance t − j, as in plain RoPE
     sink i < S, i ≤ t                             at distance min(t, C − 1) − i
 
-Nothing in a cached key depends on when it is looked at, and hidden states never change once computed, so the queries
-of a chunk are computed together. Window keys keep the rotation that the model gave them, and so do the sinks; for the
-sinks it is the query that is turned, from its place in the text to its place in the cache.
+A cached key does not depend on the time of the query, and hidden states never change once computed, so the queries of a
+chunk are computed together. Window keys and sinks keep the rotation that the model gave them. For the sinks the query
+is turned instead, from its place in the text to its place in the cache.
 
-The model stays as transformers made it: a `Cache` holds the keys, and an attention function, registered under a name
-of its own, sees them after RoPE. Nothing is assumed that can be checked: a model that does not call that function once
-in every layer, or asks it for something it does not do, is refused by name (UserError).
+The model stays unmodified: a `Cache` holds the keys, and an attention function, registered under its own name, gets
+queries and keys after RoPE. Whatever can be checked is checked: a model that does not call that function once in every
+layer, or that requests something it does not support, is refused by name (UserError).
 
 Shapes: B documents, H query heads in G groups of shared keys, N queries of a chunk, K window keys, S sinks, F columns
 in front of them, D, V.
@@ -39,11 +39,11 @@ from sinkmodel.rope import Rotary, Rotation
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
 ATTENTION = "sinkmodel_banded"
-BLOCK = 64  # queries that attend together
+BLOCK = 64  # queries in one call of the attention kernel
 
 
 class Band(Cache):
-    """The keys that a chunk of streaming queries sees: per layer S sinks, and the window keys of all its queries."""
+    """The keys that a chunk of streaming queries sees: in each layer S sinks and the window keys of all queries."""
 
     def __init__(self, model: Any, rotary: Rotary, budget: int, sinks: int, chunk: int):
         self.kind = model.config.model_type
@@ -51,13 +51,13 @@ class Band(Cache):
         in_softmax = kind_of(model.config) in IN_SOFTMAX
         super().__init__(layers=[BandLayer(sinks, in_softmax) for _ in range(self.depth)])
         self.rotary, self.budget, self.sinks, self.window = rotary, budget, sinks, budget - sinks
-        # Positions are counted from `origin`, which moves on before they grow: fp32 RoPE loses what they gain. Not
-        # before every key turned by the last move has left the window, so none is turned twice.
+        # Positions are counted from `origin`. It moves before they become large, since fp32 RoPE loses precision, but
+        # not before every key that the last move turned has left the window, so that no key is turned twice.
         self.reach = max(2 * budget, self.window + chunk)
         if rotary.limit is not None:
             self.reach = min(self.reach, rotary.limit)
         self.seen = self.origin = self.sink_origin = 0  # text indices
-        self.current = -1  # the layer whose keys came last, and whose attention is due
+        self.current = -1  # the layer whose keys came last, and whose attention comes next
         self.called: list[int] = []
         self.bias: Tensor | None = None
 
@@ -84,7 +84,7 @@ class Band(Cache):
         return logits_BNV
 
     def _advance(self, start: int, end: int, device: torch.device) -> None:
-        """Set what all layers share for queries start … end − 1: which keys they see, and from where."""
+        """Prepare all layers for the queries start … end − 1: which keys they see, and from which places."""
         if end - self.origin > self.reach and start >= self.sinks:
             rotation = self.rotary.rotation(self.origin - start, device)
             for layer, turns in zip(self.layers, self.rotary.layers):
@@ -99,7 +99,7 @@ class Band(Cache):
         self.to_cache = self.rotary.rotation((in_cache_N - self.sink_origin) - (query_N - self.origin), device)
 
     def _low(self, query: int) -> int:
-        """The first window key that a query sees; text index."""
+        """Text index of the first window key that a query sees."""
         return max(self.sinks, query - self.window + 1)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -107,15 +107,18 @@ class Band(Cache):
         return self.layers[layer_idx].update(key_states, value_states)
 
     def attend(self, module: Any, q_BHND: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scale: float) -> Tensor:
-        """softmax over the sinks, seen from the query's place in the cache, and the band of the window; [B, N, H, D].
+        """Attention over the sinks, at their distance in the cache, and the band of the window; [B, N, H, D].
 
-        K counts room for F columns in front, then the window keys of all N queries. In front are the sinks, and behind
-        them a sink that the model has in its softmax (`sinkmodel.attention`), whose value is zero. The queries go in
-        blocks of BLOCK, each with the keys from its own first one on, so that little outside of the band is computed.
-        One fused attention with additive bias does it all: in the columns in front the key is zero and the bias is the
-        score. They are put where keys have been that only earlier blocks saw, and the bias of blocks of one shape
-        differs in those columns alone, so nothing of the window's size is copied.
-        In fp32 for half precision too: a score rounded to bf16 would be off by 0.4 %.
+        The first F columns of K are reserved; the window keys of all N queries follow. The reserved columns are for the
+        sinks, followed by the model's sink in the softmax if it has one (`sinkmodel.attention`), whose value is zero.
+        In these columns the key is zero and the additive bias is the score, so that one fused attention computes
+        everything.
+
+        The queries are computed in blocks of BLOCK. Each block reads the keys from the first one that it sees, so that
+        little outside of the band is computed. Its F columns overwrite keys that only earlier blocks saw, and blocks of
+        the same shape differ in the bias of these columns alone, so nothing of the window's size is copied.
+
+        Computed in fp32 also for half precision, since a score rounded to bf16 would be off by 0.4 %.
         """
         self.called.append(self.current)
         layer, dtype, (B, H, N, _) = self.layers[self.current], q_BHND.dtype, q_BHND.shape
@@ -150,7 +153,7 @@ class Band(Cache):
         return score_BHNS
 
     def _bias(self, B: int, H: int, N: int, front: int, K: int, device: torch.device) -> Tensor:
-        """[B, H, N, F + K]: the band of N queries over the K window keys up to the last query's own; F left to fill."""
+        """Bias [B, H, N, F + K]: N queries over the K window keys up to the last query's own. F is filled later."""
         if self.bias is None or self.bias.shape != (B, H, N, front + K):
             distance_NK = torch.arange(K - N, K)[:, None] - torch.arange(-front, K)
             hidden = (distance_NK < 0) | (distance_NK >= self.window)
@@ -159,9 +162,9 @@ class Band(Cache):
 
 
 class BandLayer(CacheLayerMixin):
-    """One layer's keys as the model rotated them: `sink_keys` [B, G, S, D] for good, `keys` [B, G, K, D] in passing.
+    """One layer's keys as the model rotated them: `sink_keys` [B, G, S, D], and `keys` [B, G, K, D] of the window.
 
-    What `update` gives has room for the sinks before the window, and for one more that is `in_softmax`.
+    The result of `update` has room for the sinks before the window, and for one more column if `in_softmax`.
     """
 
     is_sliding = False
@@ -216,7 +219,7 @@ class BandLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in transformers 4
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        raise UserError("this model asks for an attention mask of its own; it cannot be scored as a stream")
+        raise UserError("this model requests its own attention mask; it cannot be scored as a stream")
 
 
 # ------------------------------------------------------------------------------------------ the attention function
@@ -235,14 +238,14 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer, with rotated queries and keys; returns [B, N, H, D]."""
+    """Called by transformers in every layer, with rotated queries and keys; returns [B, N, H, D]."""
     band = _ACTIVE.get()
     if band is None:
-        raise RuntimeError(f"the attention {ATTENTION!r} works inside of streaming_nll only")
-    narrower = sliding_window is not None and sliding_window < band.budget  # though the config did not say so
+        raise RuntimeError(f"the attention {ATTENTION!r} works only inside of streaming_nll")
+    narrower = sliding_window is not None and sliding_window < band.budget  # the config may not state it
     asked = requests(attention_mask, kwargs) + ["dropout"] * bool(dropout) + ["sliding_window"] * narrower
     if asked:
-        raise UserError(f"model type {band.kind!r} asks its attention for {', '.join(asked)}, which streaming has not")
+        raise UserError(f"model type {band.kind!r} asks its attention for {', '.join(asked)}; streaming lacks that")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return band.attend(module, query, key, value, scale), None
 
@@ -252,9 +255,9 @@ AttentionInterface.register(ATTENTION, _attention)  # with no mask function: tra
 
 @contextlib.contextmanager
 def banded(model: Any, budget: int) -> Iterator[Rotary]:
-    """Within the block the model uses our attention; it is as it was afterwards, whatever happens.
+    """Let the model use our attention in the block. It is restored afterwards, also after an error.
 
-    UserError for a model whose `budget` keys cannot be a stream, as a StreamingCache has it.
+    Raises UserError for a model with which `budget` keys cannot be a stream, as a StreamingCache does.
     """
     check_config(model.config.get_text_config(), budget, text=False)
     before = model.config._attn_implementation

@@ -1,7 +1,7 @@
-"""A model that exists already, as the base of a run: how it is recognised, its room for sinks, and what a run changed.
+"""Existing models as the base of a run: their fingerprint, rows for sinks, and the weights that a run changes.
 
-A run that trains all weights uses its base once. A run that trains a few (`PARTS`) keeps only those in its checkpoints:
-`overlay` puts them onto the base again, whose fingerprint tells that it is still the same.
+A run that trains all weights needs its base only once. A run that trains a few (`PARTS`) keeps only those in its
+checkpoints. `overlay` puts them onto the base again, and the fingerprint shows whether the base is still the same.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from sinkmodel.shapes import PARTS
 from sinkmodel.sinks import is_ours
 
 SINK_ROWS = "sink_rows"  # the parameter of `SinkEmbedding` in a checkpoint
-# What a generation config says of how tokens are chosen. transformers does not save DRAWING without do_sample.
+# Settings of a generation config that choose tokens. transformers does not save DRAWING without do_sample.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 SAMPLING = (
     *("do_sample", "repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens"),
     *DRAWING,
 )
-MULTIPLE = 64  # an embedding that grows gets a multiple of this many rows
+MULTIPLE = 64  # a grown embedding has a multiple of this many rows
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a run started from.
+    """The model that a run started from.
 
     Args:
-        name: as `load_model` takes it; a file or folder by its absolute path.
-        fingerprint: SHA-256 of its weights in fp32, before it got a row for the sink.
-        step: of the checkpoint, if it was a run of ours.
+        name: the name for `load_model`; a file or folder by its absolute path.
+        fingerprint: SHA-256 of its weights in fp32, before rows for the sink were added.
+        step: the step of the checkpoint, if it was a run of ours; else None.
         license: as the model states it; None if it does not.
     """
 
@@ -48,7 +48,7 @@ class Base:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and numbers of all weights, in fp32; independent of the files that they lay in."""
+    """SHA-256 over names, shapes and numbers of all weights in fp32, independent of the files that held them."""
     digest = hashlib.sha256()
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in sorted(model.state_dict().items()):
@@ -63,9 +63,9 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 def generation_of(model: PreTrainedModel) -> dict[str, Any]:
-    """How a base wants to be generated from: the ids that end a text (`eos_token_id`, a list) and its SAMPLING.
+    """The base's generation settings: the ids that end a text (`eos_token_id`, a list) and its SAMPLING.
 
-    A run of ours has nothing to tell: transformers makes the generation config of such a model from defaults.
+    Empty for a model of ours without settings of its own: then transformers derived the config from defaults.
     """
     config = model.generation_config
     if getattr(config, "_from_model_config", False) and is_ours(model.config):
@@ -73,7 +73,7 @@ def generation_of(model: PreTrainedModel) -> dict[str, Any]:
     settings = {name: getattr(config, name, None) for name in SAMPLING}
     unused = () if config.do_sample else DRAWING
     settings = {name: value for name, value in settings.items() if value is not None and name not in unused}
-    if is_ours(model.config):  # its export made the list; ours is made anew
+    if is_ours(model.config):  # an export wrote the list; ours is built again
         settings.pop("suppress_tokens", None)
     ends = config.eos_token_id
     if ends is not None:
@@ -86,10 +86,10 @@ def generation_of(model: PreTrainedModel) -> dict[str, Any]:
 
 @torch.no_grad()
 def grow(model: PreTrainedModel, text_vocabulary: int, sinks: int) -> None:
-    """Give the model embedding rows for ids up to `text_vocabulary + sinks - 1`, if it has too few.
+    """Add embedding rows, if necessary, for ids up to `text_vocabulary + sinks - 1`.
 
     Embedding and head grow to a multiple of MULTIPLE rows; a tied head stays tied. The new rows of both are the mean of
-    the text's rows, so that they get hardly any probability.
+    the text's rows, so that these ids get hardly any probability.
     """
     rows = model.get_input_embeddings().num_embeddings
     needed = text_vocabulary + sinks
@@ -106,13 +106,13 @@ def start_rows(
     """Set the embedding rows of the sinks, ids `first` to `first + sinks - 1`, before they are trained.
 
     Args:
-        first: also the number of the text's rows.
+        first: id of the first sink, which is also the number of the text's rows.
         start: `mean` of the text's rows, `bos` (the row of `front`, or of the config's bos_token_id), or `random`
-            numbers as large as the text's. None: `bos` if there is a `front`, else `mean`.
-        front: ids of the model's own that stood in front of every text until now, as `<s>`.
-        seed: of `random`.
+            numbers with the standard deviation of the text's rows. None: `bos` if there is a `front`, else `mean`.
+        front: the model's own ids that stood in front of every text until now, such as `<s>`.
+        seed: random seed for `random`.
 
-    Raises UserError for `bos` without such a token.
+    Raises UserError for `bos` if there is no such token.
     """
     weight = model.get_input_embeddings().weight
     text_VD, place = weight[:first], slice(first, first + sinks)
@@ -126,14 +126,14 @@ def start_rows(
         bos = front[0] if front else model.config.get_text_config().bos_token_id
         if not isinstance(bos, int) or not 0 <= bos < first:
             raise UserError(
-                "model.sink_row is bos, but the model in model.start_from has no token that stands in front of a text; "
+                "model.sink_row is bos, but the model in model.start_from has no token at the beginning of a text; "
                 "choose mean or random"
             )
         weight[place] = weight[bos].clone()
 
 
 def _tables(model: PreTrainedModel) -> list[Tensor]:
-    """Everything that has one row a vocabulary id: embedding, head, the head's bias."""
+    """The tensors with one row per vocabulary id: embedding, head, the head's bias."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = {id(embedding.weight): embedding.weight, id(head.weight): head.weight}
     if getattr(head, "bias", None) is not None:
@@ -148,9 +148,9 @@ class SinkEmbedding(nn.Module):
     """A frozen embedding with trained rows for the sinks.
 
     Args:
-        table: the model's own embedding, [V, D]; whatever it does to its rows (Gemma scales them) is done to ours.
+        table: the model's own embedding, [V, D]. If it scales its rows, as Gemma's does, ours are scaled too.
         first: id of the first sink.
-        sink_rows: [S, D], a parameter of its own: no gradient of the whole table is ever computed.
+        sinks: S. Their rows are a parameter `sink_rows` [S, D], so no gradient of the whole table is computed.
     """
 
     def __init__(self, table: nn.Embedding, first: int, sinks: int):
@@ -160,7 +160,7 @@ class SinkEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table's, in which the sinks' rows are those that it started with."""
+        """The table's weight, in which the sinks' rows still have their initial values."""
         return self.table.weight
 
     @property
@@ -176,7 +176,7 @@ class SinkEmbedding(nn.Module):
 
 
 def freeze(model: PreTrainedModel, parts: str, first: int, sinks: int) -> SinkEmbedding | None:
-    """Leave only `parts` trainable. The sinks' rows move into a `SinkEmbedding`, which is returned; None for `all`."""
+    """Make only `parts` trainable. Unless it is `all`, the sinks' rows move into the returned `SinkEmbedding`."""
     assert parts in PARTS
     if parts == "all":
         model.requires_grad_(True)
@@ -193,7 +193,7 @@ def freeze(model: PreTrainedModel, parts: str, first: int, sinks: int) -> SinkEm
 
 
 def _norms(model: nn.Module) -> set[str]:
-    """Names of the parameters of all normalisations, LayerNorm and RMSNorm of any architecture."""
+    """Names of the parameters of all normalisation layers, LayerNorm or RMSNorm, of any architecture."""
     return {
         f"{place}.{name}"
         for place, module in model.named_modules()
@@ -204,7 +204,7 @@ def _norms(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def overlay(model: PreTrainedModel, changed: Mapping[str, Tensor], first: int) -> None:
-    """Put what a run changed onto its base: `SINK_ROWS`, from id `first` on, and other weights by their names.
+    """Put the weights that a run changed onto its base: `SINK_ROWS` from id `first` on, others by their names.
 
     Raises KeyError or RuntimeError if the model has no such weight, or one of another shape.
     """
@@ -217,7 +217,7 @@ def overlay(model: PreTrainedModel, changed: Mapping[str, Tensor], first: int) -
 
 
 def card_license(card: str) -> str | None:
-    """The `license` in the metadata on top of a model card; None if it has none."""
+    """The `license` in the metadata of a model card; None if it has none."""
     front = re.match(r"\A---\r?\n(.*?)^---", card, re.DOTALL | re.MULTILINE)
     found = re.search(r"^license:[ \t]*([\w.-]+)[ \t]*$", front[1], re.MULTILINE) if front else None
     return found[1] if found else None

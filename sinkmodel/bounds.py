@@ -1,7 +1,7 @@
-"""What belongs to a folder: the names that a file in it gives, and the links in it that may be followed.
+"""Check what belongs to a folder: the file names that a file in it gives, and the links in it that may be followed.
 
-A folder may come from anybody. A manifest that names `../notes.txt` does not make us read that, and a link to a private
-file does not publish it.
+A folder may come from an untrusted source. If a manifest names `../notes.txt`, we do not read that file, and a link to
+a private file does not publish it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from sinkmodel.errors import UserError
 
 
 def inside(folder: Path, name: Any, source: Path) -> Path:
-    """`folder / name`, for a name that the file `source` gives.
+    """The path `folder / name`, for a name that is given in the file `source`.
 
-    Raises UserError unless the name is a relative path without `..`, by the rules of every system.
+    Raises UserError unless the name is a relative path without `..` by the rules of POSIX and of Windows.
     """
     paths = (PurePosixPath(name), PureWindowsPath(name)) if isinstance(name, str) and "\0" not in name else ()
     if not paths or any(path.anchor or ".." in path.parts or not path.parts for path in paths):
@@ -27,21 +27,21 @@ def inside(folder: Path, name: Any, source: Path) -> Path:
 
 
 def held(folder: Path, name: Any, source: Path) -> Path:
-    """As `inside`, for a file that is read as part of the folder: if it is a link, it leads where `real` allows."""
+    """As `inside`, for a file that is read as part of the folder. If it is a link, `real` must allow its target."""
     path = inside(folder, name, source)
     real(folder, path)
     return path
 
 
 def real(folder: Path, path: Path) -> Path:
-    """The file that a path in `folder` leads to, if it may be taken for the folder's own; links are followed.
+    """The file that a path in `folder` leads to, after links, if it counts as part of the folder.
 
-    They may lead to what is not hidden in the folder, or to what the Hub's cache has downloaded. Raises UserError for
-    a link that leads elsewhere, or nowhere. A path where nothing is comes back as it is.
+    A link may lead to a file of the folder that is not hidden, or to one that the Hub's cache has downloaded. Raises
+    UserError for any other link, and for a broken one. If nothing exists at the path, returns it unchanged.
     """
     try:
         target, home = path.resolve(strict=True), folder.resolve()
-    except (OSError, RuntimeError):  # RuntimeError: a link that leads to itself
+    except (OSError, RuntimeError):  # RuntimeError: a link to itself
         if path.is_symlink():
             raise UserError(f"{path} is a link to nothing that can be read; remove it, or put a copy there") from None
         return path
@@ -57,7 +57,7 @@ def real(folder: Path, path: Path) -> Path:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """All files of a folder but hidden ones, by their path in it; links are followed as `real` allows."""
+    """All files of a folder except hidden ones, by their path in it. Links are followed as `real` allows."""
     found: dict[str, Path] = {}
 
     def look(here: Path, above: tuple[Path, ...]) -> None:
@@ -77,7 +77,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def _in_hub_cache(target: Path) -> bool:
-    """Whether it was downloaded from the Hub: a file in `blobs`, or a folder of links to such files in `snapshots`."""
+    """Whether `target` was downloaded from the Hub: a file in `blobs`, or a folder of links to them in `snapshots`."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).resolve()

@@ -1,8 +1,8 @@
-"""Reading what training writes: a run folder, its checkpoints, and what they say about themselves.
+"""Read what training writes: a run folder, its checkpoints, and their records.
 
-A checkpoint is Lightning's file, `RUN/checkpoints/step1000.ckpt`. Beside Lightning's own keys it holds `recipe`, which
-makes it complete in itself: model config, sink, tokenizer, step, tokens, run config, data fingerprint, git commit.
-It is read with `weights_only=True`: a file from a stranger is data.
+A checkpoint is a Lightning file, `RUN/checkpoints/step1000.ckpt`. Besides Lightning's own keys it holds `recipe`, which
+makes it self-contained: model config, sink, tokenizer, step, tokens, run config, data fingerprint, git commit.
+It is read with `weights_only=True`, since an untrusted file must be only data.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from sinkmodel.tokenizer import TextTokenizer
 
 FORMAT = 1
 MANIFEST = "SHA256SUMS"
-# What torch.load, and reading a record of another form, raise on files that are cut short, altered or something else.
+# Raised by torch.load, and by reading a record of another form, for truncated, altered or unrelated files.
 NOT_A_CHECKPOINT = (
     OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError
 )  # fmt: skip
-PREFIX = "model."  # of the transformers model inside the LightningModule's state
+PREFIX = "model."  # prefix of the transformers model in the LightningModule's state
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a checkpoint says about itself, beside its weights."""
+    """The record that describes a checkpoint, stored beside its weights."""
 
     model_config: dict[str, Any]  # transformers' config.to_dict()
     sink: SinkConfig
     tokenizer: TextTokenizer
     step: int  # optimiser steps done
-    tokens: int  # text and sink tokens that went through the model
+    tokens: int  # text and sink tokens that the model processed
     provenance: dict[str, Any]  # run config, data fingerprint, git commit, versions
     base: Base | None = None  # the model that training started from
-    parts: str = "all"  # what was trained, one of PARTS; all else is the base's, and not in the checkpoint
-    generation: dict[str, Any] | None = None  # how the base wants to be generated from: `bases.generation_of`
+    parts: str = "all"  # the trained parts, one of PARTS; the rest is the base's and not in the checkpoint
+    generation: dict[str, Any] | None = None  # the base's generation settings: `bases.generation_of`
 
     def stated(self) -> dict[str, Any]:
-        """`provenance`, and beside it what was trained, from what, and how far."""
+        """`provenance`, together with the step, the tokens, the base and the trained parts."""
         base = {"base": asdict(self.base), "parts": self.parts} if self.base is not None else {}
         return {"step": self.step, "tokens": self.tokens, **base, **self.provenance}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, strings and numbers: what `torch.load(weights_only=True)` admits."""
+        """As plain dicts, strings and numbers, which `torch.load(weights_only=True)` accepts."""
         return {
             "format": FORMAT,
             "model_config": self.model_config,
@@ -86,7 +86,7 @@ class Recipe:
 
 
 def checkpoint_steps(run: Path) -> dict[int, Path]:
-    """Complete checkpoints of a run by step, in order."""
+    """Complete checkpoints of a run, by step in ascending order."""
     found = {
         int(match[1]): path
         for path in (run / "checkpoints").glob("step*.ckpt")
@@ -96,7 +96,12 @@ def checkpoint_steps(run: Path) -> dict[int, Path]:
 
 
 def write_manifest(folder: Path, name: str | None = None, digest: str | None = None) -> None:
-    """`SHA256SUMS` of the checkpoints in a folder, as `sha256sum --check` reads it; `name` is about to appear."""
+    """Write `SHA256SUMS` for the checkpoints in a folder, in the format of `sha256sum --check`.
+
+    Args:
+        name: file name of a checkpoint that is about to appear; None for none.
+        digest: its SHA-256.
+    """
     digests = {known: old for known, old in _read_manifest(folder).items() if (folder / known).exists()}
     if name is not None and digest is not None:
         digests[name] = digest
@@ -105,16 +110,14 @@ def write_manifest(folder: Path, name: str | None = None, digest: str | None = N
 
 
 def verify(path: Path) -> None:
-    """Raises UserError where a checkpoint's bytes are not those that were written. One without an entry passes."""
+    """Raise UserError if a checkpoint's checksum differs from the recorded one. Without a record it passes."""
     known = _read_manifest(path.parent).get(path.name)
     if known is not None and sha256_of(path) != known:
-        raise UserError(
-            f"{path} is not what was written: its checksum in {MANIFEST} is another; take another of the run"
-        )
+        raise UserError(f"{path} is not what was written: its checksum in {MANIFEST} differs; use another of the run")
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a checkpoint, as it was when it was written; of one without an entry, as it is."""
+    """SHA-256 of a checkpoint when it was written; if that was not recorded, of the file as it is now."""
     return _read_manifest(path.parent).get(path.name) or sha256_of(path)
 
 
@@ -125,7 +128,7 @@ def _read_manifest(folder: Path) -> dict[str, str]:
 
 
 def read_metrics(run: Path) -> list[dict[str, str]]:
-    """The lines of a run's metrics.csv, as text; none where there is no file. A line that a kill cut is left out."""
+    """The lines of a run's metrics.csv, as text; empty if there is no file. A truncated last line is left out."""
     path = run / "metrics.csv"
     if not path.exists():
         return []
@@ -135,7 +138,7 @@ def read_metrics(run: Path) -> list[dict[str, str]]:
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
-    """A checkpoint file as it is; of a run folder the newest one, or that of `step`."""
+    """The given checkpoint file; of a run folder, its newest checkpoint or that of `step`."""
     if path.is_file():
         if step is not None:
             raise UserError(f"{path} is one checkpoint; give its run folder to choose step {step}")
@@ -153,10 +156,10 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 
 def load_tensors(path: Path, mmap: bool = False) -> Any:
-    """Tensors and plain values that torch.save wrote; `mmap` maps the tensors from the file.
+    """Load tensors and plain values that torch.save wrote; with `mmap`, tensors are mapped from the file.
 
-    Raises UserError for a file with objects or code, which torch refuses with the advice to load it all the same, and
-    one of NOT_A_CHECKPOINT for what is damaged or something else.
+    Raises UserError for a file that holds objects or code; torch's own message advises to load these nevertheless.
+    Raises one of NOT_A_CHECKPOINT if the file is damaged or unrelated.
     """
     with path.open("rb") as file:
         start = file.read(4)
@@ -165,7 +168,7 @@ def load_tensors(path: Path, mmap: bool = False) -> Any:
         raise ValueError("torch.save did not write it")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they say what the error says
+            warnings.simplefilter("ignore")  # they repeat what the error says
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and archive)
     except (RuntimeError, pickle.UnpicklingError) as error:
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
@@ -177,7 +180,7 @@ def load_tensors(path: Path, mmap: bool = False) -> Any:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The whole checkpoint, tensors mapped from the file rather than read. Raises UserError where it is none."""
+    """The whole checkpoint, with tensors mapped from the file. Raises UserError if it is not a checkpoint."""
     try:
         checkpoint = load_tensors(path, mmap=True)
         Recipe.from_dict(checkpoint["recipe"])
@@ -186,24 +189,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist") from None
     except NOT_A_CHECKPOINT as error:
         raise UserError(
-            f"{path} is not a complete checkpoint of sink-pretrain ({first_line(error)}); take another of the run"
+            f"{path} is not a complete checkpoint of sink-pretrain ({first_line(error)}); use another of the run"
         ) from None
     return checkpoint
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The transformers model's own state dict inside a checkpoint."""
+    """The state dict of the transformers model in a checkpoint."""
     state = checkpoint["state_dict"]
     return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
 
 
 def check_shapes(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Raises UserError naming the first weight that is missing, unknown or of another shape than expected."""
+    """Raise UserError that names the first weight that is missing, unknown or of an unexpected shape."""
     for name in sorted(expected.keys() | state.keys()):
         want = tuple(expected[name].shape) if name in expected else "nothing"
         have = tuple(state[name].shape) if name in state else "nothing"
         if want != have:
             raise UserError(
-                f"{path} is a checkpoint of another shape: {name} is {have}, this model has {want}; "
+                f"{path} is a checkpoint of another shape: {name} has {have}, this model expects {want}; "
                 "use the config that it was trained with"
             )

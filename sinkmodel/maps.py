@@ -1,10 +1,10 @@
-"""Attention maps of a model as it is: what fused kernels never write out, seen layer by layer and not kept.
+"""Attention maps of an unmodified model, layer by layer and without keeping them. Fused kernels never write them out.
 
     watch(model, ids_BT, see)       # see(Seen) is called once in every layer, in order
 
 The maps come through transformers' `AttentionInterface`: queries and keys after RoPE, whole rows, every token seeing
-all before it. A model that does not send its attention through it once in every layer, or asks it for something that
-this does not do, is refused by name.
+all before it. A model that does not call the interface once in every layer, or that requests something unsupported, is
+refused by name.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ WATCHED = "sinkmodel_watched"
 
 @dataclass
 class Seen:
-    """One layer's attention, in fp32: B rows, H heads in G groups of shared keys, T places, D; to be read only."""
+    """One layer's attention in fp32, read-only: B rows, H heads in G groups of shared keys, T places, D."""
 
     layer: int
     query_BHTD: Tensor
     key_BGTD: Tensor
     value_BGTD: Tensor
-    score_BHTT: Tensor  # q · k · scale, before the softmax; −inf where a key comes after its query
+    score_BHTT: Tensor  # q · k · scale, before the softmax; −inf for keys after the query
     weights_BHTT: Tensor  # after the softmax; rows sum to 1, or to 1 − sink
-    sink_score_BHT: Tensor | None  # of a sink in the softmax; None where the model has none
-    sink_BHT: Tensor | None  # what goes to it
+    sink_score_BHT: Tensor | None  # score of a sink in the softmax; None if the model has none
+    sink_BHT: Tensor | None  # the attention that this sink gets
 
 
 @torch.no_grad()
 def watch(model: Any, ids_BT: Tensor, see: Callable[[Seen], None], **forward: Any) -> Any:
-    """One forward of the decoder's body over whole rows [B, T]; returns its output. Memory: one layer's [B, H, T, T].
+    """Run the decoder's body once over whole rows [B, T] and return its output. Memory: one layer's [B, H, T, T].
 
-    `forward` is more for the body, as `output_hidden_states`. Raises UserError for a model that cannot be watched; the
-    model is as it was afterwards, whatever happens.
+    Args:
+        see: called with the attention of each layer, in order.
+        forward: more arguments for the body, such as `output_hidden_states`.
+
+    Raises UserError for a model that cannot be watched. The model is restored afterwards, also after an error.
     """
     before = model.config._attn_implementation
     layers: list[int] = []
@@ -57,8 +60,8 @@ def watch(model: Any, ids_BT: Tensor, see: Callable[[Seen], None], **forward: An
     token = _VISITOR.set(noted)
     try:
         set_attention(model, WATCHED)
-        if model.config._attn_implementation == WATCHED:  # else the model did not take it
-            with torch.compiler.set_stance("force_eager"):  # else a compiled body is compiled anew for it
+        if model.config._attn_implementation == WATCHED:  # else the model did not accept it
+            with torch.compiler.set_stance("force_eager"):  # else a compiled body would be compiled again for it
                 output = model.base_model(input_ids=ids_BT, use_cache=False, **forward)
     finally:
         set_attention(model, before)
@@ -72,7 +75,7 @@ def watch(model: Any, ids_BT: Tensor, see: Callable[[Seen], None], **forward: An
 
 
 def set_attention(model: Any, name: str) -> None:
-    """Change a model's attention without transformers' warning if it cannot: the caller looks whether it did."""
+    """Change a model's attention. Suppresses transformers' warning if it cannot, since callers check the result."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -96,18 +99,18 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """softmax written out, with the sink's column where there is one; [B, T, H, D].
+    """The softmax written out, with the sink's column if there is one; [B, T, H, D].
 
-    `s_aux` [H] are the sinks of gpt-oss, one learned score a head: our kind `logit` under another name.
+    `s_aux` [H] are the sinks of gpt-oss, one learned score per head. They equal our kind `logit`.
     """
     visitor = _VISITOR.get()
     if visitor is None:
-        raise RuntimeError(f"the attention {WATCHED!r} works inside of watch only")
+        raise RuntimeError(f"the attention {WATCHED!r} works only inside of watch")
     asked = requests(attention_mask, kwargs)
-    asked += [] if getattr(module, "is_causal", True) else ["keys behind the query"]
+    asked += [] if getattr(module, "is_causal", True) else ["keys after the query"]
     if sliding_window is not None and sliding_window < query.shape[2]:
         raise UserError(
-            f"model type {module.config.model_type!r} has a sliding window of {sliding_window} of its own, narrower "
+            f"model type {module.config.model_type!r} has its own sliding window of {sliding_window}, narrower "
             f"than rows of {query.shape[2]} tokens; watch rows of at most {sliding_window}"
         )
     if asked:

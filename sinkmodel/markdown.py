@@ -1,19 +1,19 @@
-"""Text of users and models as Markdown shows it, never as markup."""
+"""Escape text of users and models for Markdown, so that it is never taken for markup."""
 
 from __future__ import annotations
 
 import re
 
-SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$])")  # what Markdown takes for markup in a line
+SPECIAL = re.compile(r"([\\`*_\[\]<>|~#$])")  # characters that are markup within a line
 
 
 def escaped(text: object) -> str:
-    """A text as one line that Markdown shows as it is."""
+    """The text as one line that Markdown shows literally."""
     return SPECIAL.sub(r"\\\1", one_line(text).replace("&", "&amp;"))
 
 
 def code_span(text: object) -> str:
-    """A text as code within a line; between backticks nothing can be escaped, so there are more of them than in it."""
+    """The text as inline code. Backticks cannot be escaped in it, so the delimiter has one more than the text."""
     line = one_line(text)
     ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if line.startswith("`") or line.endswith("`") else ""
@@ -21,7 +21,7 @@ def code_span(text: object) -> str:
 
 
 def link(address: object) -> str:
-    """An address of the web as a link; any other text as it is."""
+    """A link, if the text is a web address; else the text, escaped."""
     line = one_line(address)
     return f"<{line}>" if re.fullmatch(r"https?://[^\s<>\\`|]+", line) else escaped(line)
 

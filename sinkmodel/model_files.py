@@ -1,7 +1,7 @@
-"""Models and tokenizers that other programs wrote: a folder or a Hub repository of transformers, a GGUF file.
+"""Load models and tokenizers that other programs wrote: transformers folders and Hub repositories, and GGUF files.
 
-Files from strangers are data (design, decision 11): weights are read as safetensors or GGUF, and code that comes with a
-model is never run. `loading` reads models of any kind through this.
+Untrusted files are only data (design, decision 11): weights are read as safetensors or GGUF, and code that comes with a
+model is never run. `loading` uses this module for such models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sinkmodel.sinks import SinkConfig, check_record, write_sink
 
 
 def refuse_names_outside(folder: Path) -> None:
-    """Raises UserError where a model folder names weights or a tokenizer elsewhere: transformers would open them."""
+    """Raise UserError if a model folder names weights or a tokenizer outside of it: transformers would open them."""
     for path in (*folder.rglob("*.index.json"), *folder.glob("tokenizer_config.json")):
         content = read_json(path)
         if isinstance(content, dict):
@@ -37,8 +37,8 @@ def refuse_names_outside(folder: Path) -> None:
 
 
 def check_gguf_packages(path: Path) -> None:
-    """UserError if a package is missing with which transformers reads a GGUF file."""
-    for package in ("gguf", "accelerate"):  # transformers asks for them one after the other, in long words
+    """Raise UserError if a package is missing that transformers needs to read a GGUF file."""
+    for package in ("gguf", "accelerate"):  # transformers reports only one at a time, in a long message
         try:
             metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def from_gguf(path: Path) -> tuple[Any, Any]:
     with remembered():
         _refuse_what_transformers_ignores(path)
         model, tokenizer = from_transformers(str(path.parent), gguf_file=path.name)
-    # The weights are in fp32 now. A checkpoint or a folder of this model shall not say that they are quantised.
+    # The weights are in fp32 now, so a checkpoint or folder of this model must not declare them as quantised.
     for place, names in (
         (model.config, ("quantization_config", "_is_quantized")),
         (model, ("is_quantized", "quantization_method", "hf_quantizer")),
@@ -60,13 +60,13 @@ def from_gguf(path: Path) -> tuple[Any, Any]:
         for attribute in names:
             vars(place).pop(attribute, None)
     sink = SinkConfig("token")
-    if tokenizer.bos_token == sink.names[0]:  # what config.json says of it has no place in a GGUF file
+    if tokenizer.bos_token == sink.names[0]:  # a GGUF file has no place for the sink's entry in config.json
         write_sink(model.config, sink, [tokenizer.bos_token_id])
     return model, tokenizer
 
 
 def _refuse_what_transformers_ignores(path: Path) -> None:
-    """UserError for a GGUF file of a model that transformers would load without a word, and compute in another way."""
+    """Raise UserError for a GGUF file that transformers would load without a warning but compute wrongly."""
     import gguf
 
     try:
@@ -74,7 +74,7 @@ def _refuse_what_transformers_ignores(path: Path) -> None:
         scalings = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
         tensors = {tensor.name for tensor in reader.tensors}
         (kind,) = [field.contents() for name, field in reader.fields.items() if name == "general.architecture"]
-    except Exception:  # of a damaged file: anything; transformers says what is wrong
+    except Exception:  # a damaged file raises anything; transformers reports the problem later
         return
     reason = None
     if "rope_freqs.weight" in tensors or any(scaling != "none" for scaling in scalings):
@@ -83,7 +83,7 @@ def _refuse_what_transformers_ignores(path: Path) -> None:
         reason = "its projections have biases"
     if reason is not None:
         raise UserError(
-            f"{path} cannot be read with the right numbers: {reason}, and transformers leaves that out of a GGUF file; "
+            f"{path} cannot be read with the right numbers: {reason}, and transformers ignores that in a GGUF file; "
             "give the model folder that the file was made from"
         )
 
@@ -101,7 +101,7 @@ def from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
             model, report = AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
             )
-        except Exception as error:  # of a damaged file: anything, from OSError to struct.error
+        except Exception as error:  # a damaged file raises anything, from OSError to struct.error
             raise UserError(
                 f"{label} cannot be loaded as a causal language model: {first_line(error)}; "
                 f"transformers needs {needs}, so copy or export it again"
@@ -109,8 +109,8 @@ def from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
         missing = sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", [])]
         if missing:
             raise UserError(
-                f"{label}: the weights lack {len(missing)} tensors of the model in the config, {missing[0]} the "
-                "first; copy or export it again"
+                f"{label}: the weights lack {len(missing)} tensors of the model in the config, the first is "
+                f"{missing[0]}; copy or export it again"
             )
     tokenizer = tokenizer_at(name, **{key: where[key] for key in ("gguf_file", "local_files_only") if key in where})
     try:
@@ -137,13 +137,13 @@ def tokenizer_at(name: str, **where: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and no advice of transformers on our screen; its settings are put back afterwards."""
+    """Suppress progress bars and warnings of transformers in the block; its settings are restored afterwards."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that no setting takes away
+        with contextlib.redirect_stderr(io.StringIO()):  # reading GGUF draws a bar that no setting disables
             yield
     finally:
         logging.set_verbosity(level)

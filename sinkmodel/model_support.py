@@ -1,7 +1,7 @@
-"""Which models can be streamed, as far as their config says it: refused by name, before a model is run.
+"""Which models can be streamed, judged by their config alone. Others are refused by name, before the model is run.
 
-A config says whether positions are learned, whether layers keep a state, and how wide a window of the model's own is.
-How keys are rotated is found out by running the model (`sinkmodel.probe`).
+A config shows whether positions are learned, whether layers keep a state, and how wide the model's own window is.
+How keys are rotated is found by running the model (`sinkmodel.probe`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from sinkmodel.sinks import kind_of
 ABSOLUTE = (
     *("biogpt", "codegen2", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "imagegpt", "openai-gpt", "opt", "transfo-xl"),
     *("xglm", "xlnet"),
-)  # learned or sinusoidal embeddings of the place in the text, added once; a key cannot be moved
-OTHER_ALIBI = ("bloom",)  # and Falcon with alibi=True: their bias is built from a 2-D mask of the whole text
+)  # learned or sinusoidal embeddings of the position, added once; a key cannot be moved
+POSITION_FREE = ("decision_transformer",)  # each token's embedding contains its time; attention has no positions
+OTHER_ALIBI = ("bloom",)  # also Falcon with alibi=True: the bias is built from a 2-D mask of the whole text
 RECURRENT = (
     *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "minimax"),
     *("nemotron_h", "qwen3_5", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "olmo_hybrid"),
-)  # layers that keep a state, not keys
+)  # these have layers that keep a state instead of keys
 
 
 def check_config(config: Any, slots: int, text: bool) -> None:
-    """UserError for what the (text) config alone tells: `slots` keys of this model cannot be a stream."""
+    """Raise UserError if the (text) config alone shows that the model cannot be streamed.
+
+    Args:
+        slots: number of keys that the stream holds.
+        text: whether keys keep their positions in the text.
+    """
     kind = config.model_type
     layers = set(getattr(config, "layer_types", None) or ())
     if kind in RECURRENT or layers - {"full_attention", "sliding_attention"}:
@@ -40,7 +46,7 @@ def check_config(config: Any, slots: int, text: bool) -> None:
     native = own_window(config)
     if native is not None and native < slots:
         raise UserError(
-            f"model type {kind!r} has a window of {native} of its own, smaller than the {slots} keys of the stream; "
+            f"model type {kind!r} has its own window of {native} keys, smaller than the {slots} keys of the stream; "
             f"choose a budget of at most {native}"
         )
     if kind == "mpt":
@@ -56,7 +62,7 @@ def check_config(config: Any, slots: int, text: bool) -> None:
 
 
 def own_window(config: Any) -> int | None:
-    """The most keys that a query sees in some layers, if a (text) config says that these do not see all."""
+    """The smallest window of any layer, in keys, according to a (text) config; None if all layers see everything."""
     layers = getattr(config, "layer_types", None) or ("sliding_attention", "chunked_attention")
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     chunked = getattr(config, "attention_chunk_size", None)
@@ -65,7 +71,7 @@ def own_window(config: Any) -> int | None:
 
 
 def signature(config: Any) -> dict[str, Any]:
-    """What two configs must have in common, so that the model of one can continue a stream of the other."""
+    """The fields that must be equal in two configs if the model of one is to continue a stream of the other."""
     heads = getattr(config, "num_attention_heads", None)
     return {
         "model_type": config.model_type,

@@ -1,4 +1,4 @@
-"""The models: transformers' own GPT-NeoX and Llama, built from a shape and initialised as Pythia was."""
+"""Build models: transformers' own GPT-NeoX and Llama in a given shape, initialised as Pythia was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sinkmodel.architectures import SinkGPTNeoXConfig, SinkLlamaConfig
 from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, write_sink
 
-# Weights that write into the residual stream; their initial std falls with depth.
+# Weights that write into the residual stream. Their initial std decreases with depth.
 RESIDUAL_OUTPUTS = (
     "attention.dense.weight",
     "mlp.dense_4h_to_h.weight",
@@ -23,7 +23,7 @@ RESIDUAL_OUTPUTS = (
 
 
 def transformers_config(shape: ModelShape, vocabulary: int, sink: SinkConfig | None = None) -> PretrainedConfig:
-    """The transformers config of this shape with `vocabulary` embedding rows; ours where the softmax has a sink."""
+    """The transformers config of this shape with `vocabulary` embedding rows. For a sink in the softmax, our class."""
     in_softmax = sink is not None and sink.kind in IN_SOFTMAX
     common: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -61,9 +61,10 @@ def transformers_config(shape: ModelShape, vocabulary: int, sink: SinkConfig | N
 
 
 def build_model(shape: ModelShape, vocabulary: int, seed: int, sink: SinkConfig | None = None) -> PreTrainedModel:
-    """A model in fp32 on the CPU, its weights a function of shape, vocabulary and seed alone: twins start equal.
+    """A model in fp32 on the CPU. Its weights depend only on shape, vocabulary and seed, so twins start equal.
 
-    A sink that is a token is among the vocabulary; one in the softmax makes it a model of `sinkmodel.architectures`.
+    A sink that is a token is part of the vocabulary. With a sink in the softmax, the model is one of
+    `sinkmodel.architectures`.
     """
     config = transformers_config(shape, vocabulary, sink)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -75,14 +76,14 @@ def build_model(shape: ModelShape, vocabulary: int, seed: int, sink: SinkConfig 
 def initialise(model: PreTrainedModel, seed: int) -> None:
     """Pythia's initialisation, in the order of `named_parameters`.
 
-    Matrices are normal with std √(2/(5·hidden)) (gpt-neox `small_init`), those that write into the residual stream
-    with std 2/layers/√hidden (`wang_init`); biases are 0, norms 1 (gpt-neox, megatron/model/init_functions.py).
+    Matrices are normal with std √(2/(5·hidden)) (gpt-neox `small_init`). Those that write into the residual stream have
+    std 2/layers/√hidden (`wang_init`). Biases are 0, norms 1 (gpt-neox, megatron/model/init_functions.py).
     """
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(f".{SINK_PARAMETER}"):
-            parameter.zero_()  # drawn from nothing: the other weights are those of the twins
+            parameter.zero_()  # uses no random number, so that the other weights equal those of the twins
         elif parameter.ndim == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
@@ -91,7 +92,7 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """All parameters, and those that are not embeddings (input, and output unless tied)."""
+    """The number of all parameters, and of those outside the embeddings (input, and output unless tied)."""
     total = sum(parameter.numel() for parameter in model.parameters())
     tables = {id(layer.weight): layer.weight.numel() for layer in (model.get_input_embeddings(), head_of(model))}
     return total, total - sum(tables.values())

@@ -1,6 +1,6 @@
-"""What the name of a model leads to: a run, a checkpoint, a model folder, a GGUF file or a package with one, the Hub.
+"""Find what a model's name refers to: a run, a checkpoint, a model folder, a GGUF file, a package with one, or the Hub.
 
-`loading` reads models by such a name, `tokenizer_loading` tokenizers.
+`loading` loads models by such a name, and `tokenizer_loading` tokenizers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from sinkmodel.errors import UserError
 
 Kind = Literal["run", "folder", "gguf", "row", "file", "hub", "nothing"]
 
-KINDS: dict[str, Kind] = {".gguf": "gguf", ".safetensors": "row"}  # of a file by its suffix
-ROWS = Path(__file__).parent / "rows"  # trained rows that come with this package
+KINDS: dict[str, Kind] = {".gguf": "gguf", ".safetensors": "row"}  # the kind of a file, by its suffix
+ROWS = Path(__file__).parent / "rows"  # trained rows that this package ships
 
 
 def find_model(name: str) -> tuple[Kind, Path]:
-    """The kind of a name and its path: of a package the GGUF file in it, of `NAME+sink` the row that is shipped for the
-    model `NAME`, else the name itself.
+    """The kind of a model's name, and its path.
 
-    A `file` is a checkpoint, if it is a model at all. A Hub name is `org/name`, unless a folder `org` is here.
-    Raises UserError if a package of this name is installed that does not ship exactly one GGUF file.
+    For a package the path is the GGUF file in it; for `NAME+sink` it is the row that is shipped for the model `NAME`;
+    else it is the name itself. A `file` can only be a checkpoint. A Hub name has the form `org/name`, unless a folder
+    `org` exists here. Raises UserError if a package of this name is installed but does not ship exactly one GGUF file.
     """
     path = Path(name)
     if path.is_dir():
@@ -40,7 +40,7 @@ def find_model(name: str) -> tuple[Kind, Path]:
 
 
 def _gguf_in_package(name: str) -> Path | None:
-    """The one GGUF file that an installed distribution ships; found by its file list, nothing of it is imported."""
+    """The GGUF file that an installed package ships, found in its file list. Nothing of it is imported."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         return None
     try:
@@ -56,9 +56,9 @@ def _gguf_in_package(name: str) -> Path | None:
 
 
 def shipped_row(name: str) -> Path | None:
-    """The row file that comes with this package for `NAME+sink`; None if the name has another form.
+    """The row file that this package ships for `NAME+sink`; None if the name has another form.
 
-    Raises UserError if there is none for this model.
+    Raises UserError if no row is shipped for this model.
     """
     if not re.fullmatch(r"[\w.-]+\+sink", name):
         return None

@@ -1,4 +1,4 @@
-"""argparse whose errors are one line, with the nearest right option named."""
+"""An argparse parser whose errors are one line that suggests the nearest valid option."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = f"sinkmodel {__version__}"
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit; options are never abbreviated."""
+    """Raises UserError instead of printing the usage and exiting. Options cannot be abbreviated."""
 
     def __init__(self, prog: str, description: str, epilog: str):
         layout = argparse.RawDescriptionHelpFormatter
@@ -26,7 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=VERSION, help="print the version and exit")
 
     def parse_known_args(self, args=None, namespace=None):
-        """A mistyped option is named before anything that is missing because of it."""
+        """Report a mistyped option first, before a required option that is missing because of it."""
         words = list(sys.argv[1:] if args is None else args)
         known = [option for action in self._actions for option in action.option_strings]
         for word in words:
@@ -42,20 +42,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def name_of(word: str) -> str:
-    """The type of an option that takes a name or a path: `~` is the home folder, which a shell leaves after `=`.
+    """Type of an option that takes a name or a path. Expands `~` to the home folder, which a shell does not after `=`.
 
-    `~` alone, `~/…` and `~user/…`, as a shell expands them; anything else stays as it is.
+    `~` alone, `~/…` and `~user/…` are expanded as a shell does; anything else stays unchanged.
     """
     return os.path.expanduser(word)
 
 
 def path_of(word: str) -> Path:
-    """The type of an option that takes a file or a folder."""
+    """Type of an option that takes a file or a folder."""
     return Path(name_of(word))
 
 
 def utf8(word: str) -> str:
-    """The type of an option whose value is text for a model: UTF-8, whatever the encoding of the terminal."""
+    """Type of an option whose value is text for a model: UTF-8, whatever the terminal's encoding."""
     try:
         return os.fsencode(word).decode("utf-8")
     except UnicodeDecodeError:
@@ -63,21 +63,21 @@ def utf8(word: str) -> str:
 
 
 def whole(text: str) -> int:
-    """The type of an option: 0, 1, 2 …"""
+    """Type of an option: a whole number, 0 or more."""
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """The type of an option: 1, 2, 3 …"""
+    """Type of an option: a whole number, 1 or more."""
     if whole(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return int(text)
 
 
 def real(text: str) -> float:
-    """The type of an option: 0, 0.5, 3 …"""
+    """Type of an option: a finite number, 0 or more."""
     with contextlib.suppress(ValueError):
         if 0 <= float(text) < math.inf:
             return float(text)
@@ -85,7 +85,7 @@ def real(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """The type of an option: from 0 to below 1."""
+    """Type of an option: a number from 0 to below 1."""
     if not real(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
     return float(text)

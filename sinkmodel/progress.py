@@ -1,4 +1,4 @@
-"""Progress of what takes long: a bar in a terminal, a plain line now and then elsewhere."""
+"""Progress of long operations: a bar in a terminal, else a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ EVERY = 10.0  # seconds between two lines
 
 
 class Progress:
-    """Tokens (or bytes) so far, how many a second, and the time left where the share done is known.
+    """Tokens (or bytes) so far, the rate per second, and the time left if the fraction done is known.
 
     Args:
-        task: what begins each line: the command, or what it does.
+        task: the beginning of each line: the command, or its current activity.
+        unit: plural name of what is counted, such as "tokens".
     """
 
     def __init__(self, task: str, unit: str):
         self.task, self.unit = task, unit
-        self.began = self.told = time.monotonic()
-        self.first: tuple[float, float] | None = None  # where a resumed preparation went on: share, count
+        self.began = self.printed = time.monotonic()
+        self.first: tuple[float, float] | None = None  # share and count at the first update; above 0 after a resume
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
             layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
@@ -33,14 +34,14 @@ class Progress:
         now = time.monotonic()
         if self.first is None:
             self.first = share or 0.0, count
-        if self.bar is None and now - self.told < EVERY:
+        if self.bar is None and now - self.printed < EVERY:
             return
         line = progress_line(count, self.unit, share, now - self.began, *self.first)
         if self.bar is not None:
             self.bar.n = share or 0.0
-            self.bar.set_postfix_str(line, refresh=now - self.told > 0.1)
-            if now - self.told > 0.1:
-                self.told = now
+            self.bar.set_postfix_str(line, refresh=now - self.printed > 0.1)
+            if now - self.printed > 0.1:
+                self.printed = now
         else:
             self.told = now
             say(f"{self.task}: {line}")
@@ -51,7 +52,7 @@ class Progress:
 
 
 class CountedProgress:
-    """Progress through `total` of something, told in steps, by several threads if need be."""
+    """Progress towards a known `total`, counted in steps. Several threads may add to it."""
 
     def __init__(self, task: str, unit: str, total: int):
         self.total, self.done = total, 0
@@ -72,7 +73,7 @@ class CountedProgress:
 def progress_line(
     count: float, unit: str, share: float | None, seconds: float, first_share: float, first_count: float
 ) -> str:
-    """`12.3M tokens, 1.20M tokens/s, 34%, 0:40 left`; speed and time left count from where this process began."""
+    """`12.3M tokens, 1.20M tokens/s, 34%, 0:40 left`; speed and time left count from the start of this process."""
     speed = (count - first_count) / max(seconds, 1e-9)
     line = f"{_short(count)} {unit}, {_short(speed)} {unit}/s"
     if share is not None:

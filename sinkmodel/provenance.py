@@ -1,4 +1,4 @@
-"""How a model of ours was trained, as its checkpoint or its exported folder states it."""
+"""How a model of ours was trained, as recorded in its checkpoint or its exported folder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PROVENANCE = "training.json"  # in an exported folder
 
 
 def read_provenance(name: str, step: int | None = None) -> dict[str, Any]:
-    """What sink-pretrain recorded of a run, checkpoint, export or row, with `step`, `tokens`, `base` and `parts`.
+    """The record of sink-pretrain about a run, checkpoint, export or row, with `step`, `tokens`, `base` and `parts`.
 
-    Empty for a model from elsewhere. `step` is for a run folder: its checkpoint of this step, in place of the newest.
+    Empty for a third-party model. With `step`, a run folder's checkpoint of that step is read instead of the newest.
     """
     path = Path(name)
     if (path / PROVENANCE).is_file():

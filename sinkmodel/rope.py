@@ -3,11 +3,11 @@
     rotary = sinkmodel.probe.rotary_of(model)
     rotary.turn(key_BGND, 5 - 9)         # a key rotated at position 9 becomes the key rotated at position 5
 
-RoPE turns pairs of dimensions of a head by the angle position × inv_freq[i]; angles add up, so a key at position p
-becomes the key at position p + d by a turn of d × inv_freq, with no trip to the raw key. The pairs are (i, i + R/2)
-in the half-split layout (Llama, GPT-NeoX), (2i, 2i + 1) in the interleaved one (GPT-J, Cohere); the R rotary dimensions
-come first in a head, the other D − R pass. A constant factor on cos and sin (YaRN) is in the vector already and stays.
-Angles are taken in fp64 and products in fp32, so a turn costs one rounding of the result.
+RoPE turns pairs of dimensions of a head by the angle position × inv_freq[i]. Angles add up, so a turn by d × inv_freq
+moves a key from position p to position p + d without the unrotated key. The pairs are (i, i + R/2) in the half-split
+layout (Llama, GPT-NeoX) and (2i, 2i + 1) in the interleaved one (GPT-J, Cohere). The R rotary dimensions come first in
+a head; the other D − R stay unchanged. A constant factor on cos and sin (YaRN) is already in the vector and stays.
+Angles are computed in fp64 and products in fp32, so a turn costs one rounding of the result.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Rotary:
 
     inv_freq: Tensor
     interleaved: bool
-    layers: tuple[bool, ...]  # which layers have it
-    limit: int | None = None  # positions must stay below; beyond them the model rotates in another way, or not at all
+    layers: tuple[bool, ...]  # True for each layer that rotates its keys
+    limit: int | None = None  # the layout is valid only for positions below it; None: for all
 
     def turn(self, x_BHND: Tensor, delta: int | Tensor) -> Tensor:
         """Move N vectors by `delta` positions (an int, or a tensor [N]): same shape and dtype as `x_BHND`."""
@@ -35,13 +35,13 @@ class Rotary:
 
     def rotation(self, delta: int | Tensor, device: torch.device | str = "cpu") -> Rotation:
         """cos and sin of the turn, [*delta.shape, R/2] in fp32: computed once, applied in every layer."""
-        # On the CPU: fp64 is missing on some accelerators, and these are few numbers.
+        # On the CPU, since some accelerators lack fp64 and these are few numbers.
         angle = torch.as_tensor(delta, dtype=torch.float64, device="cpu")[..., None] * self.inv_freq
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two halves [..., R/2] of the rotary dimensions, as views."""
-        half = self.inv_freq.shape[0]  # in every step; `len` of a tensor is slow
+        half = self.inv_freq.shape[0]  # `len` of a tensor is slow, and this runs in every step
         if self.interleaved:
             return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
         return x[..., :half], x[..., half : 2 * half]
@@ -60,7 +60,7 @@ class Rotary:
 
 
 def turn_half_split(x: Tensor, rotation: Rotation) -> Tensor:
-    """`Rotary.apply` where the pairs are (i, i + R/2), with nothing but the rotation: fp32, the shape of x [..., D]."""
+    """`Rotary.apply` for pairs (i, i + R/2), from the rotation alone: fp32, the shape of x [..., D]."""
     cos, sin = rotation
     half = cos.shape[-1]
     a, b, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)

@@ -1,17 +1,17 @@
-"""A row file: what a run of `parts` sink or sink+norms trained, and which base it belongs to, as a few kB.
+"""Row files: the weights that a run of `parts` sink or sink+norms trained, with the name of its base, in a few kB.
 
-It is safetensors with strings as metadata, so any program can read it:
+A row file is safetensors with strings as metadata, so any program can read it:
 
     format, version         sinkmodel-row, 1
-    base                    name of the base as `load_model` takes it; a file or folder by its absolute path
+    base                    name of the base for `load_model`; a file or folder by its absolute path
     base_fingerprint        SHA-256 of its weights (`bases.weights_fingerprint`); base_step, base_license if known
     sink_ids                JSON list; the file's `….sink_rows` are their rows of the embedding
-    parts, step, tokens     what was trained, optimiser steps, tokens that went through the model
-    vocabulary_sha256       of the tokens and ids that the sinks come after; it is checked when the file is loaded
+    parts, step, tokens     trained parts, optimiser steps done, tokens that the model processed
+    vocabulary_sha256       of the text tokens and their ids; checked when the file is loaded
     tokenizer_sha256        of the tokenizer.json that the data was prepared with
     command, git_commit     of the run, if known
 
-The other tensors have the names that the base gives them.
+All other tensors have their names in the base.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ class Row:
     """The content of a row file.
 
     Args:
-        sink_ids: the ids after those of the text, in order.
-        weights: `….sink_rows`, [sinks, D], and other weights under the names that the base has for them.
-        vocabulary_sha256: what `vocabulary_sha256` gives for the text tokenizer of the base.
-        more: strings that are for people: tokenizer_sha256, command, git_commit.
+        base: the model that the row belongs to.
+        parts: the trained parts, `sink` or `sink+norms`.
+        sink_ids: ids of the sinks, the first ones after the text vocabulary.
+        step: optimiser steps done.
+        tokens: tokens that the model processed in training.
+        vocabulary_sha256: `vocabulary_sha256` of the base's text tokenizer.
+        weights: `….sink_rows`, [sinks, D], and other weights under their names in the base.
+        more: strings for people: tokenizer_sha256, command, git_commit.
     """
 
     base: Base
@@ -57,7 +61,7 @@ class Row:
     more: Mapping[str, str]
 
     def to_bytes(self) -> bytes:
-        """The same row gives the same bytes."""
+        """The content of the file. Equal rows give equal bytes."""
         base = {"base": self.base.name, "base_fingerprint": self.base.fingerprint}
         if self.base.step is not None:
             base["base_step"] = str(self.base.step)
@@ -78,7 +82,7 @@ class Row:
 
 
 def read_row(path: Path) -> Row:
-    """Raises UserError for a file that is not a row of ours, or a damaged one."""
+    """Read a row file. Raises UserError if it is another kind of file, or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -106,13 +110,13 @@ def read_row(path: Path) -> Row:
 
 
 def vocabulary_sha256(text: TextTokenizer) -> str:
-    """SHA-256 of all tokens by id, however this version of `tokenizers` writes the file."""
+    """SHA-256 of all tokens and ids, independent of how a version of `tokenizers` writes the file."""
     names = sorted((number, name) for name, number in text.backend().get_vocab(with_added_tokens=True).items())
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def _check(row: Row) -> None:
-    """Raises ValueError for a row that would be put in another place than that of its sinks, or without an end."""
+    """Raise ValueError for a row that does not fit its sinks, or whose base is a row as well."""
     ids, rows = row.sink_ids, [value for name, value in row.weights.items() if name.endswith(f".{SINK_ROWS}")]
     if not isinstance(ids, list) or not 1 <= len(ids) <= RESERVED_ROWS or ids != list(range(ids[0], ids[0] + len(ids))):
         raise ValueError(f"its sinks are {ids!r}")
@@ -125,7 +129,7 @@ def _check(row: Row) -> None:
 
 
 def _in_order(content: bytes) -> bytes:
-    """safetensors with the keys of its header sorted: the library writes the metadata in a random order."""
+    """Sort the header's keys of a safetensors file, since the library writes the metadata in random order."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

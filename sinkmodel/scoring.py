@@ -1,9 +1,10 @@
-"""Streaming perplexity without a token-by-token loop: the same numbers from a banded forward in chunks.
+"""Streaming perplexity without a token-by-token loop: a banded forward in chunks gives the same numbers.
 
     streaming_nll(model, documents, budget=256, sinks=1)    # S sinks and the C − S latest tokens (design, decision 7)
     dense_nll(model, documents)                             # every key so far, at its true position
 
-`sinkmodel.band` has the mathematics, and what it takes of a model; here documents become chunks, and logits losses.
+`sinkmodel.band` has the mathematics and the requirements on the model. This file cuts documents into chunks, and turns
+logits into losses.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from sinkmodel.errors import UserError, first_line, not_finite
 from sinkmodel.products import fast_products
 
 CHUNK = 256
-ROWS_AT_ONCE = 1024  # queries of all documents together in one forward; its logits take ROWS_AT_ONCE × V
+ROWS_AT_ONCE = 1024  # most queries of one forward, over all documents; its logits take ROWS_AT_ONCE × V
 
-OnChunk = Callable[[int], None]  # told how many tokens were scored since the last call
+OnChunk = Callable[[int], None]  # called with the number of tokens scored since the last call
 
 
 def streaming_nll(
@@ -35,12 +36,20 @@ def streaming_nll(
     chunk: int = CHUNK,
     on_chunk: OnChunk | None = None,
 ) -> list[Tensor]:
-    """What a streaming cache of `budget` keys, the first `sinks` of them kept for good, costs on each document.
+    """The loss of each document with a streaming cache of `budget` keys, of which the first `sinks` are never evicted.
 
-    Each document is a list of token ids, sinks included, and is a stream of its own; the result has, for a document of
-    T ids, T − 1 numbers in fp32 on the CPU: −log p(token p + 1 | what query p sees), in nats. Memory does not grow
-    with T. Raises UserError where budget ≤ sinks, for ids that the model does not have, for a model in training mode,
-    or one that cannot be streamed this way.
+    Args:
+        documents: lists of token ids, sinks included. Each document is a stream of its own.
+        budget: C, the number of keys that a query sees, its own included.
+        sinks: S, the number of leading tokens that are never evicted.
+        chunk: number of queries that are computed together; it does not change the result.
+        on_chunk: called with the number of tokens scored since its last call.
+
+    Returns for a document of T ids a tensor of T − 1 numbers in fp32 on the CPU: −log p(token p + 1 | what query p
+    sees), in nats. Memory does not grow with T.
+
+    Raises UserError if budget ≤ sinks, for ids that the model does not have, for a model in training mode, and for a
+    model that cannot be streamed this way.
     """
     _check_input(model, documents, chunk)
     if budget < sinks + 1 or sinks < 0:
@@ -51,7 +60,7 @@ def streaming_nll(
         if rotary.limit is not None:  # positions stay below it
             if budget > rotary.limit:
                 raise UserError(
-                    f"model type {model.config.model_type!r} has positions of one kind only up to {rotary.limit}; "
+                    f"model type {model.config.model_type!r} keeps its rotary frequencies only up to {rotary.limit}; "
                     f"choose a budget of at most {rotary.limit}"
                 )
             chunk = max(1, min(chunk, rotary.limit - (budget - sinks)))
@@ -61,9 +70,9 @@ def streaming_nll(
 def dense_nll(
     model: Any, documents: Sequence[Sequence[int]], chunk: int = CHUNK, on_chunk: OnChunk | None = None
 ) -> list[Tensor]:
-    """The same for a cache that forgets nothing: the model's own attention, causal over everything so far.
+    """As `streaming_nll`, for a cache that evicts nothing: the model's own attention, causal over all tokens so far.
 
-    UserError where the model is no decoder, or has no such cache, and as above.
+    Raises UserError if the model is not a decoder or has no such cache, and as `streaming_nll`.
     """
     _check_input(model, documents, chunk)
     check_decoder(model, cached=True)
@@ -72,7 +81,7 @@ def dense_nll(
 
 def _check_input(model: Any, documents: Sequence[Sequence[int]], chunk: int) -> None:
     if chunk < 1:
-        raise UserError(f"chunk is {chunk}; it is how many queries are computed together, at least 1")
+        raise UserError(f"chunk is {chunk}; it is the number of queries computed together, at least 1")
     if model.training:
         raise UserError("the model is in training mode, with its dropout on; call model.eval() first")
     rows = model.get_input_embeddings().num_embeddings
@@ -80,7 +89,7 @@ def _check_input(model: Any, documents: Sequence[Sequence[int]], chunk: int) -> 
         if not len(ids_T):
             continue
         if ids_T.is_floating_point() or ids_T.dtype == torch.bool:
-            raise UserError(f"a document has {ids_T.dtype} where token ids belong; give whole numbers")
+            raise UserError(f"a document has {ids_T.dtype} instead of token ids; give whole numbers")
         low, high = (int(extreme) for extreme in ids_T.aminmax())
         if low < 0 or high >= rows:
             raise UserError(f"a document has the id {low if low < 0 else high}, and the model has ids 0 to {rows - 1}")
@@ -94,7 +103,7 @@ def _score(
     new_memory: Callable[[], Band | Everything],
     on_chunk: OnChunk | None,
 ) -> list[Tensor]:
-    """Batches of right-padded documents of about equal length; padding is computed here and there, never scored."""
+    """Score batches of right-padded documents of similar length. Some padding is computed, but never scored."""
     nll: list[Tensor] = [torch.empty(0)] * len(documents)
     longest_first = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
     rows = max(1, ROWS_AT_ONCE // chunk)
@@ -108,7 +117,7 @@ def _score(
         memory = new_memory()
         for start in range(0, lengths[0] - 1, chunk):
             end = min(start + chunk, lengths[0] - 1)
-            alive = sum(length - 1 > start for length in lengths)  # a prefix of the batch: the longest come first
+            alive = sum(length - 1 > start for length in lengths)  # a prefix of the batch, since the longest come first
             memory.keep_rows(alive)
             ids_BN = ids_BT[:alive, start:end].to(model.device)
             targets_BN = ids_BT[:alive, start + 1 : end + 1].to(model.device)
@@ -126,7 +135,7 @@ def _score(
 
 
 def nll_of(logits_BNV: Tensor, targets_BN: Tensor) -> Tensor:
-    """Cross-entropy in fp32, [B, N]; one document at a time, so that the softmax is never held for all of them."""
+    """Cross-entropy in fp32, [B, N]; one document at a time, so that memory holds the softmax of only one."""
     return torch.stack([F.cross_entropy(x.float(), y, reduction="none") for x, y in zip(logits_BNV, targets_BN)])
 
 
@@ -150,10 +159,11 @@ _SOUND: weakref.WeakKeyDictionary[Any, set[bool]] = weakref.WeakKeyDictionary()
 
 @torch.no_grad()
 def check_decoder(model: Any, cached: bool) -> None:
-    """UserError, by name, where logits change with what follows, or (`cached`) with the pieces a text is fed in.
+    """Raise UserError if a token sees later ones, or (`cached`) if logits change when a text is fed in pieces.
 
-    Encoders load as language models, and their queries see the answers. A model that keeps a state, not keys, takes
-    transformers' cache and says nothing, but starts anew with every piece. Found out by trying, once a model.
+    Encoders can be loaded as language models, but their queries see the answers. A model that keeps a state instead of
+    keys accepts transformers' cache without an error, but begins again with every piece. Both are found by trial, once
+    for each model.
     """
     if cached in _SOUND.setdefault(model, set()):
         return
@@ -168,14 +178,14 @@ def check_decoder(model: Any, cached: bool) -> None:
     why = _why_not_cached(model, ids_BT, whole_BTV) if cached else None
     if why is not None:
         raise UserError(
-            f"model type {kind!r} does not go on from transformers' cache of keys and values ({why}); "
-            "of the policies only recompute, which has no cache, can run it"
+            f"model type {kind!r} does not continue from transformers' cache of keys and values ({why}); "
+            "the only policy that can run it is recompute, which has no cache"
         )
     _SOUND[model].add(cached)
 
 
 def _why_not_cached(model: Any, ids_BT: Tensor, whole_BTV: Tensor) -> str | None:
-    """What goes wrong where a text is fed to a cache in two pieces; None where the logits are those of the whole."""
+    """The problem if a text is fed to a cache in two pieces; None if the logits are those of the whole text."""
     memory = Everything()
     try:
         _, second_BNV = [memory.forward(model, piece_BN) for piece_BN in ids_BT.split(2, dim=1)]
@@ -185,9 +195,10 @@ def _why_not_cached(model: Any, ids_BT: Tensor, whole_BTV: Tensor) -> str | None
 
 
 def _apart(x_BNV: Tensor, y_BNV: Tensor) -> bool:
-    """Whether logits differ, up to a constant, by more than rounding; half of the tokens, as one may change its expert.
+    """Whether logits differ, up to a constant, by more than rounding.
 
-    What a query forgets or foresees of so short a text is a good part of what it says.
+    Compares the median over tokens, since rounding may send a few tokens to other experts. In so short a text, what a
+    query forgets or foresees changes a large part of its logits.
     """
     tolerance = 0.2 if x_BNV.dtype.itemsize < 4 else 1e-3
     x_BNV, y_BNV = (z.float() - z.float().mean(-1, keepdim=True) for z in (x_BNV, y_BNV))

@@ -1,4 +1,4 @@
-"""What must not be printed or written: credentials in an address, and tokens."""
+"""Remove what must not be printed or written: credentials in addresses, and tokens."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 import re
 from typing import Any
 
-CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")  # of http://user:password@host
-WITHOUT_SCHEME = re.compile(  # of user:password@host, where the host is a name with dots, an address or has a port
+CREDENTIALS = re.compile(r"(?<=://)[^\s/?#]*@")  # in http://user:password@host
+WITHOUT_SCHEME = re.compile(  # user:password@host, if the host is a name with dots or an address, or has a port
     r"(?<![\w/\\.@-])[^\s/\\@:'\"]{1,64}:[^\s/\\@]{1,256}@(?=(?:[\w-]+\.)+[\w-]|localhost\b|[\w-]+:\d{1,5}\b)"
 )
 IN_QUERY = re.compile(r"(?i)([?&][\w.-]*(?:token|key|secret|signature|password|credential)[\w.-]*=)[^&\s'\"<>]+")
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-SHORTEST = 8  # letters of a token; fewer may be any word
+SHORTEST = 8  # characters; a shorter token could be an ordinary word
 
 
 def redacted(text: str) -> str:
-    """A text without credentials: `http://***@host`."""
+    """The text without credentials: `http://***@host`."""
     in_endpoint = os.environ.get("HF_ENDPOINT", "").partition("://")[::2]
     if credentials := (in_endpoint[1] or in_endpoint[0]).rpartition("@")[0]:
         text = text.replace(f"{credentials}@", "***@")
@@ -30,7 +30,7 @@ def redacted(text: str) -> str:
 
 
 def all_redacted(value: Any) -> Any:
-    """The same of every text in a JSON value."""
+    """Apply `redacted` to every string in a JSON value."""
     if isinstance(value, dict):
         return {key: all_redacted(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -39,16 +39,17 @@ def all_redacted(value: Any) -> Any:
 
 
 class RedactedRecord(logging.LogRecord):
-    """What a library logs, as huggingface_hub does with every address that it asks again."""
+    """A redacted log record. Libraries log addresses; huggingface_hub logs each one that it retries."""
 
     def getMessage(self) -> str:
         return redacted(super().getMessage())
 
 
 def hub_token() -> str | None:
-    """The token with which the Hub is asked, None without one.
+    """The user's token for the Hub; None if there is none.
 
-    Raises UserError, without the token, for one that no header can hold, and for an address of the Hub that is none.
+    Raises UserError, without the token in its message, if no HTTP header can hold the token, and if HF_ENDPOINT is not
+    a web address.
     """
     from huggingface_hub import constants, get_token
 
@@ -60,11 +61,11 @@ def hub_token() -> str | None:
         )
     try:
         token = get_token()
-    except UnicodeDecodeError:  # of the file that a login wrote
+    except UnicodeDecodeError:  # in the file that a login wrote
         token = "\0"
     if token and not re.fullmatch("[!-~]+", token):
         raise UserError(
-            "the token for the Hub, of HF_TOKEN or of the login, has a letter that no token has (a blank, or none of "
-            "ASCII); copy it again, or run: hf auth login"
+            "the token for the Hub, from HF_TOKEN or from the login, has a character that no token has (a blank, or "
+            "one that is not ASCII); copy it again, or run: hf auth login"
         )
     return token

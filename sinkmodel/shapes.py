@@ -1,4 +1,4 @@
-"""Sizes of a model, as a config gives them. No torch here: a config is checked before anything heavy is loaded."""
+"""Sizes of a model, from a config. Does not import torch: a config is checked before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from sinkmodel.errors import UserError
 
-PARTS = ("all", "sink", "sink+norms")  # of a model that exists: what a run may train
-STARTS = ("mean", "bos", "random")  # what the row of a new sink starts as: see `bases.start_rows`
+PARTS = ("all", "sink", "sink+norms")  # what a run may train of an existing model
+STARTS = ("mean", "bos", "random")  # initial value of a new sink's row: see `bases.start_rows`
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,16 @@ class ModelShape:
 
     Args:
         architecture: `gpt_neox` (parallel residual, LayerNorm, biases) or `llama` (RMSNorm, SwiGLU, no biases).
-        layers: blocks of attention and feed-forward.
+        layers: number of transformer blocks (attention and feed-forward).
         hidden: width of the residual stream, d.
-        heads: of attention, in each layer; they divide `hidden`.
-        kv_heads: heads that hold keys and values; fewer than `heads` only for `llama`.
+        heads: attention heads per layer; `hidden` must be divisible by it.
+        kv_heads: key and value heads per layer; may be fewer than `heads` only for `llama`.
         ffn: width of the feed-forward layer.
-        positions: longest sequence that the model is trained on, in tokens, sinks included.
+        positions: longest training sequence in tokens, sinks included.
         rotary_pct: share of each head's dimensions that is rotated; below 1 only for `gpt_neox`.
         rope_theta: base of the rotary frequencies.
-        tie_embeddings: whether the head shares the embedding's weights.
-        vocabulary: rows of the embedding; null takes what the data's tokenizer needs, rounded up to 128.
+        tie_embeddings: whether the output projection shares the embedding's weights.
+        vocabulary: rows of the embedding; with null, what the data's tokenizer needs, rounded up to 128.
     """
 
     architecture: str = "gpt_neox"
@@ -51,9 +51,9 @@ class ModelShape:
         if self.vocabulary is not None and self.vocabulary < 1:
             raise UserError(f"model.vocabulary is {self.vocabulary}; it must be at least 1, or null")
         if self.hidden % self.heads:
-            raise UserError(f"model.hidden is {self.hidden}, which model.heads = {self.heads} does not divide")
+            raise UserError(f"model.hidden is {self.hidden}, which is not divisible by model.heads = {self.heads}")
         if self.heads % self.kv_heads:
-            raise UserError(f"model.heads is {self.heads}, which model.kv_heads = {self.kv_heads} does not divide")
+            raise UserError(f"model.heads is {self.heads}, which is not divisible by model.kv_heads = {self.kv_heads}")
         if self.architecture == "gpt_neox" and self.kv_heads != self.heads:
             raise UserError("model.kv_heads must equal model.heads for gpt_neox, which has no grouped heads")
         if self.architecture == "llama" and self.rotary_pct != 1:

@@ -1,4 +1,4 @@
-"""What absorbs attention: the kind and number of sinks, and where they stand in a saved config."""
+"""What absorbs attention: the kind and number of sinks, and how a saved config records them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 from sinkmodel.errors import UserError
 
-IN_SOFTMAX = ("zero", "logit", "kv_bias")  # no token: one more column of every softmax, whose value is zero
-SINK_ATTENTION = "sinkmodel_sink"  # attention of such a model (`sinkmodel.attention`), with the masks of `sdpa`
+IN_SOFTMAX = ("zero", "logit", "kv_bias")  # not tokens: one more column of every softmax, with value zero
+SINK_ATTENTION = "sinkmodel_sink"  # the attention of such a model (`sinkmodel.attention`), with the masks of `sdpa`
 KINDS = ("none", "token", *IN_SOFTMAX)
-RESERVED_ROWS = 16  # vocabulary rows kept free of text in every model, so that twins have the same shapes
+RESERVED_ROWS = 16  # vocabulary rows that no text token uses, in every model, so that twins have the same shapes
 
 
 @dataclass(frozen=True)
 class SinkConfig:
-    """What a model has for attention that has nowhere to go.
+    """The attention sink of a model.
 
     Args:
         kind: `none`, a vanilla model; `token`, trainable tokens in front of every sample (StreamingLLM, section 3.3);
-            `zero`, a key and a value of zeros, softmax-off-by-one (its "zero sink"); `logit`, one learned number a head
-            in place of the key's score (gpt-oss); `kv_bias`, a learned key a layer and KV head, never rotated, its
-            value zero (Gu et al., arXiv 2410.10781).
-        count: how many tokens of the kind `token`; every other sink stands alone.
+            `zero`, a key and a value of zeros, softmax-off-by-one (its "zero sink"); `logit`, one learned number per
+            head that takes the place of the key's score (gpt-oss); `kv_bias`, a learned key per layer and KV head,
+            never rotated, with value zero (Gu et al., arXiv 2410.10781).
+        count: number of sink tokens if the kind is `token`. It must be 1 for every other kind.
     """
 
     kind: str = "none"
@@ -38,7 +38,7 @@ class SinkConfig:
 
     @property
     def tokens(self) -> int:
-        """How many tokens stand in front of the text."""
+        """Number of sink tokens in front of the text."""
         return self.count if self.kind == "token" else 0
 
     @property
@@ -47,40 +47,40 @@ class SinkConfig:
         return [f"<|sink{i}|>" if i > 1 else "<|sink|>" for i in range(1, self.tokens + 1)]
 
     def ids(self, text_vocabulary: int) -> list[int]:
-        """Sinks take the first ids behind the text vocabulary (GPT-NeoX: 50277 of 50304)."""
+        """Token ids of the sinks: the first ids after the text vocabulary (GPT-NeoX: 50277 of 50304)."""
         return list(range(text_vocabulary, text_vocabulary + self.tokens))
 
 
 def padded_vocabulary(text_vocabulary: int) -> int:
-    """Rows of the embedding: text vocabulary and reserved rows, rounded up to 128 (GPT-NeoX: 50277 -> 50304)."""
+    """Rows of the embedding: text vocabulary plus reserved rows, rounded up to 128 (GPT-NeoX: 50277 -> 50304)."""
     return -(-(text_vocabulary + RESERVED_ROWS) // 128) * 128
 
 
 def kind_of(config: Any) -> str:
-    """The kind of sink that a model's config tells of; "none" for a vanilla model or somebody else's."""
+    """The kind of sink that a model's config records; "none" for a vanilla model or a third-party model."""
     return _record(config).get("kind", "none")
 
 
 def sinks_to_keep(config: Any) -> int:
-    """How many first tokens a stream of this model keeps for good: its own sinks, or 1; 0 with one in the softmax."""
+    """How many leading tokens a stream never evicts: the model's own sinks, else 1; 0 if the softmax has a sink."""
     return 0 if kind_of(config) in IN_SOFTMAX else len(sink_ids_of(config)) or 1
 
 
 def write_sink(config: Any, sink: SinkConfig, token_ids: list[int]) -> None:
-    """Record the sink in a transformers config; every loader ignores the key, ours reads it."""
+    """Record the sink in a transformers config. Other loaders ignore the key; ours reads it."""
     config.sink = {"kind": sink.kind, "count": sink.tokens, "token_ids": list(token_ids)}
 
 
 def sink_ids_of(config: Any) -> list[int]:
-    """The ids that stand in front of every text of this model; empty for a vanilla model or somebody else's."""
+    """The sink ids in front of every text of this model; empty for a vanilla or third-party model."""
     return list(_record(config).get("token_ids", []))
 
 
 def front_of(config: Any, tokenizer: Any = None) -> list[int]:
-    """The ids that stand in front of every text: the model's own sinks, or what a stranger's tokenizer puts there.
+    """The ids in front of every text: the model's own sinks, or the tokens that a third-party tokenizer prepends.
 
-    That is `<s>` of Llama, and nothing of GPT-2 and Pythia. A model that has always seen it has its sink there; without
-    it the first word of a text would be taken for the sink.
+    Llama's tokenizer prepends `<s>`; those of GPT-2 and Pythia prepend nothing. A model that was trained with such a
+    token uses it as its sink. Without the token, the first word of a text would become the sink.
     """
     if is_ours(config) or tokenizer is None:
         return sink_ids_of(config)
@@ -90,12 +90,12 @@ def front_of(config: Any, tokenizer: Any = None) -> list[int]:
 
 
 def is_ours(config: Any) -> bool:
-    """Whether the model comes from this recipe, which records a sink of kind "none" as well."""
+    """Whether this recipe trained the model. It also records a sink of kind "none"."""
     return bool(_record(config))
 
 
 def check_record(config: Any) -> None:
-    """UserError where a config tells of a sink that is none of ours: a file from a stranger, or a damaged one."""
+    """Raise UserError if a config records a sink that we do not know: an untrusted or damaged file."""
     kind, ids = kind_of(config), _record(config).get("token_ids", [])
     if kind not in KINDS:
         raise UserError(f"the config has a sink of kind {kind!r}; known are {', '.join(KINDS)}, so export it again")

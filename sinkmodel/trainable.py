@@ -1,11 +1,11 @@
-"""Which models the training path carries: refused by name from the config, or after a trial on the model itself.
+"""Check whether the training path supports a model: by its config, then by a trial run of the model itself.
 
-    check_trainable(model, "org/name")    # raises UserError; the model is as it was
+    check_trainable(model, "org/name")    # raises UserError; the model is unchanged
     silence_dropout(model)
 
-Training runs the decoder's body on whole rows with an attention that has no mask (`sinkmodel.attention.CAUSAL`), and
-takes the loss from its last hidden states and the weight and bias of the output projection. Whether this is what the
-model itself computes is found out by computing both.
+Training runs the decoder's body on whole rows with an attention without a mask (`sinkmodel.attention.CAUSAL`). It
+computes the loss from the last hidden states and the weight and bias of the output projection. The trial compares this
+with what the model itself computes.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from sinkmodel.probe import rotary_of
 
 TRIAL_TOKENS = 16
 TOLERANCE = 1e-4  # relative
-COARSE = 0.05  # of another attention in half precision; a wrong one is off by far more
+COARSE = 0.05  # relative, between two attentions in half precision; a wrong one differs by far more
 REMEDY = "start from a dense decoder with RoPE, such as Llama, Mistral, Qwen3 or GPT-NeoX"
 
 
 def check_trainable(model: PreTrainedModel, name: str, sequence: int = TRIAL_TOKENS) -> None:
-    """Whether training computes the loss of this model, and what it trains can be streamed.
+    """Check that training computes the loss of this model, and that the trained model can be streamed.
 
-    Runs the model a few times on one row of at most 16 tokens, without gradients. The model is as it was afterwards.
+    Runs the model a few times on one row of at most 16 tokens, without gradients, and leaves it unchanged.
 
     Args:
         model: a causal language model of transformers, with its own output projection.
-        name: what the user called it; stands in the message.
-        sequence: tokens of a row of training.
+        name: the user's name of the model, for messages.
+        sequence: tokens in a row of training data.
 
     Raises:
-        UserError: the model is an encoder, has positions that are not RoPE, layers without keys, experts, quantised
-            weights or a window narrower than a row, or it computes its logits in another way.
+        UserError: the model is an encoder, has no RoPE, has layers without keys, experts, quantised weights or a
+            window narrower than a row, or it computes its logits in another way.
     """
     try:
         _check_by_config(model, sequence)
@@ -54,10 +54,10 @@ def check_trainable(model: PreTrainedModel, name: str, sequence: int = TRIAL_TOK
 
 
 def silence_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0, in its modules and its configs: training then draws no random number.
+    """Set every dropout of a model to 0, in modules and configs, so that training draws no random numbers.
 
-    So a run that is resumed needs no random state to be exact (design, decision 5). The dropout of a classifier that
-    others may put on top stays in the config.
+    A resumed run is then exact without a saved random state (design, decision 5). The config keeps the dropout of a
+    classifier, which others may put on top of the model.
     """
     configs = [
         module.config for module in model.modules() if isinstance(getattr(module, "config", None), PretrainedConfig)
@@ -72,7 +72,7 @@ def silence_dropout(model: nn.Module) -> None:
                 setattr(holder, key, 0.0)
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------- the checks
 
 
 def _check_by_config(model: PreTrainedModel, sequence: int) -> None:
@@ -92,7 +92,7 @@ def _check_by_config(model: PreTrainedModel, sequence: int) -> None:
     window = own_window(config)
     if window is not None and window < sequence:
         raise UserError(
-            f"model type {kind!r} has a window of {window} tokens of its own, narrower than rows of {sequence}; "
+            f"model type {kind!r} has its own window of {window} tokens, narrower than rows of {sequence}; "
             f"train on rows of at most {window}"
         )
     method = getattr(model.config, "quantization_config", None)
@@ -107,7 +107,7 @@ def _check_by_config(model: PreTrainedModel, sequence: int) -> None:
 
 
 def _experts(config: dict[str, Any]) -> str | None:
-    """The key and value by which a config declares a mixture of experts; None for a dense model."""
+    """The entry of a config that declares a mixture of experts, as text; None for a dense model."""
     for key, value in config.items():
         if isinstance(value, dict) and (found := _experts(value)):
             return found
@@ -135,7 +135,7 @@ def _check_by_trial(model: PreTrainedModel, tokens: int) -> None:
     if not logits_1TV.isfinite().all():
         raise not_finite(model)
     with _or_another():
-        watch(model, ids_1T, lambda seen: None)  # every layer calls the attention that it is given, once
+        watch(model, ids_1T, lambda seen: None)  # checks that every layer calls its attention function once
         rotary_of(model)
         if not _difference(hidden_1TD, body_1TD) < (TOLERANCE if model.dtype == torch.float32 else COARSE):
             raise UserError(f"model type {kind!r} has an attention that training does not have")
@@ -152,7 +152,7 @@ def _difference(x: torch.Tensor, y: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def _or_another() -> Iterator[None]:
-    """Adds a remedy to what is raised within the block."""
+    """Append the remedy to UserErrors that are raised in the block."""
     try:
         yield
     except UserError as error:
@@ -161,7 +161,7 @@ def _or_another() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the model is in eval mode; afterwards its modes and its attention are what they were."""
+    """Put the model into eval mode in the block; afterwards restore its modes and its attention."""
     attention, modes = model.config._attn_implementation, [(module, module.training) for module in model.modules()]
     try:
         model.eval()

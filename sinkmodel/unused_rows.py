@@ -1,4 +1,4 @@
-"""Names of the rows of a model that are no tokens, so that each id of its tokenizer has one."""
+"""Names for the rows of a model that are not tokens, so that every id of its tokenizer has a name."""
 
 from __future__ import annotations
 

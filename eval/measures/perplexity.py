@@ -1,10 +1,12 @@
 """`sink-eval ppl`: what each cache policy costs in perplexity on real text.
 
-Scored as the design says ("What is scored"): the first N text tokens of each document are a stream of their own; the
-sinks of a sink model stand in front, come on top of N and are never scored; the first text token is not scored either,
-so that sink and vanilla models answer for the same targets. The query at place p predicts the token at p + 1; "after
-overflow" are the queries p ≥ C, the first that have lost something to eviction (with the paper's count of keys the
-one at C has not yet; it stays in, so that all rows are means over the same queries).
+The first N text tokens of each document are one stream. A sink model's sinks come before them; they are not counted in
+N and are never scored. The first text token is not scored either, so that sink models and vanilla models are scored on
+the same targets.
+
+The query at position p predicts the token at p + 1. "After overflow" means the queries p ≥ C, which are the first to
+have lost keys to eviction. With the paper's count of keys, the query at C has not lost any yet; it is included all the
+same, so that all rows are means over the same queries.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
     add_text_argument(parser)
     parser.add_argument(
-        "--budget", type=positive, default=256, metavar="C", help="keys a query sees, its own and the sinks counted"
+        "--budget", type=positive, default=256, metavar="C", help="keys a query sees, including its own and the sinks"
     )
     parser.add_argument(
         "--sinks", type=whole, nargs="+", default=[0, 1, 2, 4], metavar="S", help="first keys that are never evicted"
@@ -56,24 +58,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policies",
         nargs="+",
         choices=NAMES,
-        help="default: window (if --sinks has a 0) and sink; -paper: as in the paper's code, a query sees C + 1 keys",
+        help="default: window (if --sinks has a 0) and sink; -paper: a query sees C + 1 keys, as in the paper's code",
     )
     parser.add_argument(
         "--stride",
         type=positive,
         default=1,
         metavar="N",
-        help="queries that a window of recompute answers for, with C - N + 1 … C keys (default: 1, exact and slow)",
+        help="for recompute: score N queries per window, with C - N + 1 to C keys (default: 1, exact and slow)",
     )
     parser.add_argument("--tokens", type=positive, metavar="N", help="text tokens of each document (default: all)")
     parser.add_argument(
         "--documents",
         type=positive,
         metavar="N",
-        help="first documents of each file that fill the budget (default: all)",
+        help="use the first N documents of each file that fill the budget (default: all)",
     )
     parser.add_argument(
-        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes the speed alone"
+        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes only the speed"
     )
     add_common_arguments(parser)
 
@@ -113,17 +115,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_windows(options: argparse.Namespace, sinks: int) -> None:
-    """A window that is read again must hold the model's own sinks, and all queries that it answers for."""
+    """Raise UserError unless a recomputed window holds the model's own sinks and all queries that it scores."""
     if "recompute" not in (options.policies or ()):
         if options.stride > 1:
-            raise UserError("--stride is for recompute alone; add it to --policies or leave --stride out")
+            raise UserError("--stride is only for recompute; add recompute to --policies or leave --stride out")
         return
-    behind = f" behind the model's {sinks} sink tokens" if sinks else ""
+    after_sinks = f" after the model's {sinks} sink tokens" if sinks else ""
     if options.budget <= sinks:
-        raise UserError(f"--budget {options.budget} leaves no window{behind}; make it at least {sinks + 1}")
+        raise UserError(f"--budget {options.budget} leaves no window{after_sinks}; make it at least {sinks + 1}")
     if options.stride > options.budget - sinks:
         raise UserError(
-            f"--stride {options.stride} does not fit into a window of {options.budget - sinks} tokens{behind}; "
+            f"--stride {options.stride} does not fit into a window of {options.budget - sinks} tokens{after_sinks}; "
             f"use {options.budget - sinks} or less"
         )
 
@@ -134,7 +136,7 @@ def _check_windows(options: argparse.Namespace, sinks: int) -> None:
 def measure(
     loaded: LoadedModel, documents: Sequence[Sequence[int]], policy: Policy, budget: int, chunk: int, label: str
 ) -> dict[str, Any]:
-    """One row of the table; its keys are those of the JSON in design.md, "Commands"."""
+    """One row of the table, and of `rows` in the JSON result."""
     sinks = len(loaded.sink_ids)
     longest = max(len(ids) for ids in documents) - 1
     memory = PeakMemory(loaded.model.device)
@@ -142,11 +144,11 @@ def measure(
     with CountedProgress(label, "tokens", sum(len(ids) - 1 for ids in documents)) as progress:
         losses = policy.score(loaded.model, documents, chunk, progress.add)
     seconds = time.perf_counter() - started
-    first = sinks  # place of the first query whose target counts: the first text token, which predicts the second
+    first = sinks  # position of the first scored query: it is the first text token and predicts the second
     scored = [nll[first:] for nll in losses]
     after = [nll[max(first, budget) :] for nll in losses]
     nll, nll_after = mean(scored), mean(after)
-    assert nll is not None, "a document that fills the budget has something to score"
+    assert nll is not None, "a document that fills the budget has at least one token to score"
     return {
         **policy.row(longest),
         "documents": len(documents),
@@ -177,7 +179,7 @@ def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dic
     sinks = f"{in_front} in front" if loaded.sink_ids else f"sink: {kind}"
     table = new_table(
         f"{options.model}, {options.dtype}, {sinks}",
-        "≥C: queries that have lost something to eviction; ±: standard error over blocks of C tokens",
+        "≥C: queries at positions ≥ C, after the first eviction; ±: standard error over blocks of C tokens",
         ["policy"],
         ["keys seen", "texts", "tokens", "nll", "±", "ppl", "nll ≥C", "± ≥C", "ppl ≥C", "tokens/s", "peak MiB"],
     )

@@ -1,4 +1,4 @@
-"""A model with random weights in the shape of a YAML: enough for times and bytes, which no weight changes."""
+"""A model with random weights and sizes from a YAML file: enough to measure time and memory."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
 
 
 def read_shape(path: Path) -> ModelShape:
-    """The sizes under `model:` in a YAML. UserError if there are none, or if they make no model."""
+    """The sizes under `model:` in a YAML file. Raises UserError if they are missing or are not those of a model."""
     import yaml
 
     if not path.is_file():
-        raise UserError(f"--shape {path} does not exist; give a .yaml, as configs/models/tiny.yaml")
+        raise UserError(f"--shape {path} does not exist; give a .yaml such as configs/models/tiny.yaml")
     try:
         return ModelShape(**(yaml.safe_load(path.read_text(encoding="utf-8")) or {})["model"])
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        what = " ".join(str(error).replace("ModelShape.__init__() ", "").split())
+        reason = " ".join(str(error).replace("ModelShape.__init__() ", "").split())
         raise UserError(
-            f"{path} has no shape of a model ({what}); it needs `model:` with sizes, as configs/models/tiny.yaml"
+            f"{path} has no shape of a model ({reason}); it needs `model:` with sizes, as in configs/models/tiny.yaml"
         ) from None
 
 
 def config_of(shape: ModelShape) -> PretrainedConfig:
-    """The transformers config of a shape; 50,304 rows of the embedding if it leaves them open."""
+    """The transformers config of a shape. If the shape has no vocabulary size, the embedding has 50,304 rows."""
     from sinkmodel.models import transformers_config
 
     return transformers_config(shape, shape.vocabulary or 50304)
 
 
 def load_shape(path: Path, dtype: str, device: str | None) -> LoadedModel:
-    """A model of that shape, made where it runs and in the dtype that it runs in, so that no larger copy exists."""
+    """A model of that shape, created on its device and in its dtype, so that no larger copy ever exists."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -46,7 +46,7 @@ def load_shape(path: Path, dtype: str, device: str | None) -> LoadedModel:
     config = config_of(read_shape(path))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "meta":
-        raise UserError("device 'meta' has shapes and no numbers; use cpu, or a GPU")
+        raise UserError("device 'meta' has shapes but no numbers; use cpu, or a GPU")
     torch.manual_seed(0)
     try:
         with torch.device(device):
@@ -54,5 +54,5 @@ def load_shape(path: Path, dtype: str, device: str | None) -> LoadedModel:
                 config, attn_implementation="sdpa", dtype=getattr(torch, dtype)
             ).eval()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the model cannot be made on device {device!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the model cannot be created on device {device!r}: {str(error).splitlines()[0]}") from None
     return LoadedModel(model.requires_grad_(False), None, [], f"random weights, {path.stem}")

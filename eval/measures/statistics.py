@@ -1,4 +1,4 @@
-"""What lists of losses and of times say: means, quantiles, ratios, and how uncertain they are. Exact and pure."""
+"""Statistics of losses and times: means, quantiles, ratios, and their uncertainty. All functions are pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def mean(parts: list[Tensor]) -> float | None:
-    """The mean over all tokens of all documents, in fp64; None where there is none."""
+    """The mean over all tokens of all documents, in fp64; None if there are no tokens."""
     count = sum(len(part) for part in parts)
     return sum(part.double().sum().item() for part in parts) / count if count else None
 
@@ -20,8 +20,8 @@ def mean(parts: list[Tensor]) -> float | None:
 def block_stderr(parts: list[Tensor], block: int) -> float | None:
     """The standard error of the mean, from means over consecutive blocks of `block` tokens.
 
-    Neighbouring tokens are not independent, whole blocks nearly are. Blocks do not overlap and do not cross documents;
-    what is left of a document behind its last whole block is not used. None where there are fewer than two blocks.
+    Neighbouring tokens are not independent; whole blocks nearly are. Blocks do not overlap and do not cross documents.
+    The tokens of a document after its last whole block are not used. Returns None if there are fewer than two blocks.
     """
     means = [b.mean().item() for part in parts for b in part.double().split(block) if len(b) == block]
     if len(means) < 2:
@@ -33,7 +33,7 @@ def block_stderr(parts: list[Tensor], block: int) -> float | None:
 def by_position(parts: list[tuple[int, Tensor]], bins: int = 64) -> list[list[float]]:
     """Mean loss along the text as [first position, last position, mean], in at most `bins` bins of equal width.
 
-    A part is (position of its first query, losses of consecutive queries); positions count from 0, sinks included.
+    Each part is (position of its first query, losses of consecutive queries). Positions count from 0, sinks included.
     """
     end = max((first + len(losses) for first, losses in parts), default=0)
     width = max(1, -(-end // bins))
@@ -47,16 +47,20 @@ def by_position(parts: list[tuple[int, Tensor]], bins: int = 64) -> list[list[fl
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The smallest value that `share` of all do not exceed (nearest rank): p99 of fewer than 100 is the largest."""
+    """The nearest-rank quantile: the smallest value such that a fraction `share` of all values does not exceed it.
+
+    The p99 of fewer than 100 values is the largest.
+    """
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def paired_ratio(
     above: list[float], below: list[float], resamples: int = 2000
 ) -> tuple[float, float | None, float | None]:
-    """The median of above[i] / below[i], two times of one round each, and its 95 % interval by bootstrap over rounds.
+    """The median of above[i] / below[i] and its 95 % interval, by bootstrap over rounds.
 
-    What slows a whole round down cancels in its ratio. Fewer than five rounds are too few for an interval.
+    `above[i]` and `below[i]` are two times measured in one round, so that anything that slows the whole round down
+    cancels in the ratio. With fewer than five rounds there is no interval: both of its ends are None.
     """
     ratios = [a / b for a, b in zip(above, below)]
     if len(ratios) < 5:
@@ -67,5 +71,5 @@ def paired_ratio(
 
 
 def share(kept: float | None, of_dense: float | None) -> float | None:
-    """What is kept of the keys and values that dense keeps."""
+    """The share of dense's keys and values that is kept; None if either count is unknown or dense keeps none."""
     return kept / of_dense if kept is not None and of_dense else None

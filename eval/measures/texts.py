@@ -1,4 +1,4 @@
-"""The texts that a measure reads: options for them, checks before anything is loaded, documents as token ids."""
+"""The texts that a measure reads: their option, checks before anything is loaded, documents as token ids."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def add_text_argument(parser: argparse.ArgumentParser, *aliases: str, required: 
         nargs="+",
         type=path_of,
         metavar="FILE",
-        help=".txt is one document; .jsonl, .ndjson, .json lines and .parquet have one a row (also .gz, .xz, .zst)",
+        help=".txt is one document; .jsonl, .ndjson, .json lines and .parquet have one per row (also .gz, .xz, .zst)",
     )
 
 
 def check_files(files: Sequence[Path]) -> None:
-    """UserError where a file of --text is not there, or one is given twice: known before anything is loaded.
+    """Raise UserError if a file of --text does not exist or is given twice, before anything is loaded.
 
-    The same text under two names would count as two texts, and make every interval narrower than it is.
+    The same text under two names would count as two texts and make every interval too narrow.
     """
     from sinkmodel.files import sha256_of
     from sinkmodel.text.documents import KINDS
 
     for file in files:
         if not file.is_file():
-            what = "is a folder, not a file" if file.is_dir() else "does not exist"
-            raise UserError(f"{file} {what}; --text takes {', '.join(KINDS)} files")
+            problem = "is a folder, not a file" if file.is_dir() else "does not exist"
+            raise UserError(f"{file} {problem}; --text takes {', '.join(KINDS)} files")
     if twice := repeated(files):
-        raise UserError(f"--text has {twice} twice, which is no more text; give each file once")
+        raise UserError(f"--text has {twice} twice, which adds no text; give each file once")
     known: dict[str, Path] = {}
     sizes = [file.stat().st_size for file in files]
     same_size = Counter(sizes)
@@ -54,7 +54,7 @@ def check_files(files: Sequence[Path]) -> None:
 
 
 def repeated(names: Sequence[str | Path]) -> str | None:
-    """The first name whose file or folder stands before it already, however it is spelled; None where there is none."""
+    """The first name of a file or folder that an earlier name already means, in any spelling; None if there is none."""
     seen = set()
     for name in names:
         place = str(Path(name).resolve()) if Path(name).exists() else str(name)
@@ -72,10 +72,17 @@ def read_texts(
     count: int | None,
     option: str = "--budget",
 ) -> tuple[list[dict[str, Any]], list[Sequence[int]]]:
-    """For each file what was taken of it, and the token ids of all documents, with the sinks in front.
+    """Read the documents of all files and encode them.
 
-    A document that does not fill the budget says nothing about a policy: it is left out, and said; UserError where
-    a file has no other. One that is shorter than `tokens` counts with what it has, and that is said too.
+    Returns, for each file, a summary of what was used of it; and the token ids of all documents, after the sinks. A
+    document that does not fill the budget cannot distinguish policies: it is left out and reported. A document shorter
+    than `tokens` is used whole, which is reported too. Raises UserError if no document of a file fills the budget.
+
+    Args:
+        budget: fewest text tokens of a document that is used.
+        tokens: most text tokens of a document that are used; None: all.
+        count: most documents of each file; None: all.
+        option: the option that set `budget`, for messages.
     """
     from sinkmodel.files import sha256_of
     from sinkmodel.loading import encode
@@ -114,7 +121,7 @@ def read_texts(
 
 
 def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path]) -> None:
-    """UserError where two models do not cut text into the same ids, the sink tokens aside: losses belong to tokens."""
+    """Raise UserError unless two models encode text as the same ids, sinks aside: losses are compared by token."""
     from sinkmodel.loading import encode
     from sinkmodel.sinks import sink_ids_of
     from sinkmodel.text import read_documents
@@ -139,13 +146,15 @@ def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path
 def check_positions(
     loaded: LoadedModel, longest: int, policies: Sequence[Policy], option: str = "--budget", within: str = ""
 ) -> None:
-    """A cache larger than the model was made for is a mistake; dense beyond it is a result, and said to be one.
+    """Check that the policies stay within the positions that the model was made for.
 
-    UserError for the mistake, and for dense where a model does not go on, or not in the same way (`end_of`).
+    A budget beyond these positions is a mistake, and raises UserError. Dense attention beyond them is a result, and is
+    only reported. It raises UserError if the model cannot continue, or changes its positions there (`end_of`).
 
     Args:
-        longest: places that are fed, of the longest stream.
-        option: of the budget; within: how the stream is kept within the positions, said after dense.
+        longest: tokens fed in the longest stream.
+        option: the option that sets the budget, for messages.
+        within: how the user can keep the stream within the positions, for messages about dense.
     """
     from eval.policies.policy import end_of
 
@@ -156,23 +165,23 @@ def check_positions(
         if policy.budget is None and end is not None and keys > end:
             remedy = within if within and end == loaded.positions else f"use texts shorter by {keys - end}"
             raise UserError(
-                f"{policy.label} goes on to place {longest - 1}, and {loaded.name} has positions of one kind only up "
+                f"{policy.label} reaches position {longest - 1}, and {loaded.name} has positions of one kind only up "
                 f"to {end}; {remedy}"
             )
         if positions is None or keys <= positions:
             continue
         if policy.budget is not None:
-            beyond = policy.keys_seen(sys.maxsize) - policy.budget  # of a full cache, as this one need not be
+            beyond = policy.keys_seen(sys.maxsize) - policy.budget  # for a full cache; this one may not be full
             raise UserError(
                 f"{policy.label} takes {keys} positions and {loaded.name} was made for {positions}; use {option} "
                 f"{positions - beyond} or less"
             )
         say(
-            f"{policy.label} goes on to place {longest - 1}, and {loaded.name} was made for {positions} positions: "
+            f"{policy.label} reaches position {longest - 1}, and {loaded.name} was made for {positions} positions: "
             f"its rows show what happens beyond them{within and f' ({within})'}"
         )
 
 
 def fed(documents: Sequence[Sequence[int]]) -> int:
-    """Places that are fed of the longest document, the sinks in front; its last token is predicted, never fed."""
+    """Tokens fed of the longest document, sinks included: all but its last, which is only predicted."""
     return max(map(len, documents)) - 1

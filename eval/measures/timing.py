@@ -1,8 +1,8 @@
-"""Times of decoding steps, with several policies taking turns, so that what disturbs one disturbs all.
+"""Times of decoding steps; several policies take turns, so that a disturbance affects all of them.
 
-A side is a policy with its stream, full. In every round each side, in an order drawn anew, takes one step that is not
-timed (it pays for what the side before has left in the processor's caches) and then its block of timed steps. A ratio
-is that of two blocks of one round.
+A side is a policy with a full stream. In every round the sides run in a new random order. Each side takes one step that
+is not timed, to warm up the processor's caches after the side before it, and then its block of timed steps. A ratio
+compares two blocks of the same round.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from sinkmodel.progress import CountedProgress
 
 RATIOS = (("recompute", "sink"), ("sink", "dense"))
 FED = 4096  # tokens of a long stream that are drawn at once
-BLOCK = 8  # timed steps of a side in a round; of recompute one, which is long enough
+BLOCK = 8  # timed steps of a side in a round; recompute takes one, which is long enough
 
 
 def measure(
     loaded: LoadedModel, policies: list[Policy], budget: int, tokens: int, label: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows and the ratios of one budget."""
+    """Measure the policies at one budget; returns result rows and ratios."""
     model, sink_ids, peaks, sides = loaded.model, loaded.sink_ids, [], []
     rounds = -(-tokens // BLOCK)
     total = rounds * sum(map(block_of, policies)) + 2 * len(policies)
@@ -61,14 +61,14 @@ def measure(
 def along_stream(
     loaded: LoadedModel, policy: Policy, budget: int, length: int, points: int, tokens: int
 ) -> list[dict[str, Any]]:
-    """One row for each of `points` places of a stream: its steps there, in turns with a stream that has just filled.
+    """One row for each of `points` positions of a stream: its steps there, in turns with a stream that has just filled.
 
-    `seen` is how many tokens were fed before. What lies between the places goes through the model in pieces, and
-    nothing of it is kept.
+    `seen` in a row is the number of tokens fed before its steps. The tokens between the positions are fed in pieces and
+    are not timed.
     """
     model, sink_ids = loaded.model, loaded.sink_ids
     rounds = -(-tokens // BLOCK)
-    timed = rounds * (BLOCK + 1)  # what the steps at a place take of the stream
+    timed = rounds * (BLOCK + 1)  # tokens that the steps at one position feed
     old, ids = full_side(model, policy, budget, sink_ids), Tokens(model, sink_ids)
     rows, seen = [], budget
     with CountedProgress(f"stream {policy.label}", "tokens", length) as progress:
@@ -124,12 +124,12 @@ class Side:
 
 
 def block_of(policy: Policy) -> int:
-    """How many timed steps a policy has in a round."""
+    """The number of timed steps of a policy in a round."""
     return 1 if isinstance(policy, Recompute) else BLOCK
 
 
 class Tokens:
-    """Token ids to feed: the model's sinks first, then random ones, drawn as they are needed."""
+    """Token ids to feed: the model's sinks first, then random ids, drawn as needed."""
 
     def __init__(self, model: Any, sink_ids: Sequence[int]):
         self.sinks, self.device = list(sink_ids), model.device
@@ -146,7 +146,7 @@ class Tokens:
 
 
 def full_side(model: Any, policy: Policy, budget: int, sink_ids: Sequence[int]) -> Side:
-    """A new stream of a policy whose next query sees `budget` keys, and that evicts, if it does, from then on."""
+    """A new stream of a policy, filled so that its next query sees `budget` keys and eviction, if any, starts there."""
     stream = policy.stream(model)
     grows = policy.budget is None
     stream.feed(Tokens(model, sink_ids).first(budget - grows))
@@ -154,7 +154,7 @@ def full_side(model: Any, policy: Policy, budget: int, sink_ids: Sequence[int]) 
 
 
 def step(side: Side, id_B1: Tensor) -> float:
-    """Milliseconds of one decoding step. A dense cache, which grows, is cut back afterwards: each step is at C keys."""
+    """Milliseconds of one decoding step. A dense cache is cut back afterwards, so that every step sees C keys."""
     started = now(id_B1.device)
     side.stream.feed(id_B1)
     ended = now(id_B1.device)
@@ -170,8 +170,8 @@ def now(device: torch.device) -> float:
 
 
 def alternate(sides: list[Side], tokens: Tokens, rounds: int, on_step: Callable[[int], None]) -> None:
-    """Add `rounds` blocks of timed steps to every side. Re-computation, the slow one, comes first in a round, so that
-    the blocks of all others lie close together in time."""
+    """Add `rounds` blocks of timed steps to every side. Recompute, which is slow, comes first in each round, so that
+    the blocks of all others are close together in time."""
     rng = random.Random(0)
     for _ in range(rounds):
         for side in sorted(rng.sample(sides, len(sides)), key=lambda side: side.block):
@@ -182,7 +182,7 @@ def alternate(sides: list[Side], tokens: Tokens, rounds: int, on_step: Callable[
 
 
 def peak_alone(model: Any, policy: Policy, budget: int, sink_ids: Sequence[int]) -> int:
-    """Peak bytes over decoding steps of this policy, with no other stream about."""
+    """Peak bytes over decoding steps of this policy, while no other stream exists."""
     side, tokens = full_side(model, policy, budget, sink_ids), Tokens(model, sink_ids)
     memory = PeakMemory(model.device)
     for _ in range(min(2, side.block)):

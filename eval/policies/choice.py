@@ -1,4 +1,4 @@
-"""Which policies become rows of a table."""
+"""The policies that can be named on the command line, and their choice for the rows of a table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from eval.policies.policy import Policy
 
 NAMES = ("dense", "window", "window-paper", "recompute", "sink", "sink-paper")
-BORROWED = 4  # first tokens that StreamingLLM keeps of a model without a sink
+BORROWED = 4  # leading tokens that StreamingLLM keeps for a model without a sink
 
 
 def check(sinks: Sequence[int], budget: int, option: str = "--budget") -> None:
-    """UserError where a budget holds no window behind the most sinks."""
+    """Raise UserError if the budget does not hold the sinks and the current token."""
     for count in sinks:
         if budget < count + 1:
             raise UserError(
@@ -27,10 +27,14 @@ def check(sinks: Sequence[int], budget: int, option: str = "--budget") -> None:
 def choose(
     names: Sequence[str] | None, sinks: Sequence[int], budget: int, front: int = 0, stride: int = 1
 ) -> list[Policy]:
-    """One policy a row. No sinks is the window where `window` is asked for, else the sink policy with S = 0.
+    """The policies of a table, one per row. S = 0 is the `window` policy if that is chosen, else `sink` with S = 0.
 
-    `names` None means window and sink, with a window only where `sinks` has a 0; asked for by name it always comes.
-    `front` is the number of the model's own sink tokens, which re-computation keeps in front of every window.
+    Args:
+        names: names of policies; None: sink, and also window if `sinks` contains 0.
+        sinks: values of S for the sink policy.
+        budget: C, the cache slots including the sinks and the current token.
+        front: number of the model's own sink tokens, which recompute keeps in front of every window.
+        stride: queries that a window of recompute scores.
     """
     from eval.policies.dense import Dense
     from eval.policies.recompute import Recompute

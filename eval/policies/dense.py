@@ -1,4 +1,4 @@
-"""Dense attention: nothing is ever evicted, and the cost of a token grows with the stream."""
+"""Dense attention: no key is ever evicted, and the cost per token grows with the stream."""
 
 from __future__ import annotations
 

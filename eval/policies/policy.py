@@ -1,17 +1,17 @@
-"""What a cache policy is: what it must see of attention, which keys it keeps, and at which positions.
+"""The interface of a cache policy: which keys it keeps, at which positions, and what it needs to see of attention.
 
     dense             every key so far
     window  0+C       the C latest keys, each computed once: StreamingLLM Figure 1 (b), `--start_size 0` of its code
-    recompute S+W     the model read anew over the last C tokens for every query: Figure 1 (c)
-    sink    S+W       the first S keys, kept for good, and the W = C − S latest, placed right behind them: Figure 1 (d)
+    recompute S+W     a new forward over the last C tokens for every query: Figure 1 (c)
+    sink    S+W       the first S keys, never evicted, followed directly by the W = C − S latest: Figure 1 (d)
 
-Both (b) and (c) are called window attention, and are far apart: what (b) keeps was computed when older tokens could
-still be seen, and none of it is the first of anything (streaming-llm issues #33 and #39, which asks for both in all
-results). `window-paper` and `sink-paper` are (b) and (d) counted as the paper's code counts: it evicts after the
-forward, so a query sees C + 1 keys (design, decision 8).
+Both (b) and (c) are called window attention, but they give very different results. The keys of (b) were computed when
+older tokens were still visible, and none of them belongs to a first token (streaming-llm issues #33 and #39; the latter
+asks for both in all results). `window-paper` and `sink-paper` are (b) and (d) with the paper's count of keys: its code
+evicts after the forward, so a query sees C + 1 keys (design, decision 8).
 
-A new policy is a file with a class that answers the questions of `Policy` below; nothing else knows how it decides.
-What compresses a prompt instead of streaming is a memory (`sinkmodel.memories`).
+A new policy is one file with a subclass of `Policy`; no other file depends on how it decides. Methods that compress a
+prompt instead of streaming are memories (`sinkmodel.memories`).
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from sinkmodel.errors import UserError
 from sinkmodel.model_support import own_window
 from sinkmodel.probe import frequencies
 
-PIECE = 256  # tokens of a long `feed` that go through the model together
-# What transformers calls a table of positions, learned or of sines.
+PIECE = 256  # tokens of a long `feed` in one forward
+# Names of position tables in transformers, learned or sinusoidal.
 TABLES = {"embed_positions", "pos_encoding", "position_embeddings", "positions_embed", "wpe"}
 
 
 class Policy(ABC):
-    name: str  # as --policies has it
-    sinks: int  # S, how many of the first tokens are kept for good
-    budget: int | None  # C, cache slots with the current token; None: without bound
-    needs: str  # what it must see of attention before it evicts
-    positions: str  # where a kept key stands for a query: its place in the text, the cache or the window
+    name: str  # as given to --policies
+    sinks: int  # S, number of leading tokens that are never evicted
+    budget: int | None  # C, cache slots including the current token; None: unbounded
+    needs: str  # what it needs to see of attention before it evicts
+    positions: str  # what a kept key's position counts in: the text, the cache or the window
 
     @property
     @abstractmethod
@@ -50,14 +50,15 @@ class Policy(ABC):
     def score(
         self, model: Any, documents: Sequence[Sequence[int]], chunk: int, on_chunk: Callable[[int], None]
     ) -> list[Tensor]:
-        """−log p of every next token, one fp32 tensor [T − 1] a document of T ids.
+        """−log p of every next token: one fp32 tensor [T − 1] for a document of T ids.
 
-        `chunk` queries are computed together, and `on_chunk` is told how many were scored since the last call.
+        `chunk` queries are computed together. `on_chunk` is called with the number of queries scored since its last
+        call.
         """
 
     @abstractmethod
     def stream(self, model: Any) -> Stream:
-        """A new stream, fed step by step as a server does."""
+        """A new stream, which is fed step by step, as in a server."""
 
     @property
     def window(self) -> int | None:
@@ -68,11 +69,11 @@ class Policy(ABC):
         return self.name if self.budget is None else f"{self.name} {self.sinks}+{self.window}"
 
     def keys_seen(self, longest: int) -> int:
-        """The most keys that a query sees, its own counted, in a stream of `longest` fed tokens."""
+        """The most keys that a query sees, including its own, in a stream of `longest` fed tokens."""
         return longest if self.budget is None else min(longest, self.budget)
 
     def row(self, longest: int) -> dict[str, Any]:
-        """What a result's row says of its policy (the JSON of the design, "Commands")."""
+        """The entries of a result row that describe its policy."""
         return {
             "policy": self.name,
             "label": self.label,
@@ -89,19 +90,19 @@ class Policy(ABC):
 class Stream(ABC):
     @abstractmethod
     def feed(self, ids_BN: Tensor) -> Tensor:
-        """Take the next N tokens of B streams; logits [B, V] after the last of them."""
+        """Feed the next N tokens of B streams; returns the logits [B, V] after the last of them."""
 
     @abstractmethod
     def feed_all(self, ids_BN: Tensor) -> Tensor:
-        """The same, with the logits [B, N, V] after each of them."""
+        """Feed the next N tokens of B streams; returns the logits [B, N, V] after each of them."""
 
     @abstractmethod
     def fork(self) -> Stream:
-        """A copy that goes on by itself: what it is fed leaves no trace in this one."""
+        """An independent copy: feeding it does not change this stream."""
 
 
 class CachedStream(Stream):
-    """A stream whose memory is a transformers cache, which alone decides what stays."""
+    """A stream with a transformers cache, which alone decides which keys are kept."""
 
     def __init__(self, model: Any, cache: Cache):
         self.model, self.cache = model, cache
@@ -117,7 +118,7 @@ class CachedStream(Stream):
 
     @torch.inference_mode()
     def _forward(self, ids_BN: Tensor, keep: int) -> list[Tensor]:
-        """Logits [B, n, V] of each piece, after its last `keep` tokens; 0: after all."""
+        """Logits [B, n, V] of each piece, after its last `keep` tokens; 0: after all its tokens."""
         return [
             self.model(input_ids=piece_BN, past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits
             for piece_BN in ids_BN.split(PIECE, dim=1)
@@ -125,23 +126,23 @@ class CachedStream(Stream):
 
 
 def refuse_narrower_window(model: Any, keys: int) -> None:
-    """UserError where the model's own attention is narrower than the `keys` that a row says its queries see."""
+    """Raise UserError if the model's own window is narrower than `keys`, the keys that a query must see."""
     own = own_window(model.config.get_text_config())
     if own is not None and own < keys:
         raise UserError(
-            f"model type {model.config.model_type!r} has a window of {own} of its own, narrower than the {keys} "
+            f"model type {model.config.model_type!r} has its own window of {own}, narrower than the {keys} "
             f"keys that a query is to see; use no more than {own}"
         )
 
 
 def end_of(model: Any) -> int | None:
-    """How many places of a text dense attention reads in one way; None: no end.
+    """Number of positions that dense attention can read with one kind of positions; None: no limit.
 
-    Behind them a table of positions has no row, or rotary frequencies become others than those of the keys so far, and
-    the numbers depend on where the text was cut into chunks.
+    Beyond it a position table has no row, or the rotary frequencies change and no longer match those of earlier keys.
+    Then the numbers would depend on where the text is cut into chunks.
     """
     config = model.config.get_text_config()
-    if config.model_type == "mpt":  # a table too, of ALiBi
+    if config.model_type == "mpt":  # its ALiBi is a table too
         return config.max_seq_len
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     if any(TABLES & set(name.split(".")) for name in names):

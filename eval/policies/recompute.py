@@ -1,11 +1,11 @@
-"""Sliding window with re-computation: no cache at all, the last C tokens are read anew for every query.
+"""Sliding window with re-computation: there is no cache; the last C tokens are read again for every query.
 
-StreamingLLM's Figure 1 (c), and the quality that streaming is held to: of what has left the window nothing remains,
-not even in the hidden states of what has not. A model with a sink token has it in front of every window, as it had in
-training; it counts towards C.
+This is StreamingLLM's Figure 1 (c), and the quality that streaming is compared to. Tokens that have left the window
+leave no trace, not even in the hidden states of the tokens inside. If the model has sink tokens, they come first in
+every window, as in training; they count towards C.
 
-With stride s > 1 a window answers for its last s queries, which see C − s + 1 … C keys: s times quicker, and another
-function. Rows say so.
+With a stride s > 1 a window scores its last s queries, which see C − s + 1 to C keys. This is s times faster, but it is
+a different function, so result rows include the stride.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sinkmodel.errors import not_finite
 from sinkmodel.products import fast_products
 from sinkmodel.scoring import check_decoder, nll_of
 
-TOKENS_AT_ONCE = 8192  # of all windows in one forward
+TOKENS_AT_ONCE = 8192  # tokens of all windows in one forward
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Recompute(Policy):
         return super().label if self.stride == 1 else f"{super().label}, stride {self.stride}"
 
     def row(self, longest: int) -> dict[str, Any]:
-        """With the stride, and the fewest keys that a query sees once tokens have left the window."""
+        """Adds the stride, and the fewest keys that a query sees once tokens have left the window."""
         most = self.keys_seen(longest)
         least = min(most, self.budget - self.stride + 1)
         return {**super().row(longest), "stride": self.stride, "keys_seen_least": least}
@@ -72,11 +72,11 @@ def recompute_nll(
     chunk: int,
     on_chunk: Callable[[int], None],
 ) -> list[Tensor]:
-    """−log p of every next token, fp32 [T − 1] a document, each query in a window of its own (see above).
+    """−log p of every next token, fp32 [T − 1] for each document, computed in recomputed windows.
 
-    Up to the first query that has lost something, p = C, the window is all there is, and one causal forward answers
-    for `chunk` queries. After that windows of all documents go through the model together, and the head is applied to
-    the queries that a window answers for alone: [windows, stride, V].
+    Queries p < C see the whole document so far, so one causal forward scores `chunk` of them. After that, windows of
+    all documents go through the model in batches, and logits are computed only for the queries that a window scores:
+    [windows, stride, V].
     """
     assert 1 <= stride <= budget - sinks
     nll = [torch.empty(max(0, len(ids) - 1)) for ids in documents]
@@ -109,18 +109,18 @@ def recompute_nll(
 
 
 def _window(ids: Sequence[int], end: int, budget: int, sinks: int) -> list[int]:
-    """The C ids that the query at `end` − 1 sees: the sinks in front of the document, and the latest."""
+    """The C ids that the query at `end` − 1 sees: the sinks in front of the document, and the latest ids."""
     return [*ids[:sinks], *ids[end - (budget - sinks) : end]]
 
 
 def last_logits(model: Any, ids_BT: Tensor, count: int) -> Tensor:
-    """Logits [B, count, V] of the last positions of a forward from scratch; no others are computed, where it can be."""
+    """Logits [B, count, V] of the last positions of a forward without a cache; others are not computed if possible."""
     with fast_products():
         return model(input_ids=ids_BT, use_cache=False, logits_to_keep=count).logits[:, -count:]
 
 
 class RecomputedStream(Stream):
-    """Keeps token ids alone, and reads them again at every `feed`."""
+    """Keeps only token ids, and reads them again at every `feed`."""
 
     def __init__(self, model: Any, budget: int, sinks: int):
         self.model, self.budget, self.sinks = model, budget, sinks
@@ -138,4 +138,4 @@ class RecomputedStream(Stream):
         return torch.stack([self.feed(ids_B1) for ids_B1 in ids_BN.split(1, dim=1)], dim=1)
 
     def fork(self) -> RecomputedStream:
-        return copy.copy(self)  # ids are replaced at every `feed`, never written to
+        return copy.copy(self)  # a shallow copy is enough: `feed` replaces ids_BT and never modifies it

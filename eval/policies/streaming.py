@@ -1,4 +1,4 @@
-"""Policies that evict by age alone: the window, and the window behind sinks; in our count of keys, and the paper's."""
+"""Policies that evict by age: the window, and the window after sinks; with our count of keys or the paper's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sinkmodel.scoring import streaming_nll
 
 @dataclass(frozen=True)
 class Streaming(Policy):
-    """`window` (S = 0) and `sink`; with `convention` "paper" a query sees C + 1 keys, evicted after the forward."""
+    """`window` (S = 0) and `sink`. With `convention` "paper", eviction follows the forward: a query sees C + 1 keys."""
 
     name: str
     sinks: int
@@ -45,6 +45,6 @@ class Streaming(Policy):
 
     def stream(self, model: Any) -> CachedStream:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "sinks=0")  # the row says that it is the window
+            warnings.filterwarnings("ignore", "sinks=0")  # intended: this is the window policy
             cache = StreamingCache(model, budget=self.budget, sinks=self.sinks, convention=self.convention)
         return CachedStream(model, cache)

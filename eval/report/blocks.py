@@ -1,4 +1,4 @@
-"""What a report is made of, before it is HTML or Markdown: sections of tables, charts, notes and code."""
+"""The content of a report, before it becomes HTML or Markdown: sections of tables, charts, notes and code."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-LONGEST = 30  # letters of a name in a figure
+LONGEST = 30  # most characters of a name in a figure
 
 
 @dataclass(frozen=True)
 class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    words: int = 1  # first columns that are words; the others are numbers, to the right
+    words: int = 1  # number of leading text columns; the others are numbers, aligned right
     caption: str = ""
     kind = "table"
 
 
 @dataclass(frozen=True)
 class Panel:
-    alt: str  # what it shows, in words
+    alt: str  # alternative text: what the panel shows
     svg: str  # an <svg> element that takes its colours from the page
-    png: bytes  # the same, dark on white
+    png: bytes  # the same figure, dark on white
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Chart:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
-    small: bool = False  # many beside each other
+    small: bool = False  # small panels, many in one row
     kind = "chart"
 
     @property
@@ -44,7 +44,7 @@ class Chart:
 
     @property
     def files(self) -> list[tuple[str, Panel]]:
-        """(path of the PNG, panel) of each."""
+        """(path of the PNG, panel) for each panel."""
         names = [self.name] if len(self.panels) == 1 else [f"{self.name}-{i + 1}" for i in range(len(self.panels))]
         return [(f"figures/{name}.png", panel) for name, panel in zip(names, self.panels)]
 
@@ -52,7 +52,7 @@ class Chart:
 @dataclass(frozen=True)
 class Note:
     text: str
-    tone: str = "plain"  # or good, bad, open: an answer; warning
+    tone: str = "plain"  # plain, warning, or for an answer: good, bad, open
     head: str = ""
     kind = "note"
 
@@ -72,21 +72,21 @@ class Section:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """Each name's last part, as `sink` of `runs/sink`; the whole of those that would be mixed up."""
+    """Each name's last part, such as `sink` for `runs/sink`; the whole name if last parts are equal."""
     unique = list(dict.fromkeys(names))
     last = {name: PurePath(name).name or name for name in unique}
     return {name: short if list(last.values()).count(short) == 1 else name for name, short in last.items()}
 
 
 def stream_name(row: dict[str, Any]) -> str:
-    """S+W where that says it all; else the policy's label, which results of older versions lack."""
+    """S+W for window and sink; for other policies the label, or the name in results of older versions without label."""
     if row["policy"] in ("window", "sink"):
         return f"{row['sinks']}+{row['window']}"
     return row.get("label") or row["policy"]
 
 
 def figure(value: float | None, form: str = ",.2f") -> str:
-    """A number in a table; one that is too long for its form, as the perplexity of a model that fails, in short."""
+    """A number for a table; a huge one, such as the perplexity of a model that fails, in exponential notation."""
     if value is None:
         return "–"
     if abs(value) >= 1e7 and form.endswith("f"):

@@ -1,7 +1,7 @@
-"""How figures look, on any page: an SVG whose colours are the page's, a PNG for where there is no page.
+"""The look of figures: an SVG that takes its colours from the page, and a PNG for use without a page.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; every line has dashes and markers of its own as
-well. Text stays text, and the same numbers give the same bytes.
+Colours are Okabe and Ito's, which colour-blind people can distinguish. Every line also has its own dashes and markers.
+Text in an SVG stays text, and the same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ GRID = "#8a8f98"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 1), (9, 3), (5, 1, 1, 1, 1, 1))
-SIZE = (5.0, 3.1)  # inches: on a phone it is shrunk a little, on a laptop two stand side by side
+SIZE = (5.0, 3.1)  # inches: shrunk a little on a phone; on a laptop two fit side by side
 LEGEND_LINE = 0.2  # inches
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sinkmodel",
-    "text.parse_math": False,  # a name may hold dollars
+    "text.parse_math": False,  # names may contain dollar signs
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.labelsize": 9.5,
@@ -49,14 +49,16 @@ STYLE: dict[Any, Any] = {
 }
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
-# What the page's style sheet calls the colours.
+# The names of the colours in the page's style sheet.
 VARIABLES = {colour.lower(): f"var(--line-{i})" for i, colour in enumerate(COLOURS)} | {INK: "currentColor"}
 
 
 def panel(alt: str, paint: Callable[[Axes], Any], size: tuple[float, float] = SIZE) -> Panel:
-    """What `paint` draws on an empty Axes, with a legend below where it gave labels."""
+    """A figure with what `paint` draws on an empty Axes, and a legend below it if there are labels."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # in the PNG; a browser has more fonts
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing"
+        )  # this affects only the PNG; a browser has more fonts
         canvas = Figure(figsize=size, layout="constrained")
         axis = canvas.add_subplot()
         paint(axis)
@@ -73,7 +75,7 @@ def _add_legend(canvas: Figure, axis: Axes) -> None:
     if not handles:
         return
     width, height = canvas.get_size_inches()
-    most = max(1, int(13 * width) // (max(map(len, labels)) + 7))  # beside each other
+    most = max(1, int(13 * width) // (max(map(len, labels)) + 7))  # labels in one line
     lines = -(-len(labels) // most)
     columns = -(-len(labels) // lines)
     canvas.set_size_inches(width, height + LEGEND_LINE * lines)
@@ -81,9 +83,9 @@ def _add_legend(canvas: Figure, axis: Axes) -> None:
 
 
 def inline(document: str, alt: str) -> str:
-    """matplotlib's SVG as an element for a page: sized by it, in its colours, with an alternative text.
+    """matplotlib's SVG as an element of a page, which sets its size and colours; with an alternative text.
 
-    Its ids are left without a name of their own; `eval.report.page` gives each figure one.
+    Its ids may occur in other figures too; `eval.report.page` adds a prefix to make them unique.
     """
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)
@@ -101,7 +103,7 @@ def inline(document: str, alt: str) -> str:
 
 
 def with_prefix(svg: str, prefix: str) -> str:
-    """Its ids and what points at them begin with `prefix`, so that figures on one page do not share any."""
+    """Add `prefix` to the ids of an SVG and to all references to them, so that figures on one page share no ids."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         for name, value in element.attrib.items():
@@ -118,7 +120,7 @@ def with_prefix(svg: str, prefix: str) -> str:
 
 
 def look(index: int, count: int = 1) -> dict[str, Any]:
-    """A line's colour, dashes, marker; the first broad, the last thin, so that lines on each other all show."""
+    """A line's colour, dashes and marker. The first line is thickest, the last thinnest, so that overlaps show."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "dashes": DASHES[index % len(DASHES)],
@@ -129,7 +131,7 @@ def look(index: int, count: int = 1) -> dict[str, Any]:
 
 
 def draw_lines(axis: Axes, lines: Mapping[str, Sequence[tuple[float, float | None]]], markers: int = 10) -> None:
-    """Lines of (x, y), a marker about every tenth of it; points without a y are left out."""
+    """Draw lines of (x, y) with about `markers` markers each; points without a y are left out."""
     for index, (name, points) in enumerate(lines.items()):
         known = [(x, y) for x, y in points if y is not None]
         if known:
@@ -139,13 +141,13 @@ def draw_lines(axis: Axes, lines: Mapping[str, Sequence[tuple[float, float | Non
 
 
 def shown(name: str, longest: int = LONGEST) -> str:
-    """A name as a figure can show it; matplotlib would leave out one that begins with an underscore."""
+    """A name for a legend, shortened; matplotlib would leave out a name that begins with an underscore."""
     name = name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 :]}"
     return f"\u200b{name}" if name.startswith("_") else name
 
 
 def scale_values(axis: Axes, values: Sequence[float]) -> None:
-    """A y axis that is logarithmic where values are far apart, else linear; ticks in plain numbers."""
+    """Make the y axis logarithmic if the values are far apart, else linear, with ticks in plain numbers."""
     positive = [value for value in values if value > 0]
     if positive and max(positive) > 4 * min(positive):
         axis.set_yscale("log")
@@ -156,7 +158,7 @@ def scale_values(axis: Axes, values: Sequence[float]) -> None:
 
 
 def ticks_at(axis: Axes, places: Sequence[float]) -> None:
-    """An x axis in steps of doubling, with ticks where something was measured; a few, where that is often."""
+    """Make the x axis logarithmic (base 2), with ticks at the measured values; at most 8 of them."""
     if len(places) > 1 and min(places) > 0:
         axis.set_xscale("log", base=2)
     every = -(-len(places) // 8)

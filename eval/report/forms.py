@@ -1,4 +1,4 @@
-"""What a report reads of the JSON of each command, and whether a file is of that form."""
+"""The forms of the commands' JSON results, as far as a report reads them, and a check that a file has its form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from sinkmodel.secrets import redacted
 
 NUMBER, REAL, COUNT, TEXT, ANY = "a number or null", "a number", "a whole number", "a text", "anything"
-BAD_LETTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # \t and \n are good ones
+BAD_LETTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # \t and \n are allowed
 
 
 def _each(form: Any, *names: str) -> dict[str, Any]:
@@ -25,8 +25,8 @@ RATIO = _each(NUMBER, "value", "low", "high")
 OF_ANSWER = _each(NUMBER, *(f"{what}_{of}" for what in ("step", "total") for of in ("ms", "ratio", "low", "high")))
 OF_TOKENS = {"tokens": COUNT, "kept_share": NUMBER}
 EVERY = {"command_line?": TEXT}  # in the result of every command
-# A list has one form for all that it holds, a tuple one for each; a name with "?" may be missing. What was measured
-# may be None: it was not, or is no number.
+# A list has one form for all its items, a tuple has one form for each item. A name with "?" may be missing. A measured
+# number may be None: it was not measured, or it was not finite.
 FORMS: dict[str, dict[str, Any]] = {
     "ppl": {
         "model": TEXT,
@@ -178,9 +178,9 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def clean(value: Any) -> Any:
-    """JSON without what a page cannot hold: numbers that are none become None, letters that are none U+FFFD.
+    """JSON that is safe for a page: NaN and infinity become None, control characters become U+FFFD.
 
-    Nor what nobody should read: credentials in addresses.
+    Credentials in addresses are redacted.
     """
     if isinstance(value, dict):
         return {clean(key): clean(inner) for key, inner in value.items()}
@@ -192,11 +192,11 @@ def clean(value: Any) -> Any:
 
 
 def mismatch(form: Any, value: Any, where: str = "") -> str | None:
-    """Where a value is not of its form, in words; None where it is."""
+    """A phrase that names the first place where a value does not have its form; None if it has."""
     place = where.lstrip(".") or "it"
     if isinstance(form, dict):
         if not isinstance(value, dict):
-            return f"{place} is no object"
+            return f"{place} is not an object"
         for key, inner in form.items():
             name = key.rstrip("?")
             if name not in value:
@@ -207,11 +207,11 @@ def mismatch(form: Any, value: Any, where: str = "") -> str | None:
         return None
     if isinstance(form, list):
         if not isinstance(value, list):
-            return f"{place} is no list"
+            return f"{place} is not a list"
         return next(filter(None, (mismatch(form[0], inner, f"{where}[{i}]") for i, inner in enumerate(value))), None)
     if isinstance(form, tuple):
         if not isinstance(value, list) or len(value) != len(form):
-            return f"{place} is no list of {len(form)}"
+            return f"{place} is not a list of {len(form)}"
         return next(filter(None, map(mismatch, form, value, [where] * len(form))), None)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     good = {

@@ -1,7 +1,7 @@
-"""What a report is made from: runs, results of the other commands, attention maps; read, cleaned and checked.
+"""Reads, cleans and checks the inputs of a report: runs, results of the other commands, attention maps.
 
-Files may come from anybody. A number that is none (NaN, infinity) counts as not measured; a letter that no page can
-hold is replaced; what is not of the form that a command writes ends in one line that says where.
+Files may come from anybody. NaN and infinity count as not measured. Control characters are replaced. A file that does
+not have the form that a command writes raises a UserError that names the place.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Inputs:
     maps: list[Maps] = field(default_factory=list)
 
     def of(self, command: str) -> list[dict[str, Any]]:
-        """What the files of one command hold, in the order in which they were given."""
+        """The contents of the files of one command, in the given order."""
         return [result.content for result in self.results if result.command == command]
 
 
 def once(paths: Sequence[Path]) -> list[Path]:
-    """Each place once, however often and in whatever spelling it was given."""
+    """The paths without repetitions, even if one file or folder is spelled in several ways."""
     found: dict[str, Path] = {}
     for path in paths:
         found.setdefault(os.path.realpath(path), path)
@@ -75,7 +75,7 @@ def read_result(path: Path) -> Result:
     try:
         content = clean(read_json(path))
     except RecursionError:
-        raise UserError(f"{path} is not a result of sink-eval --json: it is nested too deep") from None
+        raise UserError(f"{path} is not a result of sink-eval --json: it is nested too deeply") from None
     command = content.get("command") if isinstance(content, dict) else None
     if not isinstance(command, str) or command not in FORMS:
         known = ", ".join(FORMS)
@@ -110,7 +110,7 @@ def _read_run(path: Path, name: str) -> Run:
         try:
             points.append({key: clean(float(text)) if text else None for key, text in line.items()})
         except ValueError:
-            raise UserError(f"{path / 'metrics.csv'}, line {number}, has something that is no number") from None
+            raise UserError(f"{path / 'metrics.csv'}, line {number}, has a value that is not a number") from None
         if points[-1].get("tokens") is None or points[-1].get("step") is None:
             raise UserError(f"{path / 'metrics.csv'}, line {number}, has no step or no tokens")
     config = path / "config.yaml"

@@ -1,6 +1,6 @@
 """Averaged attention maps as a picture and as CSV (StreamingLLM, Figures 2 and 7).
 
-The colours are cividis, which the colour-blind and a grey printer tell apart as others do.
+The colour map is cividis, which also works for colour-blind readers and in greyscale.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ COLUMNS = 7  # panels in a row, at most
 
 
 def papers_heads(layers: int) -> list[tuple[int, int]]:
-    """(layer, head) as Figure 2 has them of 32 layers: head 0 of 0, 1, 2, 9, 16, 23 and 31; of others, as evenly."""
+    """(layer, head) as in Figure 2: head 0 of layers 0, 1, 2, 9, 16, 23 and 31 of 32; other depths spread evenly."""
     chosen = [0, 1, 2, *(2 + (layers - 3) * i // 4 for i in range(1, 5))]
     return [(layer, 0) for layer in sorted({layer for layer in chosen if 0 <= layer < layers})]
 
 
 def write_maps(folder: Path, means: list[dict[str, Tensor]], heads: list[tuple[int, int]], sinks: int) -> None:
-    """`maps.csv` with every layer and head, `maps.png` with those of `heads`; `means` as `Tally.means` gives them."""
+    """Write `maps.csv` with all heads and `maps.png` with those of `heads`; `means` is what `Tally.means` returns."""
     with (folder / "maps.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["layer", "head", "query", "key", "logit", "weight"])
@@ -41,7 +41,7 @@ def write_maps(folder: Path, means: list[dict[str, Tensor]], heads: list[tuple[i
 
 
 def cells(mean: dict[str, Tensor], head: int) -> list[tuple[int, int | str, float, float]]:
-    """(query, key, mean logit, mean weight) of a head, each query with a sink in the softmax first, if there is one."""
+    """(query, key, mean logit, mean weight) of a head; a sink in the softmax, if any, is each query's first key."""
     score_PP, weight_PP = mean["score"][head].tolist(), mean["weight"][head].tolist()
     found: list[tuple[int, int | str, float, float]] = []
     for query in range(len(weight_PP)):
@@ -53,7 +53,7 @@ def cells(mean: dict[str, Tensor], head: int) -> list[tuple[int, int | str, floa
 
 
 def draw_maps(path: Path, means: list[dict[str, Tensor]], heads: list[tuple[int, int]], sinks: int) -> None:
-    """Weights above, on one scale from 0 to 1; logits below, each with a scale of its own."""
+    """Draw weights above, on one scale from 0 to 1, and logits below, each on its own scale."""
     bands = math.ceil(len(heads) / COLUMNS)
     columns = math.ceil(len(heads) / bands)
     figure, axes = plt.subplots(
@@ -75,7 +75,7 @@ def draw_maps(path: Path, means: list[dict[str, Tensor]], heads: list[tuple[int,
 
 
 def _with_sink(mean: dict[str, Tensor], name: str, head: int) -> list[list[float]]:
-    """A head's map, hidden keys as NaN, which are not drawn; a sink in the softmax is the first column."""
+    """A head's map. Masked keys are NaN, which is not drawn; a sink in the softmax is the first column."""
     rows = mean[name][head].tolist()
     P = len(rows)
     shown = [[rows[i][j] if j <= i else math.nan for j in range(P)] for i in range(P)]
@@ -85,7 +85,7 @@ def _with_sink(mean: dict[str, Tensor], name: str, head: int) -> list[list[float
 
 
 def paint_map(axis: Axes, rows: list[list[float]], limits: tuple, sinks: int, in_softmax: bool) -> None:
-    """One map; `sinks` tokens in front, or one in the softmax, which is the first column, are called S."""
+    """Draw one map. The first `sinks` keys, or the first column if it is a sink in the softmax, are labelled S."""
     image = axis.imshow(rows, cmap=COLOURS, vmin=limits[0], vmax=limits[1])
     axis.figure.colorbar(image, ax=axis, shrink=0.75, aspect=14).ax.tick_params(labelsize=7)
     places = range(0, len(rows), 5)

@@ -1,4 +1,4 @@
-"""A report as one HTML page that asks nothing of any server, and as Markdown for a model card."""
+"""A report as one self-contained HTML page, and as Markdown for a model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE = "Sink report"
 
 
 def html(sections: Sequence[Section]) -> str:
-    """Every text is escaped; only the figures, which `eval.report.charts` drew, are put in as they are."""
+    """The HTML page. All text is escaped; only the figures from `eval.report.charts` are inserted unescaped."""
     environment = Environment(
         loader=PackageLoader("eval.report"),
         autoescape=True,

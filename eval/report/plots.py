@@ -1,4 +1,4 @@
-"""What the figures of a report draw: each function paints one kind of figure on an Axes."""
+"""The kinds of figures in a report: each function paints one of them on an Axes."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from eval.report.charts import (
 )
 
 Lines = dict[str, list[tuple[float, "float | None"]]]
-DODGE = 0.025  # between lines, of a step of the x axis, so that their intervals stand beside each other
+DODGE = 0.025  # shift between lines, as a fraction of a step of the x axis, so that their intervals do not overlap
 SHADE: dict[str, Any] = {"color": COLOURS[5], "alpha": 0.22, "linewidth": 0}
 
 
 def paint_intervals(axis: Axes, rows: Sequence[dict[str, Any]], margin: float) -> None:
-    """Paired differences as intervals against the ±margin, which is shaded; the first, the verdict, thick."""
+    """Paired differences as intervals, with the ±margin shaded; the first interval is the verdict and thicker."""
     axis.axvspan(-margin, margin, **SHADE)
     axis.axvline(0, color=GRID, linewidth=0.8)
     for place, row in enumerate(rows):
         colour, thick = (INK, 3.2) if place == 0 else (COLOURS[0], 1.6)
         axis.plot([row["low"], row["high"]], [-place, -place], color=colour, linewidth=thick, solid_capstyle="butt")
         axis.plot([row["difference"]], [-place], MARKERS[3 if place == 0 else 0], color=colour, markersize=6)
-        said = shown(row["name"], 2 * LONGEST) + ("" if place else ": the verdict")
-        axis.annotate(said, (0.01, -place), xycoords=("axes fraction", "data"), xytext=(0, 8), fontsize=8.5,
+        label = shown(row["name"], 2 * LONGEST) + ("" if place else ": the verdict")
+        axis.annotate(label, (0.01, -place), xycoords=("axes fraction", "data"), xytext=(0, 8), fontsize=8.5,
                       textcoords="offset points", fontweight="normal" if place else "bold")  # fmt: skip
     axis.set_ylim(-len(rows) + 0.5, 0.75)
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
-    axis.set_xlabel(f"difference in nats per token (shaded: ±{margin:g}, does not matter)")
+    axis.set_xlabel(f"difference in nats per token (shaded: margin of ±{margin:g})")
 
 
 def paint_losses(axis: Axes, training: Lines, validation: Lines) -> None:
-    """Training loss as lines, validation loss as hollow markers, on the targets that twins share."""
+    """Training loss as lines and validation loss as hollow markers, on the targets that twins share."""
     draw_lines(axis, training, markers=1)
     for index, points in enumerate(validation.values()):
         known = [(x, y) for x, y in points if y is not None]
@@ -66,11 +66,11 @@ def paint_over_tokens(axis: Axes, lines: Lines, label: str) -> None:
     draw_lines(axis, lines)
     tokens_axis(axis)
     axis.set_ylabel(label)
-    axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # a marker at zero is whole
+    axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # a marker at zero is not cut off
 
 
 def paint_positions(axis: Axes, content: dict[str, Any]) -> None:
-    """Perplexity by place in the stream, a line a policy; what lies behind the first eviction is shaded."""
+    """Perplexity by position in the stream, one line per policy; positions after the first eviction are shaded."""
     lines: Lines = {}
     for row in content["rows"]:
         name = stream_name(row)
@@ -92,13 +92,13 @@ def paint_positions(axis: Axes, content: dict[str, Any]) -> None:
             va="top",
             fontsize=8.5,
         )
-    axis.set_xlabel("place in the stream (tokens)")
+    axis.set_xlabel("position in the stream (tokens)")
     axis.margins(y=0.14)
     axis.xaxis.set_major_formatter(plain)
 
 
 def paint_budgets(axis: Axes, lines: dict[str, list[tuple[float, float | None, float | None, float | None]]]) -> None:
-    """Perplexity over budget or sinks, as (x, value, low, high), with intervals where there are."""
+    """Perplexity over budget or sinks, from (x, value, low, high), with an interval if low and high are known."""
     logarithmic = all(x > 0 for points in lines.values() for x, *_ in points)
     moved: dict[str, list[tuple[float, float | None, float | None, float | None]]] = {}
     for index, (name, points) in enumerate(lines.items()):
@@ -113,21 +113,20 @@ def paint_budgets(axis: Axes, lines: dict[str, list[tuple[float, float | None, f
     axis.set_ylabel("perplexity")
 
 
-def paint_heads(axis: Axes, rows: Sequence[dict[str, Any]], name: str) -> None:
-    """A map of layers and their heads, from 0 to 1."""
-    values: list[list[float]] = [
-        [math.nan if head[name] is None else head[name] for head in row["heads"]] for row in rows
-    ]
+def paint_heads(axis: Axes, layers: Sequence[Sequence[float | None]], head: str = "head") -> None:
+    """A map of layers and their heads, from 0 to 1; None where nothing is known."""
+    most = max(map(len, layers))
+    values = [[math.nan if x is None else x for x in (*row, *[None] * (most - len(row)))] for row in layers]
     image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="none")
     axis.figure.colorbar(image, ax=axis, aspect=14, shrink=0.9).outline.set_visible(False)
-    axis.set(xlabel="head", ylabel="layer")
-    axis.set_xticks(range(0, max(map(len, values)), -(-max(map(len, values)) // 12)))
+    axis.set(xlabel=head, ylabel="layer")
+    axis.set_xticks(range(0, most, -(-most // 12)))
     axis.set_yticks(range(0, len(values), -(-len(values) // 12)))
     axis.spines[:].set_visible(False)
 
 
 def paint_layers(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """The shares of attention on sink, first text token and all the rest, layer by layer."""
+    """The shares of attention on the sink, the first text token and all the rest, by layer."""
     kinds = [kind for kind in ("sink", "first", "rest") if any(row[f"{kind}_share"] is not None for row in rows)]
     draw_lines(axis, {f"on {kind}": [(row["layer"], row[f"{kind}_share"]) for row in rows] for kind in kinds})
     axis.set(xlabel="layer", ylabel="share of attention", ylim=(-0.03, 1.03))
@@ -137,7 +136,7 @@ def paint_layers(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
 def paint_births(
     axis: Axes, lines: Lines, births: Sequence[tuple[float, float] | None], thresholds: set[float]
 ) -> None:
-    """Heads with a sink over training; a ring where the sink is born."""
+    """The share of heads with a sink over training; a ring marks the birth of the sink."""
     paint_over_tokens(axis, lines, "share of heads with a sink")
     for threshold in sorted(thresholds):
         axis.axhline(threshold, color=GRID, linestyle=":", linewidth=1)
@@ -149,7 +148,7 @@ def paint_births(
 
 
 def paint_scores(axis: Axes, tasks: Sequence[str], scores: dict[str, list[tuple[float, float | None] | None]]) -> None:
-    """A line of points a task, one point a model with its standard error."""
+    """One line of points per task, with one point and its standard error per model."""
     for index, (name, points) in enumerate(scores.items()):
         style = look(index)
         shift = (index - (len(scores) - 1) / 2) * 0.7 / max(1, len(scores))
@@ -165,7 +164,7 @@ def paint_scores(axis: Axes, tasks: Sequence[str], scores: dict[str, list[tuple[
 
 
 def paint_latency(axis: Axes, content: dict[str, Any]) -> None:
-    """Milliseconds a token over the budget, a line a policy, p99 dotted above it."""
+    """Milliseconds per token over the budget, one line per policy, with p99 dotted above it."""
     rows = content["rows"]
     _draw_times(axis, rows, "budget", "policy")
     axis.set_xlabel("keys that a query sees")
@@ -174,7 +173,7 @@ def paint_latency(axis: Axes, content: dict[str, Any]) -> None:
 
 
 def paint_stream(axis: Axes, content: dict[str, Any]) -> None:
-    """Milliseconds a token along one stream, from zero."""
+    """Milliseconds per token along one stream; the y axis begins at zero."""
     _draw_times(axis, content["stream"], "seen", "label")
     tokens_axis(axis)
     axis.set_xlabel("tokens seen")
@@ -182,7 +181,7 @@ def paint_stream(axis: Axes, content: dict[str, Any]) -> None:
 
 
 def draw_latency(path: Path, content: dict[str, Any]) -> None:
-    """What `sink-eval latency --plot` draws: a step over budgets; beside it, if measured, along the stream."""
+    """The figure of `sink-eval latency --plot`: a step over budgets and, if measured, along a stream."""
     panels = 1 + bool(content["stream"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0] * panels, SIZE[1] + 0.4), layout="constrained")
@@ -208,7 +207,7 @@ def _draw_times(axis: Axes, rows: Sequence[dict[str, Any]], x: str, line: str) -
             known = [(x, y) for x, y in points if y is not None]
             if known:
                 axis.plot(*zip(*known), ":", color=look(index)["color"], linewidth=0.8)
-    axis.set_ylabel("ms a token (thin dots: p99)")
+    axis.set_ylabel("ms per token (thin dots: p99)")
 
 
 def _perplexity(nll: float | None) -> float | None:
@@ -220,7 +219,7 @@ def _values(lines: Lines) -> list[float]:
 
 
 def paint_memories(axis: Axes, content: dict[str, Any]) -> None:
-    """Nats per token against bytes held, a line for each memory; dense's loss as a level."""
+    """Nats per token over bytes held, one line per memory; dense's loss is a horizontal line."""
     rows = [row for row in content["rows"] if row["bytes_held"] and row["nll"] is not None]
     lines: Lines = {
         name: sorted((row["bytes_held"] / 2**20, row["nll"]) for row in rows if row["memory"] == name)
@@ -236,8 +235,25 @@ def paint_memories(axis: Axes, content: dict[str, Any]) -> None:
     axis.set_ylabel(f"nats per token over the next {content['continue']}")
 
 
+def paint_kept(axis: Axes, names: Sequence[str], shares: Sequence[float | None], mean: float | None) -> None:
+    """The % that is kept of each kind of token as bars, the first on top; dotted: of all tokens."""
+    places = [-row for row in range(len(names))]
+    axis.barh(places, [math.nan if x is None else 100 * x for x in shares], height=0.66, color=COLOURS[0])
+    for place, share in zip(places, shares):
+        if share is not None:
+            axis.annotate(f"{100 * share:.0f}", (100 * share, place), xytext=(3, 0), textcoords="offset points",
+                          va="center", fontsize=8.5)  # fmt: skip
+    if mean is not None:
+        axis.axvline(100 * mean, color=INK, linestyle=":", linewidth=1)
+    axis.set_yticks(places, [shown(name) for name in names])
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlim(0, 108)  # with room for the number of a full bar
+    axis.set_xticks(range(0, 101, 25))
+    axis.set_xlabel("% kept (dotted: of all tokens)")
+
+
 def draw_memories(path: Path, content: dict[str, Any]) -> None:
-    """What `sink-eval memories --plot` draws."""
+    """The figure of `sink-eval memories --plot`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.4), layout="constrained")
         axis = figure.subplots()

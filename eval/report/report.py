@@ -1,10 +1,10 @@
-"""`sink-eval report`: what was trained and measured, as one HTML page and as Markdown for a model card.
+"""`sink-eval report`: trainings and measurements on one HTML page, and as Markdown for a model card.
 
-    report.html   verdict first; stands alone: no script, and nothing is asked of any server
-    report.md     the same
-    figures/      every figure as PNG, its numbers as CSV
+    report.html   the verdict comes first; one self-contained file, without scripts or requests to servers
+    report.md     the same content
+    figures/      every figure as PNG, and its numbers as CSV
 
-The same input gives the same bytes. `inputs` says what is read, `sections/` what is shown of it, `page` how.
+The same input gives the same bytes. `inputs` reads, `sections/` choose what is shown, `page` writes HTML and Markdown.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from eval.report.blocks import Chart, Section
     from eval.report.inputs import Inputs
 
-DESCRIPTION = "A page with the verdict and all that was measured beside it: report.html, report.md, figures as CSV."
+DESCRIPTION = "A page with the verdict and all other measurements: report.html, report.md, figures as PNG and CSV."
 EXAMPLE = "sink-eval report --run runs/none runs/token --json verify.json grid.json ppl.json --output report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--run", nargs="+", type=path_of, default=[], metavar="RUN", help="folders of sink-pretrain: twins"
+        "--run", nargs="+", type=path_of, default=[], metavar="RUN", help="run folders of sink-pretrain, usually twins"
     )
     parser.add_argument(
         "--json",
@@ -38,17 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_of,
         default=[],
         metavar="FILE",
-        help="what sink-eval ppl, verify, grid, sinks, streameval, zeroshot, latency, memories or longcontext wrote "
-        "with --json",
+        help="files that sink-eval ppl, verify, grid, sinks, streameval, zeroshot, latency, memories or longcontext "
+        "wrote with --json",
     )
     parser.add_argument(
-        "--maps", nargs="+", type=path_of, default=[], metavar="FOLDER", help="what sink-eval sinks --maps made"
+        "--maps",
+        nargs="+",
+        type=path_of,
+        default=[],
+        metavar="FOLDER",
+        help="folders that sink-eval sinks --maps wrote",
     )
-    parser.add_argument("--output", required=True, type=path_of, metavar="FOLDER", help="folder to make")
+    parser.add_argument("--output", required=True, type=path_of, metavar="FOLDER", help="new folder for the report")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Write the report. Raises UserError for a file that is not what it should be, before anything is drawn."""
+    """Write the report. Raises UserError for an invalid file before anything is drawn."""
     if not options.run and not options.json and not options.maps:
         raise UserError("nothing to report; give --run, --json or --maps")
     refuse_if_occupied(options.output)
@@ -71,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def make_sections(inputs: Inputs) -> list[Section]:
-    """What is there, in the order of a reader's questions; what is not there is said at the end."""
+    """The sections that have inputs, in the order of a reader's questions; then a list of the missing ones."""
     from eval.report.sections import attention, memories, perplexity, provenance, tasks, training, verdict
 
     shown = [

@@ -14,10 +14,10 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes.card import curve
-from recipes.card.facts import GGUF, PROVENANCE, Facts, gather
+from recipes.card.facts import GGUF, PROVENANCE, Facts, Point, gather
 from recipes.card.markdown import EMPTY, front_matter, split_by_hand
 from recipes.card.metadata import metadata
 from recipes.card.report import TRAINING, Report, read_report
@@ -29,21 +29,23 @@ from sinkmodel.files import atomic_file, read_json
 from sinkmodel.markdown import code_span, escaped, link, one_line
 from sinkmodel.secrets import all_redacted
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
 README = "README.md"
 
 
 @dataclass(frozen=True)
 class Card:
     text: str
-    facts: Facts
     report: Report
-    draws_curve: bool  # its own, where no report has one
+    points: Sequence[Point] = ()  # of the loss curve that it shows; none if the report has one
 
     def write(self, folder: Path) -> None:
         """README.md, the last, and the figures that it shows; what else stands in `folder` is left alone."""
         self.report.copy_figures(folder)
-        if self.draws_curve:
-            curve.draw(folder / curve.PATH, self.facts.points)
+        if self.points:
+            curve.draw(folder / curve.PATH, self.points)
         with atomic_file(folder / README) as aside:
             aside.write_bytes(self.text.encode("utf-8"))
 
@@ -72,10 +74,10 @@ def make_card(
     facts = gather(folder, repository, run)
     shown = Report() if report is None else read_report(report)
     measured = read_results(results, own_names(folder, facts, run))
-    old, by_hand = _kept(folder / README, previous)
+    old, by_hand = kept_of(folder / README, previous)
     draws = TRAINING not in shown.sections and bool(curve.lines_of(facts.points))
     body = render(facts, shown, measured, by_hand, curve.alternative(facts.points) if draws else None, old)
-    return Card(body, facts, shown, draws)
+    return Card(body, shown, facts.points if draws else ())
 
 
 def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], bool]:
@@ -99,7 +101,7 @@ def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], b
     return own
 
 
-def _kept(here: Path, previous: str | None) -> tuple[dict[str, Any], str]:
+def kept_of(here: Path, previous: str | None) -> tuple[dict[str, Any], str]:
     """(metadata, hand-written section) of the card before this one, which is that of the Hub where there is one.
 
     UserError where both the one here and the one on the Hub have a section, and not the same: one would be lost.
@@ -134,6 +136,26 @@ def render(
         curve_alternative: the words for the loss curve, where the card shows one of its own.
         old: the metadata of the card before this one.
     """
+    return fill(
+        "card.md.jinja",
+        metadata(facts, measured, old or {}),
+        by_hand,
+        facts=facts,
+        model=model_rows(facts),
+        training=training_rows(facts),
+        writes_gguf=facts.config.get("model_type") in GGUF,
+        measured=measured,
+        sections={title: text for title, text in report.sections.items() if title != TRAINING},
+        curves=report.sections.get(TRAINING),
+        curve=None if curve_alternative is None else f"![{escaped(curve_alternative)}]({curve.PATH})",
+        compared=_compared(report, measured),
+        tasks=_has_tasks(report, measured),
+        citation=citation(facts.training),
+    )
+
+
+def fill(template: str, data: ModelCardData, by_hand: str, **values: Any) -> str:
+    """A template's text, with the metadata and what was written by hand."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -146,24 +168,13 @@ def render(
     )
     environment.filters |= {"md": escaped, "code": code_span, "link": link, "line": one_line, "sh": shlex.quote}
     environment.filters["n"] = "{:,}".format
-    data = metadata(facts, measured, old or {})
-    text = environment.get_template("card.md.jinja").render(
+    text = environment.get_template(template).render(
         metadata=data.to_yaml(line_break="\n"),
         licence=data.license,
         licence_name=data.get("license_name"),
         licence_link=data.get("license_link"),
-        facts=facts,
-        model=model_rows(facts),
-        training=training_rows(facts),
-        writes_gguf=facts.config.get("model_type") in GGUF,
-        measured=measured,
-        sections={title: text for title, text in report.sections.items() if title != TRAINING},
-        curves=report.sections.get(TRAINING),
-        curve=None if curve_alternative is None else f"![{escaped(curve_alternative)}]({curve.PATH})",
-        compared=_compared(report, measured),
-        tasks=_has_tasks(report, measured),
         by_hand=by_hand,
-        citation=citation(facts.training),
+        **values,
     )
     split_by_hand(text, "this card, with the names and the report that it is made from,")
     return text

@@ -162,7 +162,7 @@ def gather(folder: Path, repository: str, run: Path | None) -> Facts:
         raise UserError(f"{folder / 'config.json'} is not one that sink-export wrote: it names no positions")
     sink, ids = _sink(config.get("sink"), folder)
     training = _object(folder / PROVENANCE)
-    total, body, dtype = _count(folder)
+    total, body, dtype = count_parameters(folder)
     return Facts(
         repository=repository,
         config=config,
@@ -194,7 +194,7 @@ def _object(path: Path) -> dict[str, Any]:
     return all_redacted(content)
 
 
-def _count(folder: Path) -> tuple[int, int, str]:
+def count_parameters(folder: Path) -> tuple[int, int, str]:
     """Parameters, those that are no embeddings, and the type of their numbers; tied weights are saved once."""
     from safetensors import SafetensorError, safe_open
 

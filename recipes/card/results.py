@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import say
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 IN_REPORT_ALONE = ("sinks", "streameval", "latency", "latency --prefill")
+NAMM = "namm"  # the row of a NAMM; those of its controls are called namm-random and so on
 Own = Callable[[str], bool]  # whether a name in a result means this model
 
 
@@ -67,22 +68,32 @@ class Measured:
         )
 
 
-def read_results(paths: Sequence[Path], own: Own) -> list[Measured]:
+Reader = Callable[[dict[str, Any], Own], Iterator[Measured]]
+
+
+def read_results(paths: Sequence[Path], own: Own, readers: Mapping[str, Reader] | None = None) -> list[Measured]:
     """The numbers of this model in the files, each once; what is of other models is left out, and said.
+
+    Args:
+        readers: by command; None: `READERS`, those of a model.
 
     Raises UserError for a file that `sink-eval --json` did not write.
     """
+    readers = READERS if readers is None else readers
     found: dict[tuple[str, ...], Measured] = {}
     for path in paths:
         content = read_json(path)
         command = content.get("command") if isinstance(content, dict) else None
+        if command in READERS and command not in readers:
+            say(f"{path}: sink-eval {command} measures no memory; nothing of it is on the card")
+            continue
         if command in IN_REPORT_ALONE:
             say(f"{path}: sink-eval {command} has its place in a report alone; give it to sink-eval report")
             continue
         if not isinstance(command, str) or command not in READERS:
             raise UserError(f"{path} is not a result of sink-eval --json: its command is {command!r}")
         try:
-            of_file = [one for one in READERS[command](content, own) if math.isfinite(one.value)]
+            of_file = [one for one in readers[command](content, own) if math.isfinite(one.value)]
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UserError(f"{path} is not what sink-eval {command} --json writes; measure it again") from None
         if not of_file:
@@ -178,7 +189,24 @@ def _longcontext(content: dict[str, Any], own: Own) -> Iterator[Measured]:
         yield Measured(row.get("metric", "score"), what, row["task"], None, row["score"], low, high, more=more)
 
 
-READERS: dict[str, Callable[[dict[str, Any], Own], Iterator[Measured]]] = {
+def _of_namm(read: Reader) -> Reader:
+    """Of a command with memories the rows of a NAMM and its controls; `own` gets the name of the artefact."""
+
+    def of_namm(content: dict[str, Any], own: Own) -> Iterator[Measured]:
+        if content.get("artefact") is None or not own(content["artefact"]):
+            return
+        for row in content["rows"]:
+            if row["label"].partition("-")[0] != NAMM:
+                continue
+            kept = row.get("kept_share")
+            share = "" if kept is None else f", {100 * kept:.0f} % kept"
+            for one in read({**content, "rows": [row]}, lambda name: True):
+                yield replace(one, what=f"{one.what}, on {PurePath(content['model']).name}{share}")
+
+    return of_namm
+
+
+READERS: dict[str, Reader] = {
     "verify": _verify,
     "grid": _grid,
     "ppl": _ppl,
@@ -186,6 +214,7 @@ READERS: dict[str, Callable[[dict[str, Any], Own], Iterator[Measured]]] = {
     "memories": _memories,
     "longcontext": _longcontext,
 }
+NAMM_READERS = {name: _of_namm(READERS[name]) for name in ("memories", "longcontext")}
 
 
 def _perplexity(

@@ -25,13 +25,13 @@ def training_rows(facts: Facts) -> list[tuple[str, str]]:
     return known(TRAINING, facts.training) + known(MEASURED, measured)
 
 
-def citation(training: dict[str, Any]) -> str:
-    """The recipe's version and commit, as far as they are known."""
+def citation(training: dict[str, Any], what: str = "trained this model") -> str:
+    """The recipe's version and commit, as far as they are known; `what` it did."""
     said = known(
-        [("", lambda t: f"version {_version(t['versions']['sinkmodel'])}"), ("", lambda t: f"commit {_commit(t)}")],
+        [("", lambda t: f"version {_version(t['versions']['sinkmodel'])}"), ("", lambda t: f"commit {commit_of(t)}")],
         training,
     )
-    return ", ".join(["The recipe that trained this model", *(text for _, text in said)])
+    return ", ".join([f"The recipe that {what}", *(text for _, text in said)])
 
 
 def known(rows: Iterable[tuple[str, Told]], record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -142,7 +142,7 @@ def _version(said: Any) -> str:
     return str(said)
 
 
-def _commit(training: dict[str, Any]) -> str:
+def commit_of(training: dict[str, Any]) -> str:
     """Raises ValueError for what is not a commit's id, as git writes it, with a + for changes."""
     said = str(_settled(training["git_commit"]))
     if not re.fullmatch(r"[0-9a-f]{7,64}\+?", said):
@@ -176,7 +176,7 @@ TRAINING: list[tuple[str, Told]] = [
     ("hardware", _hardware),
     ("seed", lambda t: f"{_settled(t['config']['seed'])}"),
     ("made with", lambda t: ", ".join(f"{name} {_version(version)}" for name, version in t["versions"].items())),
-    ("commit of the recipe", _commit),
+    ("commit of the recipe", commit_of),
 ]
 MEASURED: list[tuple[str, Told]] = [
     ("time in training steps", lambda m: duration(m["seconds"])),

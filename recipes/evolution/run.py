@@ -49,6 +49,7 @@ from sinkmodel.loading import LoadedModel, load_model
 from sinkmodel.locks import locked
 from sinkmodel.memories.namm import NAMMConfig
 from sinkmodel.models import count_parameters
+from sinkmodel.names import find_model
 from sinkmodel.products import TORCH, fast_products
 from sinkmodel.scoring import check_decoder
 from sinkmodel.secrets import all_redacted
@@ -220,7 +221,7 @@ def provenance_of(config: EvolveConfig, loaded: LoadedModel, fingerprint: str, p
     return all_redacted(
         {
             "host": {
-                "name": Path(loaded.name).name,
+                "name": loaded.name if find_model(loaded.name)[0] == "hub" else Path(loaded.name).name,
                 "type": loaded.model.config.model_type,
                 "parameters": count_parameters(loaded.model)[0],
                 "fingerprint": fingerprint,

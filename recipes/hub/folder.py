@@ -1,14 +1,16 @@
-"""What of a model folder goes to the Hub: its files as they are, and a card, which is written elsewhere."""
+"""What of a model folder, or of a NAMM's artefact, goes to the Hub: its files as they are, and a card."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
+from typing import Any
 
+from recipes.card.namm import WEIGHTS, is_namm
 from recipes.hub.plan import Plan
 from recipes.hub.repository import Repository
 from sinkmodel.bounds import files_of
@@ -37,23 +39,34 @@ def plan_of(
 
     Args:
         seen: whether the repository can be asked for what it has; else it is told as if it were new.
+
+    Raises UserError if a model would take the place of a NAMM, or a NAMM that of a model.
     """
     files: dict[str, Path | bytes] = {**model_files(folder), **beside}
     if card is not None:
         files |= card_files(folder, repository.name, card, repository.text("README.md", branch) if seen else None)
-    return repository.plan(files, branch if seen else None)
+    plan = repository.plan(files, branch if seen else None)
+    _refuse_another_kind(repository, plan)
+    return plan
 
 
 def model_files(folder: Path) -> dict[str, Path]:
-    """The files of a model folder by their path in the repository; hidden ones stay here.
+    """The files of a model folder or an artefact by their path in the repository; hidden ones stay here.
 
-    Raises UserError if the folder has no config.json or no weights as safetensors, and for a link that leads out of it.
+    Raises UserError if the folder has no config.json or no weights as safetensors, for a link that leads out of it, and
+    for an artefact that cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give one that sink-export wrote")
+        raise UserError(f"{folder} is no folder; give one that sink-export or sink-evolve wrote")
+    refuse_evolution(folder)
     if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{folder} is a run, not a model folder; push it with {shell('--run', folder)}")
     files = files_of(folder)
+    if is_namm(folder):
+        from sinkmodel.memories.namm import read_artefact  # it brings torch, which a model folder does without
+
+        read_artefact(folder)
+        return files
     for name in ("config.json", "*.safetensors"):
         if not any(fnmatch(path, name) for path in files):
             raise UserError(f"{folder} is no model folder, it has no {name}; give one that sink-export wrote")
@@ -63,6 +76,25 @@ def model_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def refuse_evolution(folder: Path) -> None:
+    """UserError if the folder is a run of sink-evolve, whose results are folders in it."""
+    if (folder / "best" / WEIGHTS).is_file():
+        result = shell("--model", folder / "best")
+        raise UserError(f"{folder} is a run of sink-evolve, not a model folder; push its result with {result}")
+
+
+def _refuse_another_kind(repository: Repository, plan: Plan) -> None:
+    mine, theirs = _kind({one.path_in_repo for one in plan.wanted}), _kind(plan.head.files)
+    if None not in (mine, theirs) and mine != theirs:
+        raise UserError(f"{repository.name} holds {theirs}, and this is {mine}; give another --repo, one for each")
+
+
+def _kind(paths: Collection[str]) -> str | None:
+    if any(fnmatch(path, "model*.safetensors") for path in paths):
+        return "a model"
+    return "a NAMM" if WEIGHTS in paths else None
+
+
 def card_files(folder: Path, repository: str, told: CardInput, previous: str | None) -> dict[str, bytes]:
     """README.md and its figures, by path; the folder itself, which may have a README.md of its own, stays as it is.
 
@@ -70,10 +102,13 @@ def card_files(folder: Path, repository: str, told: CardInput, previous: str | N
         previous: the card that the Hub has now.
     """
     from recipes.card.card import make_card
+    from recipes.card.namm import make_namm_card
 
-    card = make_card(
-        folder, repository=repository, run=told.run, report=told.report, results=told.results, previous=previous
-    )
+    given: dict[str, Any] = {"report": told.report, "results": told.results, "previous": previous}
+    if is_namm(folder):
+        card = make_namm_card(folder, repository=repository, **given)
+    else:
+        card = make_card(folder, repository=repository, run=told.run, **given)
     with TemporaryDirectory() as output:
         card.write(Path(output))
         paths = [path for path in Path(output).rglob("*") if path.is_file()]

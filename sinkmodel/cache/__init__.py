@@ -1,4 +1,4 @@
-"""The streaming cache: the hook in a model's forward, the plan of what comes next, and the state of the stream."""
+"""The streaming cache: a hook in the model's forward, the plan of each forward, and the state of the stream."""
 
 from sinkmodel.cache.cache import StreamingCache
 

@@ -4,14 +4,15 @@
     model(input_ids=ids, past_key_values=cache)                    # any number of tokens, again and again
     model.generate(ids, past_key_values=cache, max_new_tokens=64)
 
-It keeps S sinks and the W = C − S latest keys in C slots a layer and KV head, allocated once (StreamingLLM, section
-3.2; design, decisions 6 to 8). Window keys stay where they are, as the model rotated them; only the S sink keys are
-turned, always from their originals, so that they stand right before the window. That is O(S) work a step and no drift.
-Now and then positions are counted anew, and window keys are turned once for that: a key is turned at most once in its
-life, and positions stay small however long the stream.
+It keeps S sinks and the W = C − S latest keys in C slots per layer and KV head, allocated once (StreamingLLM, section
+3.2; design, decisions 6 to 8). Window keys keep the rotation that the model gave them. Only the S sink keys are turned,
+always from their originals, so that their positions come right before the window. That costs O(S) work per step and
+adds no drift. From time to time positions are counted from a new origin, and window keys are turned once for that. So a
+key is turned at most once, and positions stay small however long the stream is.
 
-This file has the settings, and what transformers and the hook call. A forward goes through `hook`, which hands it over,
-`forward`, which runs it, `inputs`, which refuses, `plan`, which decides, and `state` and `layer`, which move keys.
+This file has the settings, and the methods that transformers and the hook call. A forward goes through `hook`, which
+hands it over, `forward`, which runs it, `inputs`, which checks the input, `plan`, which decides, and `state` and
+`layer`, which move keys.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sinkmodel.sinks import IN_SOFTMAX, kind_of, sinks_to_keep
 
 POSITIONS = ("cache", "text")
 CONVENTIONS = ("inclusive", "paper")
-TAKES_BACK = {  # generation modes that crop the cache, and the arguments that ask for them
+TAKES_BACK = {  # generation modes that crop the cache, and the arguments that select them
     "assisted_generation": "assistant_model, prompt_lookup_num_tokens, assistant_early_exit and use_mtp",
     "contrastive_search": "penalty_alpha",
 }
@@ -51,23 +52,23 @@ class StreamingCache(Cache):
         config: the model's config (`model.config`), or the model itself if its class is not one of transformers'.
         budget: C, the slots of a KV head. It counts the sinks and the current token.
         sinks: S, the number of leading tokens of each row that are never evicted. None takes the model's own sinks: 1
-            if it has none, 0 if its sink is in the softmax, where it takes no slot. With 0, the cache is a plain
-            sliding window for any other model.
-        positions: "cache": sinks stand right before the window (StreamingLLM). "text": every key at its true distance.
-        convention: "inclusive": a query sees C keys, its own counted. "paper": C + 1, as in the paper's code, which
+            if it has none, 0 if its sink is in the softmax, which takes no slot. For any other model, 0 makes the cache
+            a plain sliding window.
+        positions: "cache": sinks are right before the window (StreamingLLM). "text": every key is at its true distance.
+        convention: "inclusive": a query sees C keys, its own included. "paper": C + 1, as in the paper's code, which
             evicts after the forward (design, decision 8).
 
-    Rows are streams of their own: with a 2-D `attention_mask` of left-padded (or otherwise padded) rows, pads take no
-    slot, and each row has its own sinks. Pads must be masked in the forward that feeds them: a later mask that hides
-    tokens already fed is refused. A forward longer than the window is fed in pieces, with the same result as token by
-    token. `position_ids` are ignored: the cache numbers the tokens. Logits come without gradients. After an interrupt
-    `seen` shows how far a long forward came. After beam search the rows are the beams.
+    Each row is a stream of its own. Pads take no slot: a 2-D `attention_mask` marks them (left padding or any other),
+    so each row has its own sinks. Pads must be masked in the forward that feeds them. A later mask that hides tokens
+    already fed is rejected. A forward longer than the window is fed in pieces, with the same result as token by token.
+    `position_ids` are ignored, because the cache numbers the tokens. Logits have no gradients. After an interrupted
+    forward, `seen` shows how many tokens were fed. After beam search the rows are the beams.
 
     Making a cache installs a hook in the forward of the model's class (`sinkmodel.cache.hook`, which also removes it).
 
     Raises:
-        UserError: here for settings that make no sense and for models that cannot be streamed, by name; in a forward,
-            before anything is written, for inputs that do not go on the stream.
+        UserError: at construction for invalid settings and, by name, for models that cannot be streamed; in a forward,
+            before anything is written, for inputs that cannot continue the stream.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class StreamingCache(Cache):
         try:
             budget, sinks = operator.index(budget), operator.index(sinks)
         except TypeError:
-            raise UserError(f"budget and sinks are whole numbers, not {budget!r} and {sinks!r}") from None
+            raise UserError(f"budget and sinks must be whole numbers, not {budget!r} and {sinks!r}") from None
         for name, value, choices in (("positions", positions, POSITIONS), ("convention", convention, CONVENTIONS)):
             if value not in choices:
                 raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
@@ -97,7 +98,7 @@ class StreamingCache(Cache):
         self.slots = budget + (convention == "paper")
         check_config(self.config, self.slots, positions == "text")
         if sinks == 0 and kind_of(config) not in IN_SOFTMAX:
-            warnings.warn("sinks=0 is the plain window: most models lose their way at the first eviction", stacklevel=2)
+            warnings.warn("sinks=0 is the plain window: most models fail from the first eviction on", stacklevel=2)
         ring = Ring(self.slots, sinks, text=positions == "text", ordered=self.config.model_type == "mpt")
         self.state = State(self.config, ring)
         super().__init__(layers=self.state.layers)
@@ -110,58 +111,58 @@ class StreamingCache(Cache):
 
     @property
     def seen(self) -> list[int]:
-        """Tokens of each row so far, pads not counted."""
+        """Number of tokens that each row has been fed, without pads."""
         return self.state.seen
 
     @property
     def torn(self) -> bool:
-        """True if a forward was broken off after it had changed keys that are still wanted: the stream must end."""
+        """True if a forward was interrupted after changing keys that are still needed: the stream cannot continue."""
         return self.state.torn
 
-    # ---------------------------------------------------------------------------------------- what the hook asks for
+    # ------------------------------------------------------------------------------------------- what the hook calls
 
     @property
     def in_forward(self) -> bool:
         return self.state.plan is not None
 
     def run_forward(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What `model(...)` gives with this cache; `sinkmodel.cache.hook` calls it."""
+        """The output of `model(...)` with this cache; `sinkmodel.cache.hook` calls it."""
         return run_forward(self, self.state, forward, model, args, kwargs, torch.compiler.is_compiling())
 
     def check_new_tokens(self, new: int | None) -> None:
-        """UserError if `generate` was given a prompt that has nothing new for a used cache.
+        """Raise UserError if the prompt of `generate` has no new tokens for a used cache.
 
-        transformers takes a prompt for the whole text and feeds its last `new` tokens, those that the cache does not
-        hold. With a count of 0 or less that slice would be the whole prompt, another part of it, or empty.
+        transformers takes the prompt as the whole text so far and feeds its last `new` tokens, those that the cache
+        does not hold. If `new` were 0 or less, that slice would be the whole prompt, a wrong part of it, or empty.
         """
         if new is not None and new <= 0:
             held = self.state.columns
             raise UserError(
-                f"this StreamingCache holds {held} tokens already and the prompt has only {held + new}: generate takes "
+                f"this StreamingCache already holds {held} tokens and the prompt has only {held + new}: generate takes "
                 "a prompt as the whole text so far, with new tokens at its end; append to that text, or call reset() "
                 "on the cache to start from the beginning"
             )
 
     def check_generation(self, mode: str, prompt: int | None, most: int) -> None:
-        """UserError, before the first token, if `generate` would take tokens back after the first eviction.
+        """Raise UserError, before the first token, if `generate` would remove tokens after the first eviction.
 
-        `most` is how many tokens `generate` may feed; a used cache may hold some of them already.
+        `most` is the number of tokens that `generate` may feed. A used cache may already hold some of them.
         """
         if mode in TAKES_BACK and (tokens := self.state.columns + most + 1) > self.slots:
             raise UserError(
-                f"{mode.replace('_', ' ')} takes tokens back, which a StreamingCache can do only until it is full: "
-                f"this text may get {tokens} tokens long; leave out {TAKES_BACK[mode]}, or use a budget of at least "
+                f"{mode.replace('_', ' ')} removes tokens again, which a StreamingCache can do only until it is full: "
+                f"this text may become {tokens} tokens long; leave out {TAKES_BACK[mode]}, or use a budget of at least "
                 f"{tokens}"
             )
 
     # ------------------------------------------------------------------------------------- what transformers calls
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Write the keys [B, G, N, D] and values of a layer, and return what its queries see."""
+        """Write the keys [B, G, N, D] and values of a layer. Returns the keys and values that its queries see."""
         return self.state.update(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of each row so far, pads counted: by this `generate` slices its prompt."""
+        """Number of columns fed so far, pads included. `generate` slices its prompt by it."""
         return self.state.columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -171,14 +172,14 @@ class StreamingCache(Cache):
     get_max_cache_shape = get_max_length  # its name in transformers 4
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys that come back from `update`, and the offset at which a causal mask lets all of them be seen."""
+        """The number of keys that `update` returns, and the offset with which a causal mask shows all of them."""
         plan, end = self.state.plan, self.state.columns + query_length
         held = plan.held if plan is not None else end
         return held, end - held
 
     @property
     def is_compileable(self) -> bool:
-        """False for `generate`, which would make masks of its own; `torch.compile` of the model works all the same."""
+        """False, else `generate` makes masks of its own. `torch.compile` of the model works nevertheless."""
         return False
 
     @property
@@ -194,18 +195,18 @@ class StreamingCache(Cache):
         return len(self.seen) or -1
 
     def reset(self) -> None:
-        """Begin a new stream, of any number of rows, in the same memory if it fits."""
+        """Begin a new stream with any number of rows. The memory is reused if it fits."""
         self.state.forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the latest −`tokens_to_remove` tokens of each row, as if they had never been fed.
+        """Remove the latest −`tokens_to_remove` tokens of each row, as if they had never been fed.
 
-        Raises UserError if that is not possible: once something was evicted it does not come back.
+        Raises UserError once something was evicted, since it cannot be restored.
         """
         self.state.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row r becomes what row beam_idx[r] was: beam search."""
+        """For beam search: row r becomes a copy of row beam_idx[r]."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -218,7 +219,7 @@ class StreamingCache(Cache):
     # ----------------------------------------------------------------------------------------------- saving a stream
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a stream to continue."""
+        """The settings that must be equal if a saved stream is to continue."""
         return {
             "model": signature(self.config),
             "budget": self.budget,
@@ -228,22 +229,22 @@ class StreamingCache(Cache):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The stream as it stands, as tensors and plain numbers: `torch.load(..., weights_only=True)` reads it."""
+        """The stream as tensors and plain numbers, which `torch.load(..., weights_only=True)` can read."""
         return {"format": FORMAT, "settings": self.settings(), **self.state.to_dict()}
 
     def load_state_dict(self, state: Any) -> None:
-        """Continue a stream that `state_dict` gave; UserError, and nothing changed, if it does not fit."""
+        """Continue a stream that `state_dict` returned. If it does not fit, raises UserError and changes nothing."""
         check_state(state, self.settings(), len(self.layers), self.slots)
         self.state.restore(state)
 
     def save(self, path: str | Path) -> None:
-        """Write the stream to a file, which is there whole or not at all."""
+        """Write the stream to a file atomically."""
         with atomic_file(Path(path)) as file:
             torch.save(self.state_dict(), file)
 
     @classmethod
     def load(cls, path: str | Path, config: Any) -> StreamingCache:
-        """The stream that `save` wrote, for the same model; UserError if the file is not one, or another model's."""
+        """Load a stream that `save` wrote for the same model. Raises UserError for other files and other models."""
         path = Path(path)
         state = read_state(path)
         cache = cls(config, **settings_of(state, path))

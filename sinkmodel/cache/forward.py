@@ -1,6 +1,6 @@
-"""A forward of an unmodified model with a `StreamingCache`: checked, cut into plans, each with its positions and mask.
+"""Run a forward of an unmodified model with a `StreamingCache`: check it, then run it as one or more plans.
 
-`sinkmodel.cache.hook` hands the forward over. The model, its config and its attention implementation stay as they are.
+`sinkmodel.cache.hook` hands the forward over. The model, its config and its attention implementation stay unchanged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sinkmodel.probe import traits_of
 from sinkmodel.products import fast_products
 from sinkmodel.sinks import kind_of
 
-BATCHED = "sinkmodel.streaming.Stream(batch=...), whose ended rows take nothing"
+BATCHED = "sinkmodel.streaming.Stream(batch=...), which feeds nothing to rows that have ended"
 
 
 @passed_over
@@ -46,17 +46,17 @@ def run_forward(
     kwargs: dict[str, Any],
     compiling: bool,
 ) -> Any:
-    """What `model(*args, **kwargs)` gives with this cache: the same as token by token."""
+    """The output of `model(*args, **kwargs)` with this cache, equal to feeding token by token."""
     request = _admit(type(cache).__name__, state, forward, model, args, kwargs)
     with_mask = compiling or model.config._attn_implementation not in BOOLEAN
     outputs: list[Any] = []
-    done = 0  # columns that have been through the model
+    done = 0  # columns that the model has processed
     try:
         while done < request.tokens.shape[1]:
             plan = _begin(state, request, done, with_mask)
             inputs = _inputs(cache, state, model, request, done, plan)
             rows = 0 if compiling else plan.columns * len(state.seen)
-            # Keys are kept without gradients, so what came through them would be wrong.
+            # Keys are stored without gradients, so gradients would be wrong.
             with torch.no_grad(), fast_products(rows=rows):
                 outputs.append(forward(model, **inputs))
             _commit(state, plan)
@@ -71,14 +71,14 @@ def run_forward(
 def _admit(
     cache: str, state: State, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]
 ) -> Request:
-    """The input of a forward, after everything that could be wrong with it; the state has its slots."""
+    """Check the input of a forward, and allocate the slots of the state if necessary."""
     inputs = bound(forward, model, args, kwargs)
     name, tokens = tokens_of(inputs)
     mask = inputs.pop("attention_mask", None)
     state.check_model(model)
     check_inputs(cache, model, tokens, inputs, state.columns, len(state.seen))
     if state.torn:
-        raise UserError("an earlier forward was broken off while it was writing; reset() the stream or restore it")
+        raise UserError("an earlier forward was interrupted while it was writing; reset() the stream or restore it")
     valid_BT = valid_columns(mask, tokens, state.columns, state.seen, cache, BATCHED)
     traits = state.traits or traits_of(model, functools.partial(forward, model), state.ring.slots)
     if name == "input_ids":
@@ -90,7 +90,7 @@ def _admit(
 
 @uncompiled
 def _begin(state: State, request: Request, done: int, with_mask: bool) -> Plan:
-    """Decide what comes next, and put the keys to where it wants them."""
+    """Make the next plan, and turn the keys to the positions that it needs."""
     assert state.traits is not None
     left, valid_BT = request.tokens.shape[1] - done, request.valid_BT
     valid_BN = None if valid_BT is None else valid_BT[:, done:]
@@ -109,7 +109,7 @@ def _commit(state: State, plan: Plan) -> None:
 
 @uncompiled
 def _inputs(cache: Cache, state: State, model: Any, request: Request, start: int, plan: Plan) -> dict[str, Any]:
-    """The model's input for a plan, by the names that its forward has."""
+    """The model's inputs for a plan, by the names of its forward's arguments."""
     assert state.traits is not None
     settled = {
         "position_ids": plan.positions_BN,
@@ -124,7 +124,7 @@ def _inputs(cache: Cache, state: State, model: Any, request: Request, start: int
 
 
 def _mask(mask: Tensor | None, model: Any) -> Tensor | None:
-    """As the attention implementation takes it: True where seen (sdpa), or 0 and the lowest number (eager)."""
+    """The mask as the attention implementation expects it: boolean (sdpa), or 0 and the lowest number (eager)."""
     if mask is None or model.config._attn_implementation in BOOLEAN:
         return mask
     lowest = torch.finfo(model.dtype).min

@@ -1,9 +1,9 @@
 """A hook in the forward of a transformers class, for caches that need more of a forward than its keys.
 
-A cache sees keys only; positions, padding and the mask are settled in the model's forward, before the cache is asked.
-`install_hook` wraps three methods of the model's class, and `uninstall_hook` takes the wrappers off. If the cache that
-comes as `past_key_values` is a `ForwardCache`, the wrappers hand over to it. They are inert for every other cache.
-The model, its config and its attention implementation stay as they are.
+A cache sees only keys. Positions, padding and the mask are settled in the model's forward, before the cache is called.
+`install_hook` wraps three methods of the model's class, and `uninstall_hook` removes the wrappers. If the cache in
+`past_key_values` is a `ForwardCache`, the wrappers hand over to it. They do nothing for any other cache.
+The model, its config and its attention implementation stay unchanged.
 
     forward                          -> cache.run_forward(forward, model, args, kwargs)
     prepare_inputs_for_generation    -> cache.check_new_tokens(new), then as before
@@ -27,17 +27,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ForwardCache(Protocol):
-    """What the hook asks of a cache. It knows a cache by `run_forward`, and needs nothing else of it."""
+    """The methods that the hook needs of a cache. It recognises such a cache by the attribute `run_forward`."""
 
     @property
     def in_forward(self) -> bool:
-        """True while `run_forward` is under way: the forwards that it calls then go straight to the model."""
+        """True while `run_forward` is running: the forwards that it calls then go directly to the model."""
 
     def run_forward(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of `model(*args, **kwargs)`. `forward` is the method of the class, without the hook."""
 
     def check_new_tokens(self, new: int | None) -> None:
-        """Raise UserError if a step of `generate` must not feed the last `new` tokens of its text; None: not known."""
+        """Raise UserError if `generate` must not feed the last `new` tokens of its text; None: not known."""
 
     def check_generation(self, mode: str, prompt: int | None, most: int) -> None:
         """Raise UserError, before the first token, if `generate` must not run with this cache.
@@ -45,12 +45,12 @@ class ForwardCache(Protocol):
         Args:
             mode: transformers' name of the generation mode, such as "sample" or "assisted_generation".
             prompt: columns of the whole prompt, by its 2-D attention mask; None if it is not known.
-            most: how many tokens the cache may have been fed at the end, as transformers counts them.
+            most: largest number of tokens that the cache may hold at the end, as transformers counts them.
         """
 
 
 def install_hook(model_or_config: Any) -> None:
-    """Let the class of a model hand over to caches that have `run_forward`. It is done once for a class.
+    """Make the class of a model hand over to caches that have `run_forward`. A second call for a class does nothing.
 
     Args:
         model_or_config: the config of a model, or the model itself if its class is not one of transformers'.
@@ -70,11 +70,11 @@ def install_hook(model_or_config: Any) -> None:
 
 
 def uninstall_hook(model_or_config: Any) -> None:
-    """Give the class of a model, and the classes that it inherits from, their own methods back.
+    """Restore the own methods of a model's class and of the classes that it inherits from.
 
-    That concerns all models of these classes. A stream that is still in use refuses its next forward, and continues
-    after another `install_hook`. Without a hook there is nothing to do. Raises UserError, and changes nothing, if a
-    method was replaced since: what replaced it has to go first.
+    This affects all models of these classes. A stream that is in use then refuses its next forward; it can continue
+    after another `install_hook`. Without a hook, nothing happens. If a method was replaced after the hook was
+    installed, raises UserError and changes nothing: the replacement has to be removed first.
     """
     classes = [each for each in _class_of(model_or_config).__mro__ if each in _installed]
     for each in classes:
@@ -92,12 +92,12 @@ def uninstall_hook(model_or_config: Any) -> None:
                 delattr(each, name)
 
 
-# The methods that were put into a class, with those that it had itself; None for one that it inherits.
+# For each class: the wrappers that were put into it, with its own methods before; None for an inherited method.
 _installed: weakref.WeakKeyDictionary[type, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
 def _class_of(model_or_config: Any) -> Any:
-    # Imported here: they bring transformers' modelling code, for which `import sinkmodel.cache` should not wait.
+    # Imported here: both load transformers' modelling code, which `import sinkmodel.cache` should not do.
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
     import sinkmodel.architectures  # noqa: F401  transformers' Auto classes then know our models
@@ -117,7 +117,7 @@ def _class_of(model_or_config: Any) -> Any:
 
 
 def _without_hook(model_class: Any, name: str) -> Callable[..., Any]:
-    """A method as the class has it, or inherits it, when no class has a hook."""
+    """A method of the class, its own or inherited, without our wrapper."""
     method = getattr(model_class, name)
     ours = (_installed[each][name][0] for each in model_class.__mro__ if name in _installed.get(each, {}))
     return method.__wrapped__ if any(method is wrapper for wrapper in ours) else method
@@ -149,7 +149,7 @@ def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         if inputs.get("past_key_values") is not cache:  # Phi-3 with longrope, past a length
             raise UserError(
                 f"generate of {type(self).__name__} drops the cache at this length of the text; "
-                "go on with model(...) or sinkmodel.streaming"
+                "continue with model(...) or sinkmodel.streaming"
             )
         return inputs
 
@@ -161,7 +161,7 @@ def _prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
         given = inspect.signature(original).bind(self, *args, **kwargs).arguments
         cache, mask = (given["model_kwargs"].get(name) for name in ("past_key_values", "attention_mask"))
         if _takes_over(cache):
-            # transformers 5 drops a mask of ones, and keeps its length (seen in 5.23).
+            # transformers 5 drops a mask of ones but keeps its length (seen in 5.23).
             dropped = getattr(given["generation_config"], "_mask_length", None)
             prompt = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else dropped
             cache.check_generation(given["generation_mode"].value, prompt, given["max_cache_length"])
@@ -179,21 +179,21 @@ WRAPPERS = {
 
 # ---------------------------------------------------------------------------------------------------- torch.compile
 
-_passed_over: list[Callable[..., Any]] = []  # to be marked by the next `install_hook`: importing torch._dynamo is slow
+_passed_over: list[Callable[..., Any]] = []  # the next `install_hook` marks them: importing torch._dynamo is slow
 
 
 def passed_over(function: Function) -> Function:
-    """Decorator: torch.compile leaves `function` alone, and looks at what it calls. For that which calls the model.
+    """Decorator for a function that calls the model: torch.compile skips it, but compiles what it calls.
 
-    `skip` is private to torch (seen in 2.13). With the public `disable` the model would not be compiled, and without
-    either dynamo tries this frame again at every step, which costs a millisecond.
+    `skip` is private to torch (seen in 2.13). With the public `disable` the model would not be compiled either. Without
+    both, dynamo would try to compile this frame again at every step, which costs a millisecond.
     """
     _passed_over.append(function)
     return function
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: torch.compile leaves `function` and what it calls alone, as `torch.compiler.disable` has it."""
+    """Decorator: torch.compile skips `function` and everything it calls, as with `torch.compiler.disable`."""
 
     @passed_over
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""What a forward is given, by name, and refused if a cache of ours cannot honour it; its pieces, and one output of all.
+"""The inputs of a forward: name them, refuse what our caches cannot do, cut them into pieces, and join the outputs.
 
 Shapes: B rows, T new tokens, E the hidden size.
 """
@@ -16,27 +16,27 @@ from torch import Tensor
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import SINK_ATTENTION
 
-BOOLEAN = ("sdpa", SINK_ATTENTION)  # the implementations that take a mask of ours as True and False, or none
+BOOLEAN = ("sdpa", SINK_ATTENTION)  # implementations that take a boolean mask, or none
 ATTENTION = (*BOOLEAN, "eager")
-MASKLESS = ("flash_attention_2", "flash_attention_3")  # they are causal from the last key on, and take no mask
-SETTLED = ("past_key_values", "position_ids", "cache_position", "use_cache")  # by the cache
-NOT_GIVEN = ("labels", "output_attentions", "output_router_logits")  # one forward may become several
+MASKLESS = ("flash_attention_2", "flash_attention_3")  # causal up to the last key; these take no mask
+SETTLED = ("past_key_values", "position_ids", "cache_position", "use_cache")  # the cache sets these
+NOT_GIVEN = ("labels", "output_attentions", "output_router_logits")  # refused, because one forward may become several
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one forward was given."""
+    """The checked input of one forward."""
 
     name: str  # input_ids or inputs_embeds
     tokens: Tensor  # [B, T] ids or [B, T, E]
     valid_BT: Tensor | None  # on the host, False for pads; None: there are none
     keep: int | Tensor  # logits_to_keep
     as_tuple: bool  # return_dict=False
-    others: dict[str, Any]  # as they were given
+    others: dict[str, Any]  # the other arguments, unchanged
 
 
 def bound(forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `forward(model, *args, **kwargs)` by name, without those that the cache settles itself."""
+    """The arguments of `forward(model, *args, **kwargs)` by name, without those that the cache sets itself."""
     inputs = dict(kwargs)
     if args:
         inputs |= list(zip(inspect.signature(forward).parameters, (model, *args)))[1:]
@@ -48,13 +48,13 @@ def bound(forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str
 
 
 def tokens_of(inputs: dict[str, Any]) -> tuple[str, Any]:
-    """Take the tokens out of bound inputs: "input_ids" with ids, or "inputs_embeds" with what stands for them."""
+    """Remove the tokens from bound inputs; returns "input_ids" and ids, or "inputs_embeds" and embeddings."""
     name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
     return name, inputs.pop(name, None)
 
 
 def request_of(name: str, tokens: Tensor, valid_BT: Tensor | None, inputs: dict[str, Any], model: Any) -> Request:
-    """The request of a forward: its checked tokens, and the inputs that are left of it."""
+    """The request of a forward, from its checked tokens and its remaining inputs."""
     others = dict(inputs)
     keep, wanted = others.pop("logits_to_keep", None), others.pop("return_dict", None)
     as_tuple = not (getattr(model.config, "return_dict", True) if wanted is None else wanted)
@@ -70,31 +70,31 @@ def check_inputs(
     rows: int,
     attention: tuple[str, ...] = ATTENTION,
 ) -> None:
-    """Raise UserError for what no cache of ours can do.
+    """Raise UserError for inputs that none of our caches supports.
 
     Args:
-        cache: the name of the cache's class, for the messages.
-        tokens: ids [B, T] or embeddings [B, T, E], if they are what they should be.
-        inputs: the other inputs by name, as `bound` gives them.
-        columns: tokens of each row that the cache has been fed, pads counted.
-        rows: rows that it holds; not looked at while `columns` is 0.
-        attention: the implementations that it can be used with.
+        cache: name of the cache's class, for messages.
+        tokens: should be ids [B, T] or embeddings [B, T, E]; checked here.
+        inputs: the other inputs by name, from `bound`.
+        columns: columns that the cache has been fed, pads included.
+        rows: rows that it holds; ignored while `columns` is 0.
+        attention: attention implementations that the cache supports.
     """
     if not isinstance(tokens, Tensor) or tokens.dim() < 2 or 0 in tokens.shape:
-        raise UserError("a stream is fed input_ids [rows, tokens] with at least one of each")
+        raise UserError("a stream takes input_ids [rows, tokens] with at least one of each")
     for name in NOT_GIVEN:
         asked = inputs[name] if inputs.get(name) is not None else getattr(model.config, name, False)
         if asked is not None and asked is not False:
-            raise UserError(f"{name} cannot be had with a {cache}; take the logits")
+            raise UserError(f"{name} is not available with a {cache}; use the logits")
     if model.config._attn_implementation not in attention:
         raise UserError(
-            f"attn_implementation {model.config._attn_implementation!r} takes no mask of ours; "
+            f"attn_implementation {model.config._attn_implementation!r} cannot take the mask of a {cache}; "
             f"use model.set_attn_implementation({ATTENTION[0]!r})"
         )
     if columns and len(tokens) != rows:
         raise UserError(
             f"the {cache} has {rows} rows and was fed {len(tokens)}; it holds {columns} tokens of each row, and rows "
-            "cannot come or go: call reset() on the cache to start from the beginning"
+            "cannot be added or removed: call reset() on the cache to start from the beginning"
         )
     if model.training:
         raise UserError("the model is in training mode, with its dropout on; call model.eval() first")
@@ -103,10 +103,10 @@ def check_inputs(
 def check_ids(vocabulary: int, tokens: Tensor) -> None:
     """Raise UserError for ids that the model has no row for.
 
-    A single token on an accelerator is not looked at: to look is to wait for the device.
+    A single token on an accelerator is not checked, because reading it would wait for the device.
     """
     if tokens.dtype not in (torch.int64, torch.int32):
-        raise UserError(f"input_ids are token ids, whole numbers; these are {tokens.dtype}")
+        raise UserError(f"input_ids must be token ids, whole numbers; these are {tokens.dtype}")
     if tokens.device.type != "cpu" and tokens.shape[1] == 1:
         return
     low, high = int(tokens.min()), int(tokens.max())
@@ -120,31 +120,31 @@ def valid_columns(
     """Which of the new tokens are not pads, [B, T] bool on the host; None if all of them are text.
 
     Args:
-        mask: the `attention_mask` [B, T … columns + T] that was given, or None. Its last T columns are the new tokens,
-            those before them were fed earlier. Raises UserError if it hides more of these than were pads then.
-        columns: tokens of each row that the cache has been fed, pads counted.
-        seen: the same for each row, pads not counted.
-        cache: the name of the cache's class, for the messages.
-        instead: what else to use, for the message about tokens that are hidden too late.
+        mask: the given `attention_mask` [B, T … columns + T], or None. Its last T columns are the new tokens, those
+            before them were fed earlier. Raises UserError if it hides more of the earlier ones than were pads then.
+        columns: columns that the cache has been fed, pads included.
+        seen: tokens that each row has been fed, without pads.
+        cache: name of the cache's class, for messages.
+        instead: an alternative to suggest if the mask hides tokens too late; empty for none.
     """
     if mask is None:
         return None
     T = tokens.shape[1]
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not T <= mask.shape[1] <= columns + T:
         raise UserError(
-            f"a {cache} makes the attention mask itself; give a 2-D attention_mask with a 0 for each pad, as "
+            f"a {cache} makes the attention mask itself; give a 2-D attention_mask with 0 for each pad, as "
             "long as the new tokens or as all tokens so far, or none"
         )
     if len(mask) != len(tokens):
-        raise UserError(f"attention_mask has {len(mask)} rows, the input {len(tokens)}; give one a row of the input")
-    # Count on the mask's device and copy once: every look from the host waits for the device.
+        raise UserError(f"attention_mask has {len(mask)} rows, the input {len(tokens)}; give one for each row")
+    # Count on the mask's device and copy once: every read from the host waits for the device.
     hidden_B1 = (mask[:, :-T] == 0).sum(dim=1, keepdim=True)
     on_host = torch.cat([hidden_B1, mask[:, -T:] != 0], dim=1).cpu()
     for row, (hidden, fed) in enumerate(zip(on_host[:, 0].tolist(), seen)):
         if hidden > (pads := columns - fed):
             raise UserError(
-                f"the attention_mask hides {hidden - pads} of the tokens that row {row} has taken in, and a {cache} "
-                f"takes none back; mask pads in the forward that feeds them{instead and ', or use '}{instead}"
+                f"the attention_mask hides {hidden - pads} of the tokens that row {row} already holds, and a {cache} "
+                f"cannot remove them; mask pads in the forward that feeds them{instead and ', or use '}{instead}"
             )
     valid = on_host[:, 1:].bool()
     return None if bool(valid.all()) else valid
@@ -153,19 +153,27 @@ def valid_columns(
 def piece_of(
     request: Request, start: int, end: int, settled: dict[str, Any], accepts: frozenset[str]
 ) -> dict[str, Any]:
-    """The model's inputs for the columns [start, end) of a request, by the names that its forward has.
+    """The model's inputs for the columns [start, end) of a request, by the names of its forward's arguments.
 
     Args:
-        settled: what the cache settles itself, such as positions.
-        accepts: the names of the forward's arguments; of the tokens and of what is settled, others are left out.
+        settled: inputs that the cache sets itself, such as positions.
+        accepts: argument names of the forward. Tokens and settled inputs with any other name are left out.
+
+    Raises UserError if images come with only a part of the tokens that stand for them.
     """
     T = request.tokens.shape[1]
+    images = next((name for name, x in request.others.items() if name.startswith("pixel_") and x is not None), None)
+    if images is not None and end - start < T:
+        raise UserError(
+            f"{images} belongs to all {T} tokens, and this cache reads {end - start} of them first; put the features "
+            "of the images into inputs_embeds"
+        )
     keep: Any = request.keep
-    if end - start < T:  # of a piece, those that are wanted, at least one; or all of them
+    if end - start < T:  # of a piece: the wanted logits, at least one, or all
         keep = max(1, keep - (T - end)) if isinstance(keep, int) and keep else 0
     inputs = {request.name: request.tokens[:, start:end], "logits_to_keep": keep, **settled}
     shape = request.tokens.shape[:2]
-    others = {  # inputs with something for each token, such as token_type_ids, are cut as well
+    others = {  # inputs with one value per token, such as token_type_ids, are cut as well
         name: x[:, start:end] if isinstance(x, Tensor) and x.shape[:2] == shape else x
         for name, x in request.others.items()
     }
@@ -173,7 +181,7 @@ def piece_of(
 
 
 def joined(outputs: list[Any], request: Request) -> Any:
-    """One output of those of all pieces: logits and hidden states in a row."""
+    """Join the outputs of all pieces into one, by concatenating logits and hidden states."""
     whole = outputs[-1]
     if len(outputs) > 1:
         logits = torch.cat([output.logits for output in outputs], dim=1)

@@ -1,4 +1,4 @@
-"""The slots of one layer: where keys and values of a stream are written, and what is read."""
+"""The slots of one layer, which hold the keys and values of a stream."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sinkmodel.cache.plan import Plan
 
 
 class StreamingLayer(CacheLayerMixin):
-    """One layer's ring: `keys` [B, G, C, D] and `values` [B, G, C, V], where slots [0, S) hold the sinks."""
+    """One layer's ring: `keys` [B, G, C, D] and `values` [B, G, C, V]. Slots [0, S) hold the sinks."""
 
     is_sliding = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        raise NotImplementedError("a StreamingCache is allocated when it meets its model")
+        raise NotImplementedError("a StreamingCache is allocated at its first forward")
 
     def allocate(
         self, keys: tuple[int, ...], values: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Zeros of these shapes: in the memory of the stream before, if that is of the same kind."""
-        with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
+        """Fill with zeros of these shapes. The former memory is reused if its shape, dtype and device are the same."""
+        with torch.inference_mode(False):  # inference tensors cannot be written outside of inference_mode
             if self.is_initialized and (keys, values, dtype, device) == self._kind():
                 self.keys.zero_()
                 self.values.zero_()
@@ -35,8 +35,8 @@ class StreamingLayer(CacheLayerMixin):
         return tuple(self.keys.shape), tuple(self.values.shape), self.keys.dtype, self.keys.device
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
-        """Make these the ring. Their address stays until others are held, which CUDA graphs ask for."""
-        if keys.is_inference():  # could not be written to outside of inference_mode
+        """Use these tensors as the ring. Their address stays fixed until the next `hold`, as CUDA graphs require."""
+        if keys.is_inference():  # inference tensors cannot be written outside of inference_mode
             with torch.inference_mode(False):
                 keys, values = keys.clone(), values.clone()
         self.keys, self.values = keys, values
@@ -45,8 +45,8 @@ class StreamingLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def write(self, plan: Plan, keys_BGND: Tensor, values_BGNV: Tensor) -> None:
-        """Put the keys and values of a plan where they belong. Without gradients: a stream has no end."""
-        values_BGNV = values_BGNV.to(self.values.dtype)  # of another one under autocast
+        """Write the keys and values of a plan to their slots, without gradients, since a stream has no end."""
+        values_BGNV = values_BGNV.to(self.values.dtype)  # under autocast the values may have another dtype
         for ring, new in ((self.keys, keys_BGND.detach()), (self.values, values_BGNV.detach())):
             if plan.slots_N is not None:
                 ring.index_copy_(2, plan.slots_N, new)
@@ -55,7 +55,7 @@ class StreamingLayer(CacheLayerMixin):
                 ring[row, :, slot] = new[row, :, column]
 
     def read(self, plan: Plan) -> tuple[Tensor, Tensor]:
-        """What the queries of a placed plan see, without a copy but for ALiBi, which counts by index."""
+        """The keys and values of a placed plan. Copies only for ALiBi, which derives distances from the index."""
         if plan.order_BC is not None:
             row = torch.arange(len(self.keys), device=self.keys.device)[:, None]
             keys, values = self.keys[row, :, plan.order_BC], self.values[row, :, plan.order_BC]

@@ -1,4 +1,4 @@
-"""A stream in flight as a file: what it holds, and whether it is one that can be continued."""
+"""A saved stream: reading the file, and checking that the stream can be continued."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from sinkmodel.probe import SAMPLE
 
 FORMAT = "sinkmodel-stream-1"
 NUMBERS = ("columns", "padded_until", "torn")
-ROWS = ("seen", "origin", "turned")  # a number a row
-TENSORS = ("keys", "values", "sink_keys")  # if there are rows
+ROWS = ("seen", "origin", "turned")  # one number per row
+TENSORS = ("keys", "values", "sink_keys")  # only if there are rows
 
 
 def read_state(path: Path, form: str = FORMAT, what: str = "stream", by: str = "StreamingCache.save") -> dict[str, Any]:
-    """The content of a file of the format `form`; UserError if it is another file, or damaged.
+    """The content of a file of the format `form`; raises UserError if it is another kind of file, or damaged.
 
     Args:
-        what: is saved there, and by: what wrote it; for the messages.
+        what: the kind of content, for messages.
+        by: the function that writes such files, for messages.
     """
-    from sinkmodel.checkpoint import NOT_A_CHECKPOINT, load_tensors  # with all of transformers' modelling code
+    from sinkmodel.checkpoint import NOT_A_CHECKPOINT, load_tensors  # loads transformers' modelling code
 
     remedy = f"give a file that {by} wrote"
     try:
@@ -30,9 +31,9 @@ def read_state(path: Path, form: str = FORMAT, what: str = "stream", by: str = "
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; {remedy}") from None
     except NOT_A_CHECKPOINT:
-        raise UserError(f"{path} is no saved {what}, or damaged; {remedy}") from None
+        raise UserError(f"{path} is not a saved {what}, or it is damaged; {remedy}") from None
     if not isinstance(state, dict) or state.get("format") != form:
-        raise UserError(f"{path} is no saved {what}; {remedy}")
+        raise UserError(f"{path} is not a saved {what}; {remedy}")
     return state
 
 
@@ -46,13 +47,13 @@ def settings_of(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def check_state(state: Any, settings: dict[str, Any], depth: int, slots: int) -> None:
-    """UserError if `state` is not a sound stream of a cache with these settings."""
+    """Raise UserError if `state` is not a valid stream of a cache with these settings."""
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):
-        raise UserError("this is no saved stream; give what StreamingCache.state_dict() returned")
+        raise UserError("this is not a saved stream; give what StreamingCache.state_dict() returned")
     for key, ours in settings.items():
         theirs = state["settings"].get(key)
         if theirs != ours:
-            raise UserError(f"the saved stream has {key} {theirs}, this cache {ours}; make the cache as it was")
+            raise UserError(f"the saved stream has {key} {theirs}, this cache {ours}; use the saved settings")
     rows = state.get("seen")
     sound = isinstance(rows, list) and all(isinstance(state.get(name), int) for name in NUMBERS)
     sound = sound and all(_integers(state.get(name), len(rows or ())) for name in ROWS)
@@ -76,7 +77,7 @@ def _integers(values: Any, count: int) -> bool:
 
 
 def _sound(tensor: Any, shape: Any) -> bool:
-    """A finite tensor of the five sizes [L, B, G, slots, D] that it had when it was saved."""
+    """Whether it is a finite tensor of the recorded shape [L, B, G, slots, D]."""
     if not isinstance(tensor, torch.Tensor) or not isinstance(shape, list) or len(shape) != 5:
         return False
     return list(tensor.shape) == shape and bool(torch.isfinite(tensor).all())

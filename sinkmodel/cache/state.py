@@ -1,13 +1,13 @@
 """The state of a stream: keys, values and sinks in their slots, and the counters that belong to them.
 
-A forward goes through three verbs, each with the same plan:
+A forward calls three methods, each with the same plan:
 
-    state.begin(plan)                     sinks and window are turned to where the plan wants them
-    state.update(layer, keys, values)     the model's attention writes its keys, and gets what its queries see
-    state.commit(plan)                    the tokens count as fed
+    state.begin(plan)                     turns sinks and window to the positions that the plan needs
+    state.update(layer, keys, values)     writes the keys of the model's attention, returns what its queries see
+    state.commit(plan)                    counts the tokens as fed
 
-A forward that is broken off before `commit` leaves the stream as if it had not been fed, or torn: then some keys are
-overwritten or turned that still count. Nothing outside of this file writes to a state.
+If a forward is interrupted before `commit`, the stream is as if it had not been fed, or it is torn: then some keys that
+are still needed were overwritten or turned. Nothing outside of this file writes to a state.
 
 Shapes: L layers, B rows, G KV heads, N tokens of the plan, C slots, S sinks, D head size, R rotary dimensions.
 """
@@ -31,11 +31,11 @@ from sinkmodel.rope import Rotary, Rotation
 
 
 class State:
-    """The stream of a `StreamingCache`, or nothing while it has no rows.
+    """The stream of a `StreamingCache`; empty while it has no rows.
 
     Args:
         config: the (text) config of the models whose streams it may hold.
-        ring: which slots there are.
+        ring: the slots.
     """
 
     def __init__(self, config: Any, ring: Ring):
@@ -44,22 +44,22 @@ class State:
         self.forget()
 
     def forget(self) -> None:
-        """Hold no stream. Slots keep their memory for the next one."""
-        self.seen: list[int] = []  # tokens of each row so far, pads not counted
+        """Drop the stream. The slots keep their memory for the next one."""
+        self.seen: list[int] = []  # tokens of each row so far, without pads
         self.origin: list[int] = []  # the token of each row from which the model's positions count
-        self.columns = 0  # tokens of each row so far, pads counted
-        self.padded_until = 0  # columns up to the last pad, that one included
-        self.turned: list[int] = []  # by how much the sinks in the slots are turned, row by row
+        self.columns = 0  # columns fed so far, pads included
+        self.padded_until = 0  # number of columns up to and including the last pad
+        self.turned: list[int] = []  # turn of the sinks in the slots, for each row
         self._torn = False
-        self.model: Any = None  # a weak reference to the model whose stream this is
-        self.sample: list[float] = []  # a few of its weights, by which a restored stream knows it
+        self.model: Any = None  # weak reference to the model of this stream
+        self.sample: list[float] = []  # a few of its weights, by which a restored stream recognises it
         self.traits: Traits | None = None
-        self.plan: Plan | None = None  # of the forward that is under way
+        self.plan: Plan | None = None  # of the running forward
         self.sink_keys: Tensor | None = None  # [L, B, G, S, D], as the model rotated them
 
     @property
     def torn(self) -> bool:
-        """True if a forward was broken off after it had changed keys that are still wanted."""
+        """True if a forward was interrupted after changing keys that are still needed."""
         return self._torn
 
     @property
@@ -69,11 +69,11 @@ class State:
     # ----------------------------------------------------------------------------------------------------- the model
 
     def check_model(self, model: Any) -> None:
-        """UserError for another model than that of the stream, or than a stream of this state can have."""
+        """Raise UserError unless it is the model of the stream or, without a stream, one that fits the config."""
         if self.model is not None:
             if self.model() is not model:
                 raise UserError(
-                    "this StreamingCache holds the stream of another model; make one a model, or reset() it"
+                    "this StreamingCache holds the stream of another model; make one for each model, or reset() it"
                 )
             return
         ours, theirs = signature(self.config), signature(model.config.get_text_config())
@@ -84,7 +84,7 @@ class State:
             )
 
     def adopt(self, model: Any, traits: Traits, rows: int) -> None:
-        """Take a model: slots for `rows` new streams, or those of a restored one, which must be of its kind."""
+        """Attach a model: allocate slots for `rows` new streams, or check that a restored stream fits the model."""
         sample = sample_of(model)
         if self.columns:
             self._move_to(traits, sample)
@@ -93,7 +93,7 @@ class State:
             for layer in self.layers:
                 layer.allocate((*shape, traits.key_size), (*shape, traits.value_size), traits.dtype, traits.device)
             like = self.layers[0].keys[None, :, :, : self.ring.sinks]
-            with torch.inference_mode(False):  # such tensors could not be written to outside of inference_mode
+            with torch.inference_mode(False):  # inference tensors cannot be written outside of inference_mode
                 self.sink_keys = torch.zeros_like(like).repeat(len(self.layers), 1, 1, 1, 1)
             self.seen, self.origin, self.turned = [0] * rows, [0] * rows, [0] * rows
         limit = traits.rotary.limit if traits.rotary is not None else None
@@ -102,7 +102,7 @@ class State:
         self.traits, self.sample, self.model = traits, sample, weakref.ref(model)
 
     def _move_to(self, traits: Traits, sample: list[float]) -> None:
-        """Bring a restored stream to the device of its model."""
+        """Move a restored stream to the device of its model."""
         keys, values = self.layers[0].keys, self.layers[0].values
         saved = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         ours = (traits.groups, traits.key_size, traits.value_size, traits.dtype)
@@ -112,37 +112,37 @@ class State:
                 f"{ours}; load the model in the same dtype"
             )
         if self.sample != sample:
-            raise UserError("the stream was begun with other weights; go on with the model that it was saved from")
+            raise UserError("the stream began with other weights; continue with the model that it was saved from")
         for layer in self.layers:
             layer.hold(layer.keys.to(traits.device), layer.values.to(traits.device))
         assert self.sink_keys is not None
         self.sink_keys = self.sink_keys.to(traits.device)
 
-    # ----------------------------------------------------------------------------------------------------- the verbs
+    # ------------------------------------------------------------------------------------------- the steps of a forward
 
     def begin(self, plan: Plan) -> None:
-        """Put the keys in the slots to where the plan wants them."""
-        self._torn = True  # until all keys agree again
+        """Turn the keys in the slots to the positions that the plan needs."""
+        self._torn = True  # until all keys are consistent again
         if plan.origin != self.origin:
             self._move_origin(plan.origin)
         if plan.delta_B is not None:
             self._turn_sinks(plan.delta_B)
         self.plan = plan
-        self._torn = not plan.placed  # a joined plan overwrites keys that a shorter one would still want
+        self._torn = not plan.placed  # a joined plan overwrites keys that a shorter one would still need
 
     def update(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the keys [B, G, N, D] and values of a layer, and return what the queries of the plan see."""
+        """Write the keys [B, G, N, D] and values of a layer. Returns those that the plan's queries see."""
         plan = self.plan
         if plan is None:
             raise UserError(
-                "the StreamingCache was not told of this forward: call the causal language model that its config "
+                "the StreamingCache did not see this forward: call the causal language model that its config "
                 "belongs to, and make the cache before the model's forward is compiled or wrapped; if its hook was "
                 "uninstalled, call sinkmodel.cache.hook.install_hook(model)"
             )
         layer = self.layers[layer_idx]
         if key_states.dtype != layer.keys.dtype:
             raise UserError(
-                f"the stream holds keys in {layer.keys.dtype} and was given {key_states.dtype}; keep the model's dtype "
+                f"the stream holds keys in {layer.keys.dtype} but got {key_states.dtype}; keep the model's dtype "
                 "and autocast as they were, or reset() the stream"
             )
         if plan.placed:
@@ -159,7 +159,7 @@ class State:
 
     def commit(self, plan: Plan) -> None:
         """Count the tokens of the plan as fed."""
-        self._torn = True  # until all is noted
+        self._torn = True  # until all counters are updated
         if plan.padded:
             self.padded_until = self.columns + plan.padded
         new_sinks = min(self.seen) < self.ring.sinks
@@ -171,13 +171,13 @@ class State:
         self._torn = False
 
     def abandon(self) -> None:
-        """End a forward that was broken off: it is as if it had never begun, unless the stream is torn."""
+        """Drop the plan of an interrupted forward. Unless the stream is torn, the forward has had no effect."""
         self.plan = None
 
-    # ------------------------------------------------------------------------------------------------ keys in motion
+    # -------------------------------------------------------------------------------------------------- turning keys
 
     def _remember_sinks(self) -> None:
-        """Keep the originals of sinks that have just come, before any of them is turned."""
+        """Store the originals of new sinks, before any of them is turned."""
         assert self.sink_keys is not None
         for row, (turned, seen) in enumerate(zip(self.turned, self.seen)):
             if turned == 0 and self.origin[row] == 0:
@@ -186,7 +186,7 @@ class State:
                     original[row, :, :new] = layer.keys[row, :, :new]
 
     def _turn_sinks(self, delta_B: list[int]) -> None:
-        """Turn the sinks in the slots by `delta_B` from their originals: one small product for all layers."""
+        """Set the sinks in the slots to their originals turned by `delta_B`: one small product for all layers."""
         rotary, sinks = self.rotary, self.ring.sinks
         if delta_B == self.turned or rotary is None or not sinks:
             return
@@ -200,7 +200,7 @@ class State:
         self.turned = delta_B
 
     def _move_origin(self, origin: list[int]) -> None:
-        """Count the model's positions from other tokens: the keys of the window are turned by the difference."""
+        """Change the tokens from which positions are counted, and turn the window's keys by the difference."""
         rotary = self.rotary
         if rotary is not None:
             delta = torch.tensor([old - new for old, new in zip(self.origin, origin)])[:, None, None]
@@ -213,7 +213,7 @@ class State:
         self.origin = origin
 
     def _turned_sinks(self, layer_idx: int, plan: Plan) -> Tensor:
-        """The sink keys of a layer, once for every turn of a joined plan, [B, G, turns × S, D]."""
+        """The sink keys of a layer, one copy for each turn of a joined plan, [B, G, turns × S, D]."""
         assert self.sink_keys is not None
         assert plan.delta_BN is not None
         keys_BGSD = self.sink_keys[layer_idx]
@@ -226,9 +226,9 @@ class State:
         return keys.reshape(B, G, turns * S, D)
 
     def query_turn(self, plan: Plan) -> Rotation:
-        """From where the model puts the queries of the plan to where they stand in the cache, [B, 1, N or 1, R/2].
+        """Rotation of the queries from their model position to their place in the cache, [B, 1, N or 1, R/2].
 
-        For a sink that is not a token, and so has no key here that could be turned instead.
+        For a sink that is not a token: it has no key here that could be turned instead.
         """
         assert self.rotary is not None
         assert self.traits is not None
@@ -238,15 +238,15 @@ class State:
     # --------------------------------------------------------------------------------------- changes between forwards
 
     def crop(self, count: int) -> None:
-        """Forget the latest `count` columns of each row; UserError, and nothing changed, if something was evicted."""
+        """Remove the latest `count` columns. If something was evicted, raises UserError and changes nothing."""
         if not 0 <= count <= self.columns:
-            raise UserError(f"crop takes minus the tokens to remove, down to {-self.columns}; got {-count}")
+            raise UserError(f"crop takes minus the number of tokens to remove, at least {-self.columns}; got {-count}")
         if count == 0:
             return
         if max(self.seen) > self.ring.slots:
             raise UserError(
-                f"the latest {count} tokens cannot be taken back: {max(self.seen) - self.ring.slots} older ones were "
-                f"evicted for them; keep a state_dict() from before, or a budget above {max(self.seen)}"
+                f"the latest {count} tokens cannot be removed: {max(self.seen) - self.ring.slots} older ones were "
+                f"evicted for them; keep an earlier state_dict(), or use a budget above {max(self.seen)}"
             )
         if self.columns - count < self.padded_until:
             raise UserError("crop cannot reach back before a pad; reset() and feed again")
@@ -254,7 +254,7 @@ class State:
         self.seen = [seen - count for seen in self.seen]
 
     def select(self, rows: list[int]) -> None:
-        """Row r becomes what row rows[r] was."""
+        """Row r becomes a copy of row rows[r]."""
         for layer in self.layers:
             layer.hold(layer.keys[rows], layer.values[rows])
         assert self.sink_keys is not None
@@ -263,7 +263,7 @@ class State:
             [of_row[row] for row in rows] for of_row in (self.seen, self.origin, self.turned)
         )
 
-    # ------------------------------------------------------------------------------------------------ saved, restored
+    # ----------------------------------------------------------------------------------------------- save and restore
 
     def to_dict(self) -> dict[str, Any]:
         """The stream as plain numbers and tensors, without the settings of its cache."""
@@ -279,7 +279,7 @@ class State:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Hold the stream that `to_dict` gave; it has been checked."""
+        """Restore a stream that `to_dict` returned and `check_state` accepted."""
         self.forget()
         self.columns, self.padded_until, self._torn = (state[name] for name in NUMBERS)
         self.seen, self.origin, self.turned = (list(state[name]) for name in ROWS)

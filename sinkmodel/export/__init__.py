@@ -1,4 +1,4 @@
-"""The export: a training checkpoint becomes what other programs load, a folder for transformers or a GGUF file."""
+"""Export a training checkpoint for other programs: as a folder for transformers, a GGUF file, or a row file."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["PROVENANCE", "export", "main"]
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch when it is asked for: --help can do without."""
+    """Import on first use: both import torch, which `--help` does not need."""
     if name in ("PROVENANCE", "export"):
         from sinkmodel.export import folder
 

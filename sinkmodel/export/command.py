@@ -1,4 +1,4 @@
-"""`sink-export`: a training checkpoint becomes what other programs load."""
+"""`sink-export`: convert a training checkpoint for other programs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from sinkmodel.errors import UserError, shell
 from sinkmodel.parser import OneLineParser, path_of
 
 FORMATS = ("transformers", "gguf", "row", "custom_generate")
-SUFFIXES = {"gguf": ".gguf", "row": ".safetensors"}  # of a format that is one file
+SUFFIXES = {"gguf": ".gguf", "row": ".safetensors"}  # of the formats that are one file
 DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLE = """Examples:
   sink-export --checkpoint runs/sink --output models/sink
   sink-export --checkpoint runs/sink --output models/sink.gguf --format gguf
   sink-export --checkpoint runs/row --output models/row.safetensors --format row
   sink-export --output models/streaming --format custom_generate"""
-DESCRIPTION = """Turn a training checkpoint into what other programs load:
+DESCRIPTION = """Convert a training checkpoint for other programs:
   transformers     a model folder for AutoModelForCausalLM and AutoTokenizer
   gguf             one file for llama.cpp
-  row              of a run that trained the row of its sink (and norms): these alone, a few kB, and its base's name
-or write, of no checkpoint,
+  row              for a run that trained the row of its sink (and norms): only these, a few kB, and its base's name
+or, without a checkpoint, write
   custom_generate  a folder for the Hub with which model.generate(custom_generate=…) streams any model"""
 
 
@@ -28,16 +28,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--checkpoint", type=path_of, help="a run folder or a checkpoint file")
     parser.add_argument("--output", type=path_of, required=True, help="the folder or file to write; must not exist yet")
     parser.add_argument("--format", choices=FORMATS, default="transformers", help="(default: transformers)")
-    parser.add_argument("--step", type=int, help="of a run folder: the checkpoint of this step (default: the newest)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    parser.add_argument("--step", type=int, help="for a run folder: the checkpoint of this step (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: float32)")
     options = parser.parse_args(argv)
     for form, suffix in SUFFIXES.items():
         if (options.output.suffix == suffix) != (options.format == form):
             raise UserError(
-                f"--output is {options.output}: with --format {form} it ends in {suffix}, and else it does not"
+                f"--output is {options.output}: it must end in {suffix} with --format {form}, and only then"
             )
     if (options.checkpoint is None) != (options.format == "custom_generate"):
-        parser.error("--checkpoint is what to export, except with --format custom_generate, which is of no model")
+        parser.error("give the --checkpoint to export; only --format custom_generate takes none, since it has no model")
     if options.format == "custom_generate":
         from sinkmodel.export.streaming_code import export_streaming_code
 
@@ -47,12 +47,12 @@ def main(argv: list[str]) -> None:
         from sinkmodel.export.gguf_file import export_gguf
 
         file = export_gguf(options.checkpoint, options.output, options.dtype, options.step)
-        say(f"wrote {file}; load it with llama.cpp, or any program that is built on it")
+        say(f"wrote {file}; load it with llama.cpp, or with any program based on it")
     elif options.format == "row":
         from sinkmodel.export.row import export_row
 
         file = export_row(options.checkpoint, options.output, options.dtype, options.step)
-        say(f"wrote {file}; sink-eval and sink-stream take it as --model, and find its base by name")
+        say(f"wrote {file}; give it to sink-eval and sink-stream as --model; they find its base by name")
     else:
         from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""A checkpoint as a model folder that plain transformers loads, 4.57 and 5.x alike."""
+"""Export a checkpoint as a model folder that plain transformers can load, both 4.57 and 5.x."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ from sinkmodel.tokenizer import save_tokenizer
 
 
 def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
-    """Write the model folder `output` from a checkpoint file or a run folder (its newest, or that of `step`).
+    """Write the model folder `output` from a checkpoint file or a run folder.
 
-    The folder has config, weights (safetensors), tokenizer, generation config and `training.json`. It appears whole or
-    not at all. Raises UserError where the checkpoint is none or `output` is occupied.
+    The folder has config, weights (safetensors), tokenizer, generation config and `training.json`. It is written
+    atomically.
+
+    Args:
+        dtype: of the weights, the name of a torch dtype.
+        step: for a run folder, the checkpoint of this step; None for the newest.
+
+    Raises UserError if the checkpoint is invalid or `output` is occupied.
     """
     refuse_if_occupied(output)
     file = find_checkpoint(checkpoint, step)
@@ -42,21 +48,21 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         save_tokenizer(folder, recipe.tokenizer, recipe.sink, positions, rows)
         stated = {**recipe.stated(), "checkpoint": file.name}
-        if recipe.base is not None and Path(recipe.base.name).is_absolute():  # nobody's business on the Hub
+        if recipe.base is not None and Path(recipe.base.name).is_absolute():  # the Hub must not get local paths
             stated["base"]["name"] = Path(recipe.base.name).name
         (folder / PROVENANCE).write_bytes(json_bytes(stated))
     return output
 
 
 def generation_config(rows: int, recipe: Recipe, of_base: dict[str, Any]) -> GenerationConfig:
-    """Generation never emits a sink, a padding token, or an id that is no token at all.
+    """The generation config. Generation then never emits a sink, a padding token, or the id of an unused row.
 
-    Tokens that are added later have ids beyond these: `save_tokenizer` gives each row a name.
+    Tokens that are added later get ids beyond these, since `save_tokenizer` gives each row a name.
 
     Args:
-        rows: of the embedding.
-        of_base: what `generation_of` gives for the base, if the checkpoint does not say it. Its sampling stays, and so
-            do the tokens that end a text, if they are special tokens.
+        rows: rows of the embedding.
+        of_base: the base's `generation_of`, used if the checkpoint does not record it. Its sampling settings are kept.
+            So are its end-of-text tokens, if they are special tokens.
     """
     text, front = recipe.tokenizer, [*recipe.sink.ids(recipe.tokenizer.vocabulary), *recipe.tokenizer.front]
     kept = {} if recipe.base is None else dict(of_base if recipe.generation is None else recipe.generation)
@@ -86,7 +92,7 @@ def _name_special_ids(model: PreTrainedModel) -> None:
 
 
 def write_for_transformers_4(path: Path) -> None:
-    """transformers 4 ignores `rope_parameters` and would rotate by its defaults: say the same in its words too."""
+    """Repeat the rotary settings in the keys of transformers 4, which ignores `rope_parameters` and uses defaults."""
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and part.get("rope_parameters"):
@@ -95,10 +101,10 @@ def write_for_transformers_4(path: Path) -> None:
 
 
 def words_of_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5 has in `rope_parameters`, as the keys that transformers 4.57 reads.
+    """The content of `rope_parameters` of transformers 5, as the keys that transformers 4.57 reads.
 
-    With parameters for each type of layer (Gemma 3, OLMo 3), 4.57 has one set for layers with full attention, and a
-    base frequency alone for those with a sliding window.
+    If there are parameters for each type of layer (Gemma 3, OLMo 3), 4.57 has one set for layers with full attention,
+    and only a base frequency for those with a sliding window.
     """
     rope = config["rope_parameters"]
     full = rope.get("full_attention") or (rope if "rope_theta" in rope else {})

@@ -1,8 +1,8 @@
-"""A checkpoint as one GGUF file, for llama.cpp: the same token ids, the sink in front once, the same weights.
+"""Export a checkpoint as a GGUF file for llama.cpp: the same token ids, one sink in front, the same weights.
 
-llama.cpp puts the `bos` token in front by itself (`add_bos_token`), which is the sink. What it cannot compute is
-refused: a sink in the softmax, several sinks, architectures other than ARCHITECTURES, tokenizers other than byte-level
-BPE with a pattern that it knows (`gguf_tokenizer`). Names and layouts are those of its `convert_hf_to_gguf.py`.
+llama.cpp itself prepends the `bos` token (`add_bos_token`), which is the sink. Models that it cannot compute are
+refused: a sink in the softmax, several sinks, architectures other than ARCHITECTURES, and tokenizers other than
+byte-level BPE with a known pattern (`gguf_tokenizer`). Names and layouts are those of its `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FILE_TYPES = {
     "float16": (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
 }
 
-SCALINGS: dict[str, set[str]] = {  # of rotary positions, and what each is described by
+SCALINGS: dict[str, set[str]] = {  # kinds of rotary scaling, with the parameters of each
     "default": set(),
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings"},
@@ -46,13 +46,16 @@ ROPE = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
 def export_gguf(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
-    """Write the file `output` from a checkpoint file or a run folder (its newest, or that of `step`).
+    """Write the file `output` from a checkpoint file or a run folder, atomically.
 
-    Matrices are in `dtype`, norms and biases in fp32, as llama.cpp wants them. The file appears whole or not at all.
-    Raises UserError where the checkpoint is none, where `output` exists, and for what llama.cpp cannot compute.
+    Args:
+        dtype: of the matrices. Norms and biases are in fp32, as llama.cpp requires.
+        step: for a run folder, the checkpoint of this step; None for the newest.
+
+    Raises UserError if the checkpoint is invalid, if `output` exists, and for models that llama.cpp cannot compute.
     """
     if output.exists():
-        raise UserError(f"{output} exists already; choose another file or remove it")
+        raise UserError(f"{output} already exists; choose another file or remove it")
     file = find_checkpoint(checkpoint, step)
     verify(file)
     content = read_checkpoint(file)
@@ -81,14 +84,14 @@ def export_gguf(checkpoint: Path, output: Path, dtype: str = "float32", step: in
     return output
 
 
-# ---------------------------------------------------------------------------------------------- what can be said at all
+# ---------------------------------------------------------------------------------------------- what can be exported
 
 
 def check_sink(sink: SinkConfig) -> None:
-    """UserError for a sink that llama.cpp would drop."""
+    """Raise UserError for a sink that llama.cpp would ignore."""
     if sink.kind in IN_SOFTMAX:
         raise UserError(
-            f"llama.cpp has no GPT-NeoX or Llama with a sink in the softmax, and this model has one of kind "
+            f"llama.cpp has no GPT-NeoX or Llama with a sink in the softmax, and this model has a sink of kind "
             f"{sink.kind!r}; export it with --format transformers"
         )
     if sink.tokens > 1:
@@ -99,12 +102,12 @@ def check_sink(sink: SinkConfig) -> None:
 
 
 def check_model(config: dict[str, Any]) -> None:
-    """UserError for a model that llama.cpp does not have, or would compute in another way."""
+    """Raise UserError for a model that llama.cpp does not support, or would compute differently."""
     kind = config["model_type"]
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"--format gguf writes {', '.join(ARCHITECTURES)}, and this model is {kind}; "
-            "export it with --format transformers, and convert that with llama.cpp's convert_hf_to_gguf.py"
+            f"--format gguf supports {', '.join(ARCHITECTURES)}, and this model is {kind}; "
+            "export it with --format transformers, then convert the folder with llama.cpp's convert_hf_to_gguf.py"
         )
     rope = config.get("rope_parameters") or {}
     scaling = rope.get("rope_type", "default")
@@ -126,7 +129,7 @@ def check_model(config: dict[str, Any]) -> None:
         raise UserError(f"llama.cpp cannot compute this {kind}: {reason}; export it with --format transformers")
 
 
-# ------------------------------------------------------------------------------------------------------ what is written
+# --------------------------------------------------------------------------------------------------- writing the file
 
 
 def _add_shape(writer: Any, config: Any) -> None:
@@ -159,14 +162,14 @@ def _add_shape(writer: Any, config: Any) -> None:
 
 
 def laid_out(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights under transformers' names, as llama.cpp lays them out."""
+    """The weights by transformers' names, in llama.cpp's layout."""
     config = model.config
     heads, interleaved = config.num_attention_heads, ARCHITECTURES[config.model_type] == gguf.MODEL_ARCH.LLAMA
     if config.rope_parameters["rope_type"] == "llama3":
         yield "rope_freqs.weight", frequency_divisors(model)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings and config.model_type != "gpt_neox":
-            continue  # llama.cpp takes the embedding if there is none; a GPT-NeoX must have one
+            continue  # llama.cpp then uses the embedding; only a GPT-NeoX needs its own head
         if ".query_key_value." in name:
             weight = thirds(weight, heads)
         elif interleaved and ".q_proj." in name:
@@ -177,7 +180,7 @@ def laid_out(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def frequency_divisors(model: Any) -> Tensor:
-    """By what llama.cpp divides each rotary frequency, [D/2]: how it writes the scaling of Llama 3."""
+    """The divisor of each rotary frequency, [D/2], by which llama.cpp represents the scaling of Llama 3."""
     rotary, config = model.model.rotary_emb, model.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, head, 2, dtype=torch.float64) / head)
@@ -185,10 +188,10 @@ def frequency_divisors(model: Any) -> Tensor:
 
 
 def thirds(x: Tensor, heads: int) -> Tensor:
-    """Rows (head, of q k v, dimension) of a fused projection to (of q k v, head, dimension); a weight or a bias."""
+    """Reorder the rows of a fused weight or bias from (head, one of q k v, dimension) to (one of q k v, head, …)."""
     return x.unflatten(0, (heads, 3, -1)).transpose(0, 1).reshape(x.shape)
 
 
 def pairs_together(x: Tensor, heads: int) -> Tensor:
-    """Rotary pairs (i, i + D/2) of each head to (2i, 2i + 1): llama.cpp turns the heads of a Llama interleaved."""
+    """Move rotary pairs (i, i + D/2) of each head to (2i, 2i + 1), llama.cpp's interleaved layout for Llama."""
     return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(x.shape)

@@ -1,8 +1,8 @@
-"""A tokenizer in a GGUF file: which ones llama.cpp runs with the same ids, and how they are written.
+"""Write a tokenizer into a GGUF file, and refuse those for which llama.cpp would compute other ids.
 
-llama.cpp knows how a tokenizer cuts a text into words by a name only (`tokenizer.ggml.pre`), so a pattern is looked up
-in PATTERNS, whose names are those of its `convert_hf_to_gguf_update.py`. NFC, which Pythia and Qwen have, is passed
-over: llama.cpp does not normalise, so a text that is not in NFC has other ids there.
+llama.cpp identifies the way in which a tokenizer splits a text only by a name (`tokenizer.ggml.pre`). So a pattern is
+looked up in PATTERNS, whose names come from llama.cpp's `convert_hf_to_gguf_update.py`. The normalizer NFC of Pythia
+and Qwen is ignored: llama.cpp does not normalise, so a text that is not in NFC gets other ids there.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sinkmodel.unused_rows import unused_name
 
 UNKNOWN_TO_IT = (
     *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"),
-)  # of a BPE
-GPT_2, BYTES = ("ByteLevel", True), ("ByteLevel", False)  # with the pattern of GPT-2, or with none
+)  # settings of a BPE that llama.cpp does not support
+GPT_2, BYTES = ("ByteLevel", True), ("ByteLevel", False)  # with GPT-2's pattern, and without a pattern
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3 = ("Split", rf"{LETTERS}|\p{{N}}{{1,3}}|{REST}")
 QWEN = ("Split", rf"{LETTERS}|\p{{N}}|{REST}")
-# What cuts a text, and whether a word that is a token needs no merges; llama.cpp's name for the two.
+# Keys: the steps that split a text, and whether a word that is a token needs no merges. Values: llama.cpp's names.
 PATTERNS = {
     ((GPT_2,), False): "gpt-2",
     ((("Digits", True), GPT_2), False): "smollm",
@@ -37,7 +37,7 @@ PATTERNS = {
 
 
 def pattern_of(definition: dict[str, Any]) -> str | None:
-    """llama.cpp's name for how a `tokenizer.json` cuts a text; None if it has none that is known here."""
+    """llama.cpp's name for the way in which a `tokenizer.json` splits a text; None if it is unknown."""
     cut = definition.get("pre_tokenizer") or {}
     steps = tuple(_step(step) for step in (cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]))
     return PATTERNS.get((steps, bool(definition["model"].get("ignore_merges"))))
@@ -55,7 +55,7 @@ def _step(step: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def check_tokenizer(text: TextTokenizer, sink: SinkConfig) -> None:
-    """UserError for a tokenizer that llama.cpp would run with other ids."""
+    """Raise UserError for a tokenizer for which llama.cpp would compute other ids."""
     definition = json.loads(text.definition)
     model, normalizer = (definition.get(name) or {} for name in ("model", "normalizer"))
     added = definition.get("added_tokens") or []
@@ -66,15 +66,15 @@ def check_tokenizer(text: TextTokenizer, sink: SinkConfig) -> None:
     elif odd:
         reason = f"its BPE has {odd[0]}"
     elif pattern_of(definition) is None:
-        reason = "it cuts a text in another way than GPT-2, SmolLM, Llama 3 and Qwen 2 do"
+        reason = "it splits a text in another way than GPT-2, SmolLM, Llama 3 and Qwen 2"
     elif normalizer.get("type", "NFC") != "NFC":
         reason = f"it has the normalizer {normalizer['type']!r}"
     elif any(token[side] for token in added for side in ("lstrip", "rstrip", "single_word")):
-        reason = "it has tokens that take in the blanks around them, or stand as words only"
+        reason = "it has tokens that include the blanks around them, or that match only whole words"
     elif not sink.tokens and (len(text.front) > 1 or text.backend().encode("").ids != list(text.front)):
-        reason = "it puts tokens of its own around a text, which are not one in front"
+        reason = "it adds tokens to a text other than one in front"
     elif text.eos_id is None:
-        reason = "it has no token for the end of a text"
+        reason = "it has no end-of-text token"
     if reason is not None:
         raise UserError(f"llama.cpp cannot run this tokenizer: {reason}; export it with --format transformers")
 
@@ -91,7 +91,7 @@ def add_tokenizer(writer: Any, text: TextTokenizer, sink: SinkConfig, rows: int)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     ids = sink.ids(text.vocabulary) or list(text.front)
     assert text.eos_id is not None
-    writer.add_bos_token_id(ids[0] if ids else text.eos_id)  # without one, llama.cpp takes the token of GPT-2's id
+    writer.add_bos_token_id(ids[0] if ids else text.eos_id)  # without one, llama.cpp uses GPT-2's id
     writer.add_eos_token_id(text.eos_id)
     writer.add_pad_token_id(text.eos_id if text.pad_id is None else text.pad_id)
     writer.add_add_bos_token(bool(ids))
@@ -100,7 +100,7 @@ def add_tokenizer(writer: Any, text: TextTokenizer, sink: SinkConfig, rows: int)
 
 
 def token_list(definition: dict[str, Any], rows: int) -> Iterator[tuple[str, int]]:
-    """Name and llama.cpp's kind of each of the `rows` ids; those of no token are marked as unused."""
+    """Name and llama.cpp's token type of each of the `rows` ids. Ids without a token are marked as unused."""
     added = {token["id"]: token for token in definition["added_tokens"]}
     plain = {number: name for name, number in definition["model"]["vocab"].items()}
     for number in range(rows):

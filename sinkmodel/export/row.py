@@ -1,4 +1,4 @@
-"""A checkpoint of a frozen run as one small file: the rows of its sinks, perhaps norms, and the name of its base."""
+"""Export a checkpoint of a frozen run as a small file: the sinks' rows, perhaps norms, and the base's name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from sinkmodel.row_file import SUFFIX, Row, vocabulary_sha256
 
 
 def export_row(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
-    """Write the row file `output` from a checkpoint file or a run folder (its newest, or that of `step`).
+    """Write the row file `output` from a checkpoint file or a run folder. The base is not read.
 
-    The base is not read. Raises UserError if the checkpoint holds a whole model, or `output` exists.
+    Args:
+        dtype: of the weights, the name of a torch dtype.
+        step: for a run folder, the checkpoint of this step; None for the newest.
+
+    Raises UserError if the checkpoint holds a whole model, or if `output` exists.
     """
     if output.exists():
-        raise UserError(f"{output} exists already; choose another file or remove it")
+        raise UserError(f"{output} already exists; choose another file or remove it")
     file = find_checkpoint(checkpoint, step)
     verify(file)
     content = read_checkpoint(file)
@@ -28,7 +32,7 @@ def export_row(checkpoint: Path, output: Path, dtype: str = "float32", step: int
     base, text = recipe.base, recipe.tokenizer
     if recipe.parts == "all" or base is None:
         raise UserError(
-            f"{file} holds a whole model, and a row is what training.parts {' or '.join(PARTS[1:])} trained; "
+            f"{file} holds a whole model; only runs with training.parts {' or '.join(PARTS[1:])} have a row; "
             "export it with --format transformers"
         )
     if base.name.endswith(SUFFIX):

@@ -1,7 +1,8 @@
-"""The folder of a Hub repository with which `generate` streams any model: `custom_generate/generate.py` and a card.
+"""Write a Hub repository with which `generate` streams any model: `custom_generate/generate.py` and a card.
 
-A repository of its own. In a model's, transformers 4.57 takes the file for the way in which that model generates: it
-runs it unasked where the model is a local folder, and from the Hub it refuses the model to all who do not trust code.
+It must be a repository of its own. Inside a model's repository, transformers 4.57 takes the file for that model's way
+to generate. From a local folder it runs the code unasked. From the Hub it refuses the model to everyone who does
+not trust its code.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ tags:
 - custom_generate
 ---
 
-# Text without end, for any model with rotary positions
+# Endless text, for any model with rotary positions
 
-Attention sinks and a window of recent keys ([StreamingLLM](https://arxiv.org/abs/2309.17453)), constant cost a token:
+Attention sinks and a window of recent keys ([StreamingLLM](https://arxiv.org/abs/2309.17453)), constant cost per token:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,17 +35,17 @@ ids = model.generate(
 )
 ```
 
-`budget` is the number of keys that each token sees, its own counted; `sinks` of them are the first tokens of the text.
-A model that was pre-trained with a sink token needs that one and says so in its config; others want up to 4. The result
-is that of feeding the text token by token, for long prompts and left-padded batches too. Greedy search and sampling;
-no beams. Models whose keys cannot be turned exactly are refused.
+`budget` is the number of keys that each token sees, its own included; `sinks` of them are the first tokens of the text.
+A model that was pre-trained with sink tokens needs just these, and its config states their number. Other models need up
+to 4. The result equals that of feeding the text token by token, also for long prompts and left-padded batches. Greedy
+search and sampling are supported, beams are not. Models whose keys cannot be turned exactly are refused.
 
-One file, `custom_generate/generate.py`, which needs nothing but torch and transformers (4.57 or 5).
+The only file is `custom_generate/generate.py`. It needs only torch and transformers (4.57 or 5).
 """
 
 
 def export_streaming_code(output: Path) -> Path:
-    """Write the folder `output`, which is there whole or not at all; UserError where it is occupied."""
+    """Write the folder `output` atomically. Raises UserError if it is occupied."""
     with atomic_folder(output) as folder:
         (folder / "custom_generate").mkdir()
         shutil.copyfile(CODE, folder / "custom_generate" / "generate.py")

@@ -1,15 +1,15 @@
-"""KV memories: caches that read a prompt whole and keep its important tokens.
+"""KV memories: caches that read a whole prompt and keep its important tokens.
 
 | name | class | keeps |
 |---|---|---|
 | `dense` | `Dense` | everything |
-| `snapkv` | `SnapKV` | what the last queries of the prompt attend to |
-| `h2o` | `H2O` | what got most attention so far, and the recent tokens |
-| `tova` | `TOVA` | what the latest query attends to |
-| `expected-attention` | `ExpectedAttention` | what future queries are expected to attend to |
-| `gemfilter` | `GemFilter` | the tokens that an early layer chooses, read again by the whole model |
-| `namm` | `NAMM` | what an evolved network wants to keep; it needs an `artefact` and has no budget |
-| | `Scored` | what a scorer of one's own chooses |
+| `snapkv` | `SnapKV` | tokens to which the last queries of the prompt attend |
+| `h2o` | `H2O` | tokens with the most attention so far, and the recent tokens |
+| `tova` | `TOVA` | tokens to which the latest query attends most |
+| `expected-attention` | `ExpectedAttention` | tokens to which future queries are expected to attend |
+| `gemfilter` | `GemFilter` | tokens that an early layer chooses; the whole model then reads these again |
+| `namm` | `NAMM` | tokens that an evolved network wants to keep; it needs an `artefact` and has no budget |
+| | `Scored` | tokens that a user's own scorer chooses |
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ MEMORIES: dict[str, type[Memory]] = {
     "gemfilter": GemFilter,
     "namm": NAMM,
 }
-BUDGETED = [name for name, memory in MEMORIES.items() if memory.takes_budget]  # those that a budget alone makes
+BUDGETED = [name for name, memory in MEMORIES.items() if memory.takes_budget]  # memories that need only a budget
 
 __all__ = [
     "BUDGETED",
@@ -53,9 +53,15 @@ __all__ = [
 
 
 def make_memory(name: str, config: Any, budget: int | None = None, **settings: Any) -> Memory:
-    """The memory of that name for a model or its config; `settings` as its class has them.
+    """The memory of that name, for a model or its config.
 
-    "dense" and "namm" take no budget, and "namm" needs `artefact`, the folder or Hub name of an evolved network.
+    Args:
+        name: a key of MEMORIES.
+        config: the model, or its config.
+        budget: slots per KV head; "dense" and "namm" take none.
+        settings: other arguments of the memory's class. "namm" needs `artefact`, the folder or Hub name of an evolved
+            network.
+
     Raises UserError for an unknown name, and for settings that do not fit.
     """
     if name not in MEMORIES:
@@ -64,7 +70,7 @@ def make_memory(name: str, config: Any, budget: int | None = None, **settings: A
         return Dense(config, **settings)
     if name == "namm":
         if budget is not None:
-            raise UserError("a NAMM decides itself how much it keeps; leave out the budget")
+            raise UserError("a NAMM itself decides how much it keeps; leave out the budget")
         if "artefact" not in settings:
             raise UserError("a NAMM needs an evolved network; give artefact, a folder or a name on the Hub")
         return NAMM.from_pretrained(settings.pop("artefact"), config, **settings)

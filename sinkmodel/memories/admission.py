@@ -1,4 +1,4 @@
-"""What a memory refuses to read: everything that could be wrong with a forward, before anything is written."""
+"""Check the input of a forward with a memory, before anything is written."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class Reader(Protocol):
 def admit(
     memory: Reader, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[Request, Traits]:
-    """The request of a forward and the traits of its model; UserError if the memory cannot read it."""
+    """The request of a forward and the traits of its model. Raises UserError if the memory cannot read it."""
     inputs = bound(forward, model, args, kwargs)
     name, tokens = tokens_of(inputs)
     mask = inputs.pop("attention_mask", None)
     attention = (*ATTENTION, *MASKLESS)
     check_inputs(memory.name, model, tokens, inputs, memory.columns, len(memory.seen), attention)
     if memory.torn:
-        raise UserError(f"an earlier forward of this {memory.name} was broken off while it was writing; reset() it")
+        raise UserError(f"an earlier forward of this {memory.name} was interrupted while it was writing; reset() it")
     if memory.model is not None and memory.model() is not model:
         raise UserError(f"this {memory.name} holds what another model read; make one for each model, or reset() it")
     if memory.model is None and signature(model.config.get_text_config()) != signature(memory.config):
@@ -64,7 +64,7 @@ def admit(
         )
     valid_BT = valid_columns(mask, tokens, memory.columns, memory.seen, memory.name)
     _check_left_padded(memory, valid_BT)
-    _check_mask(memory, model.config._attn_implementation, valid_BT)
+    _check_mask(memory, model.config.get_text_config()._attn_implementation, valid_BT)
     traits = memory.traits or traits_of(model, functools.partial(forward, model), 1)
     if name == "input_ids":
         check_ids(traits.vocabulary, tokens)
@@ -73,19 +73,17 @@ def admit(
 
 
 def _check_left_padded(memory: Reader, valid_BT: Tensor | None) -> None:
-    """UserError if a pad comes after a token of its row."""
+    """Raise UserError if a pad comes after a token of its row."""
     if valid_BT is None:
         return
     begun_B = torch.tensor([n > 0 for n in memory.seen] or [False] * len(valid_BT))
     before_BT = torch.cat([begun_B[:, None], valid_BT[:, :-1]], dim=1)
     if bool((before_BT & ~valid_BT).any()):
-        raise UserError(
-            f"{memory.name} takes rows that are padded on the left, and in one of these a pad follows a token"
-        )
+        raise UserError(f"{memory.name} takes only left-padded rows, and in one of these a pad follows a token")
 
 
 def _check_mask(memory: Reader, implementation: str, valid_BT: Tensor | None) -> None:
-    """UserError if a mask is needed and the attention takes none."""
+    """Raise UserError if a mask is needed but the attention implementation takes none."""
     if implementation not in MASKLESS:
         return
     padded = valid_BT is not None and not bool(valid_BT.all())
@@ -98,11 +96,11 @@ def _check_mask(memory: Reader, implementation: str, valid_BT: Tensor | None) ->
 
 
 def _check_end(memory: Reader, new: int, traits: Traits) -> None:
-    """UserError if `new` tokens more would go beyond the model's positions, or its own window."""
+    """Raise UserError if `new` more tokens would exceed the model's positions or its own window."""
     kind, window = memory.config.model_type, own_window(memory.config)
     if window is not None and max(memory.seen, default=0) + new > window:
         raise UserError(
-            f"model type {kind!r} has a window of {window} of its own in some layers, and the text is longer; "
+            f"model type {kind!r} has its own window of {window} in some layers, and the text is longer; "
             f"{memory.name} needs a model that sees all of it"
         )
     of_rotary = traits.rotary.limit if traits.rotary is not None else None
@@ -111,6 +109,6 @@ def _check_end(memory: Reader, new: int, traits: Traits) -> None:
     end = max((n - shift for n, shift in zip(memory.seen, memory.shift)), default=0) + new
     if limit is not None and end > limit:
         raise UserError(
-            f"the text would reach position {end - 1}, and the positions of this {kind} end at {limit - 1}; give less "
-            'text, or use positions="cache", which numbers them again after the prompt'
+            f"the text would reach position {end - 1}, but the positions of this {kind} end at {limit - 1}; give less "
+            'text, or use positions="cache", which renumbers the kept tokens after the prompt'
         )

@@ -1,4 +1,4 @@
-"""Checks of what a memory is made with: one clear line for each mistake."""
+"""Checks of a memory's arguments, with a one-line message for each mistake."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sinkmodel.errors import UserError
 
 
 def whole(value: Any, name: str, least: int) -> int:
-    """`value` as an int that is at least `least`; UserError if it is not."""
+    """`value` as an int. Raises UserError if it is not one, or below `least`."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -20,7 +20,7 @@ def whole(value: Any, name: str, least: int) -> int:
 
 
 def odd(kernel: Any) -> int:
-    """A pooling kernel: an odd number, since an even one would move the scores by half a token."""
+    """A pooling kernel, which must be odd, since an even one would shift the scores by half a token."""
     number = whole(kernel, "kernel", 1)
     if number % 2 == 0:
         raise UserError(f"kernel is {number}; make it an odd number")
@@ -28,7 +28,7 @@ def odd(kernel: Any) -> int:
 
 
 def one_of(name: str, value: Any, choices: Any) -> Any:
-    """`value`, if it is one of a Literal's."""
+    """`value`, if it is one of the choices of a Literal; else UserError."""
     if value not in get_args(choices):
         raise UserError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
     return value

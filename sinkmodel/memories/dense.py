@@ -1,4 +1,4 @@
-"""The memory that forgets nothing: what the others are compared with."""
+"""A memory that evicts nothing, as the baseline for the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EVERYTHING = 2**62
 
 
 class Dense(Memory):
-    """Every key is kept. For comparisons: the same reading, the same interface, no eviction."""
+    """Keeps every key. For comparisons: it reads in the same way through the same interface, without eviction."""
 
     observes = False
     takes_budget = False

@@ -1,11 +1,11 @@
-"""Expected Attention (arXiv 2510.00636, section 3): the attention that future queries will pay, were they normal.
+"""Expected Attention (arXiv 2510.00636, section 3): the attention of future queries, if these are normally distributed.
 
-The queries of the prompt, taken back to before RoPE, give a mean μ and a covariance Σ a head. With the rotation R̄
-averaged over the next positions, the score of a key k is the expected attention E[exp(qᵀk · scale)], normalised:
+The queries of the prompt, turned back to before RoPE, give a mean μ and a covariance Σ for each head. With the rotation
+R̄ averaged over the next positions, the score of a key k is the expected attention E[exp(qᵀk · scale)], normalised:
 
     softmax_j( μ̄ᵀk_j · scale + ½ k_jᵀ Σ̄ k_j · scale² ) · ‖v_j‖,    μ̄ = R̄μ, Σ̄ = R̄ΣR̄ᵀ
 
-averaged over the heads of a group. No attention matrix is needed at all.
+averaged over the heads of a group. No attention matrix is needed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.selection import JoiningRule, join_group
 from sinkmodel.rope import Rotation
 
-BLOCK = 256  # queries that are rotated at once: on a CPU they stay in its cache
+BLOCK = 256  # queries that are rotated at once, few enough for the cache of a CPU
 
 
 class ExpectedAttention(Memory):
-    """A memory that keeps what future queries are expected to attend to.
+    """A memory that keeps the tokens to which future queries are expected to attend.
 
     Args:
-        sinks: the first tokens stay, and their queries and keys take no part in the statistics; 4 in kvpress.
-        future: positions after the prompt over which the rotation is averaged; 512 in kvpress.
-        covariance: whether Σ takes part.
-        value_norm: whether scores are multiplied by the norm of the values.
-        epsilon: what is added to a score before that; 0 in kvpress.
-        group: how the heads of a group are joined; "mean" in kvpress.
+        sinks: number of leading tokens that are always kept and excluded from the statistics; 4 in kvpress.
+        future: number of positions after the prompt over which the rotation is averaged; 512 in kvpress.
+        covariance: whether to use Σ.
+        value_norm: whether to multiply scores by the norm of the values.
+        epsilon: added to a score before that; 0 in kvpress.
+        group: how the heads of a group are combined; "mean" in kvpress.
 
-    The others are those of `Memory`. Formula: kvpress, presses/expected_attention_press.py.
+    The other arguments are those of `Memory`. Formula: kvpress, presses/expected_attention_press.py.
     """
 
     SETTINGS = (*Memory.SETTINGS, "future", "covariance", "value_norm", "epsilon", "group")
@@ -79,7 +79,7 @@ class ExpectedAttention(Memory):
             merge(layer.state, query, None if counted.weight_B1N1 is None else counted.weight_B1N1[:, :, block])
 
     def _counted(self, seen: Observation) -> Counted:
-        """Which queries of the piece take part: the same in every layer, so looked up once."""
+        """The queries of the piece that count. They are the same in every layer, so they are computed once."""
         if self._of_piece is None or self._of_piece[0] is not seen.places_BN:
             assert seen.places_BN is not None
             counts_BN = seen.places_BN >= self.sinks
@@ -108,16 +108,16 @@ class ExpectedAttention(Memory):
         keys = keys.float()
         logits_BGRK = (mean_BGRD @ keys.transpose(-1, -2)) * self.scale
         if self.covariance:
-            for r, covariance_BGDD in enumerate(covariance_BGRDD.unbind(dim=2)):  # together they would fill no cache
+            for r, covariance_BGDD in enumerate(covariance_BGRDD.unbind(dim=2)):  # all at once would exceed the cache
                 logits_BGRK[:, :, r] += (keys @ covariance_BGDD).mul_(keys).sum(-1) * (self.scale**2 / 2)
         positions = layer.held_positions()
         logits_BGRK = logits_BGRK.masked_fill((positions < self.sinks)[:, :, None], float("-inf"))
-        weights = logits_BGRK.softmax(dim=-1).nan_to_num(0.0)  # a row that has nothing but sinks
+        weights = logits_BGRK.softmax(dim=-1).nan_to_num(0.0)  # a row with only sinks
         scores = join_group(weights.flatten(1, 2), G, self.group)
         return (scores + self.epsilon) * values.float().norm(dim=-1) if self.value_norm else scores
 
     def _averaged_rotation(self, rotary: Any, rows: int) -> Rotation:
-        """Mean cos and sin [B, 1, R/2] of the `future` positions after each row."""
+        """Mean cos and sin [B, 1, R/2] over the `future` positions after each row."""
         device = self.layers[0].keys.device
         start_B1 = torch.tensor(self.piece.seen if self.piece else self.seen)[:, None]
         cos, sin = rotary.rotation(start_B1 + torch.arange(self.future), device)
@@ -130,11 +130,11 @@ def _for_matrices(rotation: Rotation) -> Rotation:
 
 @dataclass
 class Counted:
-    """The queries of a piece that take part in the statistics."""
+    """The queries of a piece that count in the statistics."""
 
-    first: int  # none before this column does
-    weight_B1N1: Tensor | None  # 0 for those after it that do not; None if all do
-    back_B1N: Tensor  # the turn that takes each of them back to before RoPE, in positions
+    first: int  # no column before it counts
+    weight_B1N1: Tensor | None  # 0 for later columns that do not count; None if all do
+    back_B1N: Tensor  # the turn, in positions, that undoes the RoPE of each query
     rotation: Rotation | None = None
 
 

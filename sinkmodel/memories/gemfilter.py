@@ -1,8 +1,8 @@
 """GemFilter (arXiv 2409.17422, section 3): the first layers of a model choose the tokens that the whole model reads.
 
-Pass 1 runs the layers 0 … r − 1 and the queries and keys of layer r. There the last query of the prompt scores every
-key: q·k summed over the query heads, with no scale and no softmax. Scores are smoothed, and the best C tokens chosen,
-one set for all heads and layers. Pass 2 reads those tokens alone, as a text of their own at positions 0 … C − 1.
+Pass 1 runs the layers 0 … r − 1, and the queries and keys of layer r. In layer r the last query of the prompt scores
+every key: q·k summed over the query heads, without scale or softmax. The scores are smoothed, and the best C tokens
+are chosen, one set for all heads and layers. Pass 2 reads only those tokens, as a text at positions 0 … C − 1.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from sinkmodel.memories.selection import EMPTY, Pooling, best, force, pool
 
 
 class _Chosen(Exception):
-    """Layer r has its queries and keys, and nothing after them is needed."""
+    """Raised when layer r has its queries and keys, since nothing after them is needed."""
 
 
 class GemFilter(Memory):
-    """A memory that reads the prompt's best tokens, chosen by an early layer, as if they were the prompt.
+    """A memory that reads only the prompt's best tokens, chosen by an early layer, as if they were the prompt.
 
     Args:
-        layer: r, from 0; None is the paper's share of the depth, 13 of 32 layers (section 4).
-        kernel: κ, an odd number; 5 in the published code.
+        layer: r, from 0. None is the paper's share of the depth, 13 of 32 layers (section 4).
+        kernel: κ, an odd number of neighbours; 5 in the published code.
         pooling: "avg" (the published code) or "max".
 
-    The others are those of `Memory`; nothing is forced to stay by default, as published. Logits of a prompt are those
-    of the chosen tokens. If the end of the prompt is not known while it is read (by `generate` or `expect`), all layers
-    read it first, which costs time and changes nothing else. Formula: SalesforceAIResearch/GemFilter,
+    The other arguments are those of `Memory`. By default no token is always kept, as published. The logits of a prompt
+    are those of the chosen tokens. If the end of the prompt is not known in advance (from `generate` or `expect`), all
+    layers read the prompt first, which costs time and changes nothing else. Formula: SalesforceAIResearch/GemFilter,
     my_utils/my_generation.py and my_baseline/GemFilter.
     """
 
@@ -56,7 +56,7 @@ class GemFilter(Memory):
         **settings: Any,
     ):
         if settings.pop("positions", "text") != "text":
-            raise UserError("GemFilter reads the tokens that it keeps again, at positions 0, 1, …; leave out positions")
+            raise UserError("GemFilter reads its kept tokens again at positions 0, 1, …; leave out positions")
         super().__init__(config, budget, **settings)
         depth = len(self.layers)
         self.layer = round(depth * 13 / 32) if layer is None else whole(layer, "layer", 0)
@@ -67,7 +67,7 @@ class GemFilter(Memory):
     def _begin(self) -> None:
         super()._begin()
         self.first_pass = False  # only layers 0 to r run
-        self.text_BC: Tensor | None = None  # in the second pass: the positions in the text of what is read
+        self.text_BC: Tensor | None = None  # in the second pass: the text positions of the tokens that are read
         self.forward_of_model: Callable[..., Any] | None = None
 
     # ------------------------------------------------------------------------------------------------------ the choice
@@ -81,11 +81,11 @@ class GemFilter(Memory):
             layer.state["query"] = seen.query_BHND[:, :, -1].clone()
 
     def scores(self, layer: MemoryLayer) -> Tensor:
-        """[B, 1, K]: one set for all heads. Within a group, the sum of q·k over its heads is (the sum of q)·k."""
+        """[B, 1, K], one set for all heads. Within a group, the sum of q·k over its heads is (the sum of q)·k."""
         keys_BGKD, _ = layer.held()
         query_BGD = layer.state["query"].unflatten(1, (keys_BGKD.shape[1], -1)).float().sum(dim=2)
         scores_BGK = (keys_BGKD.float() @ query_BGD[..., None])[..., 0]
-        beyond = 0.0 if self.pooling == "avg" else torch.finfo(torch.float32).min  # pads are as the ends of a text
+        beyond = 0.0 if self.pooling == "avg" else torch.finfo(torch.float32).min  # pads: as beyond a text
         scores_B1K = scores_BGK.sum(dim=1, keepdim=True).masked_fill(layer.held_positions()[:, :1] == EMPTY, beyond)
         return pool(scores_B1K, self.kernel, self.pooling)
 
@@ -97,7 +97,7 @@ class GemFilter(Memory):
         end = self.columns + request.tokens.shape[1]
         if self.expected is not None and end > self.expected:
             raise UserError(
-                f"{self.name} expects {self.expected} columns of prompt and was given {end}; feed what follows the "
+                f"{self.name} expects {self.expected} columns of prompt but got {end}; feed what follows the "
                 "prompt in a forward of its own"
             )
         self.first_pass = self.columns == 0 and end == self.expected
@@ -108,7 +108,7 @@ class GemFilter(Memory):
         return self._second_pass(model, request) if end == self.expected else outputs
 
     def plan(self, request: Request, done: int) -> Piece:
-        piece = replace(super().plan(request, done), ends_prompt=False)  # nothing is gathered: it is read again
+        piece = replace(super().plan(request, done), ends_prompt=False)  # chosen tokens are read again
         if self.text_BC is not None:
             piece.token_BN = self.text_BC[:, piece.start : piece.end]
         return piece
@@ -156,14 +156,14 @@ class GemFilter(Memory):
             self.in_forward, self.piece = False, None
 
     def _prompt(self) -> Tensor:
-        """What has been read of the prompt, ids [B, N] or embeddings [B, N, hidden]."""
+        """The prompt read so far, as ids [B, N] or embeddings [B, N, hidden]."""
         prompt = self.layers[self.layer].state.get("prompt")
         if prompt is None or prompt.shape[1] != self.columns:
             raise UserError(f"this {self.name} was restored without its whole prompt; reset() it and read that again")
         return prompt
 
     def _second_pass(self, model: Any, request: Request) -> list[Any]:
-        """Choose, forget all, and read what was chosen: the outputs are those of the chosen tokens."""
+        """Choose tokens, drop everything, and read the chosen tokens. Returns their outputs."""
         columns, seen, prompt = self.columns, self.seen, self._prompt()
         self.budgets = self._budgets(seen)
         chooser = self.layers[self.layer]

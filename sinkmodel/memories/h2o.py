@@ -1,8 +1,8 @@
-"""H2O (arXiv 2306.14048, section 4): heavy hitters, the keys that got most attention so far, beside the recent ones.
+"""H2O (arXiv 2306.14048, section 4): keeps heavy hitters, the keys with the most attention so far, and recent keys.
 
-Every query that has been computed adds its attention to a sum for each key. At the end of the prompt, and after every
-`interval` tokens from then on, the keys with the lowest sums go. A token has collected attention since it was read, so
-old tokens have an advantage; that is the method's own.
+The attention of every query is added to a sum for each key. At the end of the prompt, and after every `interval` tokens
+from then on, the keys with the lowest sums are evicted. A token collects attention from the time when it was read, so
+old tokens have an advantage; the method is defined so.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ class H2O(Memory):
     """A memory that keeps the keys with the highest sums of attention, and the last `window` tokens.
 
     Args:
-        window: None is half of the budget, as in the paper's experiments (section 5).
-        interval: tokens between two evictions after the prompt; 1 is the paper's. A query sees at most
+        window: number of the last tokens that are always kept. None is half of the budget, as in the paper's
+            experiments (section 5).
+        interval: tokens between two evictions after the prompt; 1 in the paper. A query sees at most
             budget + interval keys.
-        group: how the sums of a group's query heads are joined: "sum", "mean" (the same choice) or "max".
+        group: how the sums of a group's query heads are combined: "sum", "mean" (makes the same choice) or "max".
 
-    A slot has a sum beside its position, both of 4 bytes: with heads of size 64 in fp32, 1.6 % of its key and value. A
-    sum in half precision would lose what a single query adds. The other arguments are those of `Memory`. Formula:
-    FMInference/H2O, utils_real_drop/modify_llama.py.
+    Each slot has a sum and a position of 4 bytes each: with heads of size 64 in fp32, 1.6 % of its key and value. In
+    half precision, the sum would lose the contribution of a single query. The other arguments are those of `Memory`.
+    Formula: FMInference/H2O, utils_real_drop/modify_llama.py.
     """
 
     SETTINGS = (*Memory.SETTINGS, "half", "group")
@@ -57,7 +58,7 @@ class H2O(Memory):
         B, _, K = sums_BHK.shape
         G = layer.keys.shape[1]
         sums_BGRK = sums_BHK.view(B, G, -1, K)
-        if self.group == "max":  # the heads' sums are joined when they are read
+        if self.group == "max":  # `scores` combines the heads' sums
             layer.numbers("sums", *sums_BGRK.shape[:3])[...] += sums_BGRK
         else:
             layer.numbers("sums", B, G)[...] += sums_BGRK.sum(dim=2)

@@ -1,10 +1,10 @@
-"""How a memory takes part in a forward: an attention function that shows it every layer's queries.
+"""How a memory takes part in a forward: through an attention function that gets the queries of every layer.
 
-transformers looks up the attention function by name in every layer. For the time of one forward that name is ours; the
-function calls the one that the model had, with a mask of the memory's, and then shows the memory what it was given.
+In every layer, transformers looks up the attention function by name. During a forward that name is ours. Our function
+calls the model's own one with the memory's mask, and passes the same input to the memory.
 
-The name belongs to the model, so threads that read with memories on one model take turns (`alone`). A forward without a
-memory in another thread, at that very time, is refused.
+The name belongs to the model, so threads that read with memories on the same model take turns (`alone`). If another
+thread runs a forward without a memory at that time, it is refused.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OBSERVED = "sinkmodel_observed"  # registered without a mask function, so transf
 
 
 class Observer(Protocol):
-    """What sees the attention of a forward: a `Memory`."""
+    """An object that observes the attention of a forward: a `Memory`."""
 
     def attend(self, attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any) -> Any:
-        """The output of `attention`, the model's own function, for what a layer gave it."""
+        """The output of `attention`, the model's own function, for the input of a layer."""
 
 
 _CURRENT: ContextVar[tuple[Observer, str] | None] = ContextVar(OBSERVED, default=None)
@@ -39,25 +39,29 @@ _LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDiction
 
 
 def alone(model: Any) -> Any:
-    """A lock: one thread at a time reads with a memory on this model."""
+    """A lock that lets one thread at a time read with a memory on this model."""
     return _LOCKS.setdefault(model, threading.RLock())
 
 
 @contextmanager
 def observed(memory: Observer, model: Any) -> Iterator[None]:
-    """Let every layer of a forward inside pass through `memory.attend`; the model is as before afterwards."""
-    name = model.config._attn_implementation
+    """In the block, every layer of a forward calls `memory.attend`; afterwards the model is restored.
+
+    If the model has a part for images, the name is changed only in the config of its language part.
+    """
+    config = model.config.get_text_config()
+    name = config._attn_implementation
     token = _CURRENT.set((memory, name))
-    model.config._attn_implementation = OBSERVED
+    config._attn_implementation = OBSERVED
     try:
         yield
     finally:
-        model.config._attn_implementation = name
+        config._attn_implementation = name
         _CURRENT.reset(token)
 
 
 def attention_modules(model: Any) -> dict[int, Any]:
-    """The modules of a transformers model that attend, by layer: they all have these two attributes."""
+    """The attention modules of a transformers model, by layer, recognised by two attributes."""
     found = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
     return {module.layer_idx: module for module in found}
 
@@ -68,13 +72,13 @@ def _observed_attention(
     current = _CURRENT.get()
     if current is None:
         raise UserError(
-            "a memory is reading with this model in another thread; run the model when that forward has ended, or load "
-            "it once for each thread"
+            "a memory is reading with this model in another thread; wait until that forward has ended, or load "
+            "the model once for each thread"
         )
     memory, name = current
     if name not in MASKLESS:
         return memory.attend(_function(module, name), module, query, key, value, kwargs)
-    module.config._attn_implementation = name  # flash attention looks at it
+    module.config._attn_implementation = name  # flash attention reads it
     try:
         return memory.attend(_function(module, name), module, query, key, value, kwargs)
     finally:
@@ -82,7 +86,7 @@ def _observed_attention(
 
 
 def _function(module: Any, name: str) -> Any:
-    """The attention function that a module has under its own name; "eager" is written in the file of its model."""
+    """The attention function of that name for a module; "eager" is defined in the file of its model."""
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]

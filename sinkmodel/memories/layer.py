@@ -1,7 +1,7 @@
-"""The slots of one layer of a memory: keys, values, the position of each, and what the method remembers of them.
+"""The slots of one layer of a memory: keys, values, positions, and the method's numbers for each slot.
 
-Every KV head has its own set of tokens, so slot 5 of one head may hold another token than slot 5 of the next. All heads
-of all layers have the same number of slots; a slot that holds no token has position `EMPTY`.
+Every KV head has its own set of tokens: slot 5 of one head may hold another token than slot 5 of the next. All heads of
+a layer have the same number of slots. A slot without a token has position `EMPTY`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sinkmodel.memories.selection import EMPTY
 
-SPARE = 64  # slots that are added at once for single tokens, if nothing says how many will be needed
+SPARE = 64  # slots that are added at once for single tokens, if the number needed is unknown
 
 
 class MemoryLayer(CacheLayerMixin):
     """Slots [0, length) of `keys` [B, G, capacity, D], `values` [B, G, capacity, V] and `positions` [B, G, capacity].
 
-    `per_slot` are a method's numbers for each slot, with the slots as their last dimension. `state` is what it
-    remembers of the prompt as a whole; its tensors have the rows as their first dimension.
+    `per_slot` holds a method's numbers for each slot; the slots are their last dimension. `state` holds its numbers for
+    the prompt as a whole; their first dimension is the row.
     """
 
     is_sliding = False
-    keys: Any  # Tensor; None before the first token, as `values` and `positions`
+    keys: Any  # Tensor; None before the first token; so are `values` and `positions`
     values: Any
     positions: Any
 
@@ -40,7 +40,7 @@ class MemoryLayer(CacheLayerMixin):
         self.state: dict[str, Tensor] = {}
         self.is_initialized = False
 
-    # --------------------------------------------------------------------------------------------- what is held
+    # -------------------------------------------------------------------------------------------------------- reading
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys [B, G, K, D] and values [B, G, K, V] of the K slots in use, as views."""
@@ -49,11 +49,11 @@ class MemoryLayer(CacheLayerMixin):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def held_positions(self) -> Tensor:
-        """The position in the text of the token in each slot, [B, G, K]; `EMPTY` for none."""
+        """The text position of the token in each slot, [B, G, K]; `EMPTY` if there is none."""
         return self.positions[:, :, : self.length]
 
     def numbers(self, name: str, *shape: int) -> Tensor:
-        """A method's numbers for the slots in use, [*shape, K] in fp32, to be changed in place; 0 for new slots."""
+        """A method's numbers for the slots in use, [*shape, K] in fp32, as a writable view. New slots have 0."""
         if name not in self.per_slot:
             self.per_slot[name] = torch.zeros(*shape, self.keys.shape[2], device=self.keys.device)
         return self.held_numbers(name)
@@ -62,18 +62,20 @@ class MemoryLayer(CacheLayerMixin):
         return self.per_slot[name][..., : self.length]
 
     def tensors(self) -> list[Tensor]:
-        """Everything that the layer holds."""
+        """All tensors of the layer."""
         slots = [x for x in (self.keys, self.values, self.positions) if x is not None]
         return [*slots, *self.per_slot.values(), *self.state.values()]
 
-    # --------------------------------------------------------------------------------------------- what changes it
+    # -------------------------------------------------------------------------------------------------------- changing
 
     def append(
         self, keys_BGND: Tensor, values_BGNV: Tensor, positions_BN: Tensor, spare: int = SPARE, copy: bool = True
     ) -> None:
-        """N more tokens. If slots are lacking for a single one, `spare` are added.
+        """Add N tokens.
 
-        The first tokens are held as they are if not `copy`: for a prompt that is compressed at once.
+        Args:
+            spare: number of slots to add if there is none left for a single token.
+            copy: False to hold the first tokens without a copy, for a prompt that is compressed at once.
         """
         N = keys_BGND.shape[2]
         groups = keys_BGND.shape[1]
@@ -105,9 +107,9 @@ class MemoryLayer(CacheLayerMixin):
         self.per_slot = {name: larger(x, -1) for name, x in self.per_slot.items()}
 
     def keep(self, slots_BGC: Tensor, full_BGC: Tensor) -> None:
-        """Hold these slots alone, in this order, in tensors of just their size; those that are not `full` are empty.
+        """Keep only these slots, in this order, in tensors of exactly their size. Slots that are not `full` are empty.
 
-        With H instead of G sets, every query head gets keys and values of its own (SnapKV as published).
+        If there are H sets instead of G, every query head gets its own keys and values (SnapKV as published).
         """
         apart = slots_BGC.shape[1] // self.keys.shape[1]
         keys, values = self.held()
@@ -122,7 +124,7 @@ class MemoryLayer(CacheLayerMixin):
         self.length = slots_BGC.shape[2]
 
     def drop_one(self, slot_BG: Tensor) -> None:
-        """Forget one slot of each head: the last one moves into its place, and nothing else is copied."""
+        """Remove one slot of each head. The last slot moves into its place; nothing else is copied."""
         last = self.length - 1
         slot_BG1 = slot_BG[..., None]
         for x in (self.keys, self.values):
@@ -136,11 +138,11 @@ class MemoryLayer(CacheLayerMixin):
         self.length = last
 
     def crop(self, count: int) -> None:
-        """Forget the `count` latest slots."""
+        """Remove the `count` latest slots."""
         self.length -= count
 
     def select_rows(self, rows: list[int]) -> None:
-        """Row r becomes what row rows[r] was; a copy, so that rows do not share memory."""
+        """Row r becomes a copy of row rows[r]; rows do not share memory."""
         if self.keys is None:
             return
         self.keys, self.values, self.positions = self.keys[rows], self.values[rows], self.positions[rows]
@@ -148,14 +150,14 @@ class MemoryLayer(CacheLayerMixin):
         self.state = {name: x[rows] for name, x in self.state.items()}
 
     def move_to(self, device: torch.device) -> None:
-        """Hold everything there: a memory that was restored on another device."""
+        """Move everything to `device`, for a memory that was restored on another one."""
         if self.keys is not None and self.keys.device != device:
             self.keys, self.values, self.positions = (x.to(device) for x in (self.keys, self.values, self.positions))
             self.per_slot = {name: x.to(device) for name, x in self.per_slot.items()}
             self.state = {name: x.to(device) for name, x in self.state.items()}
 
     def copied(self) -> MemoryLayer:
-        """The same slots in memory of their own."""
+        """A copy of the layer that shares no memory with it."""
         layer = MemoryLayer()
         layer.keys, layer.values = (None if x is None else x.clone() for x in (self.keys, self.values))
         layer.positions = None if self.positions is None else self.positions.clone()
@@ -179,6 +181,6 @@ class MemoryLayer(CacheLayerMixin):
 
 
 def _picked(x: Tensor, slots_BGC: Tensor) -> Tensor:
-    """Numbers of slots [B, G, K] or [B, G, R, K], gathered as the slots are."""
+    """Numbers [B, G, K] or [B, G, R, K] of the given slots."""
     index = slots_BGC if x.dim() == 3 else slots_BGC[:, :, None].expand(-1, -1, x.shape[2], -1)
     return x.gather(-1, index)

@@ -1,4 +1,4 @@
-"""`Memory`: a cache that reads a prompt whole, then keeps in every KV head the tokens that a method scores highest.
+"""`Memory`: a cache that reads a whole prompt, then keeps in every KV head the tokens with the highest scores.
 
     memory = SnapKV(model.config, budget=1024)
     model.generate(ids, past_key_values=memory)               # compressed when the prompt has been read
@@ -7,12 +7,13 @@
     memory.end_prompt()
     model(more, past_key_values=memory)
 
-A prompt may come in several forwards. It ends when `generate` has read it, with the column that `expect` announced, at
-`end_prompt()`, or before the first forward of a single token. If its end is known beforehand, each layer is compressed
-as soon as its attention has been computed, and the whole prompt is never held in all layers at once.
+A prompt may come in several forwards. It ends when `generate` has read it, at the column that `expect` announced, at
+`end_prompt()`, or before the first forward of a single token. If its end is known in advance, each layer is compressed
+right after its attention was computed, and the whole prompt is never held in all layers at once.
 
-A method is `observe`, what it takes from the attention of each layer, and `scores`, what it makes of that. All else is
-here: `sinkmodel.memories.pieces` has the arithmetic of a forward, `selection` chooses, `layer` holds.
+A method defines `observe`, which stores numbers from the attention of each layer, and `scores`, which computes scores
+from them. This file does the rest with `sinkmodel.memories.pieces` (the arithmetic of a forward), `selection` (which
+slots to keep) and `layer` (the slots).
 """
 
 from __future__ import annotations
@@ -45,30 +46,30 @@ Positions = Literal["text", "cache"]
 
 
 class Memory(MemoryInterface):
-    """The cache that the methods of this package share; see the module's docstring.
+    """Base class of the methods in this package; see the module's docstring.
 
     Args:
         config: the model's config, or the model itself if its class is not one of transformers'.
-        budget: C, the slots that each KV head keeps of the prompt.
-        compression_ratio: instead of a budget, the share of each prompt that is dropped: at least 0, below 1.
-        sinks: the first tokens of each row that are kept in any case.
-        window: the last tokens of each row that are kept in any case.
-        positions: "text": kept keys stay at their positions in the text. "cache": positions are numbered again, from 0
-            in the order of the text, so that a long prompt ends far below the positions that it had.
+        budget: C, the number of prompt tokens that each KV head keeps.
+        compression_ratio: instead of a budget, the share of each prompt that is evicted: at least 0, below 1.
+        sinks: number of leading tokens of each row that are always kept.
+        window: number of the last tokens of each row that are always kept.
+        positions: "text": kept keys stay at their positions in the text. "cache": kept tokens are renumbered from 0, in
+            the order of the text, so that the positions after a long prompt are small.
 
-    Rows may be left-padded, with a 2-D `attention_mask`; a row that is not longer than the budget is kept whole. A
-    memory that evicts only once grows by a slot with every token that comes after the prompt.
+    Rows may be left-padded, with a 2-D `attention_mask`. A row that is not longer than the budget is kept whole. If a
+    memory evicts only at the end of the prompt, it then grows by one slot with every token.
 
     Raises:
-        UserError: here for settings that make no sense and for models that are not supported, by name; in a forward,
-            before anything is written, for inputs that do not continue what was read.
+        UserError: at construction for invalid settings and, by name, for unsupported models; in a forward, before
+            anything is written, for inputs that cannot continue what was read.
     """
 
     SETTINGS: tuple[str, ...] = ("budget", "compression_ratio", "sinks", "window", "positions", "interval")
-    interval: int | None = None  # tokens between two evictions after the prompt; None: there are none
-    compresses_in_attention = True  # else a layer is compressed elsewhere when its prompt has ended
-    takes_budget = True  # else the method decides how much it keeps
-    even = True  # all layers and heads have empty slots for the same columns
+    interval: int | None = None  # tokens between two evictions after the prompt; None: no evictions then
+    compresses_in_attention = True  # False if a subclass compresses layers elsewhere
+    takes_budget = True  # False if the method decides how much it keeps
+    even = True  # True if all layers and heads have their empty slots in the same columns
 
     def __init__(
         self,
@@ -100,33 +101,33 @@ class Memory(MemoryInterface):
         install_hook(model_or_config)
 
     def _begin(self) -> None:
-        self.columns = 0  # tokens of each row so far, pads counted
-        self.seen: list[int] = []  # tokens of each row so far
-        self.kept: list[int] = []  # those of them that are held
-        self.budgets: list[int] = []  # slots of each row, when the prompt has ended
-        self.shift: list[int] = []  # of each row's next token: its position in the text minus the one in the model
-        self.expected: int | None = None  # the column with which the prompt ends
+        self.columns = 0  # columns read so far, pads included
+        self.seen: list[int] = []  # tokens of each row so far, without pads
+        self.kept: list[int] = []  # how many of them are held
+        self.budgets: list[int] = []  # slots of each row after the prompt
+        self.shift: list[int] = []  # for each row's next token: position in the text minus position for the model
+        self.expected: int | None = None  # number of columns of the prompt, if known
         self.ended = False  # the prompt has been compressed
         self.since = 0  # tokens since the last eviction
-        self.torn = False  # a forward was broken off while it was writing
+        self.torn = False  # a forward was interrupted while it was writing
         self.in_forward = False
         self.implementation: Implementation = "sdpa"
-        self.piece: Piece | None = None  # what the forward in progress reads
-        self.model: Any = None  # a weak reference to the model that reads
-        self.sample: list[float] = []  # a few of its weights, by which a restored memory knows it
+        self.piece: Piece | None = None  # the columns that the running forward reads
+        self.model: Any = None  # weak reference to the model
+        self.sample: list[float] = []  # a few of its weights, by which a restored memory recognises it
         self.traits: Traits | None = None
         self.modules: dict[int, Any] = {}  # its attention modules by layer
-        self.attended = 0  # layers whose attention was seen in the forward in progress
-        self.scale = 1.0  # of its attention
+        self.attended = 0  # layers whose attention was observed in the running forward
+        self.scale = 1.0  # scale of its attention
         self.softcap: float | None = None
         for layer in self.layers:
             layer.clear()
 
     def reset(self) -> None:
-        """Forget everything: the next forward begins another prompt."""
+        """Drop everything: the next forward begins another prompt."""
         self._begin()
 
-    # ------------------------------------------------------------------------------------------------ what a method is
+    # ------------------------------------------------------------------------------------------- what a method defines
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -134,18 +135,18 @@ class Memory(MemoryInterface):
 
     @property
     def observes(self) -> bool:
-        """Whether `observe` wants to see the attention of the forward in progress."""
+        """Whether `observe` needs the attention of the running forward."""
         return not self.ended or self.interval is not None
 
     def observe(self, layer: MemoryLayer, seen: Observation) -> None:
-        """Take what `scores` will need from the attention that was just computed in a layer."""
+        """Store what `scores` needs from the attention that was just computed in a layer."""
 
     def scores(self, layer: MemoryLayer) -> Tensor:
-        """How much each slot in use is worth, [B, G, K], or [B, 1, K] if all heads are alike; higher is kept."""
+        """The score of each slot in use, [B, G, K], or [B, 1, K] if all heads are equal. The highest are kept."""
         raise NotImplementedError
 
     def windows(self) -> list[int]:
-        """How many of its last tokens each row keeps in any case."""
+        """For each row, the number of its last tokens that are always kept."""
         return [self.window] * len(self.seen)
 
     def index_of(self, layer: MemoryLayer) -> int:
@@ -158,7 +159,7 @@ class Memory(MemoryInterface):
         return rotary if rotary is not None and rotary.layers[self.index_of(layer)] else None
 
     def of_last_queries(self, layer: MemoryLayer, query_BHND: Tensor) -> Observation:
-        """The attention that the last queries of the prompt, kept from earlier, pay to all keys that are held."""
+        """The attention of stored queries, the last ones of the prompt, to all keys that are held."""
         keys, values = layer.held()
         full_BK = layer.held_positions()[:, 0] != EMPTY
         padded = not bool(full_BK.all())
@@ -170,9 +171,9 @@ class Memory(MemoryInterface):
     # --------------------------------------------------------------------------------------------- the end of a prompt
 
     def expect(self, columns: int) -> None:
-        """Announce that the prompt has `columns` columns, pads counted: it ends with the forward that reaches them.
+        """Announce that the prompt has `columns` columns, pads included. It ends with the forward that reaches them.
 
-        Raises UserError if a prompt has been compressed, or if as much has been read already.
+        Raises UserError if a prompt has been compressed already, or if as many columns have been read already.
         """
         self._check_open()
         if columns <= self.columns:
@@ -180,7 +181,7 @@ class Memory(MemoryInterface):
         self.expected = columns
 
     def end_prompt(self) -> None:
-        """Compress what has been read. Raises UserError if that is nothing, or has been compressed."""
+        """Compress what has been read. Raises UserError if nothing was read, or if it is compressed already."""
         self._check_can_end()
         self.budgets = self._budgets(self.seen)
         self.torn = True
@@ -194,15 +195,15 @@ class Memory(MemoryInterface):
         if not self.columns:
             raise UserError(f"{self.name} has read no prompt; feed one first")
         if self.traits is None:
-            raise UserError(f"this {self.name} was restored and has not met its model yet; feed the next token instead")
+            raise UserError(f"this {self.name} was restored and its model has not run yet; feed the next token instead")
         if self.model is not None and self.model() is None:
-            raise UserError(f"the model that this {self.name} has read with is gone; reset() it for another")
+            raise UserError(f"the model that this {self.name} read with no longer exists; reset() it for another")
 
     def _check_open(self) -> None:
         if self.ended:
-            raise UserError(f"{self.name} has compressed a prompt and takes no second one; reset() it for another")
+            raise UserError(f"{self.name} has compressed a prompt and cannot read a second one; reset() it for another")
         if self.torn:
-            raise UserError(f"an earlier forward of this {self.name} was broken off while it was writing; reset() it")
+            raise UserError(f"an earlier forward of this {self.name} was interrupted while it was writing; reset() it")
 
     def _budgets(self, seen: list[int]) -> list[int]:
         if self.budget is not None:
@@ -212,20 +213,20 @@ class Memory(MemoryInterface):
         for row, (n, budget) in enumerate(zip(seen, budgets)):
             if budget < min(n, self.sinks + self.window):
                 raise UserError(
-                    f"compression_ratio {self.compression_ratio} leaves {budget} of the {n} tokens of row {row}, fewer "
+                    f"compression_ratio {self.compression_ratio} keeps {budget} of the {n} tokens of row {row}, fewer "
                     f"than {self.sinks} sinks and a window of {self.window}; choose a lower one"
                 )
         return budgets
 
     def _compress(self, layer: MemoryLayer, seen: list[int]) -> None:
-        """Keep the best slots of a layer; `seen` are the tokens of each row."""
+        """Keep the best slots of a layer. `seen` is the number of tokens of each row."""
         if any(n > budget for n, budget in zip(seen, self.budgets)):
             layer.keep(*best(self._forced(layer, seen), self.budgets))
         layer.state.clear()
         rotary = self.rotary_of(layer)
         if self.positions == "cache" and rotary is not None:
             positions = layer.held_positions()
-            # A memory that evicts again and again holds its keys at 0 and turns them when it reads.
+            # A memory that evicts repeatedly holds its keys at position 0 and turns them when it reads.
             target = ranks(positions) if self.interval is None else 0
             layer.keys = rotary.turn(layer.keys, (target - positions).masked_fill(positions == EMPTY, 0))
 
@@ -233,7 +234,7 @@ class Memory(MemoryInterface):
         positions = layer.held_positions()
         scores = self.scores(layer)
         self.check_finite(scores)
-        if scores.shape[1] > positions.shape[1]:  # each query head keeps a set of its own
+        if scores.shape[1] > positions.shape[1]:  # each query head keeps its own set
             positions = positions.repeat_interleave(scores.shape[1] // positions.shape[1], dim=1)
         return force(scores, positions, self.sinks, self.windows(), seen)
 
@@ -248,13 +249,16 @@ class Memory(MemoryInterface):
         self.ended, self.expected, self.since = True, None, 0
 
     def columns_to_next_event(self, valid_BT: Tensor | None = None) -> int:
-        """How many of the columns to come, with False for pads, can be read before something has to be forgotten."""
+        """How many of the next columns can be read before something is evicted; `valid_BT` is False for pads."""
         if not self.ended:
             return self.expected - self.columns if self.expected is not None else 2**62
         return self.interval - self.since if self.interval is not None else 2**62
 
     def evicts_after(self, count: int, seen: list[int]) -> bool:
-        """Whether slots go after `count` more columns, when the rows have `seen` tokens; the end of a prompt aside."""
+        """Whether slots are evicted after `count` more columns, apart from the end of a prompt.
+
+        `seen` is the number of tokens of each row at that time.
+        """
         return self.ended and self.interval is not None and self.since + count == self.interval
 
     def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
@@ -268,7 +272,7 @@ class Memory(MemoryInterface):
 
     @uncompiled
     def run_forward(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What `model(...)` returns with this memory; the hook calls it (`sinkmodel.cache.hook`)."""
+        """The output of `model(...)` with this memory; `sinkmodel.cache.hook` calls it."""
         with alone(model):
             return self._run_forward(forward, model, args, kwargs)
 
@@ -284,7 +288,7 @@ class Memory(MemoryInterface):
         return joined(outputs, request)
 
     def _admit(self, forward: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Request:
-        """The input of a forward, after everything that could be wrong with it."""
+        """The checked input of a forward."""
         request, traits = admit(self, forward, model, args, kwargs)
         if self.traits is None:
             self.traits, self.model, self.modules = traits, weakref.ref(model), attention_modules(model)
@@ -293,7 +297,7 @@ class Memory(MemoryInterface):
                 layer.move_to(traits.device)
         if not self.seen:
             self.seen, self.kept, self.shift = ([0] * len(request.tokens) for _ in range(3))
-        name = model.config._attn_implementation
+        name = model.config.get_text_config()._attn_implementation
         self.implementation = "eager" if name == "eager" else "flash" if name in MASKLESS else "sdpa"
         return request
 
@@ -313,11 +317,12 @@ class Memory(MemoryInterface):
 
     def run(self, forward: Callable[..., Any], model: Any, request: Request, piece: Piece) -> Any:
         assert self.traits is not None
+        settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
+        inputs = piece_of(request, piece.start, piece.end, settled, self.traits.accepts)
         self.torn, self.attended = True, 0
         rows = (piece.end - piece.start) * len(self.seen)
         with torch.no_grad(), self.around(model), fast_products(rows=rows):
-            settled = {"position_ids": piece.place_BN, "past_key_values": self, "use_cache": True}
-            output = forward(model, **piece_of(request, piece.start, piece.end, settled, self.traits.accepts))
+            output = forward(model, **inputs)
         self._check_observed()
         self.commit(piece)
         self.torn = False
@@ -333,12 +338,12 @@ class Memory(MemoryInterface):
 
     @contextmanager
     def around(self, model: Any) -> Iterator[None]:
-        """What has to be in place while the model reads a piece."""
+        """The context in which the model reads a piece."""
         with observed(self, model):
             yield
 
     def commit(self, piece: Piece) -> None:
-        """Count what has been read."""
+        """Count the columns and tokens of a piece as read."""
         count = piece.end - piece.start
         new = lengths(count, piece.valid_BN, len(self.seen))
         self.columns, self.seen = self.columns + count, piece.seen
@@ -352,25 +357,25 @@ class Memory(MemoryInterface):
             if self.positions == "cache":
                 self.shift = [n - kept for n, kept in zip(self.seen, self.kept)]
 
-    # -------------------------------------------------------------------------------------------- what every layer does
+    # ----------------------------------------------------------------------------------------------------- in a layer
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Add the keys [B, G, N, D] and values of a piece, and return all that its queries may see."""
+        """Add the keys [B, G, N, D] and values of a piece. Returns all that its queries may see."""
         piece, layer = self.piece, self.layers[layer_idx]
         if piece is None:
             raise UserError(
-                f"the {self.name} was not told of this forward: call the causal language model that its config belongs "
+                f"the {self.name} did not see this forward: call the causal language model that its config belongs "
                 "to, and make the memory before the model's forward is compiled or wrapped"
             )
-        value_states = value_states.to(key_states.dtype)  # of another one under autocast
+        value_states = value_states.to(key_states.dtype)  # under autocast the values may have another dtype
         if layer.keys is not None:
             if key_states.dtype != layer.keys.dtype:
                 raise UserError(
-                    f"this {self.name} holds keys in {layer.keys.dtype} and was given {key_states.dtype}; keep the "
+                    f"this {self.name} holds keys in {layer.keys.dtype} but got {key_states.dtype}; keep the "
                     "model's dtype and autocast as they were, or reset() it"
                 )
             apart = layer.keys.shape[1] // key_states.shape[1]
-            if apart > 1:  # each query head holds a set of its own
+            if apart > 1:  # each query head holds its own set
                 key_states, value_states = (x.repeat_interleave(apart, dim=1) for x in (key_states, value_states))
         rotary = self._turned_when_read(layer)
         if rotary is not None:
@@ -390,7 +395,7 @@ class Memory(MemoryInterface):
     def attend(
         self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """The model's own attention, with the mask of the piece. Then the method sees it, and slots may go."""
+        """Run the model's own attention with the mask of the piece, observe it, then perhaps evict slots."""
         piece, layer = self.piece, self.layers[module.layer_idx]
         assert piece is not None
         full, mask = self.visible_in(layer, piece)
@@ -411,7 +416,7 @@ class Memory(MemoryInterface):
     def attend_and_observe(
         self, attention: Callable[..., Any], layer: MemoryLayer, seen: Observation, mask: Tensor | None, kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """The output of `attention` for what `seen` holds, after `observe` was given it."""
+        """The output of `attention` for the input in `seen`. Also calls `observe`, if the method needs it."""
         module, query, key = seen.module, seen.query_BHND, seen.keys_BGKD
         apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
         output = attention(_Ungrouped(module) if apart else module, query, key, seen.values_BGKV, mask, **kwargs)
@@ -424,7 +429,7 @@ class Memory(MemoryInterface):
         even = len(set(self.budgets)) == 1
         if surplus <= 0 and even:
             return
-        if surplus == 1 and even:  # the step of decoding: few operations, and no look at the scores from the host
+        if surplus == 1 and even:  # one decoding step: few operations, and no read of the scores by the host
             empty = min(self.kept) + piece.end - piece.start < layer.length
             positions = layer.held_positions()
             forced = force(self.scores(layer), positions, self.sinks, self.windows(), piece.seen, empty)
@@ -434,7 +439,7 @@ class Memory(MemoryInterface):
 
 
 class _Ungrouped:
-    """An attention module whose query heads do not share keys; all else is the module's."""
+    """A wrapper of an attention module whose query heads do not share keys."""
 
     num_key_value_groups = 1
 

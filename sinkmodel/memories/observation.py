@@ -1,8 +1,8 @@
-"""What a memory sees of one layer's attention, and the numbers that methods take from it.
+"""The attention of one layer as a memory observes it, and the numbers that methods compute from it.
 
-The model computes its attention as it always does. Beside it, methods compute the few numbers that they need from the
-queries: the attention of the last queries (one block [w, K]), or the sum of all attention that each key got (block by
-block). No matrix of size N × N is ever made.
+The model computes its attention as usual. Beside it, methods compute the few numbers that they need from the queries:
+the attention of the last queries (one block [w, K]), or the sum of the attention to each key (block by block). No
+matrix of size N × N is ever made.
 
 Shapes: B rows, H query heads in G groups of R = H/G, N queries, K keys, D.
 """
@@ -18,24 +18,24 @@ from torch import Tensor
 
 from sinkmodel.attention import sink_scores
 
-# Attention weights of one block. On a CPU a block that stays in its cache is twice as fast as one that does not.
+# Attention weights in one block. On a CPU, a block that fits into the processor's cache is twice as fast.
 BLOCK_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
 
 
 @dataclass
 class Observation:
-    """The attention of N queries that have just been computed in one layer."""
+    """The attention of N queries that were just computed in one layer."""
 
     module: Any  # the attention module
     query_BHND: Tensor  # after RoPE
-    keys_BGKD: Tensor  # all that the queries could see, their own at the end
+    keys_BGKD: Tensor  # all keys that the queries can see, their own at the end
     values_BGKV: Tensor
-    full_BK: Tensor | None  # False for slots that hold no token, or [B, G, K] by head; None: all do
-    places_BN: Tensor | None  # the position that the model gave to each query
+    full_BK: Tensor | None  # False for empty slots; or [B, G, K], by head; None: no slot is empty
+    places_BN: Tensor | None  # the model's position of each query
     valid_BN: Tensor | None  # False for pads; None: there are none
     scale: float
     softcap: float | None = None
-    sink_BHN: Tensor | None = None  # scores of a sink in the softmax; None: worked out from the module when needed
+    sink_BHN: Tensor | None = None  # scores of a sink in the softmax; None: computed from the module when needed
 
     def last(self, count: int) -> Observation:
         """The same for the last `count` queries."""
@@ -77,10 +77,10 @@ class Observation:
         )
 
     def group_means(self, start: int, end: int, output_BNHV: Tensor | None = None) -> Tensor:
-        """The attention of the queries [start, end), a mean over each group: [B, G, end − start, seen] in fp32.
+        """The attention of the queries [start, end), averaged over each group: [B, G, end − start, seen] in fp32.
 
-        `seen` leaves out the keys after the last of these queries. If `output_BNHV` is given, the attention's output
-        for these queries is written there.
+        `seen` excludes the keys after the last of these queries. If `output_BNHV` is given, the attention's output for
+        these queries is written to it.
         """
         G, seen = self.keys_BGKD.shape[1], self.keys_BGKD.shape[2] - self.query_BHND.shape[2] + end
         keys_BGDK = self.keys_BGKD[:, :, :seen].transpose(-1, -2)
@@ -92,26 +92,26 @@ class Observation:
         return weights_BGRNK.mean(dim=2)
 
     def weights(self) -> Tensor:
-        """The attention of all queries to all keys, [B, H, N, K] in fp32; rows of pads are 0.
+        """The attention of all queries to all keys, [B, H, N, K] in fp32. Rows of pads are 0.
 
-        A row sums to 1, or to less if the model has a sink in its softmax, which takes its share.
+        Each other row sums to 1, or to less if the model has a sink in its softmax.
         """
         return self._weights(0, self.query_BHND.shape[2], self.keys_BGKD.transpose(-1, -2))
 
     def column_sums(self) -> Tensor:
-        """How much attention each key got from all queries together, [B, H, K] in fp32."""
+        """The sum of the attention to each key over all queries, [B, H, K] in fp32."""
         B, H, N, _ = self.query_BHND.shape
         K = self.keys_BGKD.shape[2]
         if N == 1:
             return self.weights()[:, :, 0]
         sums = torch.zeros(B, H, K, device=self.query_BHND.device)
         numbers = BLOCK_NUMBERS.get(self.query_BHND.device.type, BLOCK_NUMBERS["cuda"])
-        keys_BGDK = self.keys_BGKD.transpose(-1, -2).contiguous()  # read by every block
+        keys_BGDK = self.keys_BGKD.transpose(-1, -2).contiguous()  # every block reads it
         buffer = torch.empty(max(numbers, B * H * K), dtype=self.query_BHND.dtype, device=self.query_BHND.device)
         start = 0
         while start < N:
-            before = K - N + start  # keys that all queries of the block see
-            # The most queries n for which n · (before + n) weights fit: a later key is seen by none of them.
+            before = K - N + start  # number of keys that all queries of the block see
+            # The largest n for which n · (before + n) weights fit, since these n queries see no later keys.
             most = (math.isqrt(before**2 + 4 * numbers // (B * H)) - before) // 2
             end = min(N, start + max(1, most))
             seen = K - N + end
@@ -124,7 +124,7 @@ class Observation:
         query = self.query_BHND[:, :, start:end]
         B, H, n, D = query.shape
         G, seen = keys_BGDK.shape[1], keys_BGDK.shape[3]
-        exact = query.dtype in (torch.float32, torch.float64)  # else scaling before the product would round twice
+        exact = query.dtype in (torch.float32, torch.float64)  # otherwise, scaling before the product would round twice
         grouped = (query * self.scale if exact else query).reshape(B, G, -1, D)
         out = None if buffer is None else buffer[: B * H * n * seen].view(B, G, -1, seen)
         scores = torch.matmul(grouped, keys_BGDK, out=out).float().view(B, H, n, seen)

@@ -1,4 +1,4 @@
-"""What one call of the model reads: which columns, at which positions, and who sees whom. Integers and masks only."""
+"""Plan one call of the model: its columns, their positions, and their mask. Only integers and masks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.selection import EMPTY
 from sinkmodel.probe import Traits
 
-Implementation = Literal["sdpa", "eager", "flash"]  # what the model's attention is like
-LONGEST_MASKED = 512  # queries of a piece that needs a mask, so that the mask stays small
+Implementation = Literal["sdpa", "eager", "flash"]  # the kind of the model's attention
+LONGEST_MASKED = 512  # most queries of a piece with a mask, so that the mask stays small
 
 
 @dataclass
@@ -25,12 +25,12 @@ class Piece:
     end: int
     ends_prompt: bool
     evicts: bool
-    seen: list[int]  # tokens of each row after it
+    seen: list[int]  # tokens of each row after this piece
     token_BN: Tensor  # position in the text; `EMPTY` for pads
     place_BN: Tensor  # position that the model is given
     valid_BN: Tensor | None  # False for pads; None: there are none
     full_BK: Tensor | None  # [B, K + N], False for slots without a token; None: all have one
-    mask: Tensor | None  # [B or 1, 1, N, K + N], True if seen; None: causal from the first slot on, or everything
+    mask: Tensor | None  # [B or 1, 1, N, K + N], True if visible; None: causal from the first slot on, or all
 
 
 class Progress(Protocol):
@@ -53,7 +53,7 @@ class Progress(Protocol):
 
 
 def next_piece(memory: Progress, request: Request, done: int) -> Piece:
-    """The columns of `request` from `done` on that can be read at once."""
+    """The next piece of `request`: as many columns from `done` on as can be read at once."""
     assert memory.traits is not None
     device = memory.traits.device
     valid = None if request.valid_BT is None else request.valid_BT[:, done:]
@@ -87,7 +87,7 @@ def next_piece(memory: Progress, request: Request, done: int) -> Piece:
 
 
 def lengths(count: int, valid_BN: Tensor | None, rows: int) -> list[int]:
-    """Tokens of each row among `count` columns."""
+    """Number of tokens of each row in `count` columns."""
     return [count] * rows if valid_BN is None else valid_BN.sum(dim=1).tolist()
 
 
@@ -104,8 +104,8 @@ def visible(
 ) -> Tensor | None:
     """The mask [B or 1, 1, N, K + N] of `count` queries after `slots` slots; None if the kernel needs none.
 
-    A pad sees itself, so that no softmax is over nothing. Without a mask sdpa is causal from the first slot on, flash
-    from the last one, and eager sees everything.
+    A pad sees itself, so that no softmax is over nothing. Without a mask, sdpa is causal from the first slot on, flash
+    is causal up to the last one, and eager sees everything.
     """
     if full_BK is None and (count == 1 or implementation == "flash" or (slots == 0 and implementation == "sdpa")):
         return None
@@ -118,7 +118,7 @@ def visible(
 
 
 def ranks(positions_BGK: Tensor) -> Tensor:
-    """The place of each slot's token among those of its head, from 0, in the order of the text; below 0 if empty."""
+    """The rank of each slot's token in the text order of its head, from 0; below 0 for empty slots."""
     order = positions_BGK.argsort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)

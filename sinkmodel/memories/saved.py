@@ -1,10 +1,11 @@
-"""A memory as a file: what it holds as tensors and plain numbers, and whether that is sound.
+"""Save a memory as tensors and plain numbers, and check a saved one.
 
     memory.save("memory.pt")
-    memory = SnapKV(model.config, budget=1024)  # as it was made
+    memory = SnapKV(model.config, budget=1024)  # the same settings
     memory.load("memory.pt")
 
-`torch.load(..., weights_only=True)` reads it: no code of a stranger runs. A prompt that has not ended may be saved too.
+`torch.load(..., weights_only=True)` can read the file, so no code from an untrusted file runs. A memory can be saved
+before its prompt has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sinkmodel.memories.layer import MemoryLayer
 
 FORMAT = "sinkmodel-memory-1"
 NUMBERS = ("sample", "columns", "expected", "ended", "since", "torn", "scale", "softcap")
-ROWS = ("seen", "kept", "budgets", "shift")  # a number for each row
+ROWS = ("seen", "kept", "budgets", "shift")  # one number per row
 SLOTS = ("keys", "values", "positions")
 
 
@@ -44,13 +45,13 @@ def _layer(layer: MemoryLayer) -> dict[str, Any]:
 
 
 def check_state(state: Any, settings: dict[str, Any], depth: int) -> None:
-    """UserError if `state` is not the sound state of a memory with these settings."""
+    """Raise UserError if `state` is not a valid state of a memory with these settings."""
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("settings"), dict):
         raise UserError("this is not a saved memory; give what Memory.state_dict() returned")
     for key, ours in settings.items():
         theirs = state["settings"].get(key)
         if theirs != ours:
-            raise UserError(f"the saved memory has {key} {theirs}, this one {ours}; make the memory as it was")
+            raise UserError(f"the saved memory has {key} {theirs}, this one {ours}; use the saved settings")
     if not _sound(state, depth):
         raise UserError("the saved memory is damaged; restore an older one")
 
@@ -85,7 +86,7 @@ def _sound_layer(layer: Any, rows: int) -> bool:
 
 
 def restore(memory: Any, state: dict[str, Any]) -> None:
-    """Put a checked state into a memory that has just been reset."""
+    """Restore a checked state in a memory that was just reset."""
     for name in NUMBERS:
         setattr(memory, name, state["numbers"][name])
     for name in ROWS:

@@ -1,11 +1,11 @@
-"""Any scorer as a memory: a function, or an object with kvpress's `score`.
+"""A memory with a user's scorer: a function, or an object with kvpress's method `score`.
 
     Scored(model, lambda module, hidden_states, keys, values, attentions, kwargs: -keys.norm(dim=-1), budget=256)
-    Scored(model, KnormPress(), budget=256)          # a press of kvpress as it is; its own ratio is not read
+    Scored(model, KnormPress(), budget=256)          # an unmodified press of kvpress; its own ratio is ignored
 
-What a scorer gets: the attention module; the hidden states of the prompt that went into it [B, N, hidden]; keys and
-values after RoPE [B, G, N, D]; None for the attention; and `kwargs` with `position_embeddings`, cos and sin of the
-whole prompt. The module has `rotary_emb` for as long. It returns [B, G, N], higher is kept.
+A scorer gets the attention module; the hidden states of the prompt that went into it, [B, N, hidden]; keys and values
+after RoPE, [B, G, N, D]; None for the attention; and `kwargs` with `position_embeddings`, the cos and sin of the whole
+prompt. During the call the module has the attribute `rotary_emb`. The scorer returns [B, G, N]; the highest are kept.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ Scorer = Callable[[Any, Tensor, Tensor, Tensor, None, dict[str, Any]], Tensor]
 
 
 class Scored(Memory):
-    """A memory that keeps what a scorer of one's own scores highest; what is evicted is really gone.
+    """A memory that keeps the tokens with the highest scores of a user's scorer. Evicted tokens are really deleted.
 
     Args:
         scorer: a function, or an object with a method `score`, as the module's docstring describes.
 
-    The others are those of `Memory`. A prompt that comes in several forwards is scored when it ends, and its hidden
-    states are kept until then. Empty slots of padded rows never stay, whatever their score.
+    The other arguments are those of `Memory`. A prompt that comes in several forwards is scored when it ends, and its
+    hidden states are kept until then. Empty slots of padded rows are never kept, whatever their score.
     """
 
     def __init__(self, config: Any, scorer: Scorer | Any, budget: int | None = None, **settings: Any):
         super().__init__(config, budget, **settings)
         self.score: Scorer = getattr(scorer, "score", scorer)
         if not callable(self.score):
-            raise UserError(f"a scorer is a function or has a method score; this is {scorer!r}")
+            raise UserError(f"a scorer must be a function or have a method score; this is {scorer!r}")
 
-    observes = False  # hidden states are seen around the attention modules instead
-    compresses_in_attention = False  # but when the module has run
+    observes = False  # instead, hooks on the attention modules record hidden states
+    compresses_in_attention = False  # layers are compressed after the module has run
 
     def scores(self, layer: MemoryLayer) -> Tensor:
         keys, values = layer.held()
@@ -80,7 +80,7 @@ class Scored(Memory):
 
 @contextmanager
 def with_rotary(module: Any, model: Any) -> Iterator[None]:
-    """Give an attention module the `rotary_emb` of its model, which presses ask for; not as a part of the module."""
+    """In the block, an attention module has its model's `rotary_emb`, which presses use, but not as a submodule."""
     rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None or hasattr(module, "rotary_emb"):
         yield
@@ -93,5 +93,5 @@ def with_rotary(module: Any, model: Any) -> Iterator[None]:
 
 
 def grow(state: dict[str, Tensor], name: str, more: Tensor) -> None:
-    """Put the next tokens [B, N, …] after those that are there."""
+    """Append tokens [B, N, …] to those already in `state[name]`."""
     state[name] = torch.cat([state[name], more], dim=1) if name in state else more

@@ -1,4 +1,4 @@
-"""Which slots a memory keeps, from their scores: pure functions on tensors.
+"""Select the slots that a memory keeps from their scores: pure functions on tensors.
 
 Shapes: B rows, H query heads in G groups of R = H/G, K slots, C of them kept.
 """
@@ -19,9 +19,9 @@ EMPTY = -1  # the position of a slot that holds no token
 
 
 def pool(scores: Tensor, kernel: int, pooling: Pooling) -> Tensor:
-    """Scores [B, X, K] smoothed over `kernel` neighbours, an odd number; "avg" counts the zeros beyond the ends.
+    """Scores [B, X, K] smoothed over `kernel` neighbours, an odd number. "avg" counts zeros beyond the ends.
 
-    That is SnapKV's and GemFilter's `avg_pool1d(kernel, padding=kernel // 2, stride=1)`.
+    This is `avg_pool1d(kernel, padding=kernel // 2, stride=1)` in SnapKV and GemFilter.
     """
     if kernel == 1 or not scores.shape[-1]:
         return scores
@@ -30,7 +30,7 @@ def pool(scores: Tensor, kernel: int, pooling: Pooling) -> Tensor:
 
 
 def join_group(scores_BHK: Tensor, groups: int, rule: GroupRule) -> Tensor:
-    """Scores of the KV heads [B, G, K] from those of the query heads; "as_published" leaves them apart, [B, H, K]."""
+    """Scores of the KV heads [B, G, K] from those of the query heads. "as_published" keeps these: [B, H, K]."""
     if rule == "as_published":
         return scores_BHK
     grouped = scores_BHK.unflatten(1, (groups, -1))
@@ -42,10 +42,13 @@ def join_group(scores_BHK: Tensor, groups: int, rule: GroupRule) -> Tensor:
 def force(
     scores_BGK: Tensor, positions_BGK: Tensor, sinks: int, windows: list[int], seen: list[int], empty: bool = True
 ) -> Tensor:
-    """Scores [B, G, K] in fp32 with +inf for what must stay and −inf for empty slots.
+    """Scores [B, G, K] in fp32, with +inf for slots that must stay and −inf for empty slots.
 
-    The first `sinks` tokens stay, and of each row with `seen` tokens the last `windows`. `empty` is False if all slots
-    are known to hold a token.
+    Args:
+        sinks: number of leading tokens that stay.
+        windows: for each row, the number of its last tokens that stay.
+        seen: for each row, the number of its tokens so far.
+        empty: False if every slot is known to hold a token.
     """
     after = [n - window for n, window in zip(seen, windows)]
     if len(set(after)) == 1:  # no copy to the device
@@ -59,10 +62,10 @@ def force(
 
 
 def best(scores_BGK: Tensor, budgets: list[int]) -> tuple[Tensor, Tensor]:
-    """The slots [B, G, C] with the highest scores in ascending order, and which of them hold a token, [B, G, C].
+    """The slots [B, G, C] with the highest scores, in ascending order, and whether each holds a token, [B, G, C].
 
-    C is the largest budget. A row with a smaller budget, or with fewer tokens, has empty slots in front. Among equal
-    scores the earlier slot is kept, so that the choice does not depend on the device.
+    C is the largest budget. A row with a smaller budget or fewer tokens has empty slots at the front. Of equal scores
+    the earlier slot is kept, so that the choice does not depend on the device.
     """
     keep = min(max(budgets), scores_BGK.shape[-1])
     order = scores_BGK.sort(dim=-1, descending=True, stable=True)
@@ -76,9 +79,9 @@ def best(scores_BGK: Tensor, budgets: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def kept(keep_BGK: Tensor) -> tuple[Tensor, Tensor]:
-    """The slots [B, G, C] that are kept, in ascending order, and which of them hold a token, [B, G, C].
+    """The slots [B, G, C] to keep, in ascending order, and whether each holds a token, [B, G, C].
 
-    C is the largest number of a head. A head that keeps fewer has empty slots in front.
+    C is the largest number of slots that a head keeps. A head that keeps fewer has empty slots at the front.
     """
     ascending = keep_BGK.to(torch.uint8).sort(dim=-1, stable=True)
     most = int(keep_BGK.sum(dim=-1).max())

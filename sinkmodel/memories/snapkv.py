@@ -1,7 +1,7 @@
-"""SnapKV (arXiv 2404.14469, section 4): what the last queries of a prompt look at is what the answer will need.
+"""SnapKV (arXiv 2404.14469, section 4): keeps the keys that the last queries of a prompt attend to.
 
-For the last w queries of each query head: their attention to every earlier key is summed, smoothed over κ neighbours,
-and joined over the heads of a group. The last w tokens stay themselves.
+For the last w queries of each query head, the attention to every earlier key is summed, smoothed over κ neighbours, and
+combined over the heads of a group. The last w tokens themselves are kept as well.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from sinkmodel.memories.selection import GroupRule, Pooling, join_group, pool
 
 
 class SnapKV(Memory):
-    """A memory that keeps what the last `window` queries of the prompt attend to.
+    """A memory that keeps the tokens to which the last `window` queries of the prompt attend.
 
     Args:
-        window: w, 32 in the paper's experiments (section 5). A prompt that is not longer than the budget is kept whole.
-        kernel: κ, an odd number; 7 in the paper (section 5), 1 for none.
+        window: w; 32 in the paper's experiments (section 5). A prompt that is not longer than the budget is kept whole.
+        kernel: κ, an odd number of neighbours; 7 in the paper (section 5), 1 for no smoothing.
         pooling: "max" (the paper) or "avg" (the published code's default).
-        group: how the heads of a group share one set: "mean" (kvpress), "max", "sum"; or "as_published": each query
-            head keeps a set of its own, which takes H/G times the memory.
+        group: how the heads of a group share one set: "mean" (kvpress), "max" or "sum". "as_published": each query head
+            keeps its own set, which takes H/G times the memory.
 
-    The others are those of `Memory`. Formula: FasterDecoding/SnapKV, snapkv_utils.py.
+    The other arguments are those of `Memory`. Formula: FasterDecoding/SnapKV, snapkv_utils.py.
     """
 
     SETTINGS = (*Memory.SETTINGS, "kernel", "pooling", "group")
@@ -47,7 +47,7 @@ class SnapKV(Memory):
     ):
         super().__init__(config, budget, window=window, **settings)
         if window < 1:
-            raise UserError(f"SnapKV looks at the last queries of a prompt; its window is {window}, make it at least 1")
+            raise UserError(f"SnapKV needs the last queries of a prompt; its window is {window}, make it at least 1")
         self.kernel, self.pooling, self.group = (
             odd(kernel),
             one_of("pooling", pooling, Pooling),
@@ -65,4 +65,4 @@ class SnapKV(Memory):
         weights_BHwK = self.of_last_queries(layer, layer.state["queries"]).weights()
         earlier = weights_BHwK.sum(dim=2)[..., : layer.length - self.window]
         scores = join_group(pool(earlier, self.kernel, self.pooling), layer.keys.shape[1], self.group)
-        return torch.nn.functional.pad(scores, (0, layer.length - scores.shape[-1]))  # the window is kept anyway
+        return torch.nn.functional.pad(scores, (0, layer.length - scores.shape[-1]))  # the window is always kept

@@ -1,7 +1,7 @@
-"""TOVA (arXiv 2401.06104, section 3): the token that the latest query attends to least goes.
+"""TOVA (arXiv 2401.06104, section 3): evicts the tokens to which the latest query attends least.
 
 The attention of the latest query is averaged over all heads of a layer, so all of them keep the same tokens. At the end
-of the prompt, and after every `interval` tokens from then on, the lowest go until the budget is met.
+of the prompt, and after every `interval` tokens from then on, the lowest are evicted down to the budget.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sinkmodel.memories.observation import Observation
 
 
 class TOVA(Memory):
-    """A memory that keeps what the latest query attends to.
+    """A memory that keeps the tokens to which the latest query attends most.
 
     Args:
-        window: the last tokens that stay in any case; 1, the token of the query itself.
-        interval: tokens between two evictions after the prompt; 1 is the paper's. A query sees at most
+        window: number of the last tokens that are always kept; 1 is the token of the query itself.
+        interval: tokens between two evictions after the prompt; 1 in the paper. A query sees at most
             budget + interval keys.
 
-    The others are those of `Memory`.
+    The other arguments are those of `Memory`.
     """
 
     def __init__(self, config: Any, budget: int | None = None, *, window: int = 1, interval: int = 1, **settings: Any):
@@ -39,4 +39,4 @@ class TOVA(Memory):
         layer.state["attention"] = seen.last(1).weights().mean(dim=(1, 2))  # [B, K]
 
     def scores(self, layer: MemoryLayer) -> Tensor:
-        return layer.state.pop("attention")[:, None]  # the next eviction has a latest query of its own
+        return layer.state.pop("attention")[:, None]  # the next eviction has another latest query

@@ -1,4 +1,4 @@
-"""Streams without end: `Stream`, fed tokens or text, gives tokens, text or scores; `sink-stream` is its command."""
+"""Endless streams: `Stream` is fed tokens or text and returns tokens, text or scores. Its command is `sink-stream`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["Sampler", "Stream"]
 
 
 def __getattr__(name: str) -> Any:
-    """What is asked for, when it is: it brings torch and transformers, which --help can do without."""
+    """Import on first use: both import torch and transformers, which `--help` does not need."""
     if name == "Stream":
         from sinkmodel.streaming.stream import Stream
 

@@ -1,4 +1,4 @@
-"""A chat template, turn by turn: it wants all messages so far, and an endless stream has forgotten them."""
+"""Apply a chat template turn by turn. Templates expect all messages so far, which an endless stream no longer has."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 from sinkmodel.errors import UserError
 from sinkmodel.streaming.intake import Intake
 
-MESSAGE, REPLY = "\ue000", "\ue001"  # of Unicode's private use: no template has them
-BLANKS = [chr(code) for code in range(0x3001) if chr(code).isspace()]  # all that `trim` removes
-INNER = "a  B\n\n\tc"  # within a message: templates that keep this keep all but the ends
+MESSAGE, REPLY = "\ue000", "\ue001"  # from Unicode's private use area: no template contains them
+BLANKS = [chr(code) for code in range(0x3001) if chr(code).isspace()]  # all characters that `trim` removes
+INNER = "a  B\n\n\tc"  # a template that keeps this inside a message changes at most its ends
 
 
 class Chat:
-    """What stands around a message: rendered once on placeholders, so that turn after turn costs the same.
+    """The text around a message, rendered once with placeholders, so that every turn costs the same.
 
         stream = Stream(model, tokenizer, pinned=chat.pinned)
         stream.feed([*chat.opening, *chat.message(["Hello"]), *chat.closing])      # then stream.text()
         stream.feed([*chat.between, *chat.message(["And now?"]), *chat.closing])   # begins with the end of the reply
 
     The ids are those of `apply_chat_template` for the whole conversation: blanks that the template trims are left out,
-    and what is no special token is encoded together with the message beside it. A message is fed as text, so that one
-    which spells a special token does not get it. `pinned` is the system message as the template puts it. `notes` says
-    what the template does to earlier messages and a stream does not. Raises UserError if there is no chat template, or
-    one that cannot be taken apart.
+    and text of the template is encoded together with the message next to it. A message is fed as text, so that it
+    cannot contain special tokens. `pinned` is the system message as the template renders it. `notes` lists changes that
+    the template makes to earlier messages and a stream cannot. Raises UserError if there is no chat template, or one
+    that cannot be split.
 
     Args:
-        sinks: ids that the stream puts in front by itself, and the template perhaps too.
+        sinks: ids that the stream itself prepends, and perhaps also the template.
+        system: the system message; None for none.
     """
 
     def __init__(self, tokenizer: Any, sinks: Sequence[int] = (), system: str | None = None):
@@ -40,22 +41,24 @@ class Chat:
         head = self._render(self._before) if self._before else ""
         first = self._turns(MESSAGE)
         later = self._turns(MESSAGE, REPLY, MESSAGE)
-        behind = later.partition(REPLY)[2]
+        after_reply = later.partition(REPLY)[2]
         rest = first[len(head) :]
-        counts = [text.count(MESSAGE) for text in (head, rest, behind)]
+        counts = [text.count(MESSAGE) for text in (head, rest, after_reply)]
         if not first.startswith(head) or counts != [len(self._before), 1, 1]:
-            raise UserError("the chat template cannot be taken apart turn by turn; leave --chat out")
+            raise UserError("the chat template cannot be split into turns; leave --chat out")
         self.pinned = self._system_ids(head, system or "")
         self.opening, self.closing = self._around(rest)
-        self.between, _ = self._around(behind)
+        self.between, _ = self._around(after_reply)
         self._left = "".join(blank for blank in BLANKS if self._turns(blank + MESSAGE) == first)
         self._right = "".join(blank for blank in BLANKS if self._turns(MESSAGE + blank) == first)
-        self.held: str | None = None  # blanks at the end of a message so far; None: nothing of it has come yet
+        self.held: str | None = None  # blanks at the end of the message so far; None: the message is still empty
         self.notes = list(self._differences(first, later))
 
     def message(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The pieces of a user's message without the blanks that the template trims; it may be continued until `held`
-        is None again."""
+        """Yield the pieces of a user's message without the blanks that the template trims.
+
+        The message may be continued by further calls until `held` is set to None.
+        """
         for piece in pieces:
             if self.held is None:
                 piece = piece.lstrip(self._left)
@@ -68,12 +71,12 @@ class Chat:
                 yield kept
 
     def _differences(self, first: str, later: str) -> Iterator[str]:
-        """What the template does to messages and cannot be done to those that are in the stream already."""
+        """Changes that the template makes to earlier messages, and that are impossible once these are in the stream."""
         if self._turns(MESSAGE + INNER) != first.replace(MESSAGE, MESSAGE + INNER):
-            yield "the chat template changes the text of messages; the stream takes it as it is"
+            yield "the chat template changes the text of messages; the stream keeps it unchanged"
         before_reply = later.partition(REPLY)[0]
         if before_reply.removesuffix(" ") != first:
-            yield "the chat template leaves out of earlier replies what it asks for them with; the stream keeps it"
+            yield "the chat template omits the text that prompts a reply from earlier turns; the stream keeps it"
         if self._turns(MESSAGE, f" {REPLY}\n", MESSAGE) == later:
             yield "the chat template trims earlier replies; the stream keeps them as the model wrote them"
         if self._turns(MESSAGE, f"<think>\n{REPLY}\n</think>\n\n{REPLY}", MESSAGE).count(REPLY) == 1:
@@ -83,23 +86,25 @@ class Chat:
         if not head:
             return []
         before, after = head.split(MESSAGE)
-        whole = self._render([{"role": "system", "content": system}])  # as the template changes it, which may trim it
+        whole = self._render([{"role": "system", "content": system}])  # the template may change it, for example trim it
         if whole.startswith(before) and whole.endswith(after) and len(whole) >= len(before + after):
             system = whole[len(before) : len(whole) - len(after)]
         else:
-            raise UserError("the chat template leaves the system message out as it is; give another --system")
+            raise UserError("the chat template does not render this system message; give another --system")
         pieces = [*self._pieces(before), system, *self._pieces(after)]
         intake = Intake(self._tokenizer, len(self._tokenizer))
         return [token for block in intake.blocks(pieces) for token in block]
 
     def _around(self, rendered: str) -> tuple[list[int | str], list[int | str]]:
-        """What is fed before a message and after it."""
+        """The pieces to feed before a message and after it."""
         before, after = rendered.split(MESSAGE)
         return self._pieces(before), self._pieces(after)
 
     def _pieces(self, text: str) -> list[int | str]:
-        """The template's own text: special tokens as ids, and between them text, which a tokenizer may join to what
-        stands beside it."""
+        """Split text of the template into ids of special tokens and the text between them.
+
+        The text stays text, because a tokenizer may merge it with the message next to it.
+        """
         names = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
         parts = re.split(f"({names})", text) if names else [text]
         for place in range(1, len(parts), 2):
@@ -114,7 +119,7 @@ class Chat:
         return pieces[own:] if own and pieces[:own] == self._sinks else pieces
 
     def _turns(self, *contents: str) -> str:
-        """The whole text of messages of the user and the model in turn, after which the model is to reply."""
+        """Render messages of user and model in alternation, and the prompt for the model's next reply."""
         roles = ("user", "assistant")
         turns = [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)]
         return self._render([*self._before, *turns], add_generation_prompt=True)
@@ -122,6 +127,6 @@ class Chat:
     def _render(self, messages: list[dict[str, str]], **settings: Any) -> str:
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-        except Exception as error:  # jinja2's own, and what a template raises by itself
+        except Exception as error:  # errors of jinja2, and those that a template raises
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"the chat template refuses the messages {roles}: {error}") from None

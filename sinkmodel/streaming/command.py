@@ -1,4 +1,4 @@
-"""`sink-stream`: type or pipe text in, text or its loss streams out, for as long as you like."""
+"""`sink-stream`: type or pipe text in, and get the model's continuation or the text's loss, without end."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def main(argv: list[str]) -> int | None:
             elif sys.stdin.isatty():
                 session.converse()
             else:
-                session.go_on()
-        except (KeyboardInterrupt, OSError) as error:  # OSError: stdout takes no more, as on a full disk
-            if not isinstance(error, BrokenPipeError):  # a reader that left, as in `| head`, expects no report
+                session.continue_input()
+        except (KeyboardInterrupt, OSError) as error:  # OSError: stdout cannot be written, as on a full disk
+            if not isinstance(error, BrokenPipeError):  # if the reader has exited, as in `| head`, it expects no report
                 session.status.last(session.loss() if options.score else "")
             session.save()
             raise
@@ -43,14 +43,14 @@ def main(argv: list[str]) -> int | None:
 
 
 class Session:
-    """The stream of one call of the command, and what it has to do with it."""
+    """The stream of one call of the command, and what the command does with it."""
 
     def __init__(self, options: argparse.Namespace, interrupts: Interrupts):
         from sinkmodel.loading import load_model
         from sinkmodel.streaming.sampling import Sampler
 
         self.options, self.interrupts = options, interrupts
-        # Whether the model was loaded or its input is awaited is hard to tell from outside.
+        # Without this line, a user cannot see whether the model is still loading or waits for input.
         patience = threading.Timer(5.0, say, [f"loading {options.model}"])
         patience.start()
         try:
@@ -66,16 +66,16 @@ class Session:
             for note in self.chat.notes:
                 say(f"{NAME}: {note}")
         self.sampler = Sampler(options.temperature, options.top_k, options.top_p, options.seed)
-        self.scored, self.nll = 0, 0.0  # tokens, and their sum
-        self.open = False  # a message whose reading was broken off
+        self.scored, self.nll = 0, 0.0  # number of scored tokens, and the sum of their losses
+        self.open = False  # True if the reading of a message was interrupted
         self.stream = self._restored(loaded) if options.restore else self._new(loaded)
         self.pipe = TextPipe(sys.stdin.fileno(), interrupts, last_line_end=options.score)
         self.status = Status(NAME, self._held)
 
-    # ------------------------------------------------------------------------------------------------ what it can do
+    # --------------------------------------------------------------------------------------------------- three modes
 
     def score(self) -> None:
-        """The loss of the input, but for its first text token, so that models with and without a sink answer alike."""
+        """The loss of the input without its first text token, so that models with and without a sink are comparable."""
         first = self.stream.seen <= len(self.stream.front) and bool(self.stream.front)
         with self.interrupts.working():
             for nll in self.stream.score(self.pipe):
@@ -92,10 +92,10 @@ class Session:
             mean = self.nll / self.scored
             put(f"tokens {self.scored} nll {mean:.6f} ppl {math.exp(min(mean, 700.0)):.6g}")
 
-    def go_on(self) -> None:
+    def continue_input(self) -> None:
         """Read all of the input, then continue it."""
         with self.interrupts.working():
-            self._feed(self._told(self.pipe))
+            self._feed(self._in_template(self.pipe))
             if self.pipe.error is None and self.options.max_tokens:
                 self._write_reply()
             if self.interrupts.pressed:
@@ -103,7 +103,7 @@ class Session:
         self.status.last()
 
     def converse(self) -> None:
-        """Turn after turn until the input ends. Ctrl-C in a turn ends the turn, at the prompt it ends everything."""
+        """Turn after turn until the input ends. Ctrl-C ends a running turn; at the prompt it ends the program."""
         while True:
             try:
                 line = ask("> ")
@@ -119,12 +119,12 @@ class Session:
             with self.interrupts.working():
                 if line:
                     fresh = self.stream.seen <= len(self.stream.front)
-                    self._feed(self._told([line if fresh or self.chat else f"\n{line}"]))
+                    self._feed(self._in_template([line if fresh or self.chat else f"\n{line}"]))
                 self._write_reply()
             self.status.last()
 
-    def _told(self, pieces: Iterable[str]) -> Iterable[Any]:
-        """Text as the stream is to have it: with `--chat` between what stands before and behind a message."""
+    def _in_template(self, pieces: Iterable[str]) -> Iterable[Any]:
+        """Text to feed. With `--chat` it is put between the template's text before and after a message."""
         if self.chat is None:
             yield from pieces
             return
@@ -151,14 +151,14 @@ class Session:
         for piece in self.stream.text(self.options.max_tokens, stop, self.sampler):
             self.status.clear()
             write(piece)
-            if not sys.stdout.isatty():  # there the line would stand in the middle of the text
+            if not sys.stdout.isatty():  # in a terminal the line would appear in the middle of the text
                 self.status.update()
             if self.interrupts.pressed:
                 break
         self.status.clear()
         write("\n")
 
-    # --------------------------------------------------------------------------------------------- a stream in flight
+    # ------------------------------------------------------------------------------------------------ save and restore
 
     def save(self) -> None:
         if self.options.save is None:
@@ -181,7 +181,7 @@ class Session:
             torch.save({**self.stream.state_dict(), "command": beside}, file)
         taken = f", {self.pipe.taken} bytes of this input" if self.pipe.taken else ""
         restore = shell("--restore", self.options.save)
-        say(f"{NAME}: saved the stream after {self.stream.seen} tokens{taken}; {restore} goes on")
+        say(f"{NAME}: saved the stream after {self.stream.seen} tokens{taken}; continue with {restore}")
 
     def _new(self, loaded: Any) -> Stream:
         from sinkmodel.streaming import Stream
@@ -189,7 +189,7 @@ class Session:
         options, made_for = self.options, loaded.positions or BUDGET
         if options.budget is not None and loaded.positions and options.budget > loaded.positions:
             raise UserError(
-                f"--budget {options.budget} takes as many positions and {loaded.name} was made for {made_for}; "
+                f"--budget {options.budget} needs as many positions and {loaded.name} has only {made_for}; "
                 f"use --budget {made_for} or less"
             )
         budget = options.budget or min(BUDGET, made_for)

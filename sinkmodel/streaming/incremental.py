@@ -1,4 +1,4 @@
-"""Text to tokens and tokens to text piece by piece: the same as for the whole text, which neither side ever holds."""
+"""Encode and decode text piece by piece, with the result of the whole text, which is never held in memory."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-BORDER = re.compile(r"(?<=\S)(?= \S)")  # before a lone space all tokenizers split by themselves
-LONGEST_WORD = 1 << 12  # characters without a border that are waited for; then a line end will do, or the middle
-CONTEXT = 64  # characters of the text before that are encoded along
-REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no character, or not yet one
-UNFINISHED = 3  # bytes, and so replacement characters, that the beginning of a character may have
-LONGEST_BROKEN = 64  # tokens without a whole character after which the bytes are taken as broken
+BORDER = re.compile(r"(?<=\S)(?= \S)")  # before a single space, where every tokenizer splits by itself
+LONGEST_WORD = 1 << 12  # most characters without a border; beyond, cut at a line end or in the middle
+CONTEXT = 64  # characters of the preceding text that are encoded too
+REPLACEMENT = "\ufffd"  # what decoders return for bytes that are not a (whole) character
+UNFINISHED = 3  # most bytes, and so replacement characters, of an incomplete character
+LONGEST_BROKEN = 64  # tokens without a whole character after which the bytes count as invalid
 
 
 class TextEncoder:
-    """Pieces of a text to the token ids of the whole text, as the pieces come.
+    """Encodes pieces of a text, as they arrive, to the token ids of the whole text.
 
-    What has no border behind it yet waits in `pending`. The words before a border are encoded along, so that tokenizers
-    which begin every text with a space put none in the middle. Text that spells a special token stays text.
+    Text with no border after it yet waits in `pending`. The words before a border are encoded again as context, so that
+    a tokenizer that begins every text with a space adds none in the middle. The spelling of a special token is encoded
+    as ordinary text.
     """
 
     def __init__(self, tokenizer: Any):
@@ -26,7 +27,7 @@ class TextEncoder:
         self.pending = self.context = ""
 
     def push(self, piece: str) -> list[int]:
-        """The ids that are certain now."""
+        """Add a piece. Returns the ids that can no longer change."""
         begin = max(0, len(self.pending) - 2)
         self.pending += piece
         cut = max((border.start() for border in BORDER.finditer(self.pending, begin)), default=0)
@@ -35,7 +36,7 @@ class TextEncoder:
         return self._take(cut)
 
     def flush(self) -> list[int]:
-        """The rest: the text ends here, and what is pushed next is another text."""
+        """End the text. Returns the remaining ids; the next `push` begins another text."""
         ids = self._take(len(self.pending))
         self.context = ""
         return ids
@@ -52,17 +53,20 @@ class TextEncoder:
         return ids
 
     def whole(self, text: str) -> list[int]:
-        """The ids of a text of its own."""
+        """The ids of a complete text."""
         if not text:
             return []
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
 class TextDecoder:
-    """Token ids to the text that they add, as they come.
+    """Decodes token ids, as they arrive, to the text that they add.
 
-    A character whose bytes are spread over tokens is given when it is whole. The tokens before are decoded along, since
-    many tokenizers strip a space at the beginning; `before` are the last ids of what the text goes on from.
+    If the bytes of a character are spread over several tokens, it is returned once it is complete. Earlier tokens are
+    decoded again as context, since many tokenizers strip a space at the beginning.
+
+    Args:
+        before: the last ids of the text that is continued; empty if a new text begins.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()):
@@ -71,7 +75,7 @@ class TextDecoder:
         self._know([token for token in before if token not in self.special])
 
     def push(self, token: int) -> str:
-        """The text that is certain now; none for special tokens."""
+        """Add a token. Returns the text that can no longer change; empty for special tokens."""
         if token in self.special:
             return ""
         self.new.append(token)
@@ -80,7 +84,7 @@ class TextDecoder:
         piece = text[self.given : len(text) - min(unfinished, UNFINISHED)]
         self.given += len(piece)
         if not unfinished and not piece:
-            self.new.pop()  # it has no text at all, and would be no context
+            self.new.pop()  # it has no text, so it is useless as context
         elif not unfinished:
             self._know(self.new)
         elif len(self.new) > LONGEST_BROKEN:
@@ -88,21 +92,21 @@ class TextDecoder:
         return piece
 
     def flush(self) -> str:
-        """The rest: no more tokens come."""
+        """End the text. Returns the rest of it."""
         rest = self._text()[self.given :]
         self._know([])
         return rest
 
     def _know(self, ids: list[int]) -> None:
-        """The text of these ids has been given, and is context from now on."""
+        """Keep these ids, whose text has been returned, as context."""
         self.known = ids
         self.new: list[int] = []
         self.known_text = self._decode(ids).rstrip(REPLACEMENT)
-        self.given = len(self.known_text)  # characters of the text of all ids, known and new
+        self.given = len(self.known_text)  # characters returned so far, of the text of known and new ids
 
     def _text(self) -> str:
         text = self._decode(self.known + self.new)
-        if not text.startswith(self.known_text):  # a byte that is no character yet may spoil those before it
+        if not text.startswith(self.known_text):  # an incomplete character may change the characters before it
             text = self.known_text + self._decode(self.new)
         return text
 
@@ -111,14 +115,14 @@ class TextDecoder:
 
 
 class StopStrings:
-    """Holds back the end of a text as long as it may become one of `strings`."""
+    """Holds back the end of a text while it may be the beginning of one of `strings`."""
 
     def __init__(self, strings: Sequence[str]):
         self.strings = strings
         self.held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """The text that may be given, and whether a string was met; the text before the first one is all there is."""
+        """The text that may be returned, and whether a stop string was found; the text then ends before it."""
         self.held += piece
         met = [place for string in self.strings if (place := self.held.find(string)) >= 0]
         if met:
@@ -134,13 +138,13 @@ class StopStrings:
 
 
 class Writer:
-    """The text of one row: whole characters, up to a stop string."""
+    """The text of one row, in whole characters, up to a stop string."""
 
     def __init__(self, tokenizer: Any, before: Sequence[int], strings: Sequence[str]):
         self.decoder, self.stops = TextDecoder(tokenizer, before), StopStrings(strings)
 
     def push(self, token: int | None, last: bool) -> tuple[str, bool]:
-        """What the next token adds, and whether it completes a stop string; with `last` all that was held back too."""
+        """The text that the token adds, and whether it completes a stop string. `last` also returns held-back text."""
         piece = "" if token is None else self.decoder.push(token)
         text, met = self.stops.push(piece + (self.decoder.flush() if last else ""))
         return text + (self.stops.flush() if last else ""), met

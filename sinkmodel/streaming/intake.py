@@ -1,4 +1,4 @@
-"""What a row of a stream is fed, a text, ids, or an iterator of either, as blocks of checked token ids."""
+"""Convert the input of a stream's row (text, ids, or an iterator of either) into blocks of checked token ids."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from sinkmodel.errors import UserError
 from sinkmodel.streaming.incremental import TextEncoder
 from sinkmodel.tokenizer import check_rows
 
-BLOCK = 256  # tokens of a row in one forward
+BLOCK = 256  # most tokens of a row in one forward
 
 
 class Intake:
-    """One row's intake. A text whose feeding was broken off waits in the encoder, and goes on with the next piece."""
+    """The intake of one row. Interrupted text stays in the encoder and continues with the next piece."""
 
     def __init__(self, tokenizer: Any, vocabulary: int):
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.encoder = TextEncoder(tokenizer)
 
     def blocks(self, source: Any) -> Iterator[list[int]]:
-        """Blocks of up to BLOCK ids; those of a piece of text at once, however few, since the next may take long.
+        """Yield blocks of up to BLOCK ids. Ids of a piece of text are yielded at once, since the next may take long.
 
-        Raises UserError for what is neither text nor ids of the model; of a list before anything in it is given.
+        Raises UserError for an input that is neither text nor ids of the model. A list is checked completely first.
         """
         if isinstance(source, Tensor):
             source = (source[0] if source.dim() == 2 and len(source) == 1 else source).tolist()
-        if isinstance(source, (bytes, bytearray, memoryview)):  # which would be ids below 256
-            raise UserError(f"a stream is fed a text or ids, not {type(source).__name__}; decode it first")
+        if isinstance(source, (bytes, bytearray, memoryview)):  # else its bytes would be taken as ids below 256
+            raise UserError(f"a stream takes text or ids, not {type(source).__name__}; decode it first")
         if not isinstance(source, Iterable):
-            raise UserError(f"a stream is fed a text, ids, or an iterator of either, not {source!r}")
+            raise UserError(f"a stream takes text, ids, or an iterator of either, not {source!r}")
         if isinstance(source, str):
             source = [source]
         items: Iterable[str | int] = map(self._checked, source)
@@ -52,14 +52,14 @@ class Intake:
     def _checked(self, item: Any) -> str | int:
         if isinstance(item, str):
             if self.tokenizer is None:
-                raise UserError("the stream has no tokenizer, so it is fed ids; make it with a tokenizer for text")
+                raise UserError("the stream has no tokenizer, so it takes only ids; make it with a tokenizer for text")
             return item
         if isinstance(item, bool):
-            raise UserError(f"a stream is fed token ids, not {item}; of a mask feed the ids that it selects")
+            raise UserError(f"a stream takes token ids, not {item}; instead of a mask, feed the ids that it selects")
         try:
             token = operator.index(item)
         except TypeError:
-            raise UserError(f"a stream is fed texts or whole numbers, the token ids, not {item!r}") from None
+            raise UserError(f"a stream takes text or token ids (whole numbers), not {item!r}") from None
         return self._fitting([token])[0]
 
     def _fitting(self, ids: list[int]) -> list[int]:
@@ -68,7 +68,7 @@ class Intake:
 
 
 def rows_of(source: Any, rows: int) -> list[Any]:
-    """What each row of a batch is fed. Raises UserError where that is for another number of rows."""
+    """The input of each row of a batch. Raises UserError if it has another number of rows."""
     if isinstance(source, str) or not isinstance(source, (Sequence, Tensor)) or len(source) != rows:
         size = f"{len(source)} rows" if isinstance(source, (list, tuple, Tensor)) else f"a {type(source).__name__}"
         raise UserError(f"the stream has a batch of {rows} rows and was fed {size}; feed a list of {rows}")

@@ -1,4 +1,4 @@
-"""The next token from the logits: the likeliest, or drawn as transformers' `generate` draws."""
+"""Choose the next token from the logits: the most likely one, or a sample as in transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from sinkmodel.errors import UserError
 
 
 class Sampler:
-    """Greedy where nothing is given or `temperature` is 0; else drawn at `temperature` (1 where only others are given)
-    from the `top_k` likeliest tokens, or from the likeliest whose probabilities sum up to `top_p`.
+    """Greedy if nothing is given or `temperature` is 0; else samples at `temperature`, which is 1 by default.
 
-    Each row draws from a generator of its own, seeded `seed` + row: what a row gets does not depend on its neighbours.
-    Draws go on where they were from one use to the next. Raises UserError for values that make no sense.
+    Each row samples from its own generator, seeded with `seed` + row, so a row's tokens do not depend on the others.
+    The generators keep their state between calls.
+
+    Args:
+        temperature: divides the logits; None is 1 if `top_k` or `top_p` is given, else greedy.
+        top_k: sample from the `top_k` most likely tokens only; None for no such limit.
+        top_p: sample from the most likely tokens whose probabilities sum to `top_p`; None for no such limit.
+        seed: of row 0.
+
+    Raises UserError for invalid values.
     """
 
     def __init__(
@@ -25,7 +32,7 @@ class Sampler:
     ):
         self.greedy = temperature == 0 or (temperature is None and top_k is None and top_p is None)
         if temperature == 0 and (top_k is not None or top_p is not None):
-            raise UserError("top_k and top_p do nothing at temperature 0; leave them out, or raise the temperature")
+            raise UserError("top_k and top_p have no effect at temperature 0; leave them out, or raise the temperature")
         given: list[tuple[Any, Any]] = [
             (TemperatureLogitsWarper, None if temperature is None else float(temperature)),
             (TopKLogitsWarper, top_k),
@@ -34,14 +41,14 @@ class Sampler:
         try:
             warpers = [] if self.greedy else [warper(value) for warper, value in given if value is not None]
         except ValueError as error:
-            raise UserError(f"these settings of sampling do not work: {error}") from None
+            raise UserError(f"these sampling settings are invalid: {error}") from None
         self.warpers = LogitsProcessorList(warpers)
         self.seed = seed
         self.generators: list[torch.Generator] = []
 
     @torch.inference_mode()
     def __call__(self, logits_BV: Tensor, wanted_B: Sequence[bool]) -> list[int | None]:
-        """One id for each row that wants one, None for the others."""
+        """A token id for each row that wants one, None for the others."""
         if self.greedy:
             return [token if wanted else None for token, wanted in zip(logits_BV.argmax(dim=-1).tolist(), wanted_B)]
         no_ids = torch.empty(len(logits_BV), 0, dtype=torch.long, device=logits_BV.device)

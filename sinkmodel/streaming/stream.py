@@ -1,15 +1,15 @@
-"""A stream without end: fed tokens or text, it gives tokens, text or scores, in constant memory.
+"""An endless stream: feed it tokens or text, and get tokens, text or scores, in constant memory.
 
     stream = Stream(model, tokenizer, budget=1024, pinned="You are a helpful assistant.")
     stream.feed("Once upon a time")                       # or ids, or an iterator that never ends
-    for piece in stream.text(max_tokens=100):             # what the model goes on with
+    for piece in stream.text(max_tokens=100):             # the model's continuation
         print(piece, end="", flush=True)
-    stream.feed(" And then")                              # turn after turn in the same stream
+    stream.feed(" And then")                              # the next turn, in the same stream
     for nll in stream.score(open("book.txt")):            # −log p of each token, in nats
         ...
 
-`generate` keeps all ids, a mask and positions that grow. Here nothing does: beside the `StreamingCache` there are the
-logits of the last token, and a few characters and ids where text and tokens meet.
+`generate` keeps all ids, a growing mask and growing positions. A stream keeps only its `StreamingCache`, the logits of
+the last token, and a few characters and ids at the boundary between text and tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from sinkmodel.streaming.intake import BLOCK, Intake, rows_of
 from sinkmodel.streaming.sampling import Sampler
 from sinkmodel.tokenizer import suppressed_ids
 
-TOGETHER = 1024  # tokens of all rows in one forward: their logits may be wanted
-REMEMBERED = 8  # ids that text is decoded along with
+TOGETHER = 1024  # most tokens of all rows in one forward, since their logits may be needed
+REMEMBERED = 8  # ids that are kept as context for decoding
 
 Stop = Sequence["int | str"]
 
@@ -42,22 +42,27 @@ Stop = Sequence["int | str"]
 class Stream:
     """One stream of a model, or `batch` of them side by side.
 
-    The model's own sinks, or the `<s>` of somebody else's tokenizer (`front_of`), stand in front, then the pinned
-    tokens; both are fed once, before anything else. Without `batch` there is one stream: it is fed a text, ids, or an
-    iterator of texts or of ids, and gives plain ids, strings and numbers. With `batch=B` it is fed a list of B such
-    things and gives tuples of B; rows may be of different lengths, and a row that has nothing more to say has None (or
-    "") in the tuple while others go on. Nothing enters such a row meanwhile, so it is the same as a stream of its own.
+    The stream begins with the model's own sinks, or with the `<s>` of a third-party tokenizer (`front_of`), followed by
+    the pinned tokens. Both are fed once, before anything else.
+
+    Without `batch` there is one stream. It takes text, ids, or an iterator of either, and returns plain ids, strings
+    and numbers. With `batch=B` it takes a list of B such inputs and returns tuples of B. Rows may have different
+    lengths: a row that has ended has None (or "") in the tuple while others continue. Nothing is fed to such a row
+    meanwhile, so each row is equal to a stream of its own.
 
     Args:
-        tokenizer: needed for text; one of transformers'.
-        budget: slots of the cache: sinks, pinned tokens and the current token count.
-        sinks: how many of the first tokens are kept for good; None: `sinks_to_keep`, or all that stand in front.
-        pinned: a text or ids that are never evicted, the same in each row: a system prompt.
-        on_evict: called with (row, place, id) for each token that leaves the cache, in order.
+        tokenizer: a tokenizer of transformers; needed only for text.
+        budget: slots of the cache; sinks, pinned tokens and the current token are included.
+        sinks: number of leading tokens that are never evicted. None takes `sinks_to_keep`, or the number of ids in
+            `front_of` if that is larger.
+        pinned: text or ids that are never evicted, the same in each row, such as a system prompt.
+        on_evict: called with (row, place, id) for each evicted token, in order.
+        batch: number of rows; None for a single stream.
         positions: "cache" or "text", see `StreamingCache`.
 
-    Raises UserError for a budget that does not hold sinks, pinned tokens and one more, for ids that the model does not
-    have, text without a tokenizer, and a batch of another size; what went before such an input is fed, nothing of it.
+    Raises UserError if the budget does not hold sinks, pinned tokens and one more token; for ids that the model does
+    not have; for text without a tokenizer; and for a batch of another size. Everything before the invalid input has
+    been fed then, and none of the invalid input.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Stream:
     ):
         self.model, self.tokenizer, self.on_evict, self.batch = model, tokenizer, on_evict, batch
         if batch is not None and batch < 1:
-            raise UserError(f"batch is {batch}; it is a number of rows, or None for a single stream")
+            raise UserError(f"batch is {batch}; it must be a number of rows of at least 1, or None for a single stream")
         self.rows = batch or 1
         own = front_of(model.config, tokenizer)
         self.vocabulary = model.get_input_embeddings().num_embeddings
@@ -96,40 +101,40 @@ class Stream:
 
     def _begin(self) -> None:
         self.logits: Tensor | None = None  # [B, V] in fp32, after the last token of each row
-        self._columns = 0  # of the cache, when the books were last complete
-        self._chosen: list[int | None] = []  # tokens that were given out and are not yet fed
+        self._columns = 0  # columns of the cache after the last complete step
+        self._chosen: list[int | None] = []  # tokens that were returned but are not fed yet
         self._intakes = [Intake(self.tokenizer, self.vocabulary) for _ in range(self.rows)]
         self._recent: list[deque[int]] = [deque(maxlen=REMEMBERED) for _ in range(self.rows)]
-        told, cache = self.on_evict, self.cache
-        self._evictions = Evictions(told, self.rows, cache.sinks, cache.window) if told else None
+        on_evict, cache = self.on_evict, self.cache
+        self._evictions = Evictions(on_evict, self.rows, cache.sinks, cache.window) if on_evict else None
 
     def reset(self) -> None:
-        """Begin anew, with the same sinks and pinned tokens."""
+        """Begin a new stream with the same sinks and pinned tokens."""
         self.cache.reset()
         self._begin()
 
     @property
     def seen(self) -> int:
-        """Tokens so far, sinks and pinned ones counted; of the longest row."""
+        """Number of tokens so far in the longest row, including sinks and pinned tokens."""
         return max(self.cache.seen, default=0)
 
     @property
     def whole(self) -> bool:
-        """False after a step that was broken off half way, by a Ctrl-C for example: the stream cannot go on."""
+        """False after an interrupted step, for example by Ctrl-C: the stream cannot continue."""
         return not self.cache.torn and self.cache.get_seq_length() == self._columns
 
-    # -------------------------------------------------------------------------------------------------- what it does
+    # ------------------------------------------------------------------------------------------------- public methods
 
     def feed(self, source: Any) -> None:
-        """Take in a text, ids, or an iterator of either, chunk by chunk; of a batch a list of them."""
+        """Feed text, ids, or an iterator of either, chunk by chunk; with a batch, a list of them."""
         for chunk in self._chunks(source):
             self._forward(chunk)
 
     def score(self, source: Any) -> Iterator[Any]:
-        """Feed, and give −log p (nats, from fp32 logits) of each token as its row's stream so far foresaw it.
+        """Feed, and yield for each token its −log p (in nats, from fp32 logits) given its row so far.
 
-        The first token of a stream without sinks and pinned tokens is foreseen by nothing and gives no number. The same
-        as `sinkmodel.scoring.streaming_nll` gives, for streams of any length.
+        If the stream has no sinks and no pinned tokens, its first token has no prediction and yields no number. The
+        numbers equal those of `sinkmodel.scoring.streaming_nll`, for streams of any length.
         """
         for chunk in self._chunks(source):
             before_BV = self.logits
@@ -140,20 +145,21 @@ class Stream:
     def tokens(
         self, max_tokens: int | None = None, stop: Stop | None = None, sample: Sampler | None = None
     ) -> Iterator:
-        """Go on by itself, and give each token id.
+        """Let the model continue the stream, and yield each token id.
 
-        A row ends before a token id in `stop`, which is neither given nor fed; with the token that completes a string
-        in `stop`, which stays in the stream; or after `max_tokens`. Without `stop` it is the end of text of model and
-        tokenizer, with `()` nothing. Greedy without `sample`. Ids that the model must not say (`suppress_tokens` of
-        its generation config, and its sinks) are never chosen. The iterator may be left at any time: what it gave is in
-        the stream.
+        A row ends after `max_tokens` tokens or as `stop` demands. A token id in `stop` ends the row before it, and the
+        id is neither yielded nor fed. A string in `stop` ends the row with the token that completes it, and this token
+        stays in the stream. With None, `stop` is the end-of-text ids of model and tokenizer; with `()`, nothing stops a
+        row. With None, `sample` is greedy. Ids that the model must not generate (`suppress_tokens` of its generation
+        config, and its sinks) are never chosen. The iterator may be abandoned at any time: the stream then contains
+        what it yielded.
         """
         for ids, _ in self._generate(max_tokens, stop, sample, text=False):
             if any(token is not None for token in ids):
                 yield self._out(ids)
 
     def text(self, max_tokens: int | None = None, stop: Stop | None = None, sample: Sampler | None = None) -> Iterator:
-        """The same as pieces of text: whole characters, and nothing from a stop string on."""
+        """As `tokens`, but yields pieces of text: whole characters, up to a stop string but not including it."""
         for _, pieces in self._generate(max_tokens, stop, sample, text=True):
             if any(pieces):
                 yield self._out(pieces)
@@ -163,20 +169,20 @@ class Stream:
     def _generate(
         self, max_tokens: int | None, stop: Stop | None, sample: Sampler | None, text: bool
     ) -> Iterator[tuple[list[int | None], list[str]]]:
-        """Step by step the id and the text of each row; None and "" for a row that has ended."""
+        """Yield for each step the ids and texts of all rows; None and "" for a row that has ended."""
         sample = sample or Sampler()
         stop = self.ends_of_text() if stop is None else [stop] if isinstance(stop, str) else stop
         ids, strings = {x for x in stop if not isinstance(x, str)}, [x for x in stop if isinstance(x, str)]
         if "" in strings:
-            raise UserError("a stop string is empty, and would end everything at once; leave it out")
-        self._feed_what_is_due()
+            raise UserError("a stop string is empty and would end every text at once; leave it out")
+        self._feed_pending()
         if self.logits is None or 0 in self.cache.seen:
             which = f"row {self.cache.seen.index(0)} of " if 0 in self.cache.seen and self.batch else ""
-            raise UserError(f"{which}the stream has nothing to go on from: feed it a token first")
+            raise UserError(f"{which}the stream has nothing to continue: feed it a token first")
         writers = [Writer(self._need_tokenizer(), recent, strings) for recent in self._recent if text or strings]
         alive, count = [True] * self.rows, 0
         while any(alive) and (max_tokens is None or count < max_tokens):
-            self._feed_what_is_due()
+            self._feed_pending()
             count += 1
             drawn = sample(self.logits.masked_fill(self._never_V, -torch.inf), alive)
             chosen = [None if token in ids else token for token in drawn]
@@ -191,15 +197,15 @@ class Stream:
             yield chosen, pieces
 
     def ends_of_text(self) -> list[int]:
-        """The ids that end a turn where `stop` is not given."""
-        said = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = [said] if isinstance(said, int) else list(said or ())
+        """The default of `stop`: the end-of-text ids of model and tokenizer."""
+        eos = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = [eos] if isinstance(eos, int) else list(eos or ())
         return [*ends, *(x for x in [getattr(self.tokenizer, "eos_token_id", None)] if x is not None)]
 
-    # ----------------------------------------------------------------------------------------------- into the cache
+    # ---------------------------------------------------------------------------------------------- feeding the cache
 
-    def _feed_what_is_due(self) -> None:
-        """Sinks and pinned tokens before all else; and tokens that were given out, once something comes after them."""
+    def _feed_pending(self) -> None:
+        """Feed sinks and pinned tokens if they are not fed yet, then the tokens that were returned last."""
         for start in range(self.seen, len(self.front), BLOCK):
             self._forward([self.front[start : start + BLOCK]] * self.rows)
         if any(token is not None for token in self._chosen):
@@ -208,9 +214,9 @@ class Stream:
 
     @torch.inference_mode()
     def _forward(self, chunk: list[list[int]], all_logits: bool = False) -> Tensor:
-        """Feed up to BLOCK ids to each row, [B, N] padded on the left: the logits [B, N, V], or those of the last."""
+        """Feed up to BLOCK ids per row, left-padded to [B, N]. Returns all logits [B, N, V], or the last."""
         if not self.whole:
-            raise UserError("an earlier step was broken off half way; reset() the stream or restore it")
+            raise UserError("an earlier step was interrupted half way; reset() the stream or restore it")
         width = max(map(len, chunk))
         ids_BN = torch.tensor([[0] * (width - len(ids)) + ids for ids in chunk], device=self.model.device)
         real_BN = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in chunk])
@@ -221,11 +227,11 @@ class Stream:
             **({} if all_logits else self._last_only),
         ).logits
         last_BV = logits_BNV[:, -1].float()
-        if self.logits is not None:  # a row that was fed nothing is where it was
+        if self.logits is not None:  # a row that was fed nothing keeps its logits
             last_BV = torch.where(real_BN[:, -1:].bool().to(last_BV.device), last_BV, self.logits)
         if bool(last_BV.isnan().any()):
             raise UserError(
-                f"{self.model.config.model_type} in {self.model.dtype} gives logits that are no numbers; try float32"
+                f"{self.model.config.model_type} in {self.model.dtype} gives logits that are NaN; try float32"
             )
         self.logits, self._columns = last_BV, self.cache.get_seq_length()
         for recent, ids in zip(self._recent, chunk):
@@ -236,7 +242,7 @@ class Stream:
 
     @torch.inference_mode()
     def _nll(self, chunk: list[list[int]], before_BV: Tensor | None, logits_BNV: Tensor) -> list[list[float]]:
-        """For each row −log p of its ids; of the first token of a stream nothing."""
+        """−log p of each row's ids. The first token of a stream has none."""
         scores = []
         for row, ids in enumerate(chunk):
             foreseen_NV = logits_BNV[row, logits_BNV.shape[1] - len(ids) : -1].float()
@@ -246,12 +252,12 @@ class Stream:
             scores.append(F.cross_entropy(foreseen_NV, targets_N, reduction="none").tolist())
         return scores
 
-    # ------------------------------------------------------------------------------------------------- what it is fed
+    # ---------------------------------------------------------------------------------------------- reading the input
 
     def _chunks(self, source: Any) -> Iterator[list[list[int]]]:
-        """Up to BLOCK ids for each row, as they come, behind everything that must come first."""
+        """Yield up to BLOCK ids per row as they arrive, after feeding what has to come before them."""
         sources = [source] if self.batch is None else rows_of(source, self.batch)
-        self._feed_what_is_due()
+        self._feed_pending()
         blocks = [intake.blocks(row) for row, intake in zip(sources, self._intakes)]
         if self.batch is None:
             for block in blocks[0]:
@@ -263,18 +269,18 @@ class Stream:
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise UserError("the stream has no tokenizer, so it takes and gives ids; make it with one for text")
+            raise UserError("the stream has no tokenizer, so it handles only ids; make it with a tokenizer for text")
         return self.tokenizer
 
     def _out(self, row_values: Sequence[Any]) -> Any:
         return row_values[0] if self.batch is None else tuple(row_values)
 
-    # ---------------------------------------------------------------------------------------------- a stream in flight
+    # ------------------------------------------------------------------------------------------------ save and restore
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `from_state` needs: the cache's own state, and beside it under "stream" tensors, numbers and text.
+        """All that `from_state` needs: the cache's state, and under the key "stream" tensors, numbers and text.
 
-        `torch.save` writes it; `sinkmodel.cache.serialization.read_state` reads it, and so does `StreamingCache.load`.
+        `torch.save` can write it. `sinkmodel.cache.serialization.read_state` and `StreamingCache.load` can read it.
         """
         beside = {
             "batch": self.batch,
@@ -291,9 +297,9 @@ class Stream:
 
     @classmethod
     def from_state(cls, state: Any, model: Any, tokenizer: Any = None, on_evict: OnEvict | None = None) -> Stream:
-        """The stream as it stood, on the same model; UserError where the state is none, or another model's.
+        """Restore a stream on the same model. Raises UserError if the state is invalid or of another model.
 
-        `on_evict` can be told only where the stream had one before: the ids in the window are kept for it alone.
+        `on_evict` works only if the saved stream had one: the ids in the window are stored only then.
         """
         try:
             settings, beside = state["settings"], state["stream"]

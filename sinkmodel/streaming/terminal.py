@@ -1,4 +1,4 @@
-"""What `sink-stream` has to do with terminals and pipes: Ctrl-C, text as it comes, and a status line."""
+"""Terminal and pipe handling of `sink-stream`: Ctrl-C, reading text as it arrives, and a status line."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sinkmodel.errors import UserError
 from sinkmodel.progress import EVERY, progress_line
 from sinkmodel.text.content import not_text, remedy
 
-READ = 1024  # bytes taken from a pipe at a time: Ctrl-C and the status line wait for what is done with them
-REDRAW = 0.1  # seconds between two states of a line in a terminal
+READ = 1024  # bytes read from a pipe at a time: Ctrl-C and the status line wait until they are processed
+REDRAW = 0.1  # seconds between two updates of the line in a terminal
 
 
 class Interrupts:
-    """Ctrl-C between two steps, never within one: a forward that is cut short may leave the stream half fed.
+    """Handles Ctrl-C between two steps, never within one: an interrupted forward may leave the stream half fed.
 
-    While `working` the first Ctrl-C is kept in `pressed`; the second, and any at other times, is a KeyboardInterrupt.
+    During `working` the first Ctrl-C only sets `pressed`. The second, and any at other times, is a KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within `working`: nothing is under way here."""
+        """A block inside `working` in which no step is running, so Ctrl-C may interrupt it."""
         busy, self._busy = self._busy, False
         try:
             if self.pressed:
@@ -63,11 +63,11 @@ class Interrupts:
 
 
 class TextPipe:
-    """UTF-8 text from a file descriptor, as it comes and as files are read: no byte order mark, line ends as \\\\n.
+    """UTF-8 text from a file descriptor, as it arrives: without a byte order mark, with line ends as \\\\n.
 
-    It never raises for bytes that are no UTF-8: it ends before them, and `error` says where they are. So nothing that
-    came before is lost. `taken` counts the bytes of the text that was given. With `last_line_end=False` a line end
-    at the very end is left out, as a shell puts one there.
+    It never raises for bytes that are not UTF-8, so that nothing before them is lost. It ends before them, and `error`
+    gives their place. `taken` counts the bytes of the text that was returned. With `last_line_end=False` a line end at
+    the very end is left out, since a shell adds one.
     """
 
     def __init__(self, descriptor: int, interrupts: Interrupts, last_line_end: bool = True):
@@ -113,10 +113,11 @@ class TextPipe:
 
 
 class Status:
-    """Tokens seen, tokens a second, cache fill: in a terminal redrawn in place, elsewhere a plain line now and then.
+    """Tokens seen, tokens per second, cache fill: redrawn in place in a terminal, else a plain line now and then.
 
     Args:
-        held: gives tokens seen, slots held and slots there are.
+        task: the beginning of the line.
+        held: returns the number of tokens seen, of slots in use and of all slots.
     """
 
     def __init__(self, task: str, held: Callable[[], tuple[int, int, int]]):
@@ -125,16 +126,16 @@ class Status:
         self.restart()
 
     def restart(self) -> None:
-        """Count the speed from here: before, the user was thinking."""
+        """Measure the speed from now on, without the time in which the user typed."""
         self._began, self._first = time.monotonic(), self.held()[0]
-        self._told = self._began
+        self._printed = self._began
 
     def update(self, more: Callable[[], str] = str) -> None:
-        """`more` gives what comes behind, when it is shown."""
+        """Show the line if enough time has passed. `more` is called only then, for text to append."""
         now = time.monotonic()
-        if now - self._told < (REDRAW if self.in_place else EVERY):
+        if now - self._printed < (REDRAW if self.in_place else EVERY):
             return
-        self._told = now
+        self._printed = now
         if self.in_place:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
             sys.stderr.write(f"\r\x1b[K{self.task}: {self.line()}{more()}"[: columns + 3])
@@ -144,14 +145,14 @@ class Status:
             say(f"{self.task}: {self.line()}{more()}")
 
     def clear(self) -> None:
-        """Take the line away, where it stands in a terminal, before something else is written there."""
+        """Erase the line in a terminal, before something else is written there."""
         if self._drawn:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
             self._drawn = False
 
     def last(self, more: str = "") -> None:
-        """The state at the end, to stay."""
+        """Print the final state as a permanent line."""
         self.clear()
         say(f"{self.task}: {self.line()}{more}")
 
@@ -162,11 +163,13 @@ class Status:
 
 
 def ask(prompt: str) -> str:
-    """A line typed at the prompt, which never gets into piped output. EOFError at Ctrl-D, UnicodeDecodeError for bytes
-    that are no text."""
+    """A line typed at the prompt. The prompt never gets into piped output.
+
+    Raises EOFError at Ctrl-D, and UnicodeDecodeError for bytes that are not text.
+    """
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 — arrow keys and history, where Python has them
+            import readline  # noqa: F401 — arrow keys and history, if Python has them
         line = input(prompt)
     else:
         print(prompt, end="", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Tasks whose answers stand in a long prompt: made after RULER's definitions, or from the user's own text."""
+"""Tasks whose answers are in a long prompt: made by RULER's definitions, or from the user's own text."""

@@ -1,7 +1,7 @@
-"""The cells of a command: each task at each length, its samples made as long as fits, in the tokens of a model.
+"""The cells of a command: each task at each length, with samples in the tokens of a model, as long as fits.
 
-A sample has the most haystack with which its prompt and the room for its answer take at most --length tokens; the
-model's own sink tokens come on top.
+A sample has the largest haystack with which its prompt and the room for its answer take at most --length tokens. The
+model's own sink tokens are not counted.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sinkmodel.tasks.tokens import Reading, in_tokens, prompt_size
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
-FLOOR_SCORE = 0.5  # of a full cache, from which on a model can do a task …
-FLOOR_GAIN = 1.0  # … or the nats per token of the answer that it gains by the context
+FLOOR_SCORE = 0.5  # a model can do a task if a full cache scores at least this …
+FLOOR_GAIN = 1.0  # … or if the context lowers the answer's loss by so many nats per token
 
-OnSample = Callable[[int], None]  # is given the number of samples made since the last call
+OnSample = Callable[[int], None]  # called with the number of samples made since the last call
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A task at a length: what every memory reads."""
+    """A task at a length, with the samples that every memory reads."""
 
     task: str
     length: int
@@ -43,10 +43,12 @@ def made_cell(
     answer_tokens: int | None,
     on_sample: OnSample,
 ) -> Cell:
-    """The cell of a task whose samples are made.
+    """The cell of a task whose samples are generated.
 
     Args:
-        answer_tokens: that may be generated, in place of the task's own number.
+        samples: number of samples.
+        answer_tokens: number of tokens that may be generated; None for the task's own number.
+        on_sample: called after each sample with 1.
     """
     room = answer_tokens or task.room
     readings = []
@@ -57,7 +59,7 @@ def made_cell(
 
 
 def make_sample(loaded: LoadedModel, task: Task, setting: Setting, seed: int | str, number: int, room: int) -> Sample:
-    """Sample `number` of a task: it depends on nothing but the seed, the task, the number, the setting and the model.
+    """Sample `number` of a task. It depends only on the seed, the task, the number, the setting and the model.
 
     Raises UserError if --length is too short for the task, or the user's own text too short for --length.
     """
@@ -91,7 +93,7 @@ def _too_little_text(task: Task, setting: Setting) -> UserError:
 def fit(size: Callable[[int], int], limit: int, least: int, most: int | None = None) -> tuple[int, int]:
     """The largest n from `least` to `most` whose size(n) is at most `limit`, and its size; (least − 1, size) if none.
 
-    Sizes grow nearly in proportion to n, so that a few are enough.
+    Sizes grow almost in proportion to n, so few calls are needed.
     """
     smallest = size(least)
     if smallest > limit:

@@ -1,4 +1,4 @@
-"""Greedy generation of an answer: which token comes next, and which ones end a text."""
+"""Greedy generation of an answer: the choice of the next token, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class NextToken:
-    """The greedy choice of a model, without tokens that are no text. `ends` are those that end one."""
+    """The greedy choice among the tokens that a model may generate. `ends` are the end-of-text tokens."""
 
     def __init__(self, loaded: LoadedModel):
         model = loaded.model
@@ -26,5 +26,5 @@ class NextToken:
         self.ends = {*(ends if isinstance(ends, list) else [ends]), loaded.tokenizer.eos_token_id}
 
     def choose(self, logits_BV: Tensor) -> list[int]:
-        """The token of each row."""
+        """The chosen token of each row."""
         return logits_BV.masked_fill(self._never_V, -torch.inf).argmax(dim=-1).tolist()

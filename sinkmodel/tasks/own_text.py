@@ -2,9 +2,9 @@
 
     passages    passages with numbers in front; a question quotes one, and its number is the answer
     key_value   lines `word: word` of the text's own words; a question gives the first, and the second is the answer
-    verbatim    running text; a question quotes some words of it, and those that follow them are the answer
+    verbatim    running text; a question quotes some words of it, and the words after them are the answer
 
-Each context has as many questions as the setting says, or fewer if the text has no more. A text that is shorter than a
+Each context has as many questions as the setting demands, or fewer if the text has no more. A text shorter than a
 sample is refused, since a haystack that repeats itself is easy to compress.
 """
 
@@ -18,8 +18,8 @@ from sinkmodel.errors import UserError
 from sinkmodel.tasks.samples import Question, Sample, Setting, Task
 from sinkmodel.tasks.text import OwnText, run_of
 
-QUOTE = 12  # words of a text that a question quotes
-CONTINUATION = 6  # words to be given after a quote
+QUOTE = 12  # words that a question quotes
+CONTINUATION = 6  # words after the quote, which are the answer
 
 
 def text_of(setting: Setting) -> OwnText:
@@ -63,7 +63,7 @@ def recall_value(rng: Random, units: int, setting: Setting) -> Sample:
     whole = "\n".join(f"{key}: {value}" for key, value in pairs)
     questions = []
     for key, value in rng.sample(pairs, units):
-        if whole.count(value) > 1:  # it is a part of another word
+        if whole.count(value) > 1:  # the word is also part of another one
             continue
         others = [other for _, other in pairs if other != value]
         questions.append(
@@ -101,7 +101,7 @@ def continue_quote(rng: Random, units: int, setting: Setting) -> Sample:
 
 
 def _quote(rng: Random, words: Sequence[str], whole: str, count: int, more: int = 0) -> tuple[str, str] | None:
-    """`count` words in a row that `whole` has only once, and the `more` after them; None if some draws find none."""
+    """`count` consecutive words that occur once in `whole`, and the next `more` words; None if ten tries fail."""
     for _ in range(10 if len(words) >= count + more else 0):
         start = rng.randrange(len(words) - count - more + 1)
         quote, after = words[start : start + count], words[start + count : start + count + more]
@@ -112,7 +112,7 @@ def _quote(rng: Random, words: Sequence[str], whole: str, count: int, more: int 
 
 def _some(questions: list[Question]) -> tuple[Question, ...]:
     if not questions:
-        raise UserError("--text has no words that occur only once, so that nothing can be asked; give another text")
+        raise UserError("--text has no words that occur only once, so no question can be made; give another text")
     return tuple(questions)
 
 

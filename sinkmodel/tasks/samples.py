@@ -1,4 +1,4 @@
-"""What a long-context task asks: a context and questions about it; how it is made and scored.
+"""The parts of a long-context task: a context, questions about it, and how it is made and scored.
 
 A prompt is `before + context + question`, and the answer follows.
 """
@@ -19,11 +19,11 @@ class Question:
     """A question about a context.
 
     Attributes:
-        text: from the end of the context up to the answer, without the space before the answer.
-        answers: what a generated text is scored against.
-        reference: the answer as one text; its nats are measured.
-        distractors: wrong answers of the same form, among which the reference has a rank.
-        classes: all answers that are possible, for classification.
+        text: the text from the end of the context up to the answer, without the space before the answer.
+        answers: texts against which a generated text is scored.
+        reference: the answer as one text, whose loss in nats is measured.
+        distractors: wrong answers of the same form, among which the reference is ranked.
+        classes: all possible answers, for classification.
     """
 
     text: str
@@ -47,8 +47,8 @@ class Metric:
     """How a generated text is scored.
 
     Attributes:
-        score: from 0 to 1, of a text and its question.
-        is_final: whether no further text can change the score, so that generation may stop.
+        score: a score from 0 to 1, from a text and its question.
+        is_final: whether more text can no longer change the score, so that generation may stop.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Metric:
 
 
 def share_contained(text: str, question: Question) -> float:
-    """RULER's metric: the share of the answers that a text contains, in upper or lower case."""
+    """RULER's metric: the share of the answers that a text contains, ignoring case."""
     return sum(answer.lower() in text.lower() for answer in question.answers) / len(question.answers)
 
 
@@ -66,14 +66,14 @@ CONTAINED = Metric("contained", share_contained, lambda text, question: share_co
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all samples of a cell.
+    """The settings that all samples of a cell share.
 
     Attributes:
-        length: tokens of a prompt and the room for its answer.
-        distractors: wrong answers of each question.
+        length: number of tokens of a prompt and the room for its answer together.
+        distractors: number of wrong answers of each question.
         text: the user's own text; None if there is none.
-        option: that gives the length, for messages.
-        questions: about one context, at most; RULER's tasks have one.
+        option: the option that sets the length, for messages.
+        questions: largest number of questions about one context; RULER's tasks have one.
     """
 
     length: int
@@ -85,14 +85,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Task:
-    """A task whose samples are made.
+    """A task whose samples are generated.
 
     Attributes:
-        room: tokens that a model may generate.
-        build: the sample with n units of haystack, drawn from a `Random` that is the same for every n.
-        least: the fewest units that make a sample.
-        most: how many units there are to draw from; None if they never run out.
-        needs_text: whether the user's own text is needed.
+        room: number of tokens that a model may generate.
+        build: makes the sample with n units of haystack from a `Random` that is the same for every n.
+        least: the smallest number of units for a sample.
+        most: returns how many units there are; None if they never run out.
+        needs_text: whether the task needs the user's own text.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The user's own text as a haystack: sentences, passages and words.
 
-A text is read as sentences, of which a sample takes a run from a place of its own.
+A text is read as sentences. A sample takes consecutive sentences from its own place in the text.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 from sinkmodel.console import say
 
-LONGEST = 400  # characters of a sentence; longer ones are cut
-PASSAGE = 40  # words of a passage, or a few more, up to the end of a sentence
-MOST_CHARACTERS = 1 << 24  # of all files; what is beyond is not read
+LONGEST = 400  # most characters of a sentence; longer ones are cut
+PASSAGE = 40  # least words of a passage, which ends with a sentence
+MOST_CHARACTERS = 1 << 24  # over all files; the rest is not read
 END_OF_SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)\]])\s+|(?<=[。！？])")
 WORD = re.compile(r"[^\W\d_]{4,}")
 
@@ -28,12 +28,12 @@ class OwnText:
     sentences: Sequence[str]
 
     def run(self, share: float, count: int) -> list[str]:
-        """`count` sentences from a place on; after the last sentence the first one follows."""
+        """`count` sentences from the place `share` (0 to 1) on. After the last sentence the first one follows."""
         return run_of(self.sentences, share, count)
 
     @cached_property
     def passages(self) -> list[str]:
-        """Whole sentences, as many as make PASSAGE words."""
+        """The text as passages of whole sentences with at least PASSAGE words."""
         passages: list[str] = []
         words: list[str] = []
         for sentence in self.sentences:
@@ -45,12 +45,12 @@ class OwnText:
 
     @cached_property
     def words(self) -> list[str]:
-        """The different words of four letters or more, in lower case, in the order in which they first appear."""
+        """The distinct words of at least four letters, in lower case, in the order of their first occurrence."""
         return list(dict.fromkeys(word.lower() for sentence in self.sentences for word in WORD.findall(sentence)))
 
 
 def read_own_text(files: Sequence[Path]) -> tuple[OwnText, list[dict[str, Any]]]:
-    """The text of all files, and for each file what was taken of it."""
+    """The text of all files, and a record of what was used of each file."""
     from sinkmodel.files import sha256_of
     from sinkmodel.text import read_documents
 
@@ -76,7 +76,7 @@ def read_own_text(files: Sequence[Path]) -> tuple[OwnText, list[dict[str, Any]]]
 
 
 def split_sentences(text: str) -> Iterator[str]:
-    """Sentences with single spaces; one longer than LONGEST is cut, between words if it has spaces."""
+    """Sentences with single spaces. Sentences longer than LONGEST are cut, between words if possible."""
     for sentence in END_OF_SENTENCE.split(text):
         rest = " ".join(sentence.split())
         while len(rest) > LONGEST:

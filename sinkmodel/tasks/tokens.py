@@ -1,8 +1,8 @@
-"""A sample in the tokens of a model.
+"""Convert a sample into the tokens of a model.
 
-The whole prompt is tokenized at once and then cut at the end of `before + context`, so that a question has the same
-tokens whether it is inside or outside of what a memory compresses. If a tokenizer joins the last characters of the
-context with the question, the cut is a token or two earlier. The model's own sink tokens are in front of every prompt.
+The whole prompt is tokenized at once and then cut after `before + context`. So a question has the same tokens whether
+it is inside or outside of the part that a memory compresses. If a tokenizer merges the last characters of the context
+with the question, the cut is a token or two earlier. The model's own sink tokens are in front of every prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sinkmodel.tasks.samples import Question, Sample
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
-FULL_WIDTH = "\u2e80"  # from here on scripts put no space between words
+FULL_WIDTH = "\u2e80"  # from this character on, scripts put no space between words
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Asked:
     """A question in tokens.
 
     Attributes:
-        ids: what follows the context, up to the answer.
+        ids: the tokens after the context, up to the answer.
         candidates: the answers to score, the right one first, each of at most `room` tokens.
-        alone: the whole prompt without its context, the model's sinks in front.
-        room: tokens that may be generated.
+        alone: the whole prompt without its context, with the model's sinks in front.
+        room: number of tokens that may be generated.
     """
 
     question: Question
@@ -40,26 +40,26 @@ class Asked:
 
 @dataclass(frozen=True)
 class Reading:
-    """A sample in tokens; `context` has the model's sinks in front."""
+    """A sample in tokens. `context` begins with the model's sinks."""
 
     context: list[int]
     asked: tuple[Asked, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens of the longest prompt, the sinks counted."""
+        """Number of tokens of the longest prompt, sinks included."""
         return len(self.context) + max(len(asked.ids) for asked in self.asked)
 
 
 def in_tokens(loaded: LoadedModel, sample: Sample, room: int) -> Reading:
-    """A sample that was made to fit. A right answer with more than `room` tokens gets the room that it needs."""
+    """Convert a sample that fits. If the right answer has more than `room` tokens, it gets the room that it needs."""
     return _reading(loaded, sample, room, None)
 
 
 def in_tokens_cut(loaded: LoadedModel, sample: Sample, room: int, length: int) -> Reading:
-    """A sample with one question, with the middle of its prompt left out if prompt and room exceed `length` tokens.
+    """Convert a sample with one question. If prompt and room exceed `length` tokens, the middle of the prompt is cut.
 
-    As LongBench does it: half of what a prompt may have is kept from its beginning and half from its end.
+    As in LongBench, half of the tokens that remain are from the beginning of the prompt and half from its end.
     """
     assert len(sample.questions) == 1, "several questions would share one context"
     return _reading(loaded, sample, room, length - room)
@@ -89,7 +89,7 @@ def _reading(loaded: LoadedModel, sample: Sample, room: int, limit: int | None) 
 
 
 def prompt_size(loaded: LoadedModel, sample: Sample, room: int) -> int:
-    """Tokens of the longest prompt, without sinks, and of the room for its answer, which is at least its own length."""
+    """Tokens of the longest prompt, without sinks, plus the room for its answer, at least the answer's own length."""
     text = sample.before + sample.context
     return max(
         len(encode(loaded, text + question.text))
@@ -99,7 +99,7 @@ def prompt_size(loaded: LoadedModel, sample: Sample, room: int) -> int:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many first tokens two texts share."""
+    """The length of the common prefix of two token lists."""
     for place, (a, b) in enumerate(zip(one, other)):
         if a != b:
             return place
@@ -107,7 +107,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _answer_ids(loaded: LoadedModel, question: str, answer: str) -> list[int]:
-    """What an answer adds to the tokens of its question."""
+    """The tokens that an answer adds to those of its question."""
     spaced = f"{'' if not question or question[-1].isspace() or question[-1] >= FULL_WIDTH else ' '}{answer}"
     before, both = encode(loaded, question), encode(loaded, question + spaced)
     return both[len(before) :] if both[: len(before)] == before else encode(loaded, spaced)

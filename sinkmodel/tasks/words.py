@@ -1,7 +1,7 @@
-"""Common English words: RULER's keys are an adjective and a noun, its common words are any of them.
+"""Common English words. RULER's keys are pairs of an adjective and a noun; its common words are any of them.
 
-RULER draws from the package wonderwords; this list is our own. No word is a part of another, since an answer counts as
-given if the generated text contains it.
+RULER uses the package wonderwords; this list is our own. No word is part of another, because an answer counts if the
+generated text contains it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ wonder wrestle write
 
 _ADJECTIVES, _NOUNS = ADJECTIVES.split(), NOUNS.split()
 WORDS = [*_ADJECTIVES, *_NOUNS, *VERBS.split()]
-PAIRS = len(_ADJECTIVES) * len(_NOUNS)  # of an adjective and a noun
+PAIRS = len(_ADJECTIVES) * len(_NOUNS)  # number of pairs of an adjective and a noun
 
 
 def pair(number: int) -> str:

@@ -1,6 +1,6 @@
-"""Text from files: what every command reads, through one reader.
+"""Read text from files. All commands use this reader.
 
-`documents` reads a file as documents, `json_lines` as objects; both stand on `content`, which gives a file's bytes,
+`documents` reads a file as documents, `json_lines` as objects. Both use `content`, which yields a file's bytes,
 uncompressed and checked. `search` finds the files of a folder or pattern.
 """
 

@@ -1,7 +1,7 @@
-"""The bytes of a file, uncompressed, in blocks or lines, and what is wrong with them if they are not UTF-8 text.
+"""Read a file's uncompressed bytes, in blocks or lines, and report what is wrong if they are not UTF-8 text.
 
-A compressed file is read to its last byte: several gzip members, xz streams or zstd frames in one file are one text,
-and whatever follows them that is not another one is an error, never the end.
+A compressed file is read to its last byte. Several gzip members, xz streams or zstd frames in one file are one text.
+Anything else after them is an error, not the end of the text.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sinkmodel.errors import UserError
 BLOCK = 1 << 20
 UNPACK = {".gz": "gzip -dc", ".zst": "zstd -dc", ".xz": "xz -dc"}
 COMPRESSIONS = tuple(UNPACK)
-MARKS = {  # a byte order mark -> its encoding; UTF-32 first, since its mark begins like that of UTF-16
+MARKS = {  # byte order mark -> encoding; UTF-32 comes first, since its mark begins like that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 LFS = b"version https://git-lfs"
-MAGIC = {  # how files begin that often carry the wrong name
+MAGIC = {  # first bytes of files that often have a wrong name
     b"\x1f\x8b": "is compressed with gzip; rename it to end in .gz",
     b"\xfd7zXZ\0": "is compressed with xz; rename it to end in .xz",
     b"\x28\xb5\x2f\xfd": "is compressed with zstd; rename it to end in .zst",
@@ -38,22 +38,22 @@ MAGIC = {  # how files begin that often carry the wrong name
     b"%PDF": "is a PDF; extract its text first",
     LFS: "is the pointer of a file that Git LFS has not fetched; run: git lfs pull",
 }
-CONTROLS = bytes({*range(32)} - set(b"\t\n\v\f\r"))  # no text in UTF-8 or Latin-1 has them
-WINDOW = 1 << 12  # bytes around a zero byte that are looked at
+CONTROLS = bytes({*range(32)} - set(b"\t\n\v\f\r"))  # these do not occur in text in UTF-8 or Latin-1
+WINDOW = 1 << 12  # bytes around a zero byte that are examined
 
 
 class Content:
-    """One file, read front to back as text in UTF-8.
+    """A file that is read from beginning to end as UTF-8 text.
 
     Args:
-        compression: the suffix that names it, or "" for none.
+        compression: the suffix of the compression, such as ".gz"; "" for none.
     """
 
     def __init__(self, path: Path, compression: str):
         self.path, self.compression = path, compression
         self.size = path.stat().st_size
-        self.mark = 0  # bytes of the byte order mark, once it has been read
-        self.beginning = b""  # of the uncompressed bytes, likewise
+        self.mark = 0  # length of the byte order mark in bytes, once it has been read
+        self.beginning = b""  # the first uncompressed bytes, once they have been read
         self._raw: BinaryIO | None = None
 
     def fraction(self) -> float:
@@ -63,9 +63,9 @@ class Content:
         return 1.0 if self._raw.closed or not self.size else self._raw.tell() / self.size
 
     def blocks(self) -> Iterator[bytes]:
-        """The uncompressed bytes without a UTF-8 byte order mark.
+        """Yield the uncompressed bytes, without a UTF-8 byte order mark.
 
-        Raises UserError if the compression is damaged or cut short, and for UTF-16 and UTF-32.
+        Raises UserError if the compression is damaged or truncated, and for UTF-16 and UTF-32.
         """
         place = 0
         with self.path.open("rb") as raw:
@@ -80,10 +80,10 @@ class Content:
                     yield block[self.mark :] if place == 0 else block
                     place += len(block)
             except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-                raise UserError(f"{self.path} is cut short or damaged ({error}); copy or download it again") from None
+                raise UserError(f"{self.path} is truncated or damaged ({error}); copy or download it again") from None
 
     def lines(self) -> Iterator[bytes]:
-        """The lines of `blocks` without their line ends; the last one may be empty."""
+        """Yield the lines of `blocks` without their line ends. The last one may be empty."""
         begun: list[bytes] = []
         for block in self.blocks():
             first, *more = block.split(b"\n")
@@ -95,11 +95,13 @@ class Content:
         yield b"".join(begun)
 
     def not_utf8(self, where: str, reason: str, sample: bytes, place: int | None = None) -> UserError:
-        """The error for bytes that do not decode.
+        """The error for bytes that cannot be decoded.
 
         Args:
-            sample: the block or line with them.
-            place: its offset in the text; None if that is not known.
+            where: phrase that gives the place, for the message.
+            reason: the decoder's reason.
+            sample: the block or line with the bytes.
+            place: its offset in the text; None if that is unknown.
         """
         if what := _by_magic(self.beginning):
             return UserError(f"{self.path} {what}")
@@ -108,7 +110,7 @@ class Content:
 
 
 def open_uncompressed(raw: BinaryIO, compression: str) -> BinaryIO:
-    """A compressed file that is open, as a file of what it holds; read to its last byte, like `Content`."""
+    """Wrap an open compressed file as a file of its uncompressed bytes, read to its last byte as in `Content`."""
     return io.BufferedReader(_Uncompressed(raw, _uncompressed(raw, compression)), BLOCK)
 
 
@@ -124,7 +126,7 @@ class _Uncompressed(io.RawIOBase):
             while not self.rest and (block := next(self.blocks, None)) is not None:
                 self.rest = block
         except (EOFError, lzma.LZMAError) as error:
-            raise EOFError(f"cut short or damaged: {error}") from None
+            raise EOFError(f"truncated or damaged: {error}") from None
         taken = min(len(buffer), len(self.rest))
         buffer[:taken], self.rest = self.rest[:taken], self.rest[taken:]
         return taken
@@ -145,9 +147,10 @@ def _uncompressed(raw: BinaryIO, compression: str) -> Iterator[bytes]:
 
 
 def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:
-    """Why a block that may well decode as UTF-8 is not text, with the remedy, as in `is a PDF; …`; None if it is text.
+    """The reason why a block is not text although it may decode as UTF-8, with a remedy; None if it is text.
 
-    Much of UTF-16 decodes, with a zero byte at every other place. A few zero bytes in a long text are let through.
+    The result is a phrase such as `is a PDF; …`. Much of UTF-16 decodes as UTF-8, with a zero byte at every other
+    place. A few zero bytes in a long text are accepted.
 
     Args:
         place: offset of the block in the text, in bytes.
@@ -168,11 +171,11 @@ def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:
                 return f"is not UTF-8 at byte 0: it is {wide}; convert it first: {_iconv(wide, path)}"
             if wide_encoding(window, place + start):
                 return (
-                    f"is not UTF-8 from byte {place + zero - 1} on: UTF-16 follows other text there, as PowerShell"
-                    " leaves it with >>; convert that part by itself"
+                    f"is not UTF-8 from byte {place + zero - 1} on: UTF-16 follows other text there, which PowerShell"
+                    " writes with >>; convert that part separately"
                 )
             return (
-                f"is not text: it holds zero bytes from byte {place + zero} on, as an unfinished download does; copy "
+                f"is not text: it has zero bytes from byte {place + zero} on, like an unfinished download; copy "
                 "or download it again"
             )
         zero = block.find(0, zero + WINDOW // 2)
@@ -180,24 +183,24 @@ def not_text(block: bytes, place: int, path: Path | None = None) -> str | None:
 
 
 def remedy(sample: bytes, place: int | None, path: Path | None = None) -> str:
-    """What to do with bytes that do not decode as UTF-8: what they seem to be, and how to convert them."""
+    """The remedy for bytes that cannot be decoded as UTF-8: what they seem to be, and how to convert them."""
     if encoding := wide_encoding(sample, place):
         return f"it is {encoding}; convert it first: {_iconv(encoding, path)}"
     unpack = UNPACK.get(path.suffix.lower()) if path else None
-    sound = f"check it with {unpack.split()[0]} -t, since damage looks like that too; " if unpack else ""
+    sound = f"check it with {unpack.split()[0]} -t, since it may be damaged; " if unpack else ""
     if not _printable(sample):
         return f"{sound}it is not text: give another file, or copy or download it again"
     return f"{sound}convert it first; if it is Latin-1, with: {_iconv('latin1', path)}"
 
 
 def wide_encoding(sample: bytes, place: int | None = 0) -> str | None:
-    """`UTF-16LE`, `UTF-16BE`, `UTF-32LE` or `UTF-32BE` if bytes without a byte order mark are that.
+    """`UTF-16LE`, `UTF-16BE`, `UTF-32LE` or `UTF-32BE`, if bytes without a byte order mark seem to be in it; else None.
 
-    Of each pair of bytes in UTF-16 the high one has few values (0 for Latin letters), the low one many, and in sum some
-    are control characters. In UTF-32 the two high bytes are 0.
+    In UTF-16 the high byte of each pair has few values (0 for Latin letters) and the low one many, and some bytes are
+    control characters. In UTF-32 the two high bytes are 0.
 
     Args:
-        place: offset of the sample in the text, in bytes; None if it may begin in the middle of a character.
+        place: offset of the sample in the text, in bytes; None if it may begin inside a character.
     """
     if place is None or _printable(sample):
         return None
@@ -207,7 +210,7 @@ def wide_encoding(sample: bytes, place: int | None = 0) -> str | None:
     if zeros in ([True, True, False, False], [True, True, True, False]):
         return "UTF-32BE"
     even, odd = len(set(sample[place % 2 :: 2])), len(set(sample[(place + 1) % 2 :: 2]))
-    if min(even, odd) < (0.9 if len(sample) > 64 else 0.5) * max(even, odd):  # in a few bytes it may be chance
+    if min(even, odd) < (0.9 if len(sample) > 64 else 0.5) * max(even, odd):  # a few bytes may differ by chance
         return "UTF-16BE" if even < odd else "UTF-16LE"
     return None
 
@@ -217,12 +220,12 @@ def _by_magic(beginning: bytes) -> str | None:
 
 
 def _printable(sample: bytes) -> bool:
-    """Whether next to no byte is a control character, as in UTF-8 and Latin-1."""
+    """Whether hardly any byte is a control character, as in UTF-8 and Latin-1."""
     return len(sample.translate(None, CONTROLS)) >= 0.98 * len(sample)
 
 
 def _iconv(encoding: str, path: Path | None) -> str:
-    """The command that writes a file in UTF-8, unpacked, to the current folder."""
+    """A shell command that writes a file, uncompressed and in UTF-8, to the current folder."""
     if path is None:
         return f"iconv -f {encoding} -t UTF-8"
     unpack = UNPACK.get(path.suffix.lower())
@@ -233,7 +236,7 @@ def _iconv(encoding: str, path: Path | None) -> str:
 
 
 def _with_whole_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same blocks, the first of them long enough for any byte order mark."""
+    """The same blocks, the first long enough for any byte order mark."""
     first = b""
     for block in blocks:
         first += block
@@ -250,9 +253,9 @@ def _read_blocks(file: Any) -> Iterator[bytes]:
 
 
 def _read_xz(raw: BinaryIO) -> Iterator[bytes]:
-    """Stream after stream, with the padding that the format allows after each: zeros, a multiple of four.
+    """Read all streams, and the padding that the format allows after each: zeros, a multiple of four bytes.
 
-    Not lzma.LZMAFile, which takes padding, rubbish, and a later stream that is damaged for the end.
+    lzma.LZMAFile is not used: it takes padding, garbage, and a damaged later stream for the end.
     """
     data = raw.read(BLOCK)
     while data:
@@ -268,14 +271,14 @@ def _read_xz(raw: BinaryIO) -> Iterator[bytes]:
         if data:
             padding, data = padding + len(data) - len(rest), rest
         if padding % 4:
-            raise lzma.LZMAError("zeros after a stream that are not a multiple of four")
+            raise lzma.LZMAError("the number of zeros after a stream is not a multiple of four")
 
 
 def _read_zstd(raw: BinaryIO) -> Iterator[bytes]:
-    """Frame after frame. Not zstandard's own stream_reader, which takes a frame that is cut short for its end."""
+    """Read all frames. zstandard's stream_reader is not used: it takes a truncated frame for a complete one."""
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as `zstd --long=31` writes
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # `zstd --long=31` writes these
     frame = decompressor.decompressobj()
     fed = False
     try:

@@ -1,8 +1,7 @@
-"""Text files as documents: .txt (a file is one document), JSON lines and .parquet (a row is one), compressed or not.
+"""Read text files as documents: .txt (one document), JSON lines and .parquet (a document per row), compressed or not.
 
-Everything streams: a text file block by block, JSON lines line by line, Parquet row group by row group. What is not
-readable as text is a UserError that names the file and the place. Only the standard library is needed until a .zst or
-.parquet file comes.
+Everything is streamed: a text file by block, JSON lines by line, Parquet by row group. If something cannot be read as
+text, a UserError names the file and the place. Only .zst and .parquet files need more than the standard library.
 """
 
 from __future__ import annotations
@@ -22,18 +21,19 @@ from sinkmodel.text.separated import separated
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 KINDS = (".txt", *JSON_LINES, ".parquet")
-END_OF_TEXT = "<|endoftext|>"  # what often stands between the documents of one .txt
+END_OF_TEXT = "<|endoftext|>"  # often separates the documents of a .txt file
 
 
 class NoText(UserError):
-    """A file without any text in it."""
+    """A file without any text."""
 
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
-    """The documents of one file as whole strings; those without text are left out.
+    """Yield the documents of a file as whole strings. Documents without text are skipped.
 
-    Raises UserError at once for a file that is missing or of another kind, and while reading for bytes that are not
-    UTF-8, broken compression, a JSON line or Parquet file without `text_key`, and (NoText) a file without any text.
+    Raises UserError at once if the file is missing or of another kind. Raises it while reading for bytes that are not
+    UTF-8, for broken compression, for a JSON line or Parquet file without `text_key`, and (as NoText) for a file
+    without any text.
     """
     reader = DocumentReader(path, text_key)
     return _announced(reader)
@@ -50,15 +50,15 @@ def _announced(reader: DocumentReader) -> Iterator[str]:
 
 
 def lost_link(path: Path) -> UserError:
-    """The error for a link whose target is not there, as DVC and git-annex leave them."""
-    return UserError(f"{path} is a link to {path.readlink()}, which is not there; fetch that file, or remove the link")
+    """The error for a broken link, such as DVC and git-annex leave behind."""
+    return UserError(f"{path} is a link to {path.readlink()}, which is missing; fetch that file, or remove the link")
 
 
 def kind_of(path: Path) -> tuple[str | None, str]:
-    """(one of KINDS, the suffix of its compression or "") of a file, None for a file that is not text.
+    """A file's kind, one of KINDS, and the suffix of its compression or ""; the kind is None if it is not text.
 
-    By the name given, since what it links to often has a name without a suffix (the Hub's cache, DVC); by the name of
-    the latter if only that one tells.
+    The given name counts first, since the target of a link often has a name without a suffix (the Hub's cache, DVC).
+    The target's name counts if the given one has no known suffix.
     """
     for name in dict.fromkeys((path, path.resolve())):
         suffix, compression = name.suffix.lower(), ""
@@ -70,15 +70,15 @@ def kind_of(path: Path) -> tuple[str | None, str]:
 
 
 class DocumentReader:
-    """One file, read front to back; `fraction()` says how far.
+    """A file that is read from beginning to end; `fraction()` returns how much of it has been read.
 
     Args:
         text_key: the key or column that holds the text.
-        separator: what ends a document inside a .txt file; None for one document a file.
+        separator: text that ends a document inside a .txt file; None for one document per file.
 
     Attributes:
-        skipped: rows without text so far: null, empty or blank.
-        marked: whether a .txt file that is read as one document has `<|endoftext|>` in what was read so far.
+        skipped: number of rows without text so far: null, empty or blank.
+        marked: whether `<|endoftext|>` has occurred so far in a .txt file that is read as one document.
         divided: whether the separator has occurred.
     """
 
@@ -99,14 +99,14 @@ class DocumentReader:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return self._content.size
 
     def documents(self, skip: int = 0) -> Iterator[tuple[int, Iterable[str]]]:
-        """(row number, pieces of the text in order) of each document that has text, from row `skip` on.
+        """Yield (row number, pieces of the text in order) for each document with text, from row `skip` on.
 
-        The pieces are as long as the file happens to give them: a document longer than memory is no problem if they
-        are read before the next document is asked for. Raises NoText at the end if there was none.
+        The length of the pieces is arbitrary. If the pieces are read before the next document is requested, a document
+        may be longer than memory. Raises NoText at the end if there was no document.
         """
         read = {".txt": self._text, ".parquet": self._parquet}.get(self.kind, self._json_lines)
         found = False
@@ -121,7 +121,7 @@ class DocumentReader:
         return self._rows_read if self.kind == ".parquet" else self._content.fraction()
 
     def check_key(self) -> None:
-        """UserError if the first row of a .json file lacks the key: such files are often something else."""
+        """Raise UserError if the first row of a .json file lacks the key, since such files often are not text."""
         rows = first_rows(self.path, self._content.compression) if self.kind == ".json" else None
         if rows and self.text_key not in rows[0]:
             there = ", ".join(list(rows[0])[:8])
@@ -131,7 +131,7 @@ class DocumentReader:
             )
 
     def mark_notice(self) -> str:
-        """One line on a .txt file that seems to hold several documents."""
+        """A message about a .txt file that seems to hold several documents."""
         return (
             f"{self.path} is read as one document, and the {END_OF_TEXT} in it as ordinary text; to end a document at "
             f"each, prepare it with: sink-prepare --separator '{END_OF_TEXT}'"
@@ -146,11 +146,11 @@ class DocumentReader:
             first = next((piece for piece in pieces if piece.strip()), None)
             if first is not None:
                 yield row, itertools.chain((first,), pieces)
-            elif self.separator is None:  # where separators meet there is no document
+            elif self.separator is None:  # there is no document between adjacent separators
                 self.skipped += 1
 
     def _watched(self) -> Iterator[str]:
-        """The whole text; notes whether it holds a mark that usually ends a document."""
+        """Yield the whole text, and record whether it contains END_OF_TEXT."""
         end = ""
         for piece in self._decoded():
             seen = end + piece
@@ -159,7 +159,7 @@ class DocumentReader:
             yield piece
 
     def _decoded(self) -> Iterator[str]:
-        """The file as text, line ends as \\n, as Python's text mode gives it."""
+        """The file as text with line ends \\n, as in Python's text mode."""
         decoder = codecs.getincrementaldecoder("utf-8")()
         newlines = io.IncrementalNewlineDecoder(None, translate=True)
         place = 0  # byte offset of the block in the uncompressed text
@@ -200,7 +200,7 @@ class DocumentReader:
         if text is not None and not isinstance(text, str):
             kind = {bool: "a truth value", list: "a list", dict: "an object"}.get(type(text), "a number")
             raise UserError(
-                f"{where}: the key '{self.text_key}' holds {kind}, not text; make it one, or give sink-prepare the key "
+                f"{where}: the key '{self.text_key}' holds {kind}, not text; change it, or give sink-prepare the key "
                 "of the text as --text_key"
             )
         return text

@@ -1,4 +1,4 @@
-"""The texts of a Parquet file, row group by row group."""
+"""Read the texts of a Parquet file, one row group at a time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from sinkmodel.errors import UserError, first_line
 
-BATCH = 256  # rows that are in memory as Python strings
+BATCH = 256  # rows in memory as Python strings
 
 
 def read_parquet(path: Path, column: str, remedy: str, skip: int = 0) -> Iterator[tuple[int, str | None, float]]:
-    """(row, its text or None for null, share of the file that has been read) of each row from `skip` on.
+    """Yield (row, its text or None for null, fraction of the file read so far) for each row from `skip` on.
 
-    Raises UserError for a file that is not sound, a column that is missing or not text (with `remedy`), and a row that
-    is not UTF-8.
+    Raises UserError for a damaged file, for a column that is missing (with `remedy`) or not text, and for a row that is
+    not UTF-8.
     """
     import pyarrow
     import pyarrow.parquet
@@ -24,7 +24,7 @@ def read_parquet(path: Path, column: str, remedy: str, skip: int = 0) -> Iterato
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             total = file.metadata.num_rows
-            if total:  # a part without rows may have any columns
+            if total:  # a file without rows may have any columns
                 _check_column(path, file.schema_arrow.names, column, remedy)
             for group in range(file.metadata.num_row_groups):
                 if row + file.metadata.row_group(group).num_rows <= skip:
@@ -36,10 +36,10 @@ def read_parquet(path: Path, column: str, remedy: str, skip: int = 0) -> Iterato
                             yield row, text, row / total
                         row += 1
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # Arrow has none for a file that is cut short
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow sets no errno for a truncated file
             raise
         raise UserError(
-            f"{path} is not a sound Parquet file ({first_line(error)}); copy or download it again"
+            f"{path} is not a valid Parquet file ({first_line(error)}); copy or download it again"
         ) from None
 
 
@@ -50,9 +50,9 @@ def _check_column(path: Path, names: list[str], column: str, remedy: str) -> Non
 
 
 def _texts(path: Path, values: Any, column: str, first_row: int) -> list[str | None]:
-    """The texts of a batch; bytes without a type, as other programs write them, are decoded.
+    """The texts of a batch. Untyped bytes, which some programs write, are decoded.
 
-    By the values, not by the type of the column: a part without a text may have any.
+    Checks the values, not the type of the column, since a file without texts may have any type.
     """
     try:
         return [_text(value) for value in values.to_pylist()]
@@ -62,7 +62,7 @@ def _texts(path: Path, values: Any, column: str, first_row: int) -> list[str | N
                 _text(value.as_py())
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{path}: row {row} is not UTF-8 at byte {error.start} ({error.reason}); mend that row, or write "
+                    f"{path}: row {row} is not UTF-8 at byte {error.start} ({error.reason}); fix that row, or write "
                     "the file again from text in UTF-8"
                 ) from None
             except TypeError:

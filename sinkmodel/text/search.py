@@ -1,4 +1,4 @@
-"""Which files of a folder or pattern are text, and which are left out."""
+"""Find the text files of a folder or pattern, and list those that are left out."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sinkmodel.errors import UserError
 from sinkmodel.text.documents import JSON_LINES, KINDS, kind_of, lost_link
 from sinkmodel.text.json_lines import first_rows
 
-SHOWN = 3  # names of each kind of file in a message
+SHOWN = 3  # most file names per suffix in a message
 
 
 @dataclass
 class Found:
-    """Files of text in the order in which they are read, and what was passed over beside them."""
+    """Text files in reading order, and the files that were left out."""
 
     files: list[Path] = field(default_factory=list)
     left_out: list[Path] = field(default_factory=list)
 
     def summary(self) -> str:
-        """What was left out, by suffix, as in `.csv: a.csv, b.csv and 7 more; .md: notes.md`."""
+        """The files that were left out, by suffix, as in `.csv: a.csv, b.csv and 7 more; .md: notes.md`."""
         by_suffix: dict[str, list[str]] = {}
         for path in self.left_out:
             suffix = "".join(path.suffixes[-2:]) or "no suffix"
@@ -37,13 +37,13 @@ class Found:
 
 
 def find_text_files(name: str, text_key: str = "text") -> Found:
-    """What a name stands for: the file itself, the files below a folder, or all that a pattern matches.
+    """Resolve a name: the file itself, the files below a folder, or all files that match a pattern.
 
-    The kind of a file goes by the name that it has here, or else by the name of what that links to. Of a folder or
-    pattern, the files are sorted by name; hidden files and folders are not read, links to folders are. A `.json` file
-    is left out if it is not JSON lines, or a single object without `text_key`, as settings are.
+    The kind of a file is determined by its name, or, for a link, else by the name of its target. The files of a folder
+    or pattern are sorted by name. Hidden files and folders are skipped, links to folders are followed. A `.json` file
+    is left out if it is not JSON lines, or if it is a single object without `text_key`, such as a settings file.
 
-    Raises UserError if there is nothing, or nothing that is text, and for a text file that is a link to nothing.
+    Raises UserError if there is nothing, or no text, and for a text file that is a broken link.
     """
     path = Path(name)
     if path.is_dir():
@@ -62,7 +62,7 @@ def find_text_files(name: str, text_key: str = "text") -> Found:
 
 
 def find_json_lines(folder: Path) -> Found:
-    """What is named like JSON lines in a folder itself, by name, and its other files that are not hidden."""
+    """The files directly in a folder that are named like JSON lines, and its other files that are not hidden."""
     found = Found()
     for path in sorted(folder.iterdir()):
         if kind_of(path)[0] in JSON_LINES and (path.is_dir() or _is_text(path)):
@@ -73,7 +73,7 @@ def find_json_lines(folder: Path) -> Found:
 
 
 def name_without_suffixes(path: Path) -> str:
-    """`a.b` of a.b.jsonl and of a.b.jsonl.gz."""
+    """`a.b` for both a.b.jsonl and a.b.jsonl.gz."""
     _, compression = kind_of(path)
     return path.with_suffix("").stem if path.suffix.lower() == compression else path.stem
 
@@ -98,7 +98,7 @@ def _is_text(path: Path, text_key: str | None = None) -> bool:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The files below a folder, by name, and links that lead nowhere; each real folder once."""
+    """The files below a folder, sorted, including broken links. Each real folder is visited once."""
     files: list[Path] = []
     seen: set[str] = set()
 

@@ -170,8 +170,8 @@ def test_runs_that_are_no_seeds_of_one_model_and_text_that_was_trained_on_are_sa
     warnings = json.loads((tmp_path / "o.json").read_text())["warnings"]
     assert warnings == [
         f"{a} and {b} differ by more than their seeds: model type llama and gpt_neox",
-        f"{a} and {b} have the same seed, 3: they say nothing of other seeds",
-        *(f"{run} was trained on {texts}: 1 of 2 documents begin as training documents do; give text that was held out"
+        f"{a} and {b} have the same seed, 3: they do not represent other seeds",
+        *(f"{run} was trained on {texts}: 1 of 2 documents begin like training documents; give held-out text"
           for run in (a, b)),
     ]  # fmt: skip
     assert all(f"warning: {warning}" in err for warning in warnings)

@@ -250,7 +250,7 @@ def test_threads_are_set_and_written_down(run, tmp_path, capsys):
         (["--sinks", 0], "--sinks"),
         (["--tokens", 0], "--tokens"),
         (["--policies", "window-paper"], "window-paper"),
-        (["--policies", "dense", "--stream-length", 9999], "--stream-length is for window and sink"),
+        (["--policies", "dense", "--stream-length", 9999], "--stream-length is only for window and sink"),
         (["--stream-length", 500], "--stream-length 500 leaves no room .* make it at least 1384"),
         (["--threads", 0], "--threads"),
         (["--plot", "BAD/none/out.png"], "--plot .*none does not exist"),
@@ -322,7 +322,7 @@ def test_a_model_with_a_narrower_window_of_its_own_is_refused():
     """Guards "keys seen": transformers would let a query see 8 keys where the row says 16."""
     model = build("mistral", sliding_window=8)
     loaded = type("Loaded", (), {"model": model, "sink_ids": [], "positions": 64, "name": "m"})()
-    with pytest.raises(UserError, match="'mistral' has a window of 8 of its own"):
+    with pytest.raises(UserError, match="'mistral' has its own window of 8"):
         latency._check_model(loaded, 16)
 
 

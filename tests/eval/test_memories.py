@@ -138,7 +138,7 @@ def test_the_table_the_csv_and_the_picture(run, texts, tmp_path, capsys):
     [
         (["--memories", "snapkv"], "snapkv at --budgets 12: a budget of 12 does not hold 0 sinks and a window of 32"),
         (["--memories", "recompute", "--stride", "13"], "--stride 13 does not fit into --budgets 12"),
-        (["--memories", "sink", "--sinks", "12"], "--budgets 12 holds nothing but the --sinks 12 of sink"),
+        (["--memories", "sink", "--sinks", "12"], "--budgets 12 holds only the --sinks 12 of sink"),
     ],
 )
 def test_a_budget_that_is_too_small_is_one_line_before_a_model_is_loaded(texts, capsys, changes, message):

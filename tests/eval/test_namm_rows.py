@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
 
 from eval.cli import main
 from eval.measures.memories.controls import namm_makers
-from eval.measures.memories.forgotten import Forgotten, kinds_of
+from eval.measures.memories.forgotten import Forgotten, kinds_of, pieces_of
+from eval.measures.memories.options import check_decides, check_namm, namm_rows
 from eval.report.forms import FORMS, mismatch
+from sinkmodel.errors import UserError
 from sinkmodel.memories import NAMM
 from sinkmodel.memories.namm.network import split
 from sinkmodel.sinks import SinkConfig
@@ -160,7 +163,38 @@ def test_what_is_forgotten_is_counted_by_kind_age_and_head():
     ]  # fmt: skip
     assert [(row["from"], row["tokens"]) for row in table["ages"]] == [(0, 12)]
     found.add([8] * 20, memory)
-    assert [(row["from"], row["tokens"]) for row in found.table()["ages"]] == [(0, 28), (16, 4)]
+    table = found.table()
+    assert [(row["from"], row["tokens"]) for row in table["ages"]] == [(0, 28), (16, 4)]
+    kept_of_ages = [row["tokens"] * row["kept_share"] for row in table["ages"]]
+    assert kept_of_ages == pytest.approx([12 / 4 + 5 / 4, 7 / 4])  # of the second prompt 9, 10, 11 and 0 … 3
+    assert table["heads"][0] == [pytest.approx((n / 12 + n / 20) / 2) for n in (4, 3)]
+    assert table["prompts"] == 2
+
+
+def test_the_text_of_a_token_is_what_it_adds_to_the_one_before():
+    """Risk: a tokenizer that drops the blank of a first token, so that words run together."""
+
+    class Words:
+        @staticmethod
+        def decode(ids):
+            return "".join((" old", " Ann", "a", "\n")[i] for i in ids).removeprefix(" ")
+
+    assert pieces_of(Words, [0, 1, 2, 3, 1]) == ["old", " Ann", "a", "\n", " Ann"]
+
+
+def test_a_tokens_age_is_that_of_its_bin():
+    """Guards where a bin begins: the token before the last one has age 1, and 16 is in the bin from 16 on."""
+
+    class Letters:
+        decode = staticmethod(lambda ids: "a" * len(ids))
+
+    held = torch.arange(66)[None, None].roll(1, -1)
+    held[held < 2] = -1  # the two oldest are forgotten
+    found = Forgotten(Letters, 0)
+    found.add(range(66), type("Held", (), {"layers": [type("Layer", (), {"held_positions": lambda self: held})()]}))
+    assert [(row["from"], row["tokens"], row["kept_share"]) for row in found.table()["ages"]] == [
+        (0, 16, 1.0), (16, 48, 1.0), (64, 2, 0.0),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -173,12 +207,31 @@ def test_what_is_forgotten_is_counted_by_kind_age_and_head():
         ("x = 3 // old\ny", "other word,punctuation,number,comment,comment,other word"),
         ("a#b", "function word,punctuation,other word"),
         ("/* a\nb */ c", "comment,comment,comment,comment,other word"),
+        ("/* a */ b /* c */", "comment,comment,comment,other word,comment,comment,comment"),
+        ("x // a\n# b\nc", "other word,comment,comment,comment,comment,other word"),
+        ("The old UN saw Ann", "function word,other word,name,other word,name"),
+        ("Don’t go, o’er", "other word,other word,punctuation,other word"),
+        ("end.' Go", "other word,punctuation,punctuation,other word"),
+        ("a\n  Go: “Go (Go", "function word,other word,punctuation,punctuation,other word,punctuation,other word"),
     ],
 )
 def test_kinds_of_tokens(text, expected):
     """Guards the rules: a capital that begins a sentence is not a name, and # inside of a word begins no comment."""
-    pieces = re.findall(r"\s*(?:/\*|\*/|//|\w+|[^\w\s])", text.replace("|", " "))
+    pieces = re.findall(r"\s*(?:/\*|\*/|//|\w+(?:’\w+)?|[^\w\s])", text.replace("|", " "))
     assert kinds_of(pieces) == expected.split(",")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["#", " ", "a", "\n"], ["comment", "blank", "comment", "blank"]),
+        ([" go,", "", "’s"], ["other word", "blank", "punctuation"]),
+        (["it", "’s"], ["other word", "other word"]),
+    ],
+)
+def test_a_token_has_the_kind_of_its_first_letter(pieces, expected):
+    """Guards tokens that are no words: a blank in a comment, a word with its comma, a part of a word."""
+    assert kinds_of(pieces) == expected
 
 
 # ------------------------------------------------------------------------------------------------------- the commands
@@ -224,6 +277,31 @@ def test_latency(run, artefact, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_options_reach_the_rows(artefact):
+    """Risk: --seed, --sinks or --window of the command has no effect on a row, or None replaces a default."""
+    model, names = model_of("llama"), ("seed", "sinks", "window")
+    rows = namm_rows(Namespace(artefact=artefact, seed=3, sinks=2, window=5), model)
+    made = {name: make() for name, make in rows.items()}
+    assert {memory.sinks for memory in made.values()} == {2}
+    assert {made[name].window for name in ("namm", "namm-random", "namm-age", "namm-snapkv")} == {5}
+    assert made["namm-random"].seed == 3
+    made = {
+        name: make() for name, make in namm_rows(Namespace(artefact=artefact, **dict.fromkeys(names)), model).items()
+    }
+    assert (made["namm"].sinks, made["namm"].window, made["namm-random"].seed) == (0, 1, 0)
+    assert made["namm-snapkv"].window > 5, "the method's own"
+
+
+def test_a_prompt_may_end_with_the_first_decision(artefact):
+    options = Namespace(artefact=artefact)
+    check_decides(options, ["namm"], "--prompt", CONFIG.interval)
+    with pytest.raises(UserError, match=f"--prompt 5 ends before the first decision .* after {CONFIG.interval} tokens"):
+        check_decides(options, ["namm"], "--prompt", CONFIG.interval - 1)
+    assert check_namm(options, ["h2o", "namm"]) == CONFIG.interval
+    assert check_namm(Namespace(artefact=None), ["h2o"]) == 0
+
 
 COMMANDS = {
     "memories": ["--text", "TEXT", "--prompt", 40, "--continue", 8],

@@ -162,7 +162,7 @@ def test_a_model_whose_own_window_is_narrower_is_refused_by_name():
     for family, own in (("mistral", {"sliding_window": 8}), ("Llama4Text", {"attention_chunk_size": 8, **llama4})):
         model = build(family, **own)
         for policy in (Recompute(0, BUDGET), Dense()):
-            with pytest.raises(UserError, match="'(mistral|llama4_text)' has a window of 8"):
+            with pytest.raises(UserError, match="'(mistral|llama4_text)' has its own window of 8"):
                 policy.score(model, [tokens(40)], 7, nothing)
 
 
@@ -201,12 +201,14 @@ def test_dense_goes_as_far_as_the_model_has_positions_of_one_kind(family, change
     assert capsys.readouterr().err == ""
     if end is None:
         texts.check_positions(loaded, 65, [Dense()])
-        assert "dense goes on to place 64, and m was made for 64 positions" in capsys.readouterr().err
+        assert "dense reaches position 64, and m was made for 64 positions" in capsys.readouterr().err
         return
     (nll,) = Dense().score(model, [tokens(end + 1)], 16, nothing)
     assert nll.isfinite().all()
     remedy = "--tokens 65 stays" if loaded.positions == end else "texts shorter by 1"
-    with pytest.raises(UserError, match=f"place {end}, and m has positions of one kind only up to {end}; .*{remedy}"):
+    with pytest.raises(
+        UserError, match=f"position {end}, and m has positions of one kind only up to {end}; .*{remedy}"
+    ):
         texts.check_positions(loaded, end + 1, [Dense()], within="--tokens 65 stays within")
     latency._check_model(loaded, end)
     with pytest.raises(UserError, match=f"use --budgets {end} or less"):

@@ -69,7 +69,7 @@ def test_a_stranger_with_a_token_of_its_own_in_front_is_measured_with_it(runs, b
     rows = [rows_of(capsys, tmp_path, "--model", folder, *arguments)["rows"] for folder in (ours, theirs)]
     assert [row["nll"] for row in rows[0]] == [row["nll"] for row in rows[1]]
     _, out, err = ppl(capsys, "--model", theirs, *arguments)
-    assert "<|sink|> <|sink2|> stands in front of every text" in err
+    assert "its tokenizer puts <|sink|> <|sink2|> in front of every text" in err
     assert "<|sink|> <|sink2|> in front" in " ".join(out.split())
 
 
@@ -188,10 +188,10 @@ def test_a_stride_that_leaves_no_room_for_the_models_sinks_is_one_line(runs, boo
     arguments = ["--model", runs["llama", 2], "--text", book, "--policies", "recompute", "--sinks", 0]
     code, _, err = ppl(capsys, *arguments, "--budget", BUDGET, "--stride", BUDGET - 1)
     assert (code, err.count("\n")) == (2, 1)
-    assert "does not fit into a window of 22 tokens behind the model's 2 sink tokens; use 22 or less" in err
+    assert "does not fit into a window of 22 tokens after the model's 2 sink tokens; use 22 or less" in err
     code, _, err = ppl(capsys, *arguments, "--budget", 2)
     assert (code, err.count("\n")) == (2, 1)
-    assert "--budget 2 leaves no window behind the model's 2 sink tokens; make it at least 3" in err
+    assert "--budget 2 leaves no window after the model's 2 sink tokens; make it at least 3" in err
 
 
 # ------------------------------------------------------------------------------------------------- rows and numbers
@@ -265,7 +265,7 @@ def bad(tmp_path):
         (["--json", "BAD/folder"], "is a folder"),
         (["--budget", 129, "--sinks", 1, "--tokens", 140], "sink 1.128 takes 129 positions .* use --budget 128"),
         (["--policies", "snapkv"], "snapkv"),
-        (["--stride", 2], "--stride is for recompute alone"),
+        (["--stride", 2], "--stride is only for recompute"),
         (["--policies", "recompute", "--stride", 25], "--stride 25 does not fit into a window of 24 tokens; use 24"),
         (["--policies", "recompute", "--stride", 0], "--stride"),
         (["--policies", "sink-paper", "--budget", 128, "--sinks", 1, "--tokens", 140], "129 positions .* --budget 127"),

@@ -87,7 +87,7 @@ def test_rounds_that_do_not_agree_widen_the_interval_of_a_crossover():
     assert low < crossover(unsure.medians(), dense.medians()) < high == math.inf
     late = Times([50.0, 120.0, 60.0, 99.0, 40.0, 130.0], {1: [3.0] * 6})
     low, high = crossover_interval(late, dense)
-    assert low == 0, "the order of the first tokens is not sure"
+    assert low == 0, "the order of the first tokens is uncertain"
     assert high > crossover(late.medians(), dense.medians()) > 0
     assert crossover_interval(Times([50.0] * 4, {1: [3.0] * 4}), dense) is None
 
@@ -277,7 +277,10 @@ def test_a_process_that_has_kept_more_is_reported(capsys):
     prefill.report_growth([row])
     assert capsys.readouterr().err == ""
     prefill.report_growth([{**row, "bytes_grown": 2**26}])
-    assert "snapkv 8: after the prompt of 64 tokens the process has kept 63 MiB more than it" in capsys.readouterr().err
+    assert (
+        "snapkv 8: after the prompt of 64 tokens the process has kept 63 MiB more than the memory holds"
+        in capsys.readouterr().err
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -288,8 +291,8 @@ def test_a_process_that_has_kept_more_is_reported(capsys):
     [
         (["--budgets", 8, 40], "--budgets 40 keeps every token of --length 40"),
         (["--memories", "snap"], "invalid choice: 'snap'"),
-        (["--memories", "dense"], "--memories has dense alone"),
-        (["--memories", "snapkv", "--layer", 1], "--layer is that in which gemfilter chooses"),
+        (["--memories", "dense"], "--memories has only dense"),
+        (["--memories", "snapkv", "--layer", 1], "--layer is only for gemfilter"),
         (["--memories", "gemfilter", "--layer", 2], "gemfilter at --budgets 36: .*the model has layers 0 to 1"),
         (["--memories", "snapkv", "--budgets", 16], "snapkv at --budgets 16: .*does not hold 0 sinks and a window of"),
         (["--length", 120], "--length 120 and --answers 4 take 132 positions .* has 128; use 4 fewer"),
@@ -324,7 +327,7 @@ def test_a_loaded_model_is_checked_before_it_reads(tmp_path, capsys):
     tiny.checkpoint(tmp_path / "run", "llama", SinkConfig("token", 2))
     code, _, err = latency(capsys, "--model", tmp_path / "run", "--length", 116, "--budgets", 36, "--answers", 4)
     assert (code, err.count("\n")) == (2, 1), err
-    assert "take 130 positions with the steps that are timed" in err
+    assert "take 130 positions with the timed steps" in err
     assert "has 128; use 2 fewer" in err
 
 
@@ -334,4 +337,4 @@ def test_options_of_prompts_are_refused_without_prefill(shape, capsys, option):
     code = main(["latency", "--shape", str(shape), *map(str, option)])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
-    assert f"{option[0]} is for --prefill; add that, or leave {option[0]} out" in err
+    assert f"{option[0]} is only for --prefill; add that, or leave {option[0]} out" in err

@@ -11,10 +11,13 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from eval.cli import main
-from eval.report.blocks import figure, short_names
+from eval.report.blocks import Chart, figure, short_names
 from eval.report.forms import FORMS, clean, mismatch
+from eval.report.inputs import Inputs, Result
+from eval.report.sections import memories
 from tests import results
 
 SECTIONS = ["The verdict", "The grid", "Training of the twins", "Perplexity by position", "Perplexity against budget",
@@ -137,6 +140,70 @@ def test_the_papers_numbers_stand_below_the_models_that_are_as_its(tmp_path):
     assert [alt.split("; ")[1] for alt in page.alts] == ["lowest 18.40 (1+), highest 112.50 (0+)"] * 2
 
 
+def test_what_a_namm_keeps_is_a_picture_by_kind_by_age_and_by_head(tmp_path, monkeypatch):
+    """Risk: a bar beside the name of another, layers taken for heads, or a picture whose numbers are missing."""
+    painted = []
+    panel = memories.panel
+    monkeypatch.setattr(memories, "panel", lambda alt, paint: painted.append(paint) or panel(alt, paint))
+    page, markdown, output = of_results(tmp_path, memories=results.memories())
+    axes = [Figure().add_subplot() for _ in painted]
+    for axis, paint in zip(axes, painted):
+        paint(axis)
+    _, kinds, ages, heads = axes
+    for axis, names, shares, mean in (
+        (kinds, ["sink", "function word", "name"], [100, 25, 62.5], 100 * (1 + 24 / 4 + 7 * 0.625) / 32),
+        (ages, ["from 0", "from 16"], [50, 21.875], 100 * (8 + 3.5) / 32),
+    ):
+        labels = dict(zip(axis.get_yticks(), (label.get_text() for label in axis.get_yticklabels())))
+        bars = {labels[bar.get_y() + bar.get_height() / 2]: bar.get_width() for bar in axis.patches}
+        assert bars == pytest.approx(dict(zip(names, shares)))
+        assert [bar.get_y() for bar in axis.patches] == sorted((bar.get_y() for bar in axis.patches), reverse=True)
+        assert axis.lines[0].get_xdata() == pytest.approx([mean] * 2)
+    image = heads.images[0]
+    assert image.get_array().filled(-1).tolist() == [[0.5, 0.25], [0.4375, -1]]
+    assert image.get_clim() == (0, 1)
+    assert (heads.get_xlabel(), heads.get_ylabel()) == ("KV head", "layer")
+    assert page.alts[1:] == [
+        "token: the % of tokens that namm keeps, by kind: sink 100.0, function word 25.0, name 62.5",
+        "token: the % of tokens that namm keeps, by age: from 0 50.0, from 16 21.9",
+        "token: the share of a prompt that each KV head keeps, layer by layer, from 25.0 to 50.0 %",
+    ]
+    assert [tuple(row.values()) for row in rows_of(output / "figures" / "forgotten-1.csv")] == [
+        ("kind", "sink", "", "1", "1.0"),
+        ("kind", "function word", "", "24", "0.25"),
+        ("kind", "name", "", "7", "0.625"),
+        ("age", "0", "", "16", "0.5"),
+        ("age", "16", "", "16", "0.21875"),
+        ("layer", "0", "0", "", "0.5"),
+        ("layer", "0", "1", "", "0.25"),
+        ("layer", "1", "0", "", "0.4375"),
+        ("layer", "1", "1", "", ""),
+    ]
+    assert "(figures/forgotten-1-3.png)" in markdown
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads": []},
+        {"heads": [[]]},
+        {"heads": [[0.5], [0.25, 0.125]]},
+        {"heads": [[None]]},
+        {"kinds": [], "ages": []},
+        {"kinds": [{"kind": "name", "tokens": 3, "kept_share": None}], "ages": []},
+    ],
+    ids=str,
+)
+def test_a_namm_of_which_little_is_known_makes_a_page(monkeypatch, changes):
+    """Risk: a traceback for layers with other numbers of heads, or for shares that were not measured."""
+    monkeypatch.setattr(memories, "panel", lambda alt, paint: paint(Figure().add_subplot()))
+    content = results.memories()
+    content["forgets"] |= changes
+    made = memories.memories(Inputs(results=[Result(Path("x"), "", content)]))
+    charts = [block.name for block in made.blocks if isinstance(block, Chart)]
+    assert charts == ["memories-1", *(["forgotten-1"] if any(content["forgets"]["heads"]) else [])]
+
+
 @pytest.mark.parametrize(("answer", "tone"), [("better", "good"), ("worse", "bad"), ("undecided", "open")])
 def test_a_verdict_is_said_in_a_word_and_not_by_colour_alone(tmp_path, answer, tone):
     _, markdown, output = of_results(tmp_path, verify=results.verify(answer))
@@ -173,12 +240,12 @@ def test_a_verdict_says_which_texts_it_is_for(tmp_path):
         expected = changes.get("speaks_of", "these texts")
         assert [row["speaks_of"] for row in rows_of(output / "figures" / "verdict-1.csv")][:2] == [expected] * 2
     these, others, undecided = (page.text for page in pages.values())
-    assert these.count("The interval speaks of these texts, not of others.") >= 1
+    assert these.count("The interval holds for these texts, not for others.") >= 1
     assert these.count("equivalent for these texts") == 2
     assert "these texts" not in others
     assert "of 3 documents. 3 documents: too few to speak of other texts. The interval" in undecided
     assert undecided.count("undecided for other texts") == 2
-    assert "holds zero and a difference that would matter" not in undecided
+    assert "contains zero and a difference that would matter" not in undecided
     assert "No amount of text" not in undecided
 
 
@@ -203,12 +270,12 @@ def test_each_result_alone_makes_a_page(tmp_path):
 
 def test_a_rank_says_among_how_many_numbers(tmp_path):
     page, _, _ = of_results(tmp_path, lines=results.streameval())
-    assert "rank: among it and 9 other numbers of the stream, by chance 5.5; ±" in page.text
+    assert "rank: of the answer among itself and 9 other numbers of the stream, by chance 5.5; ±" in page.text
     older = results.streameval()
     del older["distractors"]
     (tmp_path / "older").mkdir()
     page, _, _ = of_results(tmp_path / "older", lines=older)
-    assert "rank: among it and other numbers of the stream; ±" in page.text
+    assert "rank: of the answer among itself and other numbers of the stream; ±" in page.text
 
 
 def test_several_results_of_one_command_stand_beside_each_other(tmp_path):
@@ -234,7 +301,7 @@ def test_several_pairs_of_runs_are_told_apart(tmp_path):
     text = page.text
     assert "the sink models (sink 1+7) lost 0.0012 nats per token less than the vanilla models (vanilla 4+4)" in text
     assert "Over 2 pairs of runs; standard error over runs 0.0300, over texts 0.0010." in text
-    assert "They speak of these two runs" not in text
+    assert "They hold for these two runs" not in text
     markdown = (output / "report.md").read_text(encoding="utf-8")
     assert "| pair | token-1 | none-1 |" in markdown
     assert "| pair | token-2 | none-2 |" in markdown
@@ -498,7 +565,7 @@ def test_any_value_of_another_kind_is_refused_in_one_line_or_not_read(tmp_path, 
     ("options", "message"),
     [
         (["--run", "{}/none"], "has no metrics.csv"),
-        (["--run", "{}/broken"], "line 2, has something that is no number"),
+        (["--run", "{}/broken"], "line 2, has a value that is not a number"),
         (["--run", "{}/stepless"], "line 2, has no step or no tokens"),
         (["--run", "{}/bytes"], "is not text"),
         (["--json", "{}/deep.json"], "it is nested too deep"),
@@ -510,7 +577,7 @@ def test_any_value_of_another_kind_is_refused_in_one_line_or_not_read(tmp_path, 
         (["--json", "{}/odd.json"], "its command is ['ppl'], not one of"),
         (["--json", "{}/bare.json"], "is not what sink-eval ppl --json writes: it has no model; measure it again"),
         (["--json", "{}/lacking.json"], "rows[1] has no nll"),
-        (["--json", "{}/bins.json"], "rows[0].by_position[0] is no list of 3"),
+        (["--json", "{}/bins.json"], "rows[0].by_position[0] is not a list of 3"),
         (["--json", "{}/many.json"], "distractors is not a whole number"),
         (["--json", "{}/empty.json"], "has no rows"),
         (["--maps", "{}/token"], "has no maps.csv"),

@@ -74,7 +74,7 @@ def test_another_base_is_named_in_half_precision_as_well(base, rows, tmp_path, m
     monkeypatch.chdir(base.parent)
     assert not_twins(row, said(base.name, "bfloat16")) == []
     assert not_twins(row, said(other, "bfloat16")) == [
-        f"nobody checked, as --dtype is not float32, whether the second is {base}, the base"
+        f"as --dtype is not float32, it is not checked that the second is {base}, the base"
     ]
 
 

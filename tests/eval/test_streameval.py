@@ -292,7 +292,7 @@ def test_the_table_says_what_a_line_takes_and_how_far_back_it_stands(runs, tmp_p
     assert re.search(r"2 samples × 3 queries, one every 1 lines of 39 tokens", out)
     labels = re.findall(r"^ +(dense|sink \d\+\d+) ", out, re.MULTILINE)
     assert labels == ["dense", *(f"sink {s}+{c - s}" for c in (60, 100) for s in (0, 4))], "dense has no budget"
-    assert "dense goes on to place" in err
+    assert "dense reaches position" in err
     assert "128 positions" in err
 
 
@@ -363,7 +363,7 @@ def test_the_notice_of_places_says_how_far_the_questions_go(runs, tmp_path, caps
                               "--policies", "dense", "--json", out)  # fmt: skip
     assert code == 0
     seen = json.loads(out.read_text())["rows"][1]["keys_seen"]
-    assert f"dense goes on to place {seen - 1}, " in err
+    assert f"dense reaches position {seen - 1}, " in err
 
 
 def test_questions_of_ours_hold_their_answer_once_among_choices_that_do_not_tell_it():
@@ -420,24 +420,27 @@ GOOD = '{"question": "a?", "choices": ["b", "c"], "answer": 0}\n'
         ('{"question": " ", "choices": ["b", "c"], "answer": 0}', "the question has no text"),
         ('{"question": "a?", "choices": [], "answer": 0}', "0 choices; give at least two"),
         ('{"question": "a?", "choices": ["b"], "answer": 0}', "1 choices; give at least two"),
-        ('{"question": "a?", "choices": "bc", "answer": 0}', "no list of texts"),
-        ('{"question": "a?", "choices": ["b", ""], "answer": 0}', "no list of texts"),
-        ('{"question": "a?", "choices": {"label": ["b", "c"]}, "answer": 0}', "no list of texts"),
-        ('{"question": "a?", "choices": ["b", "c"], "answer": 2}', "the answer 2 is none .* its number, 0 to 1"),
+        ('{"question": "a?", "choices": "bc", "answer": 0}', "not a list of texts"),
+        ('{"question": "a?", "choices": ["b", ""], "answer": 0}', "not a list of texts"),
+        ('{"question": "a?", "choices": {"label": ["b", "c"]}, "answer": 0}', "not a list of texts"),
+        (
+            '{"question": "a?", "choices": ["b", "c"], "answer": 2}',
+            "the answer 2 is not a choice.* its number, 0 to 1",
+        ),
         ('{"question": "a?", "choices": ["b", "c"], "answer": -1}', "the answer -1"),
         ('{"question": "a?", "choices": ["b", "c"], "answer": true}', "the answer True"),
         ('{"question": "a?", "choices": ["b", "c"], "answer": null}', "the answer None"),
         ('{"question": "a?", "choices": ["b", "c"], "answer": "d"}', "the answer 'd'"),
-        ('{"question": "a?", "choices": ["b", "b"], "answer": "b"}', "the answer 'b' is several of the choices"),
-        ('{"question": "a?", "choices": ["b", "b ", "c"], "answer": 1}', "the answer 1 is several of the choices"),
+        ('{"question": "a?", "choices": ["b", "b"], "answer": "b"}', "the answer 'b' fits several choices"),
+        ('{"question": "a?", "choices": ["b", "b ", "c"], "answer": 1}', "the answer 1 fits several choices"),
         (
             '{"question": "a?", "choices": {"text": ["b", "c"], "label": ["A", "A"]}, "answerKey": "A"}',
-            "the answer 'A' is several of the choices",
+            "the answer 'A' fits several choices",
         ),
-        ('{"question": "a?", "choices": {"text": ["b", "c"], "label": 5}, "answer": 0}', "labels are no list"),
+        ('{"question": "a?", "choices": {"text": ["b", "c"], "label": 5}, "answer": 0}', "labels are not a list"),
         (
             '{"question": "a?", "choices": {"text": ["b", "c"], "label": ["A", "B", "C"]}, "answer": "C"}',
-            "one for each of 2",
+            "a list of 2, one for each choice",
         ),
         (b"caf\xe9", "is not UTF-8"),
         (GOOD.replace("a?", "a? " * 80), "question 1 takes 179 tokens with its longest choice, and .* for 126"),
@@ -461,11 +464,11 @@ def test_a_bad_file_is_one_line(runs, tmp_path, capsys, content, says):
         (["--budgets", 129], "window 0.129 takes 129 positions and .* was made for 128; use --budgets 128 or less"),
         (["--budgets", 100_000], "was made for 128; use --budgets 128 or less"),  # more than the stream is long
         (["--budgets", 64, "--distractors", 20_000], "20000 distractors needs more numbers"),
-        (["--file", "none.jsonl"], "--file has questions; add --task questions"),
+        (["--file", "none.jsonl"], "--file is only for questions; add --task questions"),
         (["--task", "questions", "--file", "none.jsonl"], "none.jsonl does not exist"),
-        (["--task", "questions", "--distances", 5], "--distances is for --task lines"),
-        (["--task", "questions", "--samples", 5], "--samples is for --task lines"),
-        (["--task", "questions", "--rows", 5], "--rows is for --task lines"),
+        (["--task", "questions", "--distances", 5], "--distances is only for --task lines"),
+        (["--task", "questions", "--samples", 5], "--samples is only for --task lines"),
+        (["--task", "questions", "--rows", 5], "--rows is only for --task lines"),
         (["--distances", 0], "--distances"),
         (["--queries", "many"], "--queries"),
         (["--policies", "snapkv"], "snapkv"),

@@ -243,22 +243,22 @@ def test_the_exit_code_is_the_answer(runs, texts, tmp_path, capsys):
         assert (given, verdict["answer"]) == (code, answer), (verdict, err)
         assert re.search(rf"^{answer}: sink 1\+19 − vanilla 4\+16 = ", out, re.MULTILINE)
         assert f"{answer} for these texts" in out
-        assert "speaks of these texts, not of others" in out
+        assert "holds for these texts, not for others" in out
         assert ("more tokens would decide" in out) == (verdict["more_tokens"] > 0) == (answer == "undecided")
 
 
 @pytest.mark.parametrize(
     ("lengths", "why"),
     [
-        ([300], "1 document, and 5 are needed to speak of other texts; give 4 more"),
-        ([150] * 4, "4 documents, and 5 are needed to speak of other texts; give 1 more"),
+        ([300], "1 document, and an answer for other texts needs 5; give 4 more"),
+        ([150] * 4, "4 documents, and an answer for other texts needs 5; give 1 more"),
         (
             [400, 200, 100, 50, 25, 22],
-            "6 documents of unequal length weigh as 2.46 of one length, and 5 are needed to speak of other texts; "
+            "6 documents of unequal length weigh as much as 2.46 of one length, and an answer for other texts needs 5; "
             "give 3 more",
         ),
         # the fifth does not overflow
-        ([150] * 4 + [10], "4 documents, and 5 are needed to speak of other texts; give 1 more"),
+        ([150] * 4 + [10], "4 documents, and an answer for other texts needs 5; give 1 more"),
     ],
 )
 def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, capsys, lengths, why):
@@ -285,7 +285,7 @@ def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, ca
         assert err.count(f"warning: {why}") == (not flag), "before anything is scored"
         assert "more tokens would decide" not in out
         assert "no amount of text" not in out
-        assert "speaks of these texts, not of others" in out
+        assert "holds for these texts, not for others" in out
         found[bool(flag)] = content["verdict"]["low"], content["verdict"]["high"]
     assert found[True] == found[False], "the numbers are the same, what they are good for is not"
 
@@ -293,10 +293,16 @@ def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, ca
 @pytest.mark.parametrize(
     ("lengths", "says"),
     [
-        ([150, 150, 0, 150, 150], "4 documents, and 5 are needed to speak of other texts; give 1 more"),
-        ([700, 700, 700, 699, 697], "5 documents, and 5"),
-        ([700, 700, 700, 690, 640], "5 documents of unequal length weigh as 4.99 of one length, and 5 are needed"),
-        ([8000, 4000, 2000, 1000, 500, 250, 125], "7 documents of unequal length weigh as 2.95 of one length, and 5"),
+        ([150, 150, 0, 150, 150], "4 documents, and an answer for other texts needs 5; give 1 more"),
+        ([700, 700, 700, 699, 697], "5 documents, and an answer for other texts needs 5"),
+        (
+            [700, 700, 700, 690, 640],
+            "5 documents of unequal length weigh as much as 4.99 of one length, and an answer for other texts needs 5",
+        ),
+        (
+            [8000, 4000, 2000, 1000, 500, 250, 125],
+            "7 documents of unequal length weigh as much as 2.95 of one length, and an answer for other texts needs 5",
+        ),
     ],
 )
 def test_what_is_missing_of_a_sample_is_said_in_numbers(lengths, says):
@@ -314,7 +320,7 @@ def test_pairs_of_runs_on_one_text_decide_nothing_about_others(runs, texts, tmp_
     base = ["verify", *models, "--text", texts, "--budget", BUDGET, "--margin", 50]
     assert main(list(map(str, base))) == 1
     out, _ = capsys.readouterr()
-    assert "and 5 are needed to speak of other texts" in out
+    assert "and an answer for other texts needs 5" in out
     assert "no amount of text" not in out
     assert main(list(map(str, [*base, "--these-texts"]))) == 0
 
@@ -493,13 +499,13 @@ def test_text_that_was_trained_on_is_named_and_held_out_text_is_not(tmp_path, ca
         torch.save(content, path)
     capsys.readouterr()
     _, _, err = verify(capsys, runs["token"], runs["none"], train, held_out, "--tokens", 60)
-    assert err.count(f"was trained on {train}: 6 of 6 documents begin as training documents do") == 2
+    assert err.count(f"was trained on {train}: 6 of 6 documents begin like training documents") == 2
     assert str(held_out) not in err
-    assert "are no twins: another seed" in err
+    assert "are not twins: another seed" in err
     found = result(capsys, tmp_path, runs["token"], runs["none"], held_out)
     (warning,) = found["warnings"]
-    assert "are no twins: another seed" in warning
-    lacking = "its training data is not where it was, so nobody checked"
+    assert "are not twins: another seed" in warning
+    lacking = "its training data is not where it was, so it is unknown"
     file = tmp_path / "data" / "manifest.json"
     known = file.read_text()
     file.write_text(known.replace(manifest["fingerprint"], "0" * 64))
@@ -603,11 +609,11 @@ def test_other_shapes_and_the_same_seed_again_are_said(texts, tmp_path, capsys):
     main(["verify", *map(str, arguments), "--json", str(tmp_path / "o.json")])
     capsys.readouterr()
     assert json.loads((tmp_path / "o.json").read_text())["warnings"] == [
-        f"{two} and {four} are no twins: model type gpt_neox and llama, layers 2 and 3, feed-forward size 64 and 48",
+        f"{two} and {four} are not twins: model type gpt_neox and llama, layers 2 and 3, feed-forward size 64 and 48",
         f"{one} and {two} differ by more than their seeds: model type llama and gpt_neox",
-        f"{one} and {two} have the same seed, 1: they say nothing of other seeds",
+        f"{one} and {two} have the same seed, 1: they do not represent other seeds",
         f"{three} and {four} differ by more than their seeds: layers 2 and 3, feed-forward size 64 and 48",
-        f"{three} and {four} have the same seed, 1: they say nothing of other seeds",
+        f"{three} and {four} have the same seed, 1: they do not represent other seeds",
     ]
 
 
@@ -627,7 +633,7 @@ def test_the_same_text_twice_is_refused_however_it_is_named(runs, texts, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"sink": "none", "vanilla": "token"}, "the wrong way round; exchange them"),
+        ({"sink": "none", "vanilla": "token"}, "they are swapped: exchange them"),
         ({"sink": "none"}, "--sink .* has no sink of its own"),
         ({"vanilla": "zero"}, r"--vanilla .* has a sink \(zero\)"),
         ({"--budget": 4}, "--budget 4 does not hold --sinks 4"),
@@ -637,7 +643,7 @@ def test_the_same_text_twice_is_refused_however_it_is_named(runs, texts, tmp_pat
         ({"--tokens": 20}, "--tokens 20 does not overflow --budget 20"),
         ({"--margin": 0}, "--margin"),
         ({"--margin": "nan"}, "--margin"),
-        ({"--level": 95}, "no level"),
+        ({"--level": 95}, "is not a level"),
         ({"--seed": -1}, "--seed"),
         ({"--text": "none.txt"}, "none.txt does not exist"),
         ({"--json": "none/out.json"}, "none does not exist"),

@@ -546,7 +546,7 @@ def bad(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["--data", "BAD/none"], "--data .*none is no folder"),
+        (["--data", "BAD/none"], "--data .*none is not a folder"),
         (["--data", "BAD/empty"], "empty has no .jsonl file in it"),
         (["--data", "BAD/nothing"], "nothing.jsonl has no rows"),
         (["--data", "BAD/broken"], "broken.jsonl:2: not a JSON object"),
@@ -560,10 +560,10 @@ def bad(tmp_path):
         ),
         (["--data", "BAD/bool"], "bool.jsonl, row 1: 'answer'"),
         (["--data", "BAD/alone"], "alone.jsonl, row 1: 'choices' is not a list of two or more texts"),
-        (["--data", "BAD/mixed"], "mixed.jsonl, row 2: 'text' is no text"),
+        (["--data", "BAD/mixed"], "mixed.jsonl, row 2: 'text' is not a text"),
         (["--data", "BAD/piqa"], "piqa.jsonl, row 1: no key 'sol2', which the rows of piqa have"),
         (["--data", "BAD/winogrande"], "winogrande.jsonl: lm-eval's winogrande cannot read these rows .ValueError"),
-        (["--data", "BAD/blank"], "blank.jsonl, row 1: 'context' is no text"),
+        (["--data", "BAD/blank"], "blank.jsonl, row 1: 'context' is not a text"),
         (["--data", "BAD/long"], "task long, question 1: the answer .* is longer than the 128 positions of the model"),
         (["--data", "BAD/joined"], "task joined, question 2: the answer 'u' adds no token to its context 'he said c'"),
         (["--limit", 0], "--limit"),
@@ -596,7 +596,7 @@ def test_no_task_and_an_unknown_task_are_one_line(runs, capsys, monkeypatch):
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda: whole(include_defaults=False, include_path=str(few)))
     code, _, err = measured(capsys, "--model", runs[0], "--tasks", "pika")
     assert (code, err.count("\n")) == (2, 2)
-    assert "lm-eval has no task pika, and --data no file pika.jsonl; did you mean piqa?" in err
+    assert "lm-eval has no task pika, and --data has no file pika.jsonl; did you mean piqa?" in err
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line(runs, capsys, monkeypatch):
@@ -616,7 +616,7 @@ def test_a_data_set_that_cannot_be_reached_is_one_line(runs, capsys, monkeypatch
     ("scale", "says"),
     [
         (math.nan, "in float32 gives logits that are not finite; its weights are damaged"),
-        (1e3, "the perplexity of a continuation is too large"),
+        (1e3, "the perplexity of a continuation overflows"),
     ],
 )
 def test_numbers_that_are_none_are_one_line(runs, data, tmp_path, capsys, monkeypatch, scale, says):

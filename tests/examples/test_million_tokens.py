@@ -67,7 +67,7 @@ def test_a_key_takes_what_its_keys_and_values_take(model):
 @pytest.mark.parametrize(
     ("words_of", "told"),
     [
-        (["--output", "million.doc"], "a figure's name ends in one of"),
+        (["--output", "million.doc"], "the name of a figure must end in one of"),
         (["--output", "no/such/million.png"], "the folder does not exist"),
         (["--output", "million.png", "--text", "none.txt"], "none.txt does not exist"),
     ],

@@ -80,7 +80,7 @@ def test_the_file_is_the_same_for_a_seed_and_another_for_another(book, tmp_path,
         texts.append([json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()])
     assert texts[0] == texts[1] != texts[2]
     assert len(set(texts[0])) == 40
-    assert "40 documents are in" in capsys.readouterr().out
+    assert "wrote 40 documents to" in capsys.readouterr().out
 
 
 def test_a_short_book_is_refused_before_anything_is_written(tmp_path, capsys):
@@ -89,6 +89,6 @@ def test_a_short_book_is_refused_before_anything_is_written(tmp_path, capsys):
     short.write_text("One sentence only. And another.", encoding="utf-8")
     assert main(["--text", str(short), "--output", str(output)]) == 2
     assert (
-        capsys.readouterr().err.strip().endswith("--text is too short for prose, which takes 30 parts of it; add books")
+        capsys.readouterr().err.strip().endswith("--text is too short for prose, which needs 30 parts of it; add books")
     )
     assert not output.exists()

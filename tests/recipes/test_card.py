@@ -237,7 +237,7 @@ def test_an_early_checkpoint_says_so_and_shows_its_own_past_alone(run, tmp_path)
     early = export(run, tmp_path / "early", step=35)
     card = make_card(early, repository=REPOSITORY, run=run)
     assert "the checkpoint of step 35 of 40" in card.text
-    assert [point["step"] for point in card.facts.points][-1] == 35
+    assert [point["step"] for point in card.points][-1] == 35
     assert "checkpoint of step" not in card_of(export(run, tmp_path / "last"), run=run)
 
 

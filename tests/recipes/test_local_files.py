@@ -264,7 +264,7 @@ def test_a_link_to_nothing_is_no_text_left_out(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.txt").symlink_to("nowhere")
     for name in (tmp_path, tmp_path / "*", tmp_path / "b.txt"):
-        with pytest.raises(UserError, match=r"b.txt is a link to nowhere, which is not there; fetch that file"):
+        with pytest.raises(UserError, match=r"b.txt is a link to nowhere, which is missing; fetch that file"):
             LocalFiles([str(name)], "text")
 
 

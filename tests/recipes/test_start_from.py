@@ -384,7 +384,7 @@ def test_a_base_that_changed_is_refused(data, base, tmp_path, capsys):
     shutil.rmtree(folder)
     bases.save_base(folder, "llama", tie_word_embeddings=True, initializer_range=0.2)
     assert main(arguments(data, folder, run, training__parts="sink")) == 2
-    assert "it has changed; put the former one back" in capsys.readouterr().err
+    assert "it has changed; restore the former one" in capsys.readouterr().err
     with pytest.raises(Exception, match="it has changed"):
         load_model(str(run))
     shutil.rmtree(folder)
@@ -404,8 +404,8 @@ WRONG = {
         {"model__sink_row": "mean", "sink__kind": "none"},
         "model.sink_row is for sink.kind token",
     ),
-    "no bos": ({"model__sink_row": "bos"}, "has no token that stands in front"),
-    "no such model": ({"model__start_from": "nowhere"}, "nowhere is no folder, no file"),
+    "no bos": ({"model__sink_row": "bos"}, "has no token at the beginning of a text"),
+    "no such model": ({"model__start_from": "nowhere"}, "nowhere is not a folder, a file"),
     "no such moments": ({"optimizer__start_from": "nowhere"}, "nowhere does not exist"),
 }
 

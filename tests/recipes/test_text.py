@@ -78,7 +78,7 @@ def test_no_byte_after_the_first_stream_is_lost_without_an_error(tmp_path, suffi
         except UserError as error:
             return str(error)
 
-    bad = re.compile(rf".*a.txt{suffix} is (cut short or damaged|not UTF-8 .* check it with \w+ -t)")
+    bad = re.compile(rf".*a.txt{suffix} is (truncated or damaged|not UTF-8 .* check it with \w+ -t)")
     whole = read(first + second)
     assert whole == "one " * 9 + "two " * 9
     for end in range(len(first) + 1, len(first + second)):
@@ -290,7 +290,7 @@ def test_latin1_is_called_that_and_the_advice_converts_it(tmp_path, monkeypatch,
         (lzma.compress(b"x"), "compressed with xz"),
         (b"PK\x03\x04\xff", "a ZIP archive"),
         (b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n" + b"1 0 obj\n" * 99, "is a PDF; extract its text"),
-        (b"text" + bytes(100), "holds zero bytes"),
+        (b"text" + bytes(100), "has zero bytes"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "Git LFS has not fetched"),
         (bytes(range(1, 256)) * 9, "it is not text"),
         ("text".encode("utf-32"), "it is UTF-32"),
@@ -341,16 +341,16 @@ BAD = {
     "keyless.jsonl": (GOOD + GOOD + b'{"body": "x"}\n', ":3: no text under the key 'text' (there is body)"),
     "null.jsonl": (b'{"text": null}\n', "holds no text"),
     "number.jsonl": (GOOD + b'{"text": 7}\n', ":2: the key 'text' holds a number, not text"),
-    "list.jsonl": (b"[1]\n", ":1: not a JSON object; make it one object a line with: jq -c '.[]'"),
+    "list.jsonl": (b"[1]\n", ":1: not a JSON object; write one object per line with: jq -c '.[]'"),
     "indented.json": (b'{\n "text": "x"\n}\n', ":1: not a JSON object"),
-    "a.parquet": (b"PAR1 nothing of the kind", "not a sound Parquet file"),
+    "a.parquet": (b"PAR1 nothing of the kind", "not a valid Parquet file"),
     "a.docx": (b"x", "is not a text file"),
-    "cut.jsonl.gz": (gzip.compress(GOOD * 9)[:-9], "cut short or damaged"),
-    "cut.jsonl.xz": (lzma.compress(GOOD * 9)[:-9], "cut short or damaged"),
-    "cut.jsonl.zst": (COMPRESS[".zst"](GOOD * 9)[:-3], "cut short or damaged"),
-    "not.txt.gz": (b"plain text", "cut short or damaged"),
-    "not.txt.xz": (b"plain text", "cut short or damaged"),
-    "not.txt.zst": (b"plain text", "cut short or damaged"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 9)[:-9], "truncated or damaged"),
+    "cut.jsonl.xz": (lzma.compress(GOOD * 9)[:-9], "truncated or damaged"),
+    "cut.jsonl.zst": (COMPRESS[".zst"](GOOD * 9)[:-3], "truncated or damaged"),
+    "not.txt.gz": (b"plain text", "truncated or damaged"),
+    "not.txt.xz": (b"plain text", "truncated or damaged"),
+    "not.txt.zst": (b"plain text", "truncated or damaged"),
 }
 
 

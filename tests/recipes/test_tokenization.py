@@ -94,7 +94,7 @@ def test_a_tokenizer_that_cannot_serve_is_named(tmp_path):
     }
     (tmp_path / "endless.json").write_text(json.dumps(content))
     for name, message in (
-        ("broken.json", "is no tokenizer.json"),
+        ("broken.json", "is not a tokenizer.json"),
         ("endless.json", "no end-of-text token"),
         ("missing.json", "does not exist"),
     ):

@@ -144,8 +144,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     for argv, message in (
-        (["--output", tmp_path / "x", "--checkpoint", tmp_path, "--format", "custom_generate"], "of no model"),
-        (["--output", tmp_path / "x"], "--checkpoint is what to export"),
+        (["--output", tmp_path / "x", "--checkpoint", tmp_path, "--format", "custom_generate"], "takes none"),
+        (["--output", tmp_path / "x"], "give the --checkpoint to export"),
         (["--output", tmp_path / "taken", "--format", "custom_generate"], "already holds something else"),
     ):
         assert main([str(word) for word in argv]) == 2
@@ -180,9 +180,9 @@ def test_what_would_not_be_exact_is_refused():
         ("llama", {"dola_layers": "low"}, "dola_layers"),
         ("llama", {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "pads must be on the left"),
         ("mistral", {"budget": models.POSITIONS + 1}, f"window of {models.POSITIONS}"),
-        ("llama-dynamic", {}, "other frequencies"),
-        ("mpt", {}, "no rotary positions"),
-        ("GPT2", {}, "no rotary positions"),
+        ("llama-dynamic", {}, "changes its rotary frequencies"),
+        ("mpt", {}, "same rotary positions"),
+        ("GPT2", {}, "same rotary positions"),
     ]
     for family, settings, message in cases:
         with pytest.raises(ValueError, match=message):

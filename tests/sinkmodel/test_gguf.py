@@ -150,7 +150,7 @@ def test_layouts_on_numbers():
 
 
 SINKS_REFUSED = {
-    **{kind: (SinkConfig(kind), f"this model has one of kind '{kind}'") for kind in IN_SOFTMAX},
+    **{kind: (SinkConfig(kind), f"this model has a sink of kind '{kind}'") for kind in IN_SOFTMAX},
     "two": (SinkConfig("token", 2), "this model has 2 sinks"),
 }
 
@@ -168,9 +168,9 @@ def test_bad_output_names_are_one_line(tmp_path, capsys):
     taken = tmp_path / "taken.gguf"
     taken.write_text("mine")
     for output, form, message in (
-        (tmp_path / "model", "gguf", "it ends in .gguf"),
-        (tmp_path / "model.gguf", "transformers", "with --format gguf it ends in .gguf"),
-        (taken, "gguf", "exists already"),
+        (tmp_path / "model", "gguf", "it must end in .gguf"),
+        (tmp_path / "model.gguf", "transformers", "it must end in .gguf with --format gguf"),
+        (taken, "gguf", "already exists"),
     ):
         refused(["--checkpoint", tmp_path / "run", "--output", output, "--format", form], message, capsys)
     assert taken.read_text() == "mine"
@@ -206,10 +206,10 @@ def with_pattern(content):
 
 
 TOKENIZERS_REFUSED = {
-    "it cuts a text in another way than GPT-2": with_pattern,
+    "it splits a text in another way than GPT-2": with_pattern,
     "than GPT-2, SmolLM": lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
     "it has the normalizer 'NFKC'": lambda c: c.update(normalizer={"type": "NFKC"}),
-    "Llama 3 and Qwen 2 do": lambda c: c["model"].update(ignore_merges=True),
+    "Llama 3 and Qwen 2": lambda c: c["model"].update(ignore_merges=True),
     "in another way": lambda c: c["pre_tokenizer"].update(use_regex=False),
     "its BPE has dropout": lambda c: c["model"].update(dropout=0.1),
     "its BPE has unk_token": lambda c: c["model"].update(unk_token="a"),
@@ -217,9 +217,9 @@ TOKENIZERS_REFUSED = {
     "its BPE has end_of_word_suffix": lambda c: c["model"].update(end_of_word_suffix="</w>"),
     "its BPE has byte_fallback": lambda c: c["model"].update(byte_fallback=True),
     "blanks around them": lambda c: c["added_tokens"][0].update(lstrip=True),
-    "take in the blanks": lambda c: c["added_tokens"][0].update(rstrip=True),
-    "stand as words only": lambda c: c["added_tokens"][0].update(single_word=True),
-    "it puts tokens of its own around a text": lambda c: c.update(
+    "include the blanks": lambda c: c["added_tokens"][0].update(rstrip=True),
+    "match only whole words": lambda c: c["added_tokens"][0].update(single_word=True),
+    "it adds tokens to a text other than one in front": lambda c: c.update(
         post_processor=json.loads(
             processors.TemplateProcessing(single="a $A", special_tokens=[("a", 2)]).__getstate__()
         )
@@ -240,7 +240,7 @@ def test_a_tokenizer_that_llama_cpp_would_run_with_other_ids_is_refused(reason):
 
 
 def test_a_tokenizer_without_an_end_of_text_is_refused():
-    with pytest.raises(UserError, match="it has no token for the end of a text"):
+    with pytest.raises(UserError, match="it has no end-of-text token"):
         check_tokenizer(dataclasses.replace(tiny.tokenizer(), eos_id=None), SinkConfig())
 
 

@@ -202,7 +202,7 @@ def test_a_chat_in_the_template_of_the_base_has_one_sink(tmp_path, name):
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
-    "--format gguf writes gpt_neox, llama, mistral, qwen2, qwen3, and this model is gemma": ("gemma", {}),
+    "--format gguf supports gpt_neox, llama, mistral, qwen2, qwen3, and this model is gemma": ("gemma", {}),
     "and this model is stablelm; export it with --format transformers": ("stablelm", {}),
     "cannot compute this mistral: its attention has a sliding window of 16": ("mistral", {"sliding_window": 16}),
     "cannot compute this qwen2: its attention has a sliding window of 8": (

@@ -128,8 +128,8 @@ def refusal(name, **kwargs) -> str:
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert "no folder, no file and no installed package" in refusal(tmp_path / "nothing")
-    assert "no folder, no file and no installed package" in refusal("runs/nothing"), "not sought on the Hub"
+    assert "not a folder, a file or an installed package" in refusal(tmp_path / "nothing")
+    assert "not a folder, a file or an installed package" in refusal("runs/nothing"), "not sought on the Hub"
     assert "no config.json" in refusal(tmp_path)
     assert "ships 0 .gguf files" in refusal("torch")
     assert "choose one of float32" in refusal(tmp_path, dtype="int3")

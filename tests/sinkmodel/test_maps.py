@@ -94,8 +94,8 @@ def test_the_sinks_of_gpt_oss_are_a_sink_in_the_softmax():
         ("mpt", {}, "'mpt' does not send"),
         ("gptj", {}, "'gptj' does not send"),
         ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8}, "'gemma2' asks its attention for softcap"),
-        ("Bert", {}, "'bert' asks its attention for keys behind the query"),
-        ("mistral", {"sliding_window": T - 1}, f"sliding window of {T - 1} of its own, narrower than rows of {T}"),
+        ("Bert", {}, "'bert' asks its attention for keys after the query"),
+        ("mistral", {"sliding_window": T - 1}, f"its own sliding window of {T - 1}, narrower than rows of {T}"),
     ],
 )
 def test_a_model_that_cannot_be_watched_is_refused_by_name(family, settings, says):

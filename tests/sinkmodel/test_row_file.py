@@ -159,9 +159,9 @@ def test_what_has_no_row_is_refused_before_anything_is_written(tmp_path, capsys)
     taken = tmp_path / "taken.safetensors"
     taken.write_text("mine")
     for checkpoint, output, message in (
-        ("whole", "x.safetensors", "holds a whole model, and a row is what training.parts sink or sink+norms trained"),
-        ("whole", "taken.safetensors", "exists already"),
-        ("whole", "x", "with --format row it ends in .safetensors"),
+        ("whole", "x.safetensors", "holds a whole model; only runs with training.parts sink or sink+norms have a row"),
+        ("whole", "taken.safetensors", "already exists"),
+        ("whole", "x", "it must end in .safetensors with --format row"),
         ("none", "x.safetensors", "does not exist"),
     ):
         argv = ["--checkpoint", str(tmp_path / checkpoint), "--output", str(tmp_path / output), "--format", "row"]
@@ -170,6 +170,6 @@ def test_what_has_no_row_is_refused_before_anything_is_written(tmp_path, capsys)
         assert message in error
         assert error.count("\n") == 1
     assert main(["--checkpoint", str(tmp_path / "whole"), "--output", str(tmp_path / "x.safetensors")]) == 2
-    assert "with --format row it ends in .safetensors, and else it does not" in capsys.readouterr().err
+    assert "it must end in .safetensors with --format row, and only then" in capsys.readouterr().err
     assert taken.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken.safetensors", "whole"]

@@ -175,7 +175,7 @@ def test_a_budget_that_holds_no_window_is_refused(budget, sinks):
         ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "'opt' adds absolute positions"),
         ("Falcon", {"alibi": False}, "'falcon' does not send its attention"),
         ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 64}, "'gemma2' asks .* softcap"),
-        ("mistral", {"sliding_window": BUDGET - 1}, "'mistral' has a window of 15"),
+        ("mistral", {"sliding_window": BUDGET - 1}, "'mistral' has its own window of 15"),
         ("Llama4Text", LLAMA4, "'llama4_text' has chunked_attention layers"),
         ("Mamba", MAMBA, "'mamba' has .* layers"),
         (

@@ -71,7 +71,7 @@ def test_what_commands_and_their_libraries_say_has_no_credentials(capsys, caplog
 def test_a_token_that_no_header_can_hold_is_one_line_without_it(tmp_path, monkeypatch, capsys, token):
     """Risk: a traceback, with the token in it."""
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(UserError, match="the token for the Hub, of HF_TOKEN or of the login, has a letter") as caught:
+    with pytest.raises(UserError, match="the token for the Hub, from HF_TOKEN or from the login") as caught:
         load_model("org/name")
     assert token not in str(caught.value)
     (tmp_path / "a.txt").write_text("words")
@@ -82,6 +82,6 @@ def test_a_token_that_no_header_can_hold_is_one_line_without_it(tmp_path, monkey
     ):
         assert prepare([*words, "--output", out]) == 2
         err = capsys.readouterr().err
-        assert "has a letter that no token has" in err.splitlines()[-1]
+        assert "has a character that no token has" in err.splitlines()[-1]
         assert token not in err
         assert not (tmp_path / "out").exists()

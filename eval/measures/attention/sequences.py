@@ -1,9 +1,9 @@
-"""Sequences of one length out of texts: pieces that follow each other, taken in turns, so that the draw has no dice.
+"""Sequences of one length cut from texts: consecutive pieces, interleaved deterministically (no sampling).
 
-Of each document the first T text tokens are its first piece, the next T its second, and what is left over is not used.
-Files take turns in giving documents, and documents in giving pieces: first the first piece of each, then the second of
-each, until there are enough. A model with S sink tokens reads them and the first T − S tokens of the same pieces, so
-that twins read the same text, and T places are T places.
+The first T text tokens of a document are its first piece, the next T its second, and so on; a remainder is not used.
+Documents are taken from the files in turns. Pieces are taken from the documents in turns: first the first piece of
+each, then the second of each, until there are enough. A model with S sink tokens reads these sinks and then the first
+T − S tokens of the same pieces, so that twins read the same text and every sequence has T positions.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ Item = TypeVar("Item")
 def read_sequences(
     loaded: LoadedModel, files: Sequence[Path], count: int, length: int
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """For each file what was taken of it, and at most `count` sequences of `length` ids, sinks in front.
+    """Returns, for each file, a summary of what was used of it; and at most `count` sequences of `length` ids.
 
-    Raises UserError where no document of any file has `length` tokens; says so where there are fewer than `count`.
+    Each sequence begins with the model's sinks. Raises UserError if no document has `length` tokens. If there are fewer
+    than `count` sequences, this is reported.
     """
     from sinkmodel.files import sha256_of
     from sinkmodel.loading import encode
@@ -37,7 +38,7 @@ def read_sequences(
         return ((file, text) for text in read_documents(file) if len(encode(loaded, text, length)) == length)
 
     each = -(-count // len(files))
-    while True:  # a file is read to its end or closed before the next: there may be more than a process may open
+    while True:  # only one file is open at a time: there may be more files than a process may open
         of_files = [list(islice(long_enough(file), each)) for file in files]
         if sum(map(len, of_files)) >= count or all(len(found) < each for found in of_files):
             break
@@ -47,7 +48,7 @@ def read_sequences(
         names = ", ".join(map(str, files))
         raise UserError(f"no document of {names} has {length} tokens; lower --length or give longer texts")
     taken: list[tuple[Path, list[int]]] = []
-    for each in dict.fromkeys((-(-count // len(documents)), count)):  # more of the long ones where others are short
+    for each in dict.fromkeys((-(-count // len(documents)), count)):  # if some are short, take more of the long ones
         of_all = [
             [(file, piece) for piece in pieces(encode(loaded, text, each * length), length)] for file, text in documents
         ]
@@ -64,12 +65,12 @@ def read_sequences(
 
 
 def pieces(ids: Sequence[int], length: int) -> list[list[int]]:
-    """Consecutive pieces of `length` ids; what is left over is not used."""
+    """Consecutive pieces of `length` ids; a remainder is not used."""
     return [list(ids[first : first + length]) for first in range(0, len(ids) - length + 1, length)]
 
 
 def in_turns(sources: Iterable[Iterable[Item]]) -> Iterator[Item]:
-    """The first item of each source, then the second of each, and so on; one that has ended is passed over."""
+    """The first item of each source, then the second of each, and so on; exhausted sources are skipped."""
     left = [iter(source) for source in sources]
     while left:
         going = []

@@ -1,13 +1,15 @@
-"""Where attention goes, in numbers: what one layer's maps say, as sums over sequences.
+"""Where attention goes, in numbers: statistics of each layer's attention maps, summed over sequences.
 
-`alpha` is the sink metric of Gu et al. (arXiv 2410.10781, section 3.2): how much key k gets of the queries from its own
-on. A head has a sink at k where α_k > ε, and the share of such (sequence, layer, head) is their Sink_k^ε.
+`alpha` is the sink metric of Gu et al. (arXiv 2410.10781, section 3.2): the mean attention that key k gets from the
+queries at k and after it. A head has a sink at k if α_k > ε. The share of such (sequence, layer, head) is their
+Sink_k^ε.
 
-A target is what may be a sink: `sink` is what the model has for it, tokens in front or one in the softmax, and `first`
-the first text token. Shares are means over the queries behind the first text token, which all have somewhere else to
-look: sink, first and rest are 1 together.
+A target is a place that may be a sink. `sink` is the model's own sink: tokens in front of the text, or a column of the
+softmax. `first` is the first text token. Shares are means over the queries after the first text token, since each of
+these has another text token to attend to. The shares of sink, first and rest add up to 1.
 
-Shapes: B sequences, H heads in G groups of shared keys, T places, P first places of a map, D.
+Shapes: B sequences, H heads in G groups of shared keys, T positions, P the first positions of a map, D dimensions of a
+head (or of the hidden states).
 """
 
 from __future__ import annotations
@@ -22,34 +24,39 @@ from sinkmodel.maps import Seen
 
 MEASURED = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
 PEAK = ("largest", "largest_place", "largest_dimension", "median", "times_median", "massive")
-PLACES = 10  # of which the metric is given one by one, as Gu et al.'s own code prints it
-MAP = 16  # places of an averaged map, as in StreamingLLM's Figures 2 and 7
-MASSIVE = 100.0, 1000.0  # Sun et al. (arXiv 2402.17762): above this, and this many times the median
+PLACES = 10  # first positions for which the metric is reported one by one, as Gu et al.'s own code prints it
+MAP = 16  # positions of an averaged map, as in StreamingLLM's Figures 2 and 7
+MASSIVE = 100.0, 1000.0  # Sun et al. (arXiv 2402.17762): above this value, and above this many times the median
 
 
 def alpha(weights_BHTT: Tensor) -> Tensor:
-    """α_k [B, H, T]: the mean over queries i ≥ k of A[i, k], the query at k with them."""
+    """α_k [B, H, T]: the mean over queries i ≥ k of A[i, k], including the query at k."""
     T = weights_BHTT.shape[-1]
     return weights_BHTT.sum(-2) / torch.arange(T, 0, -1, device=weights_BHTT.device)
 
 
 def shares(weights_BHTT: Tensor, sink_BHT: Tensor | None, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Share of attention on sink, first text token and all the rest, each [B, H]; `sinks` tokens stand in front."""
-    behind = slice(sinks + 1, None)
-    mean_BHT = weights_BHTT[:, :, behind].mean(-2)
+    """Share of attention on the sink, the first text token and all the rest, each [B, H].
+
+    Args:
+        sink_BHT: what each query gives to a sink in the softmax; None for a model without one.
+        sinks: number of sink tokens before the text.
+    """
+    after_first = slice(sinks + 1, None)
+    mean_BHT = weights_BHTT[:, :, after_first].mean(-2)
     sink = mean_BHT[..., :sinks].sum(-1)
     if sink_BHT is not None:
-        sink = sink + sink_BHT[..., behind].mean(-1)
-    return sink, mean_BHT[..., sinks], mean_BHT[..., behind].sum(-1)
+        sink = sink + sink_BHT[..., after_first].mean(-1)
+    return sink, mean_BHT[..., sinks], mean_BHT[..., after_first].sum(-1)
 
 
 def layer_sums(seen: Seen, sinks: int, epsilon: float) -> dict[str, Tensor]:
-    """Sums over the B sequences of one layer; what is not there, as the α of a sink that a model lacks, has no entry.
+    """Sums over the B sequences of one layer. A quantity that the model lacks, such as the sink's α, has no entry.
 
-    sink_alpha, first_alpha [H]; sink_heads, first_heads [H], in how many sequences it is above ε; sink_share,
-    first_share, rest_share [H]; heads_by_place [H, T]; key_norm, value_norm [T], means over G; score, weight
-    [H, P, P] and, of a sink in the softmax, sink_score, sink_weight [H, P]. Of several sink tokens the largest α
-    counts.
+    The entries: sink_alpha, first_alpha [H]; sink_heads, first_heads [H], the number of sequences with α > ε;
+    sink_share, first_share, rest_share [H]; heads_by_place [H, T]; key_norm, value_norm [T], means over G; score,
+    weight [H, P, P]; and for a sink in the softmax sink_score, sink_weight [H, P]. With several sink tokens, the
+    largest α counts.
     """
     alpha_BHT = alpha(seen.weights_BHTT)
     targets = {"first": alpha_BHT[..., sinks]}
@@ -75,16 +82,16 @@ def layer_sums(seen: Seen, sinks: int, epsilon: float) -> dict[str, Tensor]:
 
 
 def largest(hidden_BTD: Tensor) -> Tensor:
-    """[4]: the largest |activation| of all, its place and dimension, and the median |activation| of its sequence."""
+    """[4]: the largest |activation| of all, its position and dimension, and the median |activation| of its sequence."""
     size_BN = hidden_BTD.float().abs().flatten(1)
     value_B, index_B = size_BN.max(-1)
-    b_1 = value_B.argmax(dim=0, keepdim=True)  # [1]: an index of no dimension would be waited for
+    b_1 = value_B.argmax(dim=0, keepdim=True)  # [1]: indexing with a 0-d tensor would synchronise with the device
     place_1, dimension_1 = index_B[b_1] // hidden_BTD.shape[-1], index_B[b_1] % hidden_BTD.shape[-1]
     return torch.cat([value_B[b_1], place_1, dimension_1, size_BN[b_1].median(-1).values])
 
 
 class Tally:
-    """`layer_sums` and `largest` over any number of sequences, in the memory of one; nothing waits for the device."""
+    """Accumulates `layer_sums` and `largest` over any number of batches, in constant memory, without device syncs."""
 
     def __init__(self, sinks: int, epsilon: float):
         self.sinks, self.epsilon = sinks, epsilon
@@ -93,12 +100,12 @@ class Tally:
         self.peaks: dict[int, Tensor] = {}
 
     def see(self, seen: Seen) -> None:
-        """What `watch` shows of a layer."""
+        """Add the maps of one layer; a callback for `watch`."""
         new, old = layer_sums(seen, self.sinks, self.epsilon), self.sums.get(seen.layer, {})
         self.sums[seen.layer] = {name: x + old.get(name, 0) for name, x in new.items()}
 
     def end_batch(self, sequences: int, hidden: Sequence[Tensor]) -> None:
-        """`hidden` [B, T, D] is what each layer reads."""
+        """Add the hidden states [B, T, D] that each layer reads, and count the batch's sequences."""
         self.sequences += sequences
         for layer, hidden_BTD in enumerate(hidden):
             new = largest(hidden_BTD)
@@ -106,7 +113,7 @@ class Tally:
             self.peaks[layer] = torch.where(new[0] > old[0], new, old)
 
     def means(self) -> list[dict[str, Tensor]]:
-        """Of each layer the means over sequences, in fp64 on the CPU, and `peak`, the [4] of `largest`."""
+        """For each layer the means over sequences, in fp64 on the CPU, and `peak`, the [4] of `largest`."""
         fetched = {layer: {name: x.cpu().double() for name, x in sums.items()} for layer, sums in self.sums.items()}
         return [
             {"peak": self.peaks[layer].cpu().double(), **{name: x / self.sequences for name, x in sums.items()}}
@@ -118,9 +125,11 @@ class Tally:
 
 
 def results(means: list[dict[str, Tensor]], sinks: int, own_keys: list[float | None]) -> dict[str, Any]:
-    """`rows`, one a layer with its heads; `overall`; and `heads_by_place`, the metric of the first places one by one.
+    """The result: `rows`, one per layer with its heads; `overall`; and `heads_by_place`, the metric by position.
 
-    `means` as `Tally.means` gives them, `own_keys` the norms of the keys of a sink in the softmax.
+    Args:
+        means: what `Tally.means` returns.
+        own_keys: for each layer the norm of the key of a sink in the softmax; None without such a key.
     """
     rows = [layer_row(layer, mean, sinks, own) for layer, (mean, own) in enumerate(zip(means, own_keys))]
     peak = max(rows, key=lambda row: row["largest"])
@@ -135,10 +144,10 @@ def results(means: list[dict[str, Tensor]], sinks: int, own_keys: list[float | N
 
 
 def layer_row(layer: int, mean: dict[str, Tensor], sinks: int, own_key: float | None) -> dict[str, Any]:
-    """A row of the table, means over heads, and the same of each head. What the model has not is None.
+    """A row of the table: means over heads, and the values of each head. A quantity that the model lacks is None.
 
-    `largest` is the largest |activation| that the layer reads, with its place, dimension and ratio to the median of its
-    sequence; `massive` after Sun et al. A sink in the softmax has a value of zero and perhaps a key of its own.
+    `largest` is the largest |activation| that the layer reads, with its position, dimension and ratio to the median of
+    its sequence; `massive` follows Sun et al. A sink in the softmax has a value of zero and may have a key of its own.
     """
     of_heads = {name: mean[name].tolist() for name in MEASURED if name in mean}
     if "sink_alpha" not in mean:
@@ -160,12 +169,12 @@ def layer_row(layer: int, mean: dict[str, Tensor], sinks: int, own_key: float | 
 
 
 def _mean(values: list[Any]) -> float | None:
-    """None where the values are."""
+    """The mean, or None if any value is None."""
     return None if None in values else sum(values) / len(values)
 
 
 def born(shares_by_step: Sequence[tuple[int, float]], threshold: float) -> int | None:
-    """The first step from which on every share is above the threshold; None where the last one is not."""
+    """The first step from which every share is above the threshold; None if the last share is not."""
     step = None
     for at, share in reversed(shares_by_step):
         if not share > threshold:

@@ -1,9 +1,9 @@
-"""`sink-eval sinks`: where attention goes, head by head, and over a run's checkpoints when the sink is born.
+"""`sink-eval sinks`: where attention goes, head by head; and at which of a run's checkpoints the sink appears.
 
 The sink metric is that of Gu et al. (arXiv 2410.10781): α_k is the mean over queries i ≥ k of A[i, k], and a head has a
-sink at k in a sequence where α_k > ε. It is given for the first text token and for what the model has as a sink: tokens
-in front, or a column of the softmax, whose α is the mean share that all queries give it. `shares` has the numbers,
-`sequences` says which texts are read, `sinkmodel.maps` where the maps come from.
+sink at k in a sequence if α_k > ε. The metric is reported for the first text token and for the model's own sink. If
+that is a column of the softmax, its α is the mean share that all queries give to it. `shares` computes the numbers,
+`sequences` selects the texts, and `sinkmodel.maps` extracts the attention maps.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Where attention goes: the sink metric, norms, massive activations and maps; or when a sink is born."
 EXAMPLE = "sink-eval sinks --model runs/sink --text books-test.jsonl --maps runs/maps"
-SHORTEST = 2  # text tokens of a sequence: the first, and one that may look at it
-TOKENS_AT_ONCE = 2048  # in one forward; their hidden states are held for all layers
-BORN = 0.05  # share of heads
+SHORTEST = 2  # text tokens of a sequence: the first, and one that can attend to it
+TOKENS_AT_ONCE = 2048  # tokens of one forward; their hidden states are held for all layers
+BORN = 0.05  # share of heads with a sink above which the sink counts as born
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_argument(parser)
     parser.add_argument("--sequences", type=positive, default=100, metavar="N", help="pieces of text (default: 100)")
     parser.add_argument(
-        "--length", type=positive, default=64, metavar="T", help="tokens of each, sinks counted (default: 64)"
+        "--length", type=positive, default=64, metavar="T", help="tokens of each piece, including sinks (default: 64)"
     )
     parser.add_argument(
         "--epsilon", type=share, default=0.3, metavar="E", help="α above which a head has a sink (default: 0.3)"
@@ -55,23 +55,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--maps",
         type=path_of,
         metavar="FOLDER",
-        help="folder to make, with the averaged maps of the first 16 places",
+        help="write the averaged maps of the first 16 positions to this new folder",
     )
     parser.add_argument(
         "--heads",
         type=_head,
         nargs="+",
         metavar="LAYER.HEAD",
-        help="which heads --maps draws (default: head 0 of layers as in StreamingLLM's Figure 2)",
+        help="heads that --maps draws (default: head 0 of the layers in StreamingLLM's Figure 2)",
     )
     parser.add_argument(
-        "--checkpoints", action="store_true", help="every checkpoint of the run --model, and when its sink is born"
+        "--checkpoints",
+        action="store_true",
+        help="measure every checkpoint of the run --model, and report when its sink is born",
     )
     parser.add_argument(
         "--born",
         type=share,
         metavar="SHARE",
-        help=f"of heads: a sink is born where it stays above (with --checkpoints; default: {BORN})",
+        help="with --checkpoints: the sink is born when the share of heads that have it rises above this and stays "
+        f"there (default: {BORN})",
     )
     add_common_arguments(parser)
 
@@ -79,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _head(text: str) -> tuple[int, int]:
     layer, _, head = text.partition(".")
     if not (text.isascii() and layer.isdigit() and head.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER.HEAD, as 2.0 for the first head of the third layer")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not LAYER.HEAD, such as 2.0 for the first head of the third layer"
+        )
     return int(layer), int(head)
 
 
@@ -87,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     _check(options)
     checkpoints = _checkpoints(Path(options.model)) if options.checkpoints else {}
     if options.maps is not None:
-        import eval.report.maps  # noqa: F401  # a missing matplotlib is said now, not after the measurement
+        import eval.report.maps  # noqa: F401  # fails before the measurement if matplotlib is missing
     from eval.measures.attention.sequences import read_sequences
     from eval.measures.attention.shares import results
 
@@ -122,13 +127,13 @@ def run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     if options.length < SHORTEST:
-        raise UserError(f"--length {options.length} is too short for attention to go anywhere; use at least {SHORTEST}")
+        raise UserError(f"--length {options.length} is too short to measure attention; use at least {SHORTEST}")
     if options.checkpoints and options.maps is not None:
-        raise UserError("--maps is of one model; leave out --checkpoints, or give the file of one as --model")
+        raise UserError("--maps draws one model; leave out --checkpoints, or give one checkpoint file as --model")
     if options.heads is not None and options.maps is None:
-        raise UserError("--heads says what --maps draws; add --maps FOLDER")
+        raise UserError("--heads chooses what --maps draws; add --maps FOLDER")
     if options.born is not None and not options.checkpoints:
-        raise UserError("--born is for --checkpoints; add it, with a run folder as --model")
+        raise UserError("--born needs --checkpoints; add it, with a run folder as --model")
     check_files(options.text)
     check_output("--json", options.json)
     if options.maps is not None:
@@ -136,22 +141,22 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _checkpoints(run: Path) -> dict[Path, tuple[int, int]]:
-    """Every checkpoint of a run in order of step, with its step and the tokens seen; all of them can be read."""
+    """The checkpoints of a run in order of steps, each with (step, tokens seen). Raises UserError if one is damaged."""
     from sinkmodel.checkpoint import Recipe, checkpoint_steps, find_checkpoint, read_checkpoint
 
     if not run.is_dir():
-        raise UserError(f"--checkpoints needs a run folder as --model; {run} is none")
+        raise UserError(f"--checkpoints needs a run folder as --model; {run} is not a folder")
     find_checkpoint(run)
     recipes = {path: Recipe.from_dict(read_checkpoint(path)["recipe"]) for path in checkpoint_steps(run).values()}
     return {path: (recipe.step, recipe.tokens) for path, recipe in recipes.items()}
 
 
 def _check_model(loaded: LoadedModel, options: argparse.Namespace) -> list[tuple[int, int]] | None:
-    """The heads to draw, where some were asked for; UserError for what the model does not have."""
+    """Return the heads to draw (None: the default). Raises UserError for heads or positions that the model lacks."""
     sinks = len(loaded.sink_ids)
     if options.length < sinks + SHORTEST:
         raise UserError(
-            f"--length {options.length} leaves too little text behind the model's {sinks} sink tokens; "
+            f"--length {options.length} leaves too little text after the model's {sinks} sink tokens; "
             f"use at least {sinks + SHORTEST}"
         )
     if loaded.positions is not None and options.length > loaded.positions:
@@ -173,7 +178,7 @@ def _check_model(loaded: LoadedModel, options: argparse.Namespace) -> list[tuple
 
 
 def measure(loaded: LoadedModel, sequences: list[list[int]], epsilon: float, label: str) -> list[dict[str, Tensor]]:
-    """Of each layer the means over sequences of `layer_sums`. Raises UserError for a model that cannot be watched."""
+    """For each layer the means of `layer_sums` over sequences. Raises UserError if the model cannot be watched."""
     import torch
 
     from eval.measures.attention.shares import Tally
@@ -196,7 +201,7 @@ def measure(loaded: LoadedModel, sequences: list[list[int]], epsilon: float, lab
 
 
 def own_key_norms(model: Any) -> list[float | None]:
-    """Of each layer the norm of the key of a sink in the softmax, a mean over the KV heads; None where it has none."""
+    """For each layer the norm of the key of a sink in the softmax, averaged over the KV heads; None without a key."""
     from sinkmodel.sinks import kind_of
 
     if kind_of(model.config) == "kv_bias":
@@ -213,7 +218,7 @@ def _run_checkpoints(
     checkpoints: dict[Path, tuple[int, int]],
     sequences: list[list[int]],
 ) -> dict[str, Any]:
-    """A row a checkpoint, its layers and heads in it, and when the sink is born. `loaded` is the first of them."""
+    """One row per checkpoint, with its layers and heads, and when the sink is born. `loaded`: the first checkpoint."""
     from eval.measures.attention.shares import born, results
 
     rows: list[dict[str, Any]] = []
@@ -257,15 +262,15 @@ def _cells(row: dict[str, Any], has_sink: bool) -> list[str]:
 
 
 def _peak(row: dict[str, Any]) -> list[str]:
-    where = f"{row['largest_place']}, {row['largest_dimension']}"
-    return [f"{row['largest']:,.1f}", where, number(row["times_median"], ",.0f") + "!" * row["massive"]]
+    location = f"{row['largest_place']}, {row['largest_dimension']}"
+    return [f"{row['largest']:,.1f}", location, number(row["times_median"], ",.0f") + "!" * row["massive"]]
 
 
 def _caption(content: dict[str, Any]) -> str:
     return (
-        f"α: mean over queries i ≥ k of A(i, k); heads: where it is above {content['epsilon']:g}; →: share of "
-        "attention of the queries behind the first text token; |k|, |v|: norms; |h|: largest activation that a layer "
-        "reads, its place and dimension, and times the median (!: massive, after Sun et al.)"
+        f"α: mean over queries i ≥ k of A(i, k); heads: share of heads with α above {content['epsilon']:g}; →: share "
+        "of attention of the queries after the first text token; |k|, |v|: norms; |h|: largest activation that a layer "
+        "reads, its position and dimension, and its ratio to the median (!: massive, after Sun et al.)"
     )
 
 
@@ -280,7 +285,7 @@ def print_layers(content: dict[str, Any]) -> None:
     columns = [*_columns(has_sink), *norms, "|h|", "at", "× med."]
     table = new_table(_title(content), _caption(content), ["layer"], columns)
     for row in content["rows"]:
-        values = [row[f"{name}_{where}"] for name in ("key_norm", "value_norm") for where in (at, "rest")]
+        values = [row[f"{name}_{part}"] for name in ("key_norm", "value_norm") for part in (at, "rest")]
         table.add_row(str(row["layer"]), *_cells(row, has_sink), *(number(x, "0.2f") for x in values), *_peak(row))
     table.add_section()
     table.add_row("all", *_cells(content["overall"], has_sink), *[""] * len(norms), *_peak(content["overall"]))
@@ -298,11 +303,11 @@ def print_checkpoints(content: dict[str, Any]) -> None:
 
 
 def birth_notice(birth: dict[str, Any], first_step: int) -> str:
-    where = "the first text token" if birth["target"] == "first" else "the model's sink"
-    what = f"more than {birth['threshold']:.0%} of heads with a sink at {where}"
+    target = "the first text token" if birth["target"] == "first" else "the model's sink"
+    criterion = f"more than {birth['threshold']:.0%} of heads with a sink at {target}"
     if birth["step"] is None:
-        return f"no sink is born: the last checkpoint does not have {what}"
+        return f"no sink is born: the last checkpoint does not have {criterion}"
     when = f"step {birth['step']} ({birth['tokens']:,} tokens)"
     if birth["step"] == first_step:
-        return f"the sink is there at the first checkpoint, {when}, and stays: {what}"
-    return f"the sink is born at {when}: from there on every checkpoint has {what}"
+        return f"the sink is there at the first checkpoint, {when}, and stays: {criterion}"
+    return f"the sink is born at {when}: from then on every checkpoint has {criterion}"

@@ -1,9 +1,10 @@
-"""lm-eval with a model's sink tokens in front of everything that the model reads, exactly once, and never scored.
+"""lm-eval with the model's sink tokens in front of everything that the model reads, exactly once, and never scored.
 
-Stock lm-eval (0.4.13) leaves the sinks to the tokenizer. A question longer than the model's positions loses them with
-its beginning; rolling perplexity has one too many in its first window and scores it as if it were text, and has none in
-later windows; an empty context has the first sink alone; a text that spells a sink gets one more. Here they are no part
-of the text: it is encoded without them and cut to windows that leave room for them, and each gets them in front.
+Stock lm-eval (0.4.13) leaves the sinks to the tokenizer, which goes wrong in four cases. A question longer than the
+model's positions loses them with its beginning. Rolling perplexity has one too many in its first window and scores it
+as text, and has none in later windows. An empty context has only the first sink. A text that spells a sink gets one
+more. Here the sinks are not part of the text: it is encoded without them and cut into windows that leave room for them,
+and every window gets them in front.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from sinkmodel.loading import LoadedModel, encode
 
 
 def windows(context: list[int], target: list[int], room: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Cut a text into (what is only read, what is scored), each for one forward over at most `room` text tokens.
+    """Cut a text into windows (tokens only read, tokens scored), each for one forward over at most `room` text tokens.
 
-    Each token of `target` is scored once, in order. The last token of a window is scored and not fed; what room the
-    others leave is filled with context, of which a window has at least one token, as lm-eval's own windows do. A text
-    that has no context begins with a token that only the sinks stand before.
+    Each token of `target` is scored once, in order. The last token of a window is scored but not fed. The remaining
+    room is filled with context, at least one token, as in lm-eval's own windows. If the text has no context, its first
+    token is predicted from the sinks alone.
     """
     assert room > 0
     tokens = context + target
-    first = len(context)  # of those not yet scored
+    first = len(context)  # index of the first token not yet scored
     while first < len(tokens):
         end = min(first + room + (first == 0), len(tokens))
         yield tokens[max(0, end - 1 - room) : first], tokens[first:end]
@@ -37,7 +38,7 @@ def windows(context: list[int], target: list[int], room: int) -> Iterator[tuple[
 class SinkLM(HFLM):
     """lm-eval's HFLM for a model with sink tokens: a drop-in for every kind of request.
 
-    Text that spells a special token stays text, as in training.
+    Text that spells a special token is encoded as text, as in training.
     """
 
     def __init__(self, loaded: LoadedModel, batch_size: int):
@@ -48,7 +49,7 @@ class SinkLM(HFLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> list[int]:
-        """The tokens of a text, never a sink: those come in front of a window, not of a text."""
+        """The tokens of a text without sinks: these are put in front of each window, not of a text."""
         ids = encode(self.loaded, string)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
@@ -58,9 +59,9 @@ class SinkLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Of each (key, context, target) the log-likelihood of the target in nats, and whether it is the greedy one."""
+        """For each (key, context, target) the target's log-likelihood in nats, and whether greedy decoding gives it."""
         room = self.max_length - len(self.sink_ids)
-        # lm-eval puts its prefix, bos or eos, where a context is empty; no text has that id, as it is encoded here.
+        # lm-eval replaces an empty context by its prefix, bos or eos. No text encoded here contains that id.
         parts = [
             list(windows([] if context == [self.prefix_token_id] else context, target, room))
             for _, context, target in requests
@@ -74,7 +75,7 @@ class SinkLM(HFLM):
         return totals
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole text, its first token included, in nats."""
+        """The log-likelihood in nats of each whole text, including its first token."""
         texts: list[tuple[Any, list[int], list[int]]] = [
             (None, [], self.tok_encode(request.args[0])) for request in requests
         ]
@@ -87,7 +88,7 @@ class SinkLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Prompts to generate from: ids and mask, [B, T] each, T at most `left_truncate_len`, the sinks included."""
+        """Prompts to generate from: ids and mask, both [B, T]; T, with the sinks, is at most `left_truncate_len`."""
         room = (left_truncate_len or self.max_length) - len(self.sink_ids)
         assert room > 0
         rows = [self.sink_ids + self.tok_encode(string, left_truncate_len=room) for string in strings]

@@ -1,12 +1,12 @@
-"""Local .jsonl files as tasks: one JSON object a line, whose keys say what kind of question it is.
+"""Local .jsonl files as tasks: one JSON object per line, whose keys determine the kind of question.
 
-    question, choices, answer    multiple choice: `choices` two or more texts, `answer` the index of the right one (from
-                                 0) or its text; a blank stands between question and choice
-    context, continuation        is the continuation what the model would say, greedily, as in LAMBADA? It is joined to
-                                 the context as it is, so it begins with its own blank
-    text                         log-likelihood of the whole text, over as many windows as it takes
+    question, choices, answer    multiple choice: `choices` has two or more texts, `answer` is the index of the right
+                                 one (from 0) or its text; a blank is put between question and choice
+    context, continuation        would the model generate the continuation greedily, as in LAMBADA? No blank is added
+                                 after the context, so the continuation must begin with its own
+    text                         log-likelihood of the whole text, over as many windows as necessary
 
-Other keys are passed over. The first row says what the file is; every row is checked before a model is loaded.
+Other keys are ignored. The first row determines the kind of the file. Every row is checked before a model is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sinkmodel.text.json_lines import Row
 
 
 def task_config(path: Path, rows: list[Row]) -> dict[str, Any]:
-    """lm-eval's config of the task that these rows make; UserError names the first row that is not like the others."""
+    """lm-eval's config of the task with these rows. Raises UserError that names the first invalid row."""
     for keys, parse, config in FORMS:
         if not rows[0].keys() >= set(keys):
             continue
@@ -30,7 +30,7 @@ def task_config(path: Path, rows: list[Row]) -> dict[str, Any]:
             try:
                 parsed.append(parse(row))
             except ValueError as error:
-                raise UserError(f"{path}, row {number}: {error}; mend it or take it out") from None
+                raise UserError(f"{path}, row {number}: {error}; correct it or remove it") from None
         return {**config(), **in_memory(parsed)}
     raise UserError(
         f"{path}: a row has the keys {', '.join(rows[0]) or '(none)'}; it needs question, choices and answer, or "
@@ -39,7 +39,7 @@ def task_config(path: Path, rows: list[Row]) -> dict[str, Any]:
 
 
 def in_memory(rows: list[Row]) -> dict[str, Any]:
-    """The part of a task's config that gives it these rows as its questions, without a copy on disk."""
+    """The part of a task's config that makes these rows its questions, without a copy on disk."""
 
     def dataset(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
@@ -55,7 +55,7 @@ def in_memory(rows: list[Row]) -> dict[str, Any]:
 def _question(row: Row) -> Row:
     choices, answer = row.get("choices"), row.get("answer")
     if not _is_text(row.get("question")):
-        raise ValueError("'question' is no text")
+        raise ValueError("'question' is not a text")
     if not isinstance(choices, list) or len(choices) < 2 or not all(map(_is_text, choices)):
         raise ValueError("'choices' is not a list of two or more texts")
     if isinstance(answer, str) and choices.count(answer) == 1:
@@ -73,7 +73,7 @@ def _texts(*keys: str) -> Callable[[Row], Row]:
     def parse(row: Row) -> Row:
         for key in keys:
             if not _is_text(row.get(key)):
-                raise ValueError(f"'{key}' is no text")
+                raise ValueError(f"'{key}' is not a text")
         return {key: row[key] for key in keys}
 
     return parse
@@ -99,7 +99,7 @@ def _continuation() -> dict[str, Any]:
 
 
 def _rolling() -> dict[str, Any]:
-    # No word_perplexity: a text without blanks would be one word, and its perplexity beyond any number.
+    # No word_perplexity: a text without blanks would be one word, and its perplexity would overflow.
     return {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",

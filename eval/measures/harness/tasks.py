@@ -1,8 +1,8 @@
-"""Tasks by name: lm-eval's own, the paper's seven among them, or one for each .jsonl file of a folder.
+"""Tasks by name: lm-eval's own, which include the paper's seven, or one for each .jsonl file of a folder.
 
-FOLDER/NAME.jsonl is the task NAME. A file named as one of the paper's seven holds the rows of that task's data set as
-they are, and is lm-eval's task, with its prompts and metrics; any other is read by `files`. A name that has no file is
-a task or group of lm-eval, whose data come from the Hub or from the copy that the Hub's client keeps.
+FOLDER/NAME.jsonl is the task NAME. If NAME is one of the paper's seven, the file holds unchanged rows of that task's
+data set, and lm-eval's task is used with its prompts and metrics. Any other file is read by `files`. A name without a
+file is a task or group of lm-eval; its data come from the Hub or from the Hub client's local cache.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sinkmodel.text.search import find_json_lines, name_without_suffixes
 class PaperTask:
     """A task of StreamingLLM's Table 4: zero-shot accuracy of its 160M models, trained with 0, 1 and 2 sink tokens."""
 
-    folder: str  # of lm-eval's tasks
-    keys: str  # of a row of its data set
-    questions: int  # of the split that lm-eval asks
+    folder: str  # its folder in lm-eval
+    keys: str  # the keys of a row of its data set
+    questions: int  # the size of the split that lm-eval uses
     accuracy: tuple[float, float, float]
 
 
-# The paper names neither lm-eval's version nor the metric; EleutherAI's results for Pythia-160M are near it in "acc".
+# The paper names neither lm-eval's version nor the metric; its numbers are near EleutherAI's "acc" for Pythia-160M.
 PAPER = {
     "arc_challenge": PaperTask("arc", "question choices answerKey", 1172, (0.186, 0.196, 0.187)),
     "arc_easy": PaperTask("arc", "question choices answerKey", 2376, (0.452, 0.456, 0.456)),
@@ -47,7 +47,7 @@ PAPER = {
 
 
 def paper_accuracy(task: str, metric: str, questions: int, sinks: int) -> float | None:
-    """What the paper has for a model with as many sink tokens, where it asked the same questions; None elsewhere."""
+    """The paper's accuracy for `sinks` sink tokens; None if it has none for this metric and number of questions."""
     known = PAPER.get(task)
     if known is None or metric != "acc" or questions != known.questions or sinks >= len(known.accuracy):
         return None
@@ -55,19 +55,21 @@ def paper_accuracy(task: str, metric: str, questions: int, sinks: int) -> float 
 
 
 def choose(tasks: list[str] | None, folder: Path | None) -> tuple[list[str], dict[str, Path]]:
-    """The names of the tasks in order, "paper" spelled out, and the files of those that have one."""
+    """The names of the tasks in order, with "paper" expanded, and the files of those that have one."""
     files: dict[str, Path] = {}
     if folder is not None:
         if not folder.is_dir():
-            raise UserError(f"--data {folder} is no folder; give one with a file NAME.jsonl for each task")
+            raise UserError(f"--data {folder} is not a folder; give one with a file NAME.jsonl for each task")
         there = find_json_lines(folder)
         files = {name_without_suffixes(path): path for path in there.files}
         if there.left_out:
-            say(f"{folder}: left out since not JSON lines: {there.summary()}")
+            say(f"{folder}: left out because they are not JSON lines: {there.summary()}")
         if not files:
             raise UserError(f"--data {folder} has no .jsonl file in it; put a file NAME.jsonl there for each task")
     elif tasks is None:
-        raise UserError("no task is named; give --tasks, as in --tasks paper, or --data with a folder of .jsonl files")
+        raise UserError(
+            "no task is named; give --tasks, such as --tasks paper, or --data with a folder of .jsonl files"
+        )
     if tasks is None:
         return list(files), files
     names = list(dict.fromkeys(name for task in tasks for name in (PAPER if task == "paper" else [task])))
@@ -75,14 +77,14 @@ def choose(tasks: list[str] | None, folder: Path | None) -> tuple[list[str], dic
 
 
 def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
-    """lm-eval's task objects by name, in order, with their questions read; a group gives each of its tasks.
+    """lm-eval's task objects by name, in order, with their questions loaded; a group is replaced by its tasks.
 
-    Raises UserError for a file with a wrong row, a name that lm-eval does not know, and data that cannot be had.
+    Raises UserError for a file with an invalid row, an unknown name, or data that cannot be loaded.
     """
     rows = {name: [row for _, row in read_json_lines(path)] for name, path in files.items()}
     for name, of_task in rows.items():
         if not of_task:
-            raise UserError(f"{files[name]} has no rows; give at least one, or take the file out of the folder")
+            raise UserError(f"{files[name]} has no rows; give at least one, or remove the file from the folder")
     ours = {name: task_config(path, rows[name]) for name, path in files.items() if name not in PAPER}
     from lm_eval.api.task import ConfigurableTask
 
@@ -99,7 +101,7 @@ def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
     for name, task in tasks.items():
         task.set_config(key="num_fewshot", value=0)
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError(f"task {name} runs code that the model writes, or shows it pictures or sound; leave it out")
+            raise UserError(f"task {name} runs code that the model writes, or uses images or sound; leave it out")
     return tasks
 
 
@@ -107,7 +109,7 @@ def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
 
 
 def _manager(names: list[str]) -> Any:
-    """lm-eval's index of tasks: of the folders that the paper's need, or of all 14,000, which takes half a minute."""
+    """lm-eval's index of tasks: only the paper's folders if these are enough, else all 14,000 (half a minute)."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -120,42 +122,42 @@ def _manager(names: list[str]) -> Any:
     for name in names:
         if name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            guess = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists what there is"
-            raise UserError(f"lm-eval has no task {name}, and --data no file {name}.jsonl; {guess}")
+            guess = f"did you mean {close[0]}?" if close else "`lm-eval ls tasks` lists all tasks"
+            raise UserError(f"lm-eval has no task {name}, and --data has no file {name}.jsonl; {guess}")
     return manager
 
 
 def _lm_evals(manager: Any, name: str) -> dict[str, Any]:
     say(f"loading the data of {name}")
-    hub_token()  # one that can be sent, or none
+    hub_token()  # raises UserError if the token cannot be sent
     try:
         with quiet():
             return manager.load([name])["tasks"]
-    except Exception as error:  # of data that are not there: anything, from ConnectionError to a missing package
+    except Exception as error:  # missing data raise anything, from ConnectionError to ImportError
         raise UserError(
-            f"task {name}: its data cannot be loaded ({_named(error)}); load it once where there is a network and "
+            f"task {name}: its data cannot be loaded ({_named(error)}); load it once on a machine with a network and "
             f"set HF_HOME to that copy, or give the rows of its data set as {name}.jsonl in the folder of --data"
         ) from None
 
 
 def _lm_evals_on_file(manager: Any, name: str, path: Path, rows: list[Row]) -> Any:
-    """The task with its questions from a file; all of them are put into its prompts, to find one that does not fit."""
+    """lm-eval's task with its questions from a file; all its requests are built, to find a row that does not fit."""
     for number, row in enumerate(rows, 1):
         missing = [key for key in PAPER[name].keys.split() if key not in row]
         if missing:
             raise UserError(
-                f"{path}, row {number}: no key '{missing[0]}', which the rows of {name} have; copy them from its data "
-                "set as they are, or give the file another name"
+                f"{path}, row {number}: no key '{missing[0]}', which the rows of {name} have; copy them unchanged "
+                "from its data set, or give the file another name"
             )
     spec = {"task": name, "training_split": None, "validation_split": None, **in_memory(rows)}
     try:
         with quiet():
             task = manager.load([{"group": "local", "task": [spec]}])["tasks"][name]
             task.build_all_requests()
-    except Exception as error:  # whatever a template or a function of lm-eval raises on a row that it does not expect
+    except Exception as error:  # lm-eval's templates and functions raise anything on an unexpected row
         raise UserError(
-            f"{path}: lm-eval's {name} cannot read these rows ({_named(error)}); copy them from its data set as "
-            "they are, or give the file another name"
+            f"{path}: lm-eval's {name} cannot read these rows ({_named(error)}); copy them unchanged from its "
+            "data set, or give the file another name"
         ) from None
     return task
 
@@ -166,7 +168,7 @@ def _named(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No bars, notes and retries of lm-eval and what it uses on our screen; all is put back afterwards."""
+    """Silence progress bars and logs of lm-eval and its libraries; everything is restored afterwards."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,9 +1,9 @@
 """`sink-eval zeroshot`: tasks of lm-eval, with the model's sink tokens in front of every window exactly once.
 
-Where the model has sink tokens every task is answered twice: by lm-eval's own HFLM as it is ("stock"), and by the
-adapter (`harness.adapter`), which says how the two differ. Where it has none the adapter would have nothing to put in
-front, and its numbers are stock's. No prompt shows examples, whatever a task's own default. Standard errors are
-lm-eval's: over questions, by bootstrap for a perplexity, and none for a mean over the bytes of whole texts.
+If the model has sink tokens, every task is run twice: with lm-eval's own HFLM ("stock"), and with the adapter, which
+puts the sinks in front (`harness.adapter` explains the difference). If it has none, the adapter would change nothing,
+so its numbers are stock's. All prompts are zero-shot, even if a task's default is not. Standard errors are lm-eval's:
+over questions, by bootstrap for a perplexity, and none for a mean over the bytes of whole texts.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from sinkmodel.progress import Progress
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
-DESCRIPTION = "Zero-shot tasks of lm-eval, with exactly one set of sinks in front, beside what stock lm-eval gives."
+DESCRIPTION = "Zero-shot tasks of lm-eval, with exactly one set of sinks in front, compared to stock lm-eval."
 EXAMPLE = "sink-eval zeroshot --model models/sink --tasks paper"
-RESAMPLES = 1000  # of a bootstrap; lm-eval's 100,000 take minutes and change the third digit
+RESAMPLES = 1000  # of a bootstrap; lm-eval's 100,000 take minutes and change only the third digit
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (metric, filter) -> value, standard error
 
@@ -49,18 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help=f"names of lm-eval; paper: {', '.join(PAPER)} (default: all of --data)",
+        help=f"names of lm-eval's tasks or groups, or of files in --data; paper: {', '.join(PAPER)} (default: all "
+        "files in --data)",
     )
     parser.add_argument(
         "--data",
         type=path_of,
         metavar="FOLDER",
-        help="NAME.jsonl in it is the task NAME: rows of the paper's task of that name as its data set has them, or "
-        "with question, choices, answer; or context, continuation; or text",
+        help="folder in which NAME.jsonl is the task NAME: unchanged rows of a paper's task of that name, or rows with "
+        "question, choices, answer; or context, continuation; or text",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="first questions of each task (default: all)")
     parser.add_argument(
-        "--batch-size", type=positive, default=4, metavar="N", help="windows in one forward; changes the speed alone"
+        "--limit", type=positive, metavar="N", help="use the first N questions of each task (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=4, metavar="N", help="windows in one forward; changes only the speed"
     )
     add_common_arguments(parser)
 
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     check_output("--json", options.json)
     names, files = choose(options.tasks, options.data)
-    import lm_eval  # noqa: F401  what is not installed is known before anything is read
+    import lm_eval  # noqa: F401  fails before anything is read if lm-eval is not installed
 
     tasks = load_tasks(names, files)
     loaded = load(options)
@@ -83,14 +86,14 @@ def run(options: argparse.Namespace) -> None:
             for way, lm in models.items():
                 scores[way], questions = answer(lm, name, task, options.limit, f"{i}/{len(tasks)} {name}, {way}")
             rows += rows_of(loaded, name, questions, scores)
-    finally:  # what is answered outlives a task that fails, and Ctrl-C
+    finally:  # keep the finished tasks if a later one fails, or after Ctrl-C
         if rows:
             content = result(loaded, options, files, rows)
             give_result(options, content, lambda: print_table(loaded, options, rows))
 
 
 def language_models(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:
-    """lm-eval's view of the model: "stock", and "adapter" where there are sink tokens that it could put in front."""
+    """lm-eval's wrappers of the model: "stock", and also "adapter" if the model has sink tokens."""
     from lm_eval.models.huggingface import HFLM
 
     from eval.measures.harness.adapter import SinkLM
@@ -108,7 +111,7 @@ def language_models(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:
 
 
 def check_room(name: str, task: Any, lm: Any, sinks: int) -> None:
-    """UserError where a model has no place left for a prompt before what a task lets it generate."""
+    """Raise UserError if the tokens that a task generates leave no positions for its prompt."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     if task.OUTPUT_TYPE != "generate_until":
@@ -122,9 +125,9 @@ def check_room(name: str, task: Any, lm: Any, sinks: int) -> None:
 
 
 def check_requests(name: str, task: Any, lm: Any, limit: int | None) -> None:
-    """UserError for a text to be scored that has no token of its own, or more than the model has positions.
+    """Raise UserError for a scored text that has no token of its own, or more tokens than the model has positions.
 
-    lm-eval would stop at it, after hours perhaps. Builds the requests of the task.
+    lm-eval would stop at such a text, perhaps after hours. Builds the requests of the task.
     """
     with quiet():
         task.build_all_requests(limit=limit)
@@ -133,14 +136,14 @@ def check_requests(name: str, task: Any, lm: Any, limit: int | None) -> None:
             continue
         context, target = request.args
         tokens = len(lm.tok_encode(context + target)) - len(lm.tok_encode(context.rstrip()))  # as lm-eval splits them
-        where = f"task {name}, question {request.doc_id + 1}: the answer {target[:40]!r}"
+        subject = f"task {name}, question {request.doc_id + 1}: the answer {target[:40]!r}"
         if tokens == 0:
             raise UserError(
-                f"{where} adds no token to its context {context[-20:]!r}; begin it with its own blank, or take it out"
+                f"{subject} adds no token to its context {context[-20:]!r}; begin it with its own blank, or remove it"
             )
         if tokens > lm.max_length:
             raise UserError(
-                f"{where} is longer than the {lm.max_length} positions of the model, which lm-eval does not score; "
+                f"{subject} is longer than the {lm.max_length} positions of the model, which lm-eval does not score; "
                 "shorten it, or leave it out"
             )
 
@@ -149,7 +152,7 @@ def check_requests(name: str, task: Any, lm: Any, limit: int | None) -> None:
 
 
 def answer(lm: Any, name: str, task: Any, limit: int | None, label: str) -> tuple[Scores, int]:
-    """A task's scores and its number of questions, answered by `lm`, zero-shot."""
+    """Run a task zero-shot with `lm`; returns its scores and its number of questions."""
     from lm_eval.evaluator import evaluate
     from transformers import set_seed
 
@@ -162,7 +165,7 @@ def answer(lm: Any, name: str, task: Any, limit: int | None, label: str) -> tupl
             )
     except OverflowError:
         raise UserError(
-            f"task {name}: the perplexity of a continuation is too large for a number; let it be a word, not a text"
+            f"task {name}: the perplexity of a continuation overflows; use a word as continuation, not a text"
         ) from None
     found = result["results"][name]
     scores: Scores = {}
@@ -176,7 +179,7 @@ def answer(lm: Any, name: str, task: Any, limit: int | None, label: str) -> tupl
 
 @contextlib.contextmanager
 def watched(model: Any, task: Any, label: str) -> Iterator[None]:
-    """Progress in rows that the model reads, as lm-eval's own is silent; UserError where logits are not finite."""
+    """Show progress in rows that the model reads, since lm-eval is silenced. Raises UserError if logits are NaN."""
     screen, progress, rows = sys.stderr, Progress(label, "rows"), 0
 
     def after(module: Any, args: Any, output: Any) -> None:
@@ -184,7 +187,7 @@ def watched(model: Any, task: Any, label: str) -> Iterator[None]:
         if bool(output.logits.isnan().any()):
             raise not_finite(module)
         rows += len(output.logits)
-        known = task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood")  # one row a request, or fewer
+        known = task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood")  # at most one row per request
         with contextlib.redirect_stderr(screen):
             progress.update(rows, min(1.0, rows / len(task.instances)) if known else None)
 
@@ -197,7 +200,7 @@ def watched(model: Any, task: Any, label: str) -> Iterator[None]:
 
 
 def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Scores]) -> list[dict[str, Any]]:
-    """A row for each metric of a task, as the JSON has it."""
+    """One result row per metric of a task."""
     from eval.measures.verdict.paper import PYTHIA_160M, model_of
     from eval.measures.verdict.training import shape_of
     from sinkmodel.sinks import IN_SOFTMAX, kind_of
@@ -232,7 +235,7 @@ def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dic
     sinks = f"{in_front} in front" if count else "no sink token: adapter = stock"
     table = new_table(
         f"{options.model}, {options.dtype}, {sinks}",
-        "±: standard error over questions; paper: StreamingLLM's Table 4, its 160M model with as many sink tokens",
+        "±: standard error over questions; paper: StreamingLLM's Table 4, 160M model with as many sink tokens",
         ["task", "metric"],
         ["questions", "stock", "±", "adapter", "±", "paper"],
     )

@@ -1,11 +1,11 @@
-"""How a memory answers: it reads a context, is asked, generates greedily, and scores given answers.
+"""How a memory answers: it reads a context and a question, generates greedily, and scores given answers.
 
-A question is *outside* of what is compressed if the memory compresses at the end of the context, and the question is
-read after that by a fork of the one compressed context. It is *inside* if the memory compresses at the end of the
-question, which takes a new reading for each question. The first token of an answer to a question inside is predicted by
-the forward that reads the prompt, as in the papers; what a memory has forgotten shows from the second token on.
+A question is *outside* if the memory compresses at the end of the context. Then each question is read by a fork of the
+one compressed context. A question is *inside* if the memory compresses at the end of the question. Then the context is
+read again for each question. In this case the forward that reads the prompt predicts the first token of the answer, as
+in the papers, so the effect of forgetting begins only at the second token.
 
-Nothing that is generated or scored stays in a memory: each answer gets a fork of its own.
+Generated and scored tokens do not stay in a memory: each answer uses its own fork.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sinkmodel.tasks.tokens import Asked, Reading
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
-Place = Literal["inside", "outside"]  # of the question, of what is compressed
+Place = Literal["inside", "outside"]  # whether the question is in the compressed prompt
 PLACES: tuple[Place, ...] = ("outside", "inside")
 
 
@@ -37,9 +37,10 @@ class Answer:
 
     Attributes:
         text: the greedy generation.
-        score: the metric's, from 0 to 1.
+        score: the value of the metric, from 0 to 1.
         nll: nats per token of the right answer.
-        rank: of the right answer among it and its distractors by nats per token, from 1; None without distractors.
+        rank: rank from 1 of the right answer among itself and its distractors, by nats per token; None without
+            distractors.
     """
 
     text: str
@@ -57,10 +58,10 @@ class Reader:
 
     @torch.inference_mode()
     def ask(self, memory: Any, reading: Reading, place: Place, metric: Metric) -> tuple[list[Answer], int, int]:
-        """The answers to all questions of a context; bytes held and kept by the memory once it was compressed.
+        """The answers to all questions of a context, and the most bytes held and kept by the compressed memory.
 
         Args:
-            memory: of `sinkmodel.memories`; what it has read before is forgotten.
+            memory: a memory of `sinkmodel.memories`; it is reset before it reads.
         """
         answers = []
         held = kept = 0
@@ -81,7 +82,7 @@ class Reader:
         return self._mean_nll(logits_NV[-len(ids) :], ids).item()
 
     def generate(self, memory: Any, logits_V: Tensor, asked: Asked, metric: Metric) -> str:
-        """The greedy continuation, until the room is used, the text ends, or the score can no longer change."""
+        """The greedy continuation, until `asked.room` tokens are used, the text ends, or the score cannot change."""
         text, ids = "", list[int]()
         while True:
             (token,) = self._next.choose(logits_V[None])
@@ -96,7 +97,7 @@ class Reader:
     # ------------------------------------------------------------------------------------------------ with a memory
 
     def _states(self, memory: Any, reading: Reading, place: Place) -> Iterator[tuple[Asked, Any, Tensor]]:
-        """Each question, a memory that has read it, and the logits [V] of the first token of its answer."""
+        """Yield each question, a memory that has read it, and the logits [V] for the first token of its answer."""
         if place == "outside":
             self._read(memory, reading.context)
         for asked in reading.asked:
@@ -107,7 +108,7 @@ class Reader:
                 yield asked, memory, self._read(memory, [*reading.context, *asked.ids])
 
     def _read(self, memory: Any, ids: Sequence[int]) -> Tensor:
-        """Read a new prompt, compressed at its end; the logits [V] of what comes next."""
+        """Read a new prompt and compress it at its end; returns the logits [V] for the next token."""
         memory.reset()
         memory.expect(len(ids))
         logits_NV = self._feed(memory, ids)
@@ -116,13 +117,13 @@ class Reader:
         return logits_NV[-1]
 
     def _feed(self, memory: Any, ids: Sequence[int], keep: int = 1) -> Tensor:
-        """The logits [n, V] after each of the last `keep` tokens."""
+        """Feed tokens; returns the logits [n, V] after each of the last `keep` tokens."""
         ids_1N = torch.tensor([list(ids)], device=self.model.device)
         output = self.model(input_ids=ids_1N, past_key_values=memory, use_cache=True, logits_to_keep=keep)
         return output.logits[0, -keep:]
 
     def _nll(self, state: Any, logits_V: Tensor, ids: Sequence[int]) -> Tensor:
-        """Nats per token of an answer, teacher-forced, on a fork."""
+        """Nats per token of an answer under teacher forcing, on a fork."""
         logits_AV = logits_V[None]
         if len(ids) > 1:
             logits_AV = torch.cat([logits_AV, self._feed(state.fork(), ids[:-1], len(ids) - 1)])

@@ -1,12 +1,12 @@
 """Local files in LongBench's format (arXiv 2308.14508): JSON lines with `input`, `context`, `answers`, `dataset`, …
 
-Prompts and the tokens that a model may generate are those of LongBench's published configuration (THUDM/LongBench,
-`LongBench/config/`, MIT licence, copyright THU-KEG and Zhipu AI), as its data sets are made for them; `metrics` has the
-metrics. A prompt that is too long loses its middle. Chat templates are not used.
+The prompts and the numbers of generated tokens are those of LongBench's published configuration (THUDM/LongBench,
+`LongBench/config/`, MIT licence, copyright THU-KEG and Zhipu AI), which its data sets are made for. The metrics are in
+`metrics`. A prompt that is too long is cut in its middle. Chat templates are not used.
 
-    input, context     texts; {input} and {context} of the prompt
-    answers            right answers, one of which is enough
-    dataset            one of DATASETS; LongBench-E's have `_e` after the name
+    input, context     texts that replace {input} and {context} in the prompt
+    answers            right answers; one of them is enough
+    dataset            one of DATASETS; the names of LongBench-E end with `_e`
     all_classes        the classes of a classification, else null or missing
 
 Other keys are ignored. Every row is checked before a model is loaded.
@@ -47,7 +47,7 @@ PASSAGES = (
 
 @dataclass(frozen=True)
 class Dataset:
-    """What LongBench's configuration has for a data set; `room` is in tokens."""
+    """LongBench's configuration of a data set; `room` is the most tokens of an answer."""
 
     prompt: str
     room: int
@@ -171,9 +171,9 @@ DATASETS = {
 
 
 def read_longbench(files: Sequence[Path], limit: int) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
-    """The first `limit` rows of each data set, and for each file what was taken of it.
+    """The first `limit` rows of each data set, and for each file a summary of what was used of it.
 
-    Raises UserError with the line for a row that is not of LongBench's form.
+    Raises UserError that names the line of a row that is not in LongBench's format.
     """
     from sinkmodel.files import sha256_of
 
@@ -188,7 +188,7 @@ def read_longbench(files: Sequence[Path], limit: int) -> tuple[dict[str, list[Ro
                 of_dataset.append(checked)
                 count += 1
         if not count:
-            raise UserError(f"{file} has no row to take; give a .jsonl file of LongBench, once")
+            raise UserError(f"{file} adds no row; give a .jsonl file of LongBench, and each file once")
         taken.append({"file": str(file), "sha256": sha256_of(file), "rows": count})
     for name, of_dataset in rows.items():
         if len(of_dataset) < limit:
@@ -228,7 +228,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def sample_of(name: str, row: Row, rng: Random, distractors: int) -> Sample:
-    """The prompt of a row. A classification has other classes as distractors, other data sets have none."""
+    """The prompt of a row. For a classification the other classes are distractors; other data sets have none."""
     dataset = DATASETS[name]
     classes = row["all_classes"] if dataset.metric.name == "classification" else []
     wrong = [one for one in dict.fromkeys(classes) if one not in row["answers"]]
@@ -256,7 +256,7 @@ def longbench_cell(
     answer_tokens: int | None,
     on_sample: OnSample,
 ) -> Cell:
-    """The cell of a data set: a prompt that is longer than --length is cut in its middle."""
+    """The cell of a data set. A prompt that is longer than --length is cut in its middle."""
     dataset = DATASETS[name]
     room, length = answer_tokens or dataset.room, setting.length
     if room >= length:

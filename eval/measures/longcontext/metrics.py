@@ -1,15 +1,15 @@
-"""The metrics of LongBench (THUDM/LongBench, LongBench/metrics.py), of a generated text and an answer.
+"""The metrics of LongBench (THUDM/LongBench, LongBench/metrics.py), for a generated text and an answer.
 
     f1                 F1 of words as multisets, in lower case, without punctuation and articles (SQuAD's)
-    rouge-l            F1 of the words in longest common subsequences, as the package `rouge` 1.0 has it: all pairs of
-                       sentences are compared, and what counts is which words they share, each once
-    classification     1 / n if the right class is one of n that the text names; a class that is a part of the answer's
-                       name does not count
+    rouge-l            F1 of the words in longest common subsequences, as in the package `rouge` 1.0: all pairs of
+                       sentences are compared, and each shared word counts once
+    classification     1 / n if the text names n classes and the right one is among them; a class whose name is a part
+                       of the answer's name does not count
     retrieval, count   the share of the numbers in the text that are the right one
-    code               similarity of the first line that is no comment, by `difflib`, as the package `fuzzywuzzy` has it
+    code               similarity of the first line that is not a comment, by `difflib`, as in the package `fuzzywuzzy`
 
-A question is worth its best answer. Chinese words are characters here, and words cut by the package `jieba` in
-LongBench, so the row names the metric `f1 of characters` or `rouge-l of characters`.
+The score of a question is that of its best answer. For Chinese, LongBench splits words with the package `jieba`; here
+each character counts as a word. So rows name these metrics `f1 of characters` and `rouge-l of characters`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def rouge_l_of_characters(text: str, answer: str) -> float:
 
 
 def longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:
-    """One of the longest: of equals the one that leaves out what is last in `b`."""
+    """A longest common subsequence. If there are several, the search from the end skips items of `b` first."""
     lengths = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -87,7 +87,7 @@ def share_of_numbers(text: str, answer: str) -> float:
 
 
 def paragraph(text: str, answer: str) -> float:
-    """The answer is `Paragraph 3`, or the same in Chinese."""
+    """The share of the right number, if the answer is `Paragraph 3` or the same in Chinese."""
     return share_of_numbers(text, re.findall(r"\d+", answer)[0])
 
 
@@ -125,7 +125,7 @@ def _has_code_line(text: str, question: Question) -> bool:
 
 
 def of_first_line(metric: Metric) -> Metric:
-    """The metric of the first line that is not empty, for prompts whose examples end with a line."""
+    """The metric of the first line that is not empty, for prompts whose examples have one line per answer."""
     return Metric(
         metric.name,
         lambda text, question: metric.score(_first_line(text), question),

@@ -1,1 +1,1 @@
-"""Memories on equal terms: what each costs in nats, bytes and time on the same prompts (`sink-eval memories`)."""
+"""Compares KV memories on the same prompts: nats, bytes and times (`sink-eval memories`)."""

@@ -1,16 +1,16 @@
-"""`namm` and the rows that always come with it: memories that keep as many tokens of a prompt as it kept.
+"""`namm` and its controls: memories that keep as many tokens of a prompt as the NAMM kept.
 
-Whatever forgets half of a prompt at random has half of its size, so a NAMM has to be compared with memories of its own
-size. It decides itself how much it keeps, so they take their budget from what it kept of the same prompt: the mean over
-its layers and KV heads at the end of the prompt, rounded.
+Even forgetting half of a prompt at random halves its size, so a NAMM must be compared with memories of the same size.
+The NAMM decides how much it keeps. So the budget of its controls is what it kept of the same prompt: the mean over its
+layers and KV heads at the end of the prompt, rounded.
 
-    namm-random    tokens drawn by chance, anew for each prompt, layer and head
+    namm-random    random tokens, drawn separately for each prompt, layer and head
     namm-recency   the latest tokens
-    namm-age       what the same network scores highest if all features of attention are 0, so that only age is left
+    namm-age       the tokens that the same network scores highest if all features of attention are 0: only age counts
     namm-h2o, namm-snapkv   the methods of these names
 
-A NAMM keeps the tokens that came after its last decision, and the newest one of that time. So do the random choice and
-the age network: else they would pay for something that the NAMM did not decide.
+A NAMM always keeps the tokens that came after its last decision, and the newest token at that decision. The random
+choice and the age network keep these too. Otherwise they would lose tokens that the NAMM did not decide about.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sinkmodel.memories.namm.network import token_scores
 from sinkmodel.memories.namm.spectrogram import features
 from sinkmodel.memories.selection import EMPTY
 
-KEEPS = {  # each row that `namm` stands for, and which tokens it keeps, in words
+KEEPS = {  # the rows of `namm`, with descriptions of the tokens that they keep
     "namm": "what an evolved network wants to keep",
     "namm-random": "as many, drawn by chance",
     "namm-recency": "as many, the latest",
@@ -43,7 +43,7 @@ KEEPS = {  # each row that `namm` stands for, and which tokens it keeps, in word
 
 
 class Sizes:
-    """How many tokens a NAMM kept of each prompt that it read, as a mean over its layers and KV heads, rounded."""
+    """The number of tokens that a NAMM kept of each prompt: the mean over its layers and KV heads, rounded."""
 
     def __init__(self, forgotten: Forgotten | None = None):
         self._kept: dict[bytes, int] = {}
@@ -68,13 +68,13 @@ def namm_makers(
     forgotten: Forgotten | None = None,
     **settings: Any,
 ) -> dict[str, Callable[[], Memory]]:
-    """Makes an empty memory for each row; the NAMM comes first, and has to read a prompt before the others do.
+    """For each row a function that makes its empty memory. The NAMM must read each prompt before the others do.
 
     Args:
         model: the model or its config.
-        seed: of the random choice.
-        forgotten: is given what the NAMM kept of each prompt.
-        settings: `sinks` and `window`, as the NAMM and the others take them.
+        seed: random seed of namm-random.
+        forgotten: counts what the NAMM kept of each prompt; None: it is not counted.
+        settings: `sinks` and `window` of the NAMM and its controls.
     """
     sizes = Sizes(forgotten)
     of_namm = {"sinks": settings.get("sinks", 0), "window": settings.get("window", 1)}
@@ -96,7 +96,7 @@ def _digest(prompt: bytes) -> bytes:
 
 
 class OfPrompt(Memory):
-    """A memory that knows the tokens of its prompt. It reads one row without pads."""
+    """A memory that records the tokens of its prompt. It reads one row without padding."""
 
     def _begin(self) -> None:
         super()._begin()
@@ -111,7 +111,7 @@ class OfPrompt(Memory):
 
 
 class Recorded(OfPrompt, NAMM):
-    """A NAMM whose size at the end of each prompt is noted."""
+    """A NAMM that records its size at the end of each prompt."""
 
     name = "NAMM"
 
@@ -125,7 +125,7 @@ class Recorded(OfPrompt, NAMM):
 
 
 class Matched(OfPrompt):
-    """A memory whose budget is what a NAMM kept of the same prompt."""
+    """A memory whose budget is the number of tokens that a NAMM kept of the same prompt."""
 
     def __init__(self, sizes: Sizes, config: Any, **settings: Any):
         self.sizes = sizes
@@ -143,7 +143,7 @@ class MatchedH2O(Matched, H2O):
 
 
 class MatchedSnapKV(Matched, SnapKV):
-    """SnapKV, with a window of at most half of its slots: if it took them all, it would be recency."""
+    """SnapKV with a window of at most half of its slots: with a window of all slots it would be recency."""
 
     name = "SnapKV"
 
@@ -167,7 +167,7 @@ class Recency(Matched):
 
 
 class Decided(Matched):
-    """Chooses among the tokens that the NAMM has decided about, and keeps those that it must keep."""
+    """Chooses among the tokens that the NAMM has decided about, and keeps the tokens that the NAMM always keeps."""
 
     observes = False
 
@@ -177,7 +177,7 @@ class Decided(Matched):
 
     @property
     def undecided(self) -> int:
-        """Tokens that came after the last decision."""
+        """The number of tokens after the last decision."""
         seen = self.piece.seen if self.piece is not None else self.seen
         return seen[0] % self.namm.interval
 
@@ -186,7 +186,7 @@ class Decided(Matched):
 
 
 class Random(Decided):
-    """Keeps tokens that are drawn by chance; the same ones whenever it reads the same prompt."""
+    """Keeps random tokens; they are the same whenever it reads the same prompt."""
 
     def __init__(self, sizes: Sizes, config: Any, namm: NAMMConfig, *, seed: int = 0, **settings: Any):
         self.seed = seed
@@ -200,10 +200,10 @@ class Random(Decided):
 
 
 class Age(Decided):
-    """Keeps what the network of a NAMM scores highest if it knows the age of each token alone.
+    """Keeps the tokens that a NAMM's network scores highest if it sees only the age of each token.
 
-    Its features of attention are 0, which is the mean of those that it was evolved with. Ages are those that the NAMM
-    gave the network in its last decision.
+    The features of attention are set to 0, their mean during evolution. The ages are those that the NAMM's network saw
+    in its last decision.
     """
 
     def __init__(self, sizes: Sizes, config: Any, namm: NAMMConfig, *, parameters: Tensor, **settings: Any):

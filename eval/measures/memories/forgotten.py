@@ -1,14 +1,14 @@
 """Which tokens of its prompts a NAMM forgets: by kind, by layer and KV head, and by age.
 
-Kinds are read from the text with a few rules, in this order; they are for English prose and common code.
+A token's kind is found with a few rules on the text, in this order. They are made for English prose and common code.
 
-    blank            nothing but white space
-    comment          from # or // to the end of a line, or between /* and */; a heading of Markdown looks the same
+    blank            only white space
+    comment          from # or // to the end of a line, or between /* and */; a Markdown heading looks the same
     number           digits
-    function word    one of a closed list
+    function word    a word in a fixed list
     name             a word that begins with a capital in the middle of a sentence
     other word       every other word
-    punctuation      what is left
+    punctuation      everything else
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sinkmodel.memories import Memory
 from sinkmodel.memories.selection import EMPTY
 
 KINDS = ("sink", "blank", "comment", "number", "function word", "name", "other word", "punctuation")
-AGES = (0, 16, 64, 256, 1024, 4096, 16384, 65536)  # tokens after it: where each bin begins
+AGES = (0, 16, 64, 256, 1024, 4096, 16384, 65536)  # age is the number of later tokens; the start of each bin
 FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -41,22 +41,22 @@ SENTENCE_START = re.compile(r"(?:^|[.!?][\s\"'”’)]*|[\n\"“‘(]\s*)$")
 
 
 class Forgotten:
-    """Adds up what is kept of each prompt.
+    """Accumulates statistics of the tokens that are kept of each prompt.
 
     Args:
-        tokenizer: of the model.
-        sinks: tokens in front of every prompt that are the model's.
+        tokenizer: the model's tokenizer.
+        sinks: number of the model's sink tokens in front of every prompt.
     """
 
     def __init__(self, tokenizer: Any, sinks: int):
         self.tokenizer, self.sinks = tokenizer, sinks
-        self.heads: Tensor | int = 0  # [layers, KV heads]: sums over prompts of the share that is kept
+        self.heads: Tensor | int = 0  # [layers, KV heads]: sums over prompts of the kept share
         self.prompts = 0
-        self.kinds = {kind: [0, 0.0] for kind in KINDS}  # tokens, and the sum over them of the share of heads
+        self.kinds = {kind: [0, 0.0] for kind in KINDS}  # tokens, and the sum of the shares of heads that keep them
         self.ages = {start: [0, 0.0] for start in AGES}
 
     def add(self, ids: Sequence[int], memory: Memory) -> None:
-        """Count what a memory of one row holds at the end of a prompt."""
+        """Count the tokens that a memory of one row holds at the end of a prompt."""
         kept_LGN = torch.stack([_kept(layer.held_positions()[0], len(ids)) for layer in memory.layers])
         self.heads, self.prompts = self.heads + kept_LGN.mean(dim=-1), self.prompts + 1
         of_tokens = kept_LGN.mean(dim=(0, 1)).tolist()
@@ -68,7 +68,7 @@ class Forgotten:
                 counts[1] += kept
 
     def table(self) -> dict[str, Any]:
-        """Shares that are kept at the end of the prompts, as means over tokens, layers and heads."""
+        """The shares kept at the end of the prompts, as means over tokens, layers and heads."""
         heads = (self.heads / self.prompts).tolist() if isinstance(self.heads, Tensor) else []
         return {
             "prompts": self.prompts,
@@ -83,14 +83,14 @@ def _share(tokens: float, kept: float) -> dict[str, Any]:
 
 
 def _kept(positions_GK: Tensor, tokens: int) -> Tensor:
-    """1 for each token that a KV head holds and 0 for the others, [G, N], on the host."""
+    """[G, N] on the CPU: 1 for each token that a KV head holds, 0 for the others."""
     kept_GN = torch.zeros(len(positions_GK), tokens + 1)
     places = positions_GK.cpu().long()
     return kept_GN.scatter_(1, places.masked_fill(places == EMPTY, tokens), 1.0)[:, :tokens]
 
 
 def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token: what it adds to the token before it, since a first token can lose its blank."""
+    """The text that each token adds to the token before it; decoded alone, a token can lose its leading blank."""
     pieces = []
     for place, token in enumerate(ids):
         before = list(ids[place - 1 : place]) if place else []
@@ -99,7 +99,7 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def kinds_of(pieces: Sequence[str]) -> list[str]:
-    """The kind of each token, that of its first letter that is not blank."""
+    """The kind of each token: that of its first character that is not blank."""
     text = "".join(pieces)
     of_letters = ["blank" if letter.isspace() else "punctuation" for letter in text]
     for found in re.finditer(r"\d+", text):

@@ -1,8 +1,8 @@
 """All memories on the same prompts: losses, paired differences to dense, bytes, and times side by side.
 
-The prompts are read one after the other, and for each of them all sides take turns, so that a busy machine slows all
-of them alike; times are compared prompt by prompt. The series of a document are the losses of its continuations, one
-after the other; a continuation is a block of the bootstrap (`eval.measures.verdict.equivalence`).
+The prompts are read one after the other. For each prompt all sides take turns, so that a busy machine slows all of them
+equally; times are compared prompt by prompt. The series of a document is the losses of its continuations, one after the
+other. Each continuation is a block of the bootstrap (`eval.measures.verdict.equivalence`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ UNKNOWN = dict.fromkeys(("difference", "low", "high", "stderr_difference", "answ
 
 @dataclass(frozen=True)
 class Side:
-    """A row of the table."""
+    """A memory at a budget: a row of the table."""
 
     memory: str
-    budget: int | None  # None for dense, and for namm and the rows of its size
+    budget: int | None  # None for dense, and for namm and its controls
     reads: Reader
-    remark: str  # which tokens it keeps, in words
+    remark: str  # describes the tokens that it keeps
 
     @property
     def label(self) -> str:
@@ -41,10 +41,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Question:
-    """What all rows have in common."""
+    """What all rows share."""
 
-    prompt: int  # tokens, the model's sinks not counted
-    after: int  # tokens that are scored
+    prompt: int  # tokens of a prompt, without the model's sinks
+    after: int  # tokens after the prompt that are scored
     margin: float
     level: float
     seed: int
@@ -52,7 +52,7 @@ class Question:
 
 
 def places(documents: Sequence[Sequence[int]], front: int, question: Question, most: int) -> list[list[int]]:
-    """In each document the places at which a prompt begins: `most` of them, evenly spread, without overlap."""
+    """For each document the indices at which its prompts begin: at most `most`, evenly spread, without overlap."""
     length = question.prompt + question.after
     found = []
     for ids in documents:
@@ -66,11 +66,13 @@ def places(documents: Sequence[Sequence[int]], front: int, question: Question, m
 def measure(
     model: Any, sides: Sequence[Side], documents: Sequence[Sequence[int]], front: int, question: Question, most: int
 ) -> list[dict[str, Any]]:
-    """A row for each side; the first must be dense, which the others are compared with.
+    """Read all prompts with all sides; returns one row per side.
 
     Args:
-        documents: token ids with the model's `front` sink tokens in front.
-        most: prompts of each document.
+        sides: the first must be dense, which the others are compared to.
+        documents: token ids, the model's sink tokens included.
+        front: number of the model's sink tokens at the beginning of each document.
+        most: prompts per document.
     """
     starts = places(documents, front, question, most)
     total = sum(map(len, starts))
@@ -128,7 +130,7 @@ def row(
 
 
 def against(scored: Sequence[torch.Tensor], dense: Sequence[Sequence[Reading]], question: Question) -> dict[str, Any]:
-    """The paired difference to dense in nats per token, and its answer; none if the texts are too few."""
+    """The paired difference to dense in nats per token, its interval and answer (None if there is too little text)."""
     differences = [
         mine.double().numpy() - torch.cat([reading.nll for reading in theirs]).double().numpy()
         for mine, theirs in zip(scored, dense)
@@ -157,6 +159,6 @@ def median(values: Sequence[float | None]) -> float | None:
 
 
 def ratio(readings: Sequence[Reading], dense: Sequence[Reading], name: str) -> float | None:
-    """The median over prompts of a time against dense's on the same prompt."""
+    """The median over prompts of the ratio of a time to dense's time on the same prompt."""
     pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(readings, dense)]
     return median([a / b for a, b in pairs if a is not None and b is not None])

@@ -1,17 +1,17 @@
 """`sink-eval memories`: what do KV memories cost on the same prompts, in nats, bytes and time?
 
-Every memory reads the same prompts of --prompt tokens and then predicts the same --continue tokens, which it is fed as
-they are. The difference to dense is paired, token by token, with an interval over texts and an answer, as `verify` has
-them: equivalent, better, worse or undecided.
+Every memory reads the same prompts of --prompt tokens and is then scored on the same --continue tokens, which are fed
+to it (teacher forcing). The difference to dense is paired token by token. As in `verify`, it has an interval over texts
+and an answer: equivalent, better, worse or undecided.
 
-    dense                everything is kept
-    window, sink         a StreamingCache of C slots, without sinks and with them
+    dense                every key is kept
+    window, sink         a StreamingCache of C slots, without sinks and with sinks
     recompute            nothing is kept: the last C tokens are read again for each token
-    snapkv … gemfilter   C slots of the prompt in each KV head (`sinkmodel.memories`); what comes after the prompt is
-                         added to them, except that h2o and tova stay at C
-    snapkv-as-published  a set for each query head, as the paper's code has it, which takes H/G times the memory
-    namm                 what an evolved network wants to keep, --artefact; with it come five rows of its size
-                         (`eval.measures.memories.controls`)
+    snapkv … gemfilter   C slots of the prompt in each KV head (`sinkmodel.memories`). Tokens after the prompt are added
+                         to these; only h2o and tova stay at C
+    snapkv-as-published  a separate set of slots for each query head, as in the paper's code: H/G times the memory
+    namm                 the tokens that an evolved network (--artefact) keeps; it is measured together with five
+                         controls of the same size (`eval.measures.memories.controls`)
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=256,
         metavar="N",
-        help="tokens after it that are scored (default: 256)",
+        help="tokens after the prompt that are scored (default: 256)",
     )
     parser.add_argument(
         "--prompts", type=positive, default=1, metavar="K", help="prompts of each document, evenly spread (default: 1)"
@@ -81,14 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--documents",
         type=positive,
         metavar="N",
-        help="first documents of each file that are long enough (default: all)",
+        help="use the first N documents of each file that are long enough (default: all)",
     )
     parser.add_argument(
         "--memories", nargs="+", choices=NAMES, default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}"
     )
-    add_memory_arguments(parser, "the method's own; of sink the model's sinks, or 4")
+    add_memory_arguments(parser, "the method's own; for sink the model's sinks, or 4")
     parser.add_argument(
-        "--stride", type=positive, default=4, metavar="N", help="tokens that a window of recompute answers for"
+        "--stride", type=positive, default=4, metavar="N", help="for recompute: tokens scored per window (default: 4)"
     )
     parser.add_argument(
         "--margin",
@@ -97,18 +97,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NATS",
         help="differences in nats per token that do not matter (default: 0.01)",
     )
-    parser.add_argument("--level", type=real, default=0.95, metavar="P", help="of the intervals (default: 0.95)")
-    parser.add_argument("--these-texts", action="store_true", help="answer for these texts alone, not for others")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the resampling")
-    parser.add_argument("--csv", type=path_of, metavar="FILE", help="write the rows there too, as a table")
-    parser.add_argument("--plot", type=path_of, metavar="FILE.png", help="draw nats against bytes there")
+    parser.add_argument("--level", type=real, default=0.95, metavar="P", help="level of the intervals (default: 0.95)")
+    parser.add_argument("--these-texts", action="store_true", help="answer only for these texts, not for others")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed of the resampling (default: 0)")
+    parser.add_argument("--csv", type=path_of, metavar="FILE", help="also write the rows to this file, as a table")
+    parser.add_argument("--plot", type=path_of, metavar="FILE.png", help="plot nats against bytes to this file")
     add_common_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     _check(options)
     if options.plot is not None:
-        import eval.report.plots  # noqa: F401  # a missing matplotlib is reported now, not after the measurement
+        import eval.report.plots  # noqa: F401  # fails before the measurement if matplotlib is missing
     loaded = load(options)
     _check_model(options, loaded)
     from eval.measures.memories.measure import Question, measure
@@ -157,16 +157,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Everything that can be known to fail before a model is loaded."""
+    """Raise UserError for options that cannot work, before a model is loaded."""
     check_files(options.text)
     for option in ("json", "csv", "plot"):
         check_output(f"--{option}", getattr(options, option))
     if options.plot is not None and options.plot.suffix.lower() != ".png":
-        raise UserError(f"--plot {options.plot} is not a .png; name it so")
+        raise UserError(f"--plot {options.plot} is not a .png; give a name that ends in .png")
     if not 0.5 <= options.level < 1:
         raise UserError(f"--level is {options.level}; give one from 0.5 to below 1, such as 0.95")
     if options.margin == 0:
-        raise UserError("--margin is 0, and no difference is exactly that; give a number above 0")
+        raise UserError("--margin is 0, and no difference is exactly 0; give a number above 0")
     check_decides(options, options.memories, "--prompt", options.prompt)
     budgeted = [name for name in options.memories if name not in ("dense", NAMM)]
     for budget in options.budgets if budgeted else ():
@@ -177,7 +177,7 @@ def _check(options: argparse.Namespace) -> None:
         if "recompute" in options.memories and options.stride > budget:
             raise UserError(f"--stride {options.stride} does not fit into --budgets {budget} of recompute; lower it")
         if "sink" in options.memories and options.sinks and options.sinks >= budget:
-            raise UserError(f"--budgets {budget} holds nothing but the --sinks {options.sinks} of sink; raise it")
+            raise UserError(f"--budgets {budget} holds only the --sinks {options.sinks} of sink; raise it")
     check_memories(options, [name for name in budgeted if name not in STREAMS])
 
 
@@ -193,7 +193,7 @@ def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
 
 
 def sides_of(options: argparse.Namespace, loaded: LoadedModel, forgotten: Any = None) -> list[Side]:
-    """Dense first, then each memory at each budget. What cannot be made is refused here, before anything is read."""
+    """Dense first, then each memory at each budget. Raises UserError if one cannot be created, before any reading."""
     from eval.measures.memories.controls import KEEPS
     from eval.measures.memories.measure import Side
     from eval.measures.memories.readers import memory_reader
@@ -223,7 +223,7 @@ def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: i
     if name in STREAMS:
         sinks = 0 if name == "window" else options.sinks or front or BORROWED
         stream = partial(_stream, loaded.model, budget, sinks, options.positions)
-        stream()  # refused here, if it is
+        stream()  # raises now if the model cannot be streamed
         return Side(name, budget, stream_reader(stream), f"the first {sinks} and the {budget - sinks} latest")
     make = memory_maker(options, loaded.model, name, budget)
     memory = make()
@@ -234,7 +234,7 @@ def _stream(model: Any, budget: int, sinks: int, positions: str) -> Any:
     from sinkmodel import StreamingCache
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "sinks=0")  # the row says that it is the window
+        warnings.filterwarnings("ignore", "sinks=0")  # intended: this is the window
         return StreamingCache(model, budget, sinks, positions)
 
 
@@ -247,9 +247,8 @@ def print_table(content: dict[str, Any]) -> None:
     table = new_table(
         f"{content['model']}, {content['dtype']}: {lengths}",
         f"difference: to dense, in nats per token, {100 * content['level']:g} % interval over texts, equivalent within "
-        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; %: "
-        "of dense's; "
-        "×: of dense's time, median over prompts in which all took turns",
+        f"±{content['margin']:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
+        "%: share of dense's; ×: ratio to dense's time, median over prompts on which all took turns",
         ["memory"],
         ["tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "kept %", "prefill ×", "decode ×"],
     )
@@ -272,7 +271,7 @@ def print_table(content: dict[str, Any]) -> None:
 
 
 def print_forgotten(forgets: dict[str, Any]) -> None:
-    caption = "a share of the tokens, as a mean over layers and KV heads; age: tokens that came after it"
+    caption = "kept %: share of the tokens, as a mean over layers and KV heads; age: number of tokens after a token"
     table = new_table(
         f"kept by namm at the end of {forgets['prompts']} prompts", caption, ["tokens"], ["number", "kept %"]
     )

@@ -1,4 +1,4 @@
-"""What the commands with memories share: the options that say which ones, and the memories made from them."""
+"""What the commands with memories share: the options that select memories, and the memories made from them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,20 @@ def add_memory_arguments(parser: argparse.ArgumentParser, sinks_default: str = "
         "--sinks", type=whole, metavar="S", help=f"first tokens that every memory keeps (default: {sinks_default})"
     )
     parser.add_argument(
-        "--window", type=positive, metavar="W", help="last tokens that stay in any case (default: the method's own)"
+        "--window", type=positive, metavar="W", help="last tokens that are always kept (default: the method's own)"
     )
     parser.add_argument(
         "--positions",
         choices=("text", "cache"),
         default="text",
-        help="of kept keys: those that they have in the text, or numbered again from 0 (default: text)",
+        help="positions of kept keys: those in the text, or numbered again from 0 (default: text)",
     )
-    parser.add_argument("--layer", type=whole, metavar="R", help="in which gemfilter chooses (default: 13/32 of all)")
+    parser.add_argument(
+        "--layer",
+        type=whole,
+        metavar="R",
+        help="layer in which gemfilter selects tokens (default: 13/32 of all)",
+    )
     add_artefact_argument(parser)
 
 
@@ -49,7 +54,7 @@ def add_artefact_argument(parser: Any) -> None:
 
 
 def memory_maker(options: argparse.Namespace, model: Any, name: str, budget: int) -> Callable[[], Any]:
-    """Makes the memory of that name as the options have it, for a model or its config."""
+    """A function that makes an empty memory of that name with the options' settings, for a model or its config."""
     from sinkmodel.memories import make_memory
 
     settings: dict[str, Any] = {"positions": options.positions}
@@ -62,10 +67,10 @@ def memory_maker(options: argparse.Namespace, model: Any, name: str, budget: int
 
 
 def namm_rows(options: argparse.Namespace, model: Any, forgotten: Any = None) -> dict[str, Callable[[], Any]]:
-    """Makes the memory of each row that `namm` stands for, the NAMM first; for a model or its config.
+    """For each row of `namm` a function that makes its memory, the NAMM first; for a model or its config.
 
     Args:
-        forgotten: a `Forgotten` that is given what the NAMM kept of each prompt.
+        forgotten: a `Forgotten` that counts what the NAMM kept of each prompt; None: it is not counted.
     """
     from eval.measures.memories.controls import namm_makers
     from sinkmodel.memories.namm import read_artefact
@@ -78,8 +83,8 @@ def namm_rows(options: argparse.Namespace, model: Any, forgotten: Any = None) ->
 def check_namm(options: argparse.Namespace, memories: Iterable[str]) -> int:
     """The tokens between two decisions of --artefact, or 0 if namm is not among the memories.
 
-    Raises UserError if one is there without the other, if the artefact cannot be read, or for other options that a NAMM
-    does not have.
+    Raises UserError if only one of namm and --artefact is given, if the artefact cannot be read, or for options that a
+    NAMM does not support.
     """
     if NAMM not in memories:
         if options.artefact is not None:
@@ -97,7 +102,7 @@ def check_namm(options: argparse.Namespace, memories: Iterable[str]) -> int:
 
 
 def check_decides(options: argparse.Namespace, memories: Iterable[str], option: str, prompt: int) -> None:
-    """As `check_namm`; and UserError if a prompt of that many tokens ends before the first decision."""
+    """Like `check_namm`, but also raises UserError if a prompt of `prompt` tokens ends before the first decision."""
     interval = check_namm(options, memories)
     if prompt < interval:
         raise UserError(
@@ -107,9 +112,9 @@ def check_decides(options: argparse.Namespace, memories: Iterable[str], option: 
 
 
 def check_memories(options: argparse.Namespace, names: Iterable[str]) -> None:
-    """UserError if one of these memories, other than dense, would refuse its settings for every model.
+    """Raise UserError if one of these memories (dense not among them) does not accept its settings for any model.
 
-    A model that has no weights shows that, so that nothing is loaded for it. Whether it has --layer shows later.
+    The check uses a config without weights, so nothing is loaded. Whether the model has --layer is checked later.
     """
     from transformers import LlamaConfig
 

@@ -1,7 +1,7 @@
-"""How each row of the table reads a prompt and scores what comes after it.
+"""How each row of the table reads a prompt and scores the tokens after it.
 
-A memory of `sinkmodel.memories` compresses the prompt; a StreamingCache (window, sink) keeps its sinks and its window
-as it goes; recompute keeps nothing and reads its window again. All of them answer for the same tokens.
+A memory of `sinkmodel.memories` compresses the prompt. A StreamingCache (window, sink) keeps its sinks and its window
+while it reads. Recompute keeps nothing and reads its window again for every token. All of them score the same tokens.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from sinkmodel.scoring import nll_of
 if TYPE_CHECKING:
     from eval.policies.recompute import Recompute
 
-STEPS = 8  # tokens after the prompt that are fed one by one, and timed
-PIECE = 256  # those after them are fed together
+STEPS = 8  # tokens after the prompt that are fed one by one and timed
+PIECE = 256  # the tokens after these are fed in pieces of this size
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one prompt cost, and the losses of the tokens after it."""
+    """The losses of the tokens after one prompt, and the time and memory that it took."""
 
     nll: Tensor  # [N] in nats, fp32 on the host
     prefill_seconds: float | None  # None if nothing is kept of the prompt
     decode_seconds: float | None  # per token; None if fewer than two tokens were fed one by one
-    bytes_held: int | None  # at the end of the prompt; None if there is no cache
-    bytes_kept: int | None
+    bytes_held: int | None  # all bytes of the cache at the end of the prompt; None if there is no cache
+    bytes_kept: int | None  # the part of them that is keys and values of tokens
 
 
-Reader = Callable[[Any, list[int], list[int]], Reading]  # model, prompt with the sinks in front, continuation
+Reader = Callable[
+    [Any, list[int], list[int]], Reading
+]  # arguments: model, prompt with the sinks in front, continuation
 
 
 def memory_reader(make: Callable[[], Any]) -> Reader:
-    """Reads with a fresh memory of `sinkmodel.memories` each time."""
+    """A reader that uses a new memory of `sinkmodel.memories` for each prompt."""
 
     def read(model: Any, prompt: list[int], continuation: list[int]) -> Reading:
         memory = make()
@@ -50,7 +52,7 @@ def memory_reader(make: Callable[[], Any]) -> Reader:
 
 
 def stream_reader(make: Callable[[], Any]) -> Reader:
-    """Reads with a fresh StreamingCache each time."""
+    """A reader that uses a new StreamingCache for each prompt."""
 
     def read(model: Any, prompt: list[int], continuation: list[int]) -> Reading:
         cache = make()
@@ -65,7 +67,7 @@ def stream_reader(make: Callable[[], Any]) -> Reader:
 
 
 def recompute_reader(policy: Recompute, front: int) -> Reader:
-    """Reads the last C tokens again for every token that is scored (see `eval.policies.recompute`)."""
+    """A reader that reads the last C tokens again for every scored token (see `eval.policies.recompute`)."""
 
     def read(model: Any, prompt: list[int], continuation: list[int]) -> Reading:
         assert policy.budget is not None

@@ -1,1 +1,1 @@
-"""What reading a prompt costs with each KV memory (`sink-eval latency --prefill`)."""
+"""Time and memory for reading a prompt with each KV memory (`sink-eval latency --prefill`)."""

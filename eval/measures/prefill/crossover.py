@@ -1,12 +1,12 @@
-"""From the time to the first token and the cost of a step to whole answers, and to the length at which two sides meet.
+"""The time of whole answers, from the time to the first token and the cost per step; and when a side is overtaken.
 
-An answer of n tokens takes the time to its first token and n − 1 steps. A step is measured at a few places i of an
-answer; between them its cost is on the straight line, and after the last place it stays what it is there:
+An answer of n tokens takes the time to its first token and n − 1 steps. The cost s(i) of a step is measured at a few
+places i of an answer. Between them it is interpolated linearly; after the last place it stays constant:
 
     T(n) = ttft + Σ s(i), i = 1 … n − 1
 
-The side with the earlier first token stays ahead until its slower steps have used up its lead. That length is the
-crossover; if its steps are not slower, there is none. Pure functions.
+The side with the earlier first token stays ahead until its slower steps have used up its lead. The answer length at
+which this happens is the crossover. If its steps are not slower, there is none. Pure functions.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 
 from eval.measures.statistics import quantile
 
-ENOUGH = 5  # rounds for an interval, as `paired_ratio` has it
+ENOUGH = 5  # fewest rounds for an interval, as in `paired_ratio`
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of one side, in ms, an entry a round: the time to the first token, and of a step at each place of an answer."""
+    """Times of one side in ms, one entry per round: to the first token, and of a step at each place of an answer."""
 
     first: Sequence[float]
     steps: Mapping[int, Sequence[float]]
@@ -35,20 +35,20 @@ class Times:
         return median(self.first), {place: median(values) for place, values in self.steps.items()}
 
     def totals(self, answer: int) -> list[float]:
-        """Of an answer of that many tokens, round by round."""
+        """The time in ms of an answer of `answer` tokens, for each round."""
         by_round = [dict(zip(self.steps, values)) for values in zip(*self.steps.values())]
         return [total(first, steps, answer) for first, steps in zip(self.first, by_round)]
 
 
 def total(first: float, steps: Mapping[int, float], answer: int) -> float:
-    """T(n): the time of an answer of n tokens."""
+    """T(n) in ms, the time of an answer of n tokens; `steps` maps places to ms per step."""
     return first + float(_at(steps, answer - 1).sum())
 
 
 def crossover(first: tuple[float, Mapping[int, float]], second: tuple[float, Mapping[int, float]]) -> float:
-    """The shortest answer that takes the first side longer than the second; infinity if there is none.
+    """The shortest answer, in tokens, that takes the first side longer than the second; infinity if there is none.
 
-    0 if the first side has no lead: its first token does not come earlier.
+    Returns 0 if the first side has no lead: its first token does not come earlier.
     """
     lead = second[0] - first[0]
     if lead <= 0:
@@ -63,10 +63,10 @@ def crossover(first: tuple[float, Mapping[int, float]], second: tuple[float, Map
 
 
 def crossover_interval(first: Times, second: Times, resamples: int = 1000) -> tuple[float, float] | None:
-    """The 95 % interval of the crossover of the medians, by bootstrap over rounds; None for too few rounds.
+    """The 95 % interval of the crossover of the medians, by bootstrap over rounds; None if there are too few rounds.
 
-    Both sides of a round are drawn together. An interval that begins at 0 means that the order of the first tokens is
-    not sure, one that ends at infinity that the first side may never fall behind.
+    Both sides of a round are drawn together. If the interval begins at 0, it is not certain which first token comes
+    earlier. If it ends at infinity, the first side may never be overtaken.
     """
     if len(first.first) < ENOUGH:
         return None
@@ -84,6 +84,6 @@ def _drawn(times: Times, of_first: list[int], drawn: Mapping[int, list[int]]) ->
 
 
 def _at(steps: Mapping[int, float], count: int) -> np.ndarray:
-    """The costs of the steps 1 … count."""
+    """The costs in ms of the steps 1 … count."""
     places = sorted(steps)
     return np.interp(np.arange(1, count + 1), places, [steps[place] for place in places])

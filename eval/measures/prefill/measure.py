@@ -1,8 +1,9 @@
-"""Reading a prompt and the steps after it, with all sides taking turns, so that what disturbs one disturbs all.
+"""Times reading a prompt and the steps after it; all sides take turns, so that a disturbance affects all of them.
 
-In every round each side, in an order drawn anew, reads the prompt with a new cache, which is let go before the next one
-reads; a round before them warms up. Then all sides take steps in turns, at each of a few places of an answer: in every
-round a step that is not timed, and a block of timed ones, which are taken back. Ratios are those of one round.
+In every round the sides read the prompt in a new random order. Each uses a new cache, which is freed before the next
+side reads. One round before these warms up. Then all sides take steps in turns, at each of a few places of an answer:
+in every round one step that is not timed, and a block of timed steps, which are then undone. Ratios compare times of
+the same round.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from sinkmodel.loading import LoadedModel
 from sinkmodel.products import fast_products
 from sinkmodel.progress import CountedProgress
 
-PIECE = 256  # tokens of an answer that are fed together, on the way to a place where steps are timed
+PIECE = 256  # tokens of an answer that are fed together on the way to the next timed place
 
 
 @dataclass
 class Side:
-    """A memory at a budget, and what was measured of it, an entry a round."""
+    """A memory at a budget, and its measurements, one entry per round."""
 
     memory: str
-    budget: int | None  # None for dense, and for namm and the rows of its size
-    make: Callable[[], Any]  # an empty cache
+    budget: int | None  # None for dense, and for namm and its controls
+    make: Callable[[], Any]  # returns an empty cache
     first: list[float] = field(default_factory=list)  # ms to the first token
-    above: list[int] = field(default_factory=list)  # peak bytes above those before the prompt was read
-    grown: list[int] = field(default_factory=list)  # bytes that the process still had afterwards, above those before
-    steps: dict[int, list[float]] = field(default_factory=dict)  # ms of a step at each place, medians of blocks
-    sizes: tuple[int, int] = (0, 0)  # bytes held and kept after the prompt
+    above: list[int] = field(default_factory=list)  # peak bytes while reading the prompt, minus those before
+    grown: list[int] = field(default_factory=list)  # bytes that the process held after reading, minus those before
+    steps: dict[int, list[float]] = field(default_factory=dict)  # by place: ms of a step, medians of blocks
+    sizes: tuple[int, int] = (0, 0)  # bytes held and bytes kept after the prompt (`sizes_of`)
 
     @property
     def label(self) -> str:
@@ -54,7 +55,7 @@ class Side:
 
 
 def dense_side() -> Side:
-    """transformers' own cache, without anything of ours."""
+    """The baseline: transformers' own cache."""
     return Side("dense", None, DynamicCache)
 
 
@@ -62,16 +63,17 @@ def dense_side() -> Side:
 def measure(
     loaded: LoadedModel, sides: Sequence[Side], length: int, answers: Sequence[int], rounds: int, label: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows and the crossovers at one length of prompt; the first side is dense, which ratios are to.
+    """The rows and the crossovers at one prompt length.
 
     Args:
-        length: tokens of the prompt, the model's sinks not counted.
-        answers: lengths of answers in tokens; steps are timed where an answer has as many.
-        rounds: in which each side reads the prompt once, and takes a block of steps at each place.
+        sides: the first one is dense, the denominator of all ratios.
+        length: tokens of the prompt, without the model's sinks.
+        answers: lengths of answers in tokens; steps are timed at these places.
+        rounds: in each round every side reads the prompt once; it takes one block of steps per round at each place.
     """
     tokens = Tokens(loaded.model, loaded.sink_ids)
     prompt = tokens.first(len(loaded.sink_ids) + length)
-    gc.freeze()  # what is there by now need not be looked through whenever memory is read
+    gc.freeze()  # existing objects are skipped by the garbage collections of `memory_now`
     try:
         with CountedProgress(label, "prompts", (rounds + 1) * len(sides)) as progress:
             base, caches = _read_in_turns(loaded.model, sides, prompt, rounds, progress)
@@ -89,7 +91,7 @@ def measure(
 def _read_in_turns(
     model: Any, sides: Sequence[Side], prompt: Tensor, rounds: int, progress: CountedProgress
 ) -> tuple[int, dict[str, Any]]:
-    """Bytes of the process with the model alone, and the caches of the last round."""
+    """Read the prompt with every side; returns the process's bytes before that, and the caches of the last round."""
     for side in sides:
         _warm_up(model, side, prompt)
         progress.add(1)
@@ -109,7 +111,7 @@ def _warm_up(model: Any, side: Side, prompt: Tensor) -> None:
         read(model, side, prompt)
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{side.label}: a prompt of {prompt.shape[1]} tokens does not fit into the memory of {prompt.device}; take "
+            f"{side.label}: a prompt of {prompt.shape[1]} tokens does not fit into the memory of {prompt.device}; use "
             "a shorter --length, or leave it out of --memories"
         ) from None
     except UserError as error:
@@ -118,13 +120,13 @@ def _warm_up(model: Any, side: Side, prompt: Tensor) -> None:
 
 
 def read(model: Any, side: Side, prompt: Tensor) -> Any:
-    """The cache of a side after the prompt. Its time and its memory are added to the side."""
+    """Read the prompt and return the cache; the time and the memory are added to the side."""
     cache = side.make()
     if hasattr(cache, "expect"):
         cache.expect(prompt.shape[1])
     memory = PeakMemory(prompt.device)
     started = now(prompt.device)
-    with fast_products():  # as our own caches have it, so that the others are not the slower ones by that
+    with fast_products():  # our own caches use it, so all sides must
         model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     side.first.append(1000 * (now(prompt.device) - started))
     side.above.append(memory.peak() - memory.before)
@@ -134,7 +136,7 @@ def read(model: Any, side: Side, prompt: Tensor) -> Any:
 
 
 def sizes_of(cache: Any) -> tuple[int, int]:
-    """Bytes held, all of them, and bytes of the keys and values of tokens."""
+    """All bytes that the cache holds, and the bytes of its kept keys and values."""
     if isinstance(cache, DynamicCache):
         held = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
         return held, held
@@ -153,7 +155,7 @@ def _answer_in_turns(
     rounds: int,
     progress: CountedProgress,
 ) -> None:
-    """Add `rounds` medians of a step to every side at each place, the places in ascending order."""
+    """Add `rounds` step times to every side at each place, in ascending order of places."""
     rng, done = random.Random(0), 1  # tokens of the answer; the first came with the prompt and has not been fed
     for place in sorted(answers):
         for side in sides:
@@ -166,9 +168,9 @@ def _answer_in_turns(
 
 
 def block(model: Any, cache: Any, tokens: Tokens) -> float:
-    """The median of a block of steps in ms. Afterwards the cache is what it was: the steps are taken back.
+    """The median time of a block of steps in ms; the cache is unchanged afterwards.
 
-    If they cannot be, since they evict others, they are taken by a copy.
+    The steps are cropped off again. If the cache cannot be cropped, since steps evict other keys, a copy takes them.
     """
     crops = isinstance(cache, DynamicCache) or cache.is_croppable
     cache = cache if crops else cache.fork()
@@ -192,7 +194,7 @@ def _feed(model: Any, cache: Any, ids: Tensor) -> None:
 
 
 def row(side: Side, dense: Side, answers: Sequence[int], base: int) -> dict[str, Any]:
-    """The row of a side; `base` are the bytes of the process with the model alone."""
+    """The result row of a side; `base` is the process's memory in bytes with only the model loaded."""
     above = int(median(side.above))
     return {
         "memory": side.memory,
@@ -229,7 +231,7 @@ def against(name: str, ours: Sequence[float], of_dense: Sequence[float], is_dens
 
 
 def crossovers(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    """Each memory and dense, and GemFilter and each other memory of its budget: when does one overtake the other?"""
+    """When one side overtakes the other: each memory against dense, and GemFilter against others of its budget."""
     dense, *memories = sides
     gemfilters = [side for side in memories if side.memory == "gemfilter"]
     pairs = [(side, dense) for side in memories]
@@ -252,5 +254,5 @@ def _crossover(one: Side, other: Side) -> dict[str, Any]:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no infinity: None is never."""
+    """None for infinity, which JSON cannot express; None means never."""
     return None if value is None or math.isinf(value) else value

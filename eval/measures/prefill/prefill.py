@@ -1,12 +1,12 @@
-"""`sink-eval latency --prefill`: what reading a prompt costs with each KV memory, and the steps of an answer after it.
+"""`sink-eval latency --prefill`: the cost of reading a prompt with each KV memory, and of the answer's steps after it.
 
     dense                transformers' own cache, which keeps everything
     snapkv … gemfilter   C slots of the prompt in each KV head (`sinkmodel.memories`)
-    snapkv-as-published  a set for each query head, as the paper's code has it
+    snapkv-as-published  a separate set of slots for each query head, as in the paper's code
 
-GemFilter saves time on the prompt, the others on the steps after it; so for each pair the length of an answer is
-reported at which the one with the earlier first token falls behind. `measure` takes the times, `crossover` has the
-arithmetic. One prompt of random tokens: what they say does not change what they cost.
+GemFilter saves time on the prompt, the others on the steps after it. So for each pair the answer length is reported at
+which the side with the earlier first token falls behind. `measure` takes the times, `crossover` does the arithmetic.
+The prompt has random tokens, since the cost does not depend on their content.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "rounds": 5,
     "csv": None,
 }
-SLACK = 16 * 2**20  # bytes that a process may keep for itself, whatever was read
+SLACK = 16 * 2**20  # bytes by which a process may grow before it is reported
 
 
 def add_arguments(group: Any) -> None:
@@ -58,31 +58,36 @@ def add_arguments(group: Any) -> None:
         type=positive,
         nargs="+",
         metavar="N",
-        help="tokens of the prompt, the model's sinks not counted (default: 2048)",
+        help="tokens of the prompt, without the model's sinks (default: 2048)",
     )
     group.add_argument(
         "--memories",
         nargs="+",
         choices=NAMES,
         metavar="MEMORY",
-        help=f"of {', '.join(NAMES)} (default: all but the last two; dense is always measured)",
+        help=f"one or more of {', '.join(NAMES)} (default: all but the last two; dense is always measured)",
     )
-    group.add_argument("--layer", type=whole, metavar="R", help="in which gemfilter chooses (default: 13/32 of all)")
+    group.add_argument(
+        "--layer",
+        type=whole,
+        metavar="R",
+        help="layer in which gemfilter selects tokens (default: 13/32 of all layers)",
+    )
     add_artefact_argument(group)
     group.add_argument(
         "--answers",
         type=positive,
         nargs="+",
         metavar="N",
-        help="tokens of an answer: steps are timed at these places, and totals given (default: 1 128 1024)",
+        help="answer lengths in tokens: steps are timed there, and total times reported (default: 1 128 1024)",
     )
     group.add_argument(
         "--rounds",
         type=positive,
         metavar="N",
-        help="in which every side reads the prompt once (default: 5, the fewest for an interval)",
+        help="times that every side reads the prompt (default: 5, the fewest for an interval)",
     )
-    group.add_argument("--csv", type=path_of, metavar="FILE", help="write the rows there too, as a table")
+    group.add_argument("--csv", type=path_of, metavar="FILE", help="also write the rows to this file, as a table")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -91,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    if options.shape is not None:  # before weights are made, which takes long if they are many
+    if options.shape is not None:  # check before making the weights, which may take long
         shape = read_shape(options.shape)
         _check_length(options, f"{options.shape}", shape.positions, 0)
         sides_of(options, config_of(shape))
@@ -126,7 +131,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def flat_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without lists, for CSV: what depends on the length of the answer has that length in its name."""
+    """A row without lists, for CSV: the values of an answer have the answer's length at the end of their names."""
     alone = {key: value for key, value in row.items() if key != "answers"}
     of_answers = {
         f"{key}_{part['answer']}": value for part in row["answers"] for key, value in part.items() if key != "answer"
@@ -138,15 +143,15 @@ def flat_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Everything that can be known to fail before a model is loaded."""
+    """Raise UserError for options that cannot work, before a model is loaded."""
     check_output("--json", options.json)
     check_output("--csv", options.csv)
     if options.csv is not None and options.csv == options.json:
         raise UserError(f"--csv and --json are both {options.csv}; give two names")
     if set(options.memories) == {"dense"}:
-        raise UserError("--memories has dense alone, which there is nothing to compare with; add one, such as snapkv")
+        raise UserError("--memories has only dense, so there is nothing to compare; add a memory, such as snapkv")
     if options.layer is not None and "gemfilter" not in options.memories:
-        raise UserError("--layer is that in which gemfilter chooses; add gemfilter to --memories, or leave --layer out")
+        raise UserError("--layer is only for gemfilter; add gemfilter to --memories, or leave --layer out")
     check_decides(options, options.memories, "--length", min(options.length))
     budgeted = set(options.memories) - {"dense", NAMM}
     for budget in options.budgets if budgeted else ():
@@ -164,8 +169,8 @@ def _check_length(options: argparse.Namespace, name: str, end: int, front: int) 
     fed = front + max(options.length) + max(options.answers) + BLOCK
     if fed > end:
         raise UserError(
-            f"--length {max(options.length)} and --answers {max(options.answers)} take {fed} positions with the steps "
-            f"that are timed, and {name} has {end}; use {fed - end} fewer"
+            f"--length {max(options.length)} and --answers {max(options.answers)} take {fed} positions with the timed "
+            f"steps, and {name} has {end}; use {fed - end} fewer"
         )
 
 
@@ -181,11 +186,11 @@ def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
     if known := [end for end in ends if end is not None]:
         _check_length(options, loaded.name, min(known), len(loaded.sink_ids))
     if not PeakMemory(loaded.model.device).forgets:
-        say("this system does not let a process forget an older peak: peak memory is that of the whole run so far")
+        say("this system cannot reset a process's peak memory: peaks are those of the whole run so far")
 
 
 def sides_of(options: argparse.Namespace, model_or_config: Any) -> list[Side]:
-    """Dense first, then each memory at each budget. UserError if one of them cannot be made."""
+    """Dense first, then each memory at each budget. Raises UserError if one of them cannot be created."""
     from eval.measures.prefill.measure import Side, dense_side
     from sinkmodel.memories import make_memory
 
@@ -220,21 +225,21 @@ def print_tables(content: dict[str, Any]) -> None:
 
 
 def report_growth(rows: list[dict[str, Any]]) -> None:
-    """A line for each memory after which the process has not given the rest of the prompt back."""
+    """Report each memory after which the process has kept clearly more bytes than the memory holds."""
     for row in rows:
         if row["bytes_grown"] > 1.01 * row["bytes_held"] + SLACK:
             more = (row["bytes_grown"] - row["bytes_held"]) / 2**20
             prompt = f"the prompt of {row['length']:,} tokens"
-            say(f"{row['label']}: after {prompt} the process has kept {more:,.0f} MiB more than it")
+            say(f"{row['label']}: after {prompt} the process has kept {more:,.0f} MiB more than the memory holds")
 
 
 def _print_prompt(title: str, rows: list[dict[str, Any]], weights: int) -> None:
     table = new_table(
         title,
-        "ms to the first token: median; ×: of dense's, median over rounds in which all took turns [95 % interval by "
-        f"bootstrap over them]; peak: of the process, {weights / 2**20:,.0f} MiB of weights included; reading: of it, "
-        "what the prompt took; held: by the memory afterwards; kept: of dense's keys and values; grown: by how much "
-        "the process is larger than before",
+        "ms to the first token: median; × dense: ratio to dense, median over rounds in which all took turns [95 % "
+        f"interval by bootstrap over them]; peak: of the process, including {weights / 2**20:,.0f} MiB of weights; "
+        "reading: the part of the peak that reading the prompt added; held: by the memory afterwards; kept: share of "
+        "dense's keys and values; grown: by how much the process is larger than before",
         ["memory"],
         ["ms to first token", "× dense", "interval", "peak MiB", "reading", "held", "kept %", "grown"],
     )
@@ -255,8 +260,8 @@ def _print_prompt(title: str, rows: list[dict[str, Any]], weights: int) -> None:
 def _print_answers(rows: list[dict[str, Any]]) -> None:
     table = new_table(
         "answers",
-        "ms/step: of a step at the end of such an answer; total: to its last token, with step costs on straight lines "
-        "between the places that were measured",
+        "ms/step: of a step at the end of such an answer; total: to its last token, with step costs interpolated "
+        "linearly between the measured places",
         ["memory"],
         ["answer", "ms/step", "× dense", "interval", "total s", "× dense", "interval"],
     )
@@ -278,9 +283,9 @@ def _print_answers(rows: list[dict[str, Any]]) -> None:
 def _print_crossovers(pairs: list[dict[str, Any]]) -> None:
     table = new_table(
         "who is ahead",
-        "falls behind: the shortest answer, in tokens, that takes the first one longer than the other; never: its "
-        "steps cost no more; an interval from 0 means that the order of the first tokens is not sure; after the "
-        "longest of --answers a step stays as it is there",
+        "falls behind at: the shortest answer, in tokens, that takes the first one longer than the other; never: its "
+        "steps cost no more; an interval from 0 means that the order of the first tokens is uncertain; after the "
+        "longest of --answers the cost per step is taken as constant",
         ["earlier first token", "other"],
         ["falls behind at", "interval"],
     )
@@ -294,7 +299,7 @@ def tokens_or_never(value: float | None) -> str:
 
 
 def crossover_range(pair: dict[str, Any]) -> str:
-    """`[low, high]`; a dash for fewer rounds than an interval needs."""
+    """`[low, high]`; a dash if there are too few rounds for an interval."""
     if pair["rounds"] < DEFAULTS["rounds"]:
         return "–"
     if pair["low"] is None:

@@ -1,8 +1,8 @@
-"""What a stream says of answers: their nats under teacher forcing, and which the model would have given.
+"""Scores answers in a stream: their nats under teacher forcing, and whether greedy decoding would give them.
 
-Candidates are scored on copies of the stream, one after the other, in batches of one shape: what they are fed leaves no
-trace, and equal candidates get equal nats. A copy costs a pass over the cache, which is little beside the text between
-two queries; candidates as rows of one batch would hold a cache for each of them.
+Each candidate is scored on a copy of the stream, one candidate after the other, in batches of one shape. So scoring
+does not change the stream, and equal candidates get equal nats. A copy costs one pass over the cache, which is little
+compared to the text between two queries. Scoring the candidates as rows of one batch would need a cache for each.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BINS = 20  # along a stream
 def measure_lines(
     model: Any, policy: Policy, samples: Sequence[Sequence[Query]], rows: int, label: str
 ) -> dict[str, Any]:
-    """One row: means over all queries of all samples, and their standard errors, for which a sample is one block."""
+    """One result row: means over all queries of all samples, with standard errors that treat a sample as one block."""
     queries = [query for sample in samples for query in sample]
     started = time.perf_counter()
     with CountedProgress(label, "queries", len(queries)) as progress:
@@ -58,10 +58,10 @@ def measure_lines(
 def ask_lines(
     model: Any, policy: Policy, samples: Sequence[Sequence[Query]], rows: int, on_queries: Callable[[int], None]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Put every query of every sample; `rows` samples at a time are rows of one batch.
+    """Score every query of every sample; `rows` samples at a time are rows of one batch.
 
-    Gives, with one fp32 tensor [queries] a sample: 1 where greedy decoding would have given the answer, else 0; the
-    nats of the whole answer; its rank among the candidates.
+    Returns three lists, each with one fp32 tensor [queries] per sample: 1 if greedy decoding would have given the
+    answer, else 0; the nats of the whole answer; its rank among the candidates.
     """
     right: list[Tensor] = []
     nll: list[Tensor] = []
@@ -82,15 +82,15 @@ def ask_lines(
 
 
 def rank_of_first(nll_RK: Tensor) -> Tensor:
-    """The rank of column 0 among all, [R] from 1, the likeliest, to K; of equals it has the middle."""
+    """The rank [R] of column 0 among all K, from 1 (the likeliest) to K; ties get the middle rank."""
     first_R1, others_RK = nll_RK[:, :1], nll_RK[:, 1:]
     return 1 + (others_RK < first_R1).sum(1) + (others_RK == first_R1).sum(1) / 2
 
 
 def kept(query: Query, policy: Policy) -> bool:
-    """Whether nothing of the line that a query asks for is evicted before the last token of the answer is predicted."""
+    """Whether the whole line that a query asks for is still cached when the last token of the answer is predicted."""
     window = policy.keys_seen(sys.maxsize) - policy.sinks
-    among_sinks = max(0, policy.sinks - query.line)  # these stay
+    among_sinks = max(0, policy.sinks - query.line)  # these tokens of the line are never evicted
     return query.end <= policy.sinks or query.back - among_sinks <= window
 
 
@@ -100,9 +100,10 @@ def kept(query: Query, policy: Policy) -> bool:
 def measure_questions(
     loaded: LoadedModel, policy: Policy, questions: Sequence[Asked], alone: list[int] | None, label: str
 ) -> dict[str, Any]:
-    """One row: of a stream, with its difference to one-shot, question by question; or, `alone` None, one-shot itself.
+    """One result row: for a stream, with its difference to one-shot over the same questions, or for one-shot itself.
 
-    `alone` has a 1 for each question that one-shot got right, else a 0.
+    Args:
+        alone: for each question 1 if one-shot answered it correctly, else 0; None measures one-shot itself.
     """
     started = time.perf_counter()
     with CountedProgress(label, "questions", len(questions)) as progress:
@@ -126,11 +127,11 @@ def measure_questions(
 def ask_questions(
     loaded: LoadedModel, policy: Policy, questions: Sequence[Asked], one_shot: bool, on_question: Callable[[int], None]
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Choose among the choices by log-likelihood a character, as lm-eval's acc_norm does for ARC.
+    """Choose among the choices by log-likelihood per character, as lm-eval's acc_norm does for ARC.
 
-    One after the other in one stream, each followed by its right answer; or `one_shot`, each in a stream of its own,
-    behind the model's sinks alone. Gives, for each question: 1 where the choice was right, else 0; the nats of the
-    right choice; how many tokens its stream had been fed.
+    The questions are read one after the other in one stream, each followed by its right answer. With `one_shot`, each
+    question has its own stream, which starts with the model's sinks. Returns for each question: 1 if the choice was
+    right, else 0; the nats of the right choice; how many tokens its stream had been fed.
     """
     model, between = loaded.model, encode(loaded, BETWEEN)
     right: list[float] = []
@@ -159,10 +160,10 @@ def ask_questions(
 
 
 def answer_nll(stream: Stream, first_RV: Tensor, ids_RA: Tensor) -> tuple[Tensor, Tensor]:
-    """−log p of each token of an answer, and whether it is the likeliest, [R, A] both; the stream stays as it is.
+    """−log p of each token of an answer, and whether it is the likeliest, both [R, A]; the stream is not changed.
 
-    `first_RV` are the stream's logits after the question. Greedy decoding gives the answer exactly where each of its
-    tokens is the likeliest after those before it, so that nothing needs to be generated.
+    `first_RV` are the stream's logits after the question. Greedy decoding gives the answer if and only if each of its
+    tokens is the likeliest after those before it, so nothing has to be generated.
     """
     logits_RAV = first_RV[:, None]
     if ids_RA.shape[1] > 1:

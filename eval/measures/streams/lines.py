@@ -1,4 +1,4 @@
-"""StreamEval's record: lines without end, and queries about what stood a fixed number of lines ago.
+"""StreamEval's record: an endless list of lines, with queries about the line a fixed number of lines before.
 
 The text is that of Figure 8 of the paper (arXiv 2309.17453, section 4.3 and appendix C), whose data was never released:
 
@@ -9,13 +9,13 @@ The text is that of Figure 8 of the paper (arXiv 2309.17453, section 4.3 and app
     Query: The REGISTER_CONTENT in line 0 is <28806>
     The REGISTER_CONTENT in line 21 is <29189>
 
-A query stands behind every `every`-th line and asks for the line `distance` before it; no line is asked for twice.
-What stays in the stream behind a query is the true answer, whatever the model would have said. The paper does not tell
-what stays there.
+A query follows every `every`-th line and asks for the line `distance` before it; no line is asked for twice. After a
+query the stream always continues with the true answer, whatever the model would have answered. The paper does not
+describe how its stream continues.
 
-Ours alone: contents have five digits and as many tokens as most numbers have, so that streams of one distance are
-equally long and answers can be compared; a query goes up to the "<", where the figure's goes up to "is", so that only
-the number is asked for; the answer includes its ">", so that a longer number is none.
+Three things differ from the paper. Contents are five-digit numbers with the most common token count, so that streams of
+one distance are equally long and answers can be compared. A query ends with "<", while the figure's ends with "is", so
+that only the number is asked for. The answer includes its ">", so that a longer number does not count as right.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
 HEADER = "Below is a record of lines I want you to remember.\n"
-NUMBERS = range(10_000, 100_000, 7)  # contents are drawn from these: more than a sample needs, quickly tokenized
+NUMBERS = range(10_000, 100_000, 7)  # contents are drawn from these: enough for a sample, and quick to tokenize
 
 
 @dataclass(frozen=True)
 class Query:
-    """One query of a stream. Places count tokens from the start of the stream, sinks included, from 0."""
+    """One query of a stream. A place is a token's position in the stream, counted from 0, sinks included."""
 
-    fed: list[int]  # all that comes since the last query, whose true answer stands first, up to the token before `<…>`
-    candidates: list[list[int]]  # the right answer, then distractors; all of one length
+    fed: list[int]  # what follows the previous query's `<`: its true answer, then lines, up to this query's `<`
+    candidates: list[list[int]]  # the right answer, then distractors; all have the same length
     line: int  # place of the first token of the line that is asked for
-    end: int  # place behind its last
-    place: int  # place of the last token fed, which predicts the first of the answer
+    end: int  # place after the last token of that line
+    place: int  # place of the last token fed, which predicts the first token of the answer
 
     @property
     def back(self) -> int:
-        """The latest tokens that must be kept for the line to be whole while the last of the answer is predicted."""
+        """How many latest tokens must be cached so that the line is whole when the answer's last token is predicted."""
         return self.place + len(self.candidates[0]) - self.line
 
 
 @dataclass(frozen=True)
 class Content:
-    """What stands behind `is <`, in tokens."""
+    """The tokens of a line after `is <`."""
 
     answer: list[int]  # the digits and `>`
-    after: list[int]  # the line's end, where it is a token of its own
+    after: list[int]  # the line break, if it is a token of its own; else empty
 
 
 class Record:
-    """Samples of the task in the tokens of one model; UserError where its tokenizer cannot write them."""
+    """Samples of the task in one model's tokens. Raises UserError if the tokenizer joins `<` with a number."""
 
     def __init__(self, loaded: LoadedModel):
         self.front = loaded.sink_ids + _encode(loaded, [HEADER])[0]
@@ -73,7 +73,7 @@ class Record:
         return len(self.contents[0].answer)
 
     def line_tokens(self, distance: int, every: int, queries: int) -> tuple[int, int]:
-        """The fewest and the most tokens that a line takes: its number grows."""
+        """The fewest and the most tokens of a line; a line gets longer as its number grows."""
         last = last_line(distance, every, queries)
         self._number_lines(last + 1)
         tail = len(self.contents[0].answer) + len(self.contents[0].after)
@@ -83,8 +83,8 @@ class Record:
     def sample(self, seed: int, number: int, distance: int, every: int, queries: int, distractors: int) -> list[Query]:
         """The queries of stream `number`, the same for every policy and budget.
 
-        Distractors are contents of other lines among the latest 2 × `distance`, so that to have seen a number is not
-        enough; where these are too few, numbers that the stream does not have.
+        Distractors are contents of other lines among the latest 2 × `distance`, so that recognising a number that was
+        in the stream is not enough. If these are too few, the rest are numbers that the stream does not contain.
         """
         rng = random.Random(f"{seed} {number}")
         count = last_line(distance, every, queries) + 1
@@ -124,7 +124,7 @@ class Record:
 
 
 def last_line(distance: int, every: int, queries: int) -> int:
-    """The number of the line behind which the last query stands: the first has `distance` lines before it."""
+    """The number of the line that the last query follows; the first query has at least `distance` lines before it."""
     return (-(-distance // every) + queries - 1) * every
 
 
@@ -133,10 +133,10 @@ def _head(number: int) -> str:
 
 
 def _contents(loaded: LoadedModel) -> list[Content]:
-    """All numbers that take as many tokens as most of them."""
+    """All numbers with the most common token count."""
     head = _head(0)
     head_ids, bare, *lines = _encode(loaded, [head, f"{head}10000>", *(f"{head}{number}>\n" for number in NUMBERS)])
-    # Where the tokenizer joins > and the line's end, both belong to the answer.
+    # If the tokenizer joins ">" and the line break into one token, that token belongs to the answer.
     end = len(lines[0]) - len(bare) if lines[0][: len(bare)] == bare else 0
     contents = [
         Content(line[len(head_ids) : len(line) - end], line[len(line) - end :])

@@ -1,4 +1,4 @@
-"""Questions with choices: read from a .jsonl file, or made up; and how they are put to a base model.
+"""Questions with choices: read from a .jsonl file or made up, and written as a prompt for a base model.
 
     {"question": "What colour is the sky?", "choices": ["blue", "green"], "answer": 0}
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 NAMES = "Anna Ben Clara David Emma Frank Grace Henry Julia Kate Leo Mary Nick Peter Rose Sam Tom Will"
 COLOURS = "red blue green yellow black white brown pink grey purple orange golden"
 THINGS = "ball book box car chair coat cup dog flower hat horse house key kite lamp ship shoe table"
-PEOPLE = 4  # in a question of ours, and so its choices
-BETWEEN = "\n\n"  # behind an answer in a stream
+PEOPLE = 4  # people in a made-up question, and so the number of its choices
+BETWEEN = "\n\n"  # follows each answer in a stream
 
 
 @dataclass(frozen=True)
 class Question:
     text: str
     choices: list[str]
-    answer: int  # which of them is right
+    answer: int  # index of the right choice
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Asked:
 
     prompt: list[int]
     choices: list[list[int]]
-    characters: list[int]  # of each choice, by which its log-likelihood is divided
+    characters: list[int]  # length of each choice in characters, by which its log-likelihood is divided
     answer: int
 
     @property
@@ -49,10 +49,10 @@ class Asked:
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions of a .jsonl file; UserError with the line that is not one."""
+    """The first `limit` questions of a .jsonl file (None: all). Raises UserError that names the first invalid line."""
     questions = [_question(row, f"{path}:{number}") for number, row in islice(read_json_lines(path), limit)]
     if not questions:
-        raise UserError(f"{path} holds no question; give one a line, with the keys question, choices and answer")
+        raise UserError(f"{path} holds no question; give one per line, with the keys question, choices and answer")
     return questions
 
 
@@ -68,27 +68,27 @@ def _question(row: Row, where: str) -> Question:
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: the question has no text; give one")
     if not isinstance(choices, list) or not all(isinstance(x, str) and x.strip() for x in choices):
-        raise UserError(f"{where}: the choices are no list of texts; give at least two, none of them empty")
+        raise UserError(f"{where}: the choices are not a list of texts; give at least two, none of them empty")
     if len(choices) < 2:
         raise UserError(f"{where}: {len(choices)} choices; give at least two to choose among")
     if labels and (not isinstance(labels, list) or len(labels) != len(choices)):
-        raise UserError(f"{where}: the labels are no list with one for each of {len(choices)} choices; mend it")
+        raise UserError(f"{where}: the labels are not a list of {len(choices)}, one for each choice; correct them")
     given = answer = row.get("answer", row.get("answerKey"))
     names = labels if answer in labels else choices
     if answer in names:
         answer = names.index(answer)
     elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise UserError(
-            f"{where}: the answer {answer!r} is none of the choices; give its number, 0 to {len(choices) - 1}, or text"
+            f"{where}: the answer {answer!r} is not a choice; give its number, 0 to {len(choices) - 1}, or its text"
         )
     choices = [x.strip() for x in choices]
     if names.count(given) > 1 or choices.count(choices[answer]) > 1:
-        raise UserError(f"{where}: the answer {given!r} is several of the choices; mend the question or leave it out")
+        raise UserError(f"{where}: the answer {given!r} fits several choices; correct the question or leave it out")
     return Question(text.strip(), choices, answer)
 
 
 def make_questions(seed: int, count: int) -> list[Question]:
-    """Questions that hold their own answer, so that a small base model can do better than one in four.
+    """Questions that contain their own answer, so that a small base model can do better than chance (one in four).
 
     "Anna has a red ball, Ben has a black key, … What colour is the key?"
     """
@@ -97,8 +97,8 @@ def make_questions(seed: int, count: int) -> list[Question]:
     for _ in range(count):
         people, things = rng.sample(NAMES.split(), PEOPLE), rng.sample(THINGS.split(), PEOPLE)
         colours, answer = rng.sample(COLOURS.split(), PEOPLE), rng.randrange(PEOPLE)
-        owns = [f"{who} has {_a(colour)} {what}" for who, colour, what in zip(people, colours, things)]
-        text = f"{', '.join(owns[:-1])} and {owns[-1]}. What colour is the {things[answer]} of {people[answer]}?"
+        facts = [f"{person} has {_a(colour)} {thing}" for person, colour, thing in zip(people, colours, things)]
+        text = f"{', '.join(facts[:-1])} and {facts[-1]}. What colour is the {things[answer]} of {people[answer]}?"
         choices = sorted(colours)
         questions.append(Question(text, choices, choices.index(colours[answer])))
     return questions
@@ -109,7 +109,7 @@ def _a(word: str) -> str:
 
 
 def in_tokens(loaded: LoadedModel, question: Question) -> Asked:
-    """As lm-eval puts ARC: `Question: …` and `Answer:`, and a choice is what it adds to the tokens of these."""
+    """The question as lm-eval writes ARC: `Question: …`, `Answer:`, and the tokens that each choice adds to these."""
     from sinkmodel.loading import encode
 
     text = f"Question: {question.text}\nAnswer:"

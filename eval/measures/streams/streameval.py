@@ -1,15 +1,15 @@
-"""`sink-eval streameval`: does a stream still know what it read a while ago, and does it answer as it did at first?
+"""`sink-eval streameval`: does a stream remember what it read some time ago, and does it still answer questions well?
 
 Two tasks of StreamingLLM (arXiv 2309.17453, section 4.3), whose data and code were never released:
 
-    lines      StreamEval, Figures 8 and 9 and Table 7: a record that grows without end, with a query every 10 lines
-               about the line 20 before it; accuracy against distance and budget (`eval.measures.streams.lines`)
-    questions  Table 5: questions one after the other in one stream, against each in an empty cache; from a file, or
-               made up (`eval.measures.streams.questions`)
+    lines      StreamEval, Figures 8 and 9 and Table 7: a record that grows without end. Every 10 lines a query asks
+               about the line 20 before it. Measures accuracy by distance and budget (`eval.measures.streams.lines`)
+    questions  Table 5: questions one after the other in one stream, compared to each question in an empty cache. The
+               questions come from a file or are made up (`eval.measures.streams.questions`)
 
-Behind a question the right answer stays in the stream, whatever the model says. Answers are scored on copies, which
-leave no trace. Accuracy on lines is an exact match of greedy decoding; nats of the answer and its rank among other
-numbers say more of a small base model.
+After each question the stream continues with the right answer, whatever the model would answer. Answers are scored on
+copies of the stream, so scoring does not change it. On lines, accuracy is an exact match under greedy decoding. For
+small base models the nats of the answer and its rank among other numbers are more informative.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "What a stream remembers: StreamEval's lines by distance, and questions answered one after the other."
 EXAMPLE = "sink-eval streameval --model runs/sink --budgets 256 512 --distances 5 10 20 --samples 10 --queries 20"
-# The paper's, but for what only ranks an answer or changes the speed.
+# The paper's values, except `distractors` (they only rank an answer) and `rows` (it only changes the speed).
 LINES = {"distances": [20], "every": 10, "samples": 100, "queries": 100, "distractors": 9, "rows": 8}
-MADE = 1000  # questions of ours
+MADE = 1000  # made-up questions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,42 +56,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1024],
         metavar="C",
-        help="keys a query sees, its own and the sinks counted (default: 1024)",
+        help="keys a query sees, including its own and the sinks (default: 1024)",
     )
     parser.add_argument(
         "--sinks",
         type=whole,
         nargs="+",
         metavar="S",
-        help=f"first keys that are never evicted (default: 0 and the model's, or 0 and {BORROWED})",
+        help="first keys that are never evicted (default: 0 and the number of the model's own sinks, or "
+        f"{BORROWED} if it has none)",
     )
     parser.add_argument("--policies", nargs="+", choices=NAMES, help="default: window (if --sinks has a 0) and sink")
     lines = parser.add_argument_group("lines")
     lines.add_argument(
-        "--distances", type=positive, nargs="+", metavar="D", help="lines from the one asked for to the latest: 20"
+        "--distances",
+        type=positive,
+        nargs="+",
+        metavar="D",
+        help="lines from the one asked for to the latest (default: 20)",
     )
-    lines.add_argument("--every", type=positive, metavar="N", help="lines from a query to the next: 10")
-    lines.add_argument("--samples", type=positive, metavar="N", help="streams: 100")
+    lines.add_argument("--every", type=positive, metavar="N", help="lines from a query to the next (default: 10)")
+    lines.add_argument("--samples", type=positive, metavar="N", help="streams (default: 100)")
     lines.add_argument(
-        "--distractors", type=positive, metavar="N", help="other numbers among which the answer has a rank: 9"
+        "--distractors",
+        type=positive,
+        metavar="N",
+        help="other numbers that the answer is ranked against (default: 9)",
     )
     lines.add_argument(
-        "--rows", type=positive, metavar="N", help="streams computed together; changes the speed alone: 8"
+        "--rows", type=positive, metavar="N", help="streams computed together; changes only the speed (default: 8)"
     )
     questions = parser.add_argument_group("questions")
     questions.add_argument(
         "--file",
         type=path_of,
         metavar="FILE.jsonl",
-        help="rows with question, choices and answer (a number from 0, or the text), or ARC's own; else made up",
+        help="questions with choices and answer (a number from 0, or the text), or ARC's own rows (default: made up)",
     )
     parser.add_argument(
         "--queries",
         type=positive,
         metavar="N",
-        help=f"of each stream (lines: 100; questions: all of the file, or {MADE} made up)",
+        help=f"queries of each stream (default: lines 100; questions all of the file, or {MADE} made up)",
     )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of all that is drawn (default: 0)")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed of the samples (default: 0)")
     add_common_arguments(parser)
 
 
@@ -110,9 +118,9 @@ def run(options: argparse.Namespace) -> None:
         asked = asked or make_questions(options.seed, options.queries or MADE)
         content = _run_questions(options, loaded, policies, asked)
     head = {"command": "streameval", "model": options.model, "sink_ids": loaded.sink_ids, "task": options.task}
-    where = {"seed": options.seed, "dtype": options.dtype, "device": str(loaded.model.device)}
+    setting = {"seed": options.seed, "dtype": options.dtype, "device": str(loaded.model.device)}
     show_table = print_lines if options.task == "lines" else print_questions
-    give_result(options, {**head, **where, **content}, lambda: show_table(options, content))
+    give_result(options, {**head, **setting, **content}, lambda: show_table(options, content))
 
 
 def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[Policy]) -> dict[str, Any]:
@@ -172,29 +180,28 @@ def _run_questions(
 
 
 def _settle_task(options: argparse.Namespace) -> None:
-    """Defaults of the task; UserError for options of the other one."""
+    """Fill in the defaults of the chosen task. Raises UserError for an option of the other task."""
     if options.task == "lines":
         if options.file is not None:
-            raise UserError("--file has questions; add --task questions")
+            raise UserError("--file is only for questions; add --task questions")
         for name, value in LINES.items():
             if getattr(options, name) is None:
                 setattr(options, name, value)
         return
     for name in LINES.keys() - {"queries"}:
         if getattr(options, name) is not None:
-            raise UserError(f"--{name} is for --task lines; leave it out")
+            raise UserError(f"--{name} is only for --task lines; leave it out")
 
 
 def _policies(options: argparse.Namespace, loaded: LoadedModel) -> list[Policy]:
-    """Rows for all budgets; what has none comes once."""
+    """The policies for all budgets; a policy without a budget is included once."""
     front = len(loaded.sink_ids)
     sinks = options.sinks if options.sinks is not None else [0, front or BORROWED]
     smallest = min(options.budgets)
     check(sinks, smallest, "--budgets")
     if "recompute" in (options.policies or ()) and smallest <= front:
         raise UserError(
-            f"--budgets {smallest} leaves no window behind the model's {front} sink tokens; "
-            f"make it at least {front + 1}"
+            f"--budgets {smallest} leaves no window after the model's {front} sink tokens; make it at least {front + 1}"
         )
     policies = [p for budget in dict.fromkeys(options.budgets) for p in choose(options.policies, sinks, budget, front)]
     without_budget = [policy for policy in policies if policy.budget is None][:1]
@@ -202,7 +209,7 @@ def _policies(options: argparse.Namespace, loaded: LoadedModel) -> list[Policy]:
 
 
 def _check_questions(loaded: LoadedModel, policies: list[Policy], questions: list[Asked]) -> None:
-    """Every question must fit into the model; what does not fit into a budget is said."""
+    """Raise UserError if a question does not fit into the model's positions; report those longer than a window."""
     from eval.measures.streams.questions import BETWEEN
     from sinkmodel.loading import encode
 
@@ -242,10 +249,10 @@ def print_lines(options: argparse.Namespace, content: dict[str, Any]) -> None:
     table = new_table(
         f"{options.model}, {options.dtype}: {content['samples']} samples × {content['queries']} queries, one every "
         f"{content['every']} lines of {tokens} tokens",
-        "back: from the line asked for to the end of the answer; kept: queries whose line is whole in the cache till "
-        f"then; accuracy: greedy decoding gives the answer, {content['answer_tokens']} tokens; nats: of the answer; "
-        f"rank: among it and {content['distractors']} other numbers of the stream, by chance "
-        f"{content['distractors'] / 2 + 1:g}; "
+        "back: from the line asked for to the end of the answer; kept: share of queries whose line stays whole in the "
+        f"cache until then; accuracy: greedy decoding gives the answer of {content['answer_tokens']} tokens; nats: of "
+        f"the answer; rank: of the answer among itself and {content['distractors']} other numbers of the stream, by "
+        f"chance {content['distractors'] / 2 + 1:g}; "
         "±: standard error over samples",
         ["policy"],
         ["keys seen", "lines back", "tokens back", "kept", "accuracy", "±", "nats", "±", "rank", "±", "tokens/s"],
@@ -267,9 +274,9 @@ def print_lines(options: argparse.Namespace, content: dict[str, Any]) -> None:
 def print_questions(options: argparse.Namespace, content: dict[str, Any]) -> None:
     table = new_table(
         f"{options.model}, {options.dtype}: {content['questions']} questions, {options.file or 'made up'}",
-        "one-shot: each question in an empty cache; the others: one after the other in one stream, each with its right "
-        "answer behind it; accuracy: the choice with the highest log-likelihood a character; − one-shot: question by "
-        "question; nats: of the right choice; ±: standard error over questions",
+        "one-shot: each question in an empty cache; the others: one after the other in one stream, each followed by "
+        "its right answer; accuracy: of the choice with the highest log-likelihood per character; − one-shot: paired "
+        "by question; nats: of the right choice; ±: standard error over questions",
         ["policy"],
         ["keys seen", "tokens", "accuracy", "±", "− one-shot", "±", "nats", "±", "tokens/s"],
     )

@@ -1,26 +1,30 @@
-"""Are two series of losses, token by token on the same text, worth the same? Pure statistics on paired differences.
+"""Tests whether two series of losses, token by token on the same text, are equivalent. Pure statistics.
 
-Differences d = a − b come as one series a document. The model behind the interval:
+The input is the paired differences d = a − b, one series per document. The interval assumes this model:
 
     d[document, t] = μ + u[document] + e[document, t],      u independent with variance σ²_u, e autocorrelated
 
-The moving-block bootstrap (Künsch 1989) resamples e in overlapping blocks of `block` tokens, so that what neighbouring
-tokens share stays together; documents are resampled first, since two texts differ by more than their tokens. Resampling
-both as they are would count the noise within documents twice: a document's mean already holds it. So document means
-are first shrunk until they vary by the estimate of σ²_u alone, and the blocks, centred by their document's mean, are
-stretched by what centring took from them (Davison & Hinkley 1997, section 3.8; Carpenter, Goldstein & Rasbash 2003).
-Few blocks or documents vary less in the bootstrap than in life: the interval is stretched from the normal quantile to
-Student's at their degrees of freedom (after Hesterberg 2015, section 5.3). Of documents these are few where few are
-long: three books among a hundred pages tell of σ²_u hardly more than three books do (`_freedom`).
+The moving-block bootstrap (Künsch 1989) resamples e in overlapping blocks of `block` tokens, which keeps the dependence
+between neighbouring tokens. Documents are resampled first, since two texts differ by more than the noise of their
+tokens. Resampling both unchanged would count the noise within documents twice, since a document's mean contains it. So
+the document means are first shrunk until their variance is the estimate of σ²_u alone. The blocks are centred by their
+document's mean, and then scaled up by the variance that centring removed (Davison & Hinkley 1997, section 3.8;
+Carpenter, Goldstein & Rasbash 2003).
+
+With few blocks or documents the bootstrap underestimates the variance. So the interval is stretched from the normal
+quantile to Student's at their degrees of freedom (after Hesterberg 2015, section 5.3). If only a few documents are
+long, the degrees of freedom are few: three books among a hundred pages tell us hardly more about σ²_u than three books
+alone (`_freedom`).
 
 Several pairs of twin runs that read the same texts differ by their seeds as well. The differences are averaged over the
-pairs, which gives an interval as above, for these runs on other texts; the spread of the pairs' means gives the error
+pairs, which gives an interval as above, for these runs on other texts. The spread of the pairs' means gives the error
 over runs on these texts. Each error is multiplied by Student's quantile at its own degrees of freedom, then the two are
 added as squares (`over_runs`), so that the interval covers at least as often as its level, whichever error is larger.
-The noise within a pair is in both, which makes it wider still.
+Both errors contain the noise within a pair, which makes the interval wider still.
 
-If the documents weigh less than DOCUMENTS of one length, σ²_u cannot be estimated. Then blocks alone are resampled, as
-they are if the caller asks about these texts only, and the interval speaks of these texts, not of others (`speaks_of`).
+If the documents weigh less than DOCUMENTS of one length, σ²_u cannot be estimated. Then only blocks are resampled, and
+the interval holds for these texts, not for others (`speaks_of`). The same is done if the caller asks about these texts
+only.
 """
 
 from __future__ import annotations
@@ -38,12 +42,12 @@ Series = npt.NDArray[np.floating]
 Answer = Literal["equivalent", "better", "worse", "undecided"]
 SpeaksOf = Literal["these texts", "other texts"]
 
-BLOCKS = 5  # fewer whole blocks or documents than this give no interval
-DOCUMENTS = 5  # with less weight than so many of one length they are not resampled
+BLOCKS = 5  # fewer whole blocks than this give no interval
+DOCUMENTS = 5  # documents that weigh less than this many of one length are not resampled
 RESAMPLES = 5000
-AT_ONCE = 1 << 22  # numbers that are drawn together
-MOST = 1e6  # times the text: nobody has more
-TINY = 1e-300  # where a bootstrap's mean lies at an end of its interval, or beyond
+AT_ONCE = 1 << 22  # random numbers drawn together
+MOST = 1e6  # an answer that needs more than this many times the text counts as out of reach
+TINY = 1e-300  # smallest half-width: the mean may lie at an end of its bootstrap interval, or outside it
 
 
 @dataclass(frozen=True)
@@ -56,17 +60,17 @@ class Interval:
     stderr: float
     level: float
     tokens: int
-    blocks: int  # whole blocks that the series hold
+    blocks: int  # whole blocks in all series
     documents: int
     resampled: Literal["documents and blocks", "documents", "blocks"]
-    freedom: float  # degrees of freedom of Student's quantile for the error over texts; over runs they are runs − 1
-    runs: int = 1  # pairs of twins
-    stderr_runs: float | None = None  # of the mean over runs, as other runs on these texts would vary
-    stderr_texts: float | None = None  # … as these runs on other texts would
+    freedom: float  # degrees of freedom of Student's quantile for the error over texts; for runs they are runs − 1
+    runs: int = 1  # pairs of twin runs
+    stderr_runs: float | None = None  # standard error of the mean over other runs on these texts; None for one run
+    stderr_texts: float | None = None  # … over other texts with these runs
 
     @property
     def speaks_of(self) -> SpeaksOf:
-        """The texts that the interval is for: others like these, only if documents were resampled."""
+        """The texts that the interval holds for: others like these only if documents were resampled."""
         return "these texts" if self.resampled == "blocks" else "other texts"
 
 
@@ -78,12 +82,15 @@ def interval(
     resamples: int = RESAMPLES,
     these_texts: bool = False,
 ) -> Interval | None:
-    """Where the mean of the population of such texts lies; None where the series are too few or too short to say.
+    """The confidence interval of the mean difference on texts like these; None if the series are too few or too short.
 
     Args:
-        series: the differences, one array a document, in the order of the text; empty ones say nothing.
-        block: tokens of a block, no fewer than the texts' memory: a key stays in a cache for at most C tokens.
-        these_texts: ask about these documents only, as if no other text existed: blocks alone are resampled.
+        series: the differences, one array per document, in the order of the text; empty arrays are ignored.
+        block: tokens per block. A block must not be shorter than the cache's memory: a key stays for up to C tokens.
+        level: coverage of the two-sided interval.
+        seed: random seed of the resampling.
+        resamples: number of bootstrap texts.
+        these_texts: answer for these documents only: documents are not resampled, only blocks.
     """
     series = [np.asarray(d, dtype=np.float64) for d in series if len(d)]
     if not enough([len(d) for d in series], block, these_texts):
@@ -119,14 +126,18 @@ def interval(
 
 
 def over_runs(found: Interval, means: Sequence[float]) -> Interval:
-    """The interval for other runs on other texts, of `found` for the mean over runs and each run's mean difference.
+    """The interval for other runs on other texts.
 
     For errors e with f degrees of freedom each, the half-width is √(Σ t²_f e²), t_f Student's quantile (Banerjee 1960,
     "On confidence interval for two-means problem …", Sankhyā 22). It covers at least as often as its level, for
     every ratio of the variances: with shares w of the true variance, V = χ²_f / f and G the distribution function of
-    χ²_1, the coverage is E G(Σ w t²_f V) ≥ Σ w E G(t²_f V) = level, since G is concave. Satterthwaite's one quantile
-    at estimated degrees of freedom does not: with two runs it covers 87 % at a nominal 95 %, since two runs that are
-    alike by chance pass for a small error that is well known.
+    χ²_1, the coverage is E G(Σ w t²_f V) ≥ Σ w E G(t²_f V) = level, since G is concave. Satterthwaite's method, one
+    quantile at estimated degrees of freedom, does not guarantee this: with two runs it covers 87 % at a nominal 95 %,
+    since two runs that are alike by chance look like a small error that is well known.
+
+    Args:
+        found: the interval for the differences averaged over the runs.
+        means: the mean difference of each run.
     """
     if len(means) < 2:
         return found
@@ -146,30 +157,30 @@ def over_runs(found: Interval, means: Sequence[float]) -> Interval:
 
 
 def is_sample(lengths: Sequence[int] | Series) -> bool:
-    """Whether documents of these lengths can speak of other texts: they weigh as much as DOCUMENTS of one length."""
+    """Whether documents of these lengths can represent other texts: they weigh at least DOCUMENTS of one length."""
     length = np.array([n for n in lengths if n], dtype=np.float64)
     return len(length) > 0 and effective_documents(length) >= DOCUMENTS
 
 
 def effective_documents(length: Series) -> float:
-    """How many documents of one length would tell as much of the mean (Kish's 1 / Σ w²)."""
+    """How many documents of one length would estimate the mean equally well (Kish's 1 / Σ w²)."""
     return float(length.sum() ** 2 / (length**2).sum())
 
 
 def enough(lengths: Sequence[int], block: int, these_texts: bool = False) -> bool:
-    """Whether series of these lengths give an interval: by their documents, or by the blocks within them."""
+    """Whether series of these lengths give an interval: there are enough documents, or enough blocks within them."""
     blocks = sum(n / block - 1 for n in lengths if n >= 2 * block) + 1
     return blocks >= BLOCKS or (not these_texts and is_sample(lengths))
 
 
 def decide(found: Interval, margin: float) -> Answer:
-    """The answer to "is a worth b", for differences of losses a − b: exactly one of four, in this order.
+    """Is a as good as b? The answer for differences of losses a − b is the first of these four that applies.
 
-    equivalent   the whole interval lies within ±margin, though it may exclude zero: too small a difference to
+    equivalent   the whole interval lies within ±margin. It may exclude zero; then the difference is too small to
                  matter. This is two one-sided tests (Schuirmann 1987), each at (1 − level) / 2
-    better       the whole interval lies below zero, and not within the margin: a loses less
-    worse        the whole interval lies above zero, and not within the margin
-    undecided    zero is in the interval, and so is a difference that would matter
+    better       the whole interval lies below zero, but not within the margin: a has the lower loss
+    worse        the whole interval lies above zero, but not within the margin
+    undecided    the interval contains zero, and also a difference that would matter
     """
     if -margin <= found.low and found.high <= margin:
         return "equivalent"
@@ -181,23 +192,25 @@ def decide(found: Interval, margin: float) -> Answer:
 
 
 def more_tokens(found: Interval, margin: float) -> int | None:
-    """How many more tokens of such text would decide, if the mean stayed where it is; 0 if it is decided.
+    """How many more tokens of such text would give an answer, if the mean stayed the same; 0 if there is one already.
 
-    The interval decides as soon as it lies within the margin, or leaves zero outside. For one run it shrinks about the
-    mean as one over the square root of the tokens. For several runs only the error over texts shrinks, while that over
-    runs stays: None if no amount of text decides, up to MOST times what there is.
+    There is an answer as soon as the interval lies within the margin or excludes zero. For one run the interval shrinks
+    about the mean as one over the square root of the tokens. For several runs only the error over texts shrinks; the
+    error over runs stays. Returns None if even MOST times the present text would not give an answer.
     """
     if decide(found, margin) != "undecided":
         return 0
     below, above = (max(reach, TINY) for reach in (found.mean - found.low, found.high - found.mean))
-    within = min((margin + found.mean) / below, (margin - found.mean) / above)  # the scale that brings it within
-    apart = found.mean / below if found.mean > 0 else -found.mean / above  # … that leaves zero outside
+    within = min(
+        (margin + found.mean) / below, (margin - found.mean) / above
+    )  # scale of the interval that brings it within the margin
+    apart = found.mean / below if found.mean > 0 else -found.mean / above  # … that excludes zero
     scale = max(within, apart)
     if found.runs == 1:
         return max(1, math.ceil(found.tokens * (scale**-2 - 1)))
     assert found.stderr_runs is not None
     of_runs = (_quantile(found.level, found.runs - 1) * found.stderr_runs) ** 2
-    left = (scale * above) ** 2 - of_runs  # for the error over texts
+    left = (scale * above) ** 2 - of_runs  # remains for the error over texts
     times = (above**2 - of_runs) / left if left > 0 else math.inf
     return max(1, math.ceil(found.tokens * (times - 1))) if times <= MOST else None
 
@@ -206,35 +219,36 @@ def more_tokens(found: Interval, margin: float) -> int | None:
 
 
 def _quantile(level: float, freedom: float) -> float:
-    """Student's, for a two-sided interval of this level."""
+    """Student's quantile for a two-sided interval of this level."""
     return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
 def _freedom(length: Series) -> float:
     """Satterthwaite's degrees of freedom of documents resampled by weight: n − 1 for n of one length.
 
-    Resampling gives the overall mean the variance V = Σ w²(m − Σ w m)², of document means m and weights w: a quadratic
-    form in m, of the matrix A[i, j] = w[i] w[j] (δ[i, j] − w[i] − w[j] + Σ w²). For normal m of one variance it has
-    2 (E V)² / Var V = (tr A)² / tr A² degrees of freedom (Bell & McCaffrey 2002). The simpler (Σ w²)² / Σ w⁴ is for V
-    about a known mean: n for n of one length. `effective_documents` says how the mean varies, not how well V is known.
+    Resampling gives the overall mean the variance V = Σ w²(m − Σ w m)², with document means m and weights w. V is a
+    quadratic form in m with the matrix A[i, j] = w[i] w[j] (δ[i, j] − w[i] − w[j] + Σ w²). For normal m of one variance
+    it has 2 (E V)² / Var V = (tr A)² / tr A² degrees of freedom (Bell & McCaffrey 2002). The simpler (Σ w²)² / Σ w⁴ is
+    for V about a known mean, and would be n for n of one length. `effective_documents` is different: it describes the
+    variance of the mean, not how well V is known.
 
-    In whole numbers, since the terms nearly cancel where one document holds nearly all, and so that five of one length
-    have 4 exactly.
+    The sums use integers, since the terms nearly cancel if one document holds nearly all tokens, and so that five
+    documents of one length have exactly 4 degrees of freedom.
     """
     whole = [int(n) for n in length]
     if len(whole) == 1:
         return 0.0
     n1, n2, n3, n4, n5 = (sum(n**power for n in whole) for power in range(1, 6))
-    trace = n2 * n1**2 - 2 * n3 * n1 + n2**2  # times n1⁴, as w = n / n1
+    trace = n2 * n1**2 - 2 * n3 * n1 + n2**2  # times n1⁴, since w = n / n1
     trace_of_square = n4 * n1**4 - 4 * n5 * n1**3 + (4 * n2 * n4 + 2 * n3**2) * n1**2 - 4 * n2**2 * n3 * n1 + n2**4
     return trace**2 / trace_of_square
 
 
 def _blocks(series: Sequence[Series], mean: Series, block: int) -> tuple[Series, float, float]:
-    """The means of all moving blocks, centred by document; their noise a token; its degrees of freedom.
+    """The means of all moving blocks, centred by document; their noise per token; its degrees of freedom.
 
-    The noise v is the long-run variance of e: the mean of n tokens of a document varies by v / n. A document shorter
-    than two blocks gives none, and borrows those of the others.
+    The noise v is the long-run variance of e: the mean of n tokens of a document has the variance v / n. A document
+    shorter than two blocks contributes no blocks; the blocks of the others stand in for its noise.
     """
     pool, squares, freedom = [np.empty(0)], 0.0, 0.0
     for d, center in zip(series, mean):
@@ -250,9 +264,10 @@ def _blocks(series: Sequence[Series], mean: Series, block: int) -> tuple[Series,
 
 
 def _spread(length: Series, mean: Series, center: float, noise: float) -> float:
-    """σ²_u by the method of moments: what V of `_freedom` has beyond its noise, at least 0.
+    """σ²_u by the method of moments: the part of V (see `_freedom`) that noise does not explain, at least 0.
 
-    In V long documents tell: the noise of many short ones, shorter than the memory of e, is not known as well.
+    V gives long documents the most weight. This is intended: if many documents are shorter than the memory of e, their
+    noise is less well known.
     """
     weight = length / length.sum()
     between = float((weight**2 * (mean - center) ** 2).sum())
@@ -260,16 +275,16 @@ def _spread(length: Series, mean: Series, center: float, noise: float) -> float:
 
 
 def _trace(weight: Series) -> float:
-    """tr A of `_freedom`: E V for means of variance 1, below Σ w² since each of them draws the overall mean to it."""
+    """tr A of `_freedom`: E V for means of variance 1. Below Σ w², since each mean pulls the overall mean to it."""
     return float((weight**2 * (1 - 2 * weight + (weight**2).sum())).sum())
 
 
 def _shrink(length: Series, spread: float, noise: float, has_blocks: bool) -> Series | float:
-    """The factors on document means about the overall mean, so that they vary by σ²_u when they are resampled."""
+    """Factors that shrink document means towards the overall mean, so that resampling them has the variance σ²_u."""
     weight = length / length.sum()
-    unbiased = math.sqrt((weight**2).sum() / _trace(weight))  # n / (n − 1), its root, for n documents of one length
+    unbiased = math.sqrt((weight**2).sum() / _trace(weight))  # √(n / (n − 1)) for n documents of one length
     if not has_blocks:
-        return unbiased  # the means hold all noise that there is
+        return unbiased  # without blocks, the noise is resampled only as part of the means
     return unbiased * np.sqrt(spread / (spread + noise / length)) if spread > 0 else 0.0
 
 
@@ -282,10 +297,10 @@ def _drawn_means(
     resamples: int,
     rng: np.random.Generator,
 ) -> Iterator[Series]:
-    """The overall means of `resamples` bootstrap texts, some at a time."""
+    """Yield the overall means of `resamples` bootstrap texts, in batches."""
     documents, total = len(length), length.sum()
-    count = max(1, round(total / block)) if len(pool) else 0  # blocks of a text
-    stretch = math.sqrt(count * block / total)  # as they vary less or more than `total` tokens
+    count = max(1, round(total / block)) if len(pool) else 0  # blocks per bootstrap text
+    stretch = math.sqrt(count * block / total)  # corrects for count · block ≠ total tokens
     rows = max(1, AT_ONCE // max(documents, count))
     for first in range(0, resamples, rows):
         drawn = min(rows, resamples - first)

@@ -1,9 +1,9 @@
 """`sink-eval grid`: models × S+W × budgets, with seeds as an axis: StreamingLLM's Tables 2, 3 and 6 in one run.
 
-A model is a group of twin runs, trained alike but for their seeds; a number is the mean over the runs, its interval
-Student's t over them: for other runs on these texts, not for other texts. All numbers of a grid are means over the same
-targets, those that have overflowed at its largest budget, so that rows may be compared along every axis. The paper's
-number stands beside a cell whose model and S+W are the paper's (`paper`).
+A model is a group of twin runs that differ only in their seeds. Each number is the mean over the runs, with Student's t
+interval over them; it holds for other runs on these texts, not for other texts. All numbers of a grid are means over
+the same targets, those that have overflowed at its largest budget, so that rows can be compared along every axis. If
+the paper has a number for a cell's model, budget and S, it is printed below the cell (`paper`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_group,
         metavar="NAME=RUN,RUN…",
-        help=f"twin runs of one kind, trained with different seeds; or one without a name: {MODEL_HELP}",
+        help=f"a name and its twin runs, trained with different seeds; or one run without a name: {MODEL_HELP}",
     )
     parser.add_argument(
         "--sinks", type=whole, nargs="+", default=[0, 1, 2, 4], metavar="S", help="first keys that are never evicted"
@@ -68,12 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[64, 128, 256],
         metavar="C",
-        help="keys a query sees, the sinks counted (default: 64 128 256)",
+        help="keys a query sees, including the sinks (default: 64 128 256)",
     )
     add_text_argument(parser, "--texts")
     parser.add_argument("--tokens", type=positive, metavar="N", help="text tokens of each document (default: all)")
     parser.add_argument(
-        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes the speed alone"
+        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes only the speed"
     )
     add_common_arguments(parser)
 
@@ -83,16 +83,16 @@ def run(options: argparse.Namespace) -> None:
     _check(options, sinks, budgets)
     from eval.measures.verdict.training import in_training, not_seeds
 
-    kinds, texts, documents, said = _look(options, sinks, budgets)
+    kinds, texts, documents, provenances = _look(options, sinks, budgets)
     warnings = [
-        *(warning for _, runs in options.models for warning in not_seeds({one: said[one] for one in runs})),
-        *in_training(said, texts, documents),
+        *(warning for _, runs in options.models for warning in not_seeds({one: provenances[one] for one in runs})),
+        *in_training(provenances, texts, documents),
     ]
     for warning in warnings:
         say(f"warning: {warning}")
     scored = {name: _score(name, runs, documents, sinks, budgets, options) for name, runs in options.models}
     rows = [
-        _row(name, kinds[name], said[runs[0]["run"]]["shape"], policy, runs, documents, budgets[-1])
+        _row(name, kinds[name], provenances[runs[0]["run"]]["shape"], policy, runs, documents, budgets[-1])
         for name, of_model in scored.items()
         for policy, runs in of_model.items()
     ]
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _group(text: str) -> tuple[str, list[str]]:
-    """The type of --models: `name=run,run` or a run alone, which is its own name."""
+    """Parse a value of --models: `name=run,run`, or one run, which is its own name."""
     name, equals, listed = text.partition("=")
     runs = [name_of(run) for run in (listed.split(",") if equals else [text])]
     if not name or not all(runs):
@@ -140,9 +140,11 @@ def _check(options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[
 def _look(
     options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]
 ) -> tuple[dict[str, str], list[dict[str, Any]], Documents, dict[str, Said]]:
-    """Load every run once before any is scored: the kind of each model, the texts, without sinks, what each run says.
+    """Load every run once before any is scored.
 
-    UserError where runs of a model have different sinks, where models have different tokenizers or too few positions.
+    Returns the kind of each model's sink, a summary of the texts, their tokens without sinks, and the provenance of
+    each run. Raises UserError if runs of one model have different sinks, if models have different tokenizers, or if a
+    model has too few positions.
     """
     from eval.measures.verdict.paired import streaming
     from eval.measures.verdict.training import said_by
@@ -151,7 +153,7 @@ def _look(
     kinds: dict[str, str] = {}
     texts: list[dict[str, Any]] = []
     documents: Documents = []
-    said: dict[str, Said] = {}
+    provenances: dict[str, Said] = {}
     for name, runs in options.models:
         for one in runs:
             loaded = load(options, one)
@@ -169,12 +171,12 @@ def _look(
                     )
             check_same_tokens(first, loaded, options.text)
             check_positions(loaded, fed(documents), [streaming(max(sinks), budgets[-1])], "--budgets")
-            said[one] = said_by(loaded)
-    return kinds, texts, documents, said
+            provenances[one] = said_by(loaded)
+    return kinds, texts, documents, provenances
 
 
 def _kind(loaded: LoadedModel) -> str:
-    """As `paper` names them; `none` for a vanilla model or somebody else's."""
+    """The kind of sink, named as in `paper`; `none` for a vanilla or third-party model."""
     from sinkmodel.sinks import kind_of
 
     kind = kind_of(loaded.model.config)
@@ -192,14 +194,14 @@ def _score(
     budgets: Sequence[int],
     options: argparse.Namespace,
 ) -> dict[Any, list[dict[str, Any]]]:
-    """By policy, what each run lost; one model is held at a time, and of its losses their mean alone."""
+    """For each policy, the mean loss of each run. Only one model is in memory at a time."""
     import torch
 
     from eval.measures.statistics import block_stderr, mean
     from eval.measures.verdict.paired import Side, after, losses, streaming
 
     policies = [streaming(count, budget) for budget in budgets for count in sinks]
-    told: dict[Any, list[dict[str, Any]]] = {policy: [] for policy in policies}
+    by_policy: dict[Any, list[dict[str, Any]]] = {policy: [] for policy in policies}
     for place, one in enumerate(runs, 1):
         loaded = load(options, one)
         for policy in policies:
@@ -211,8 +213,8 @@ def _score(
             nll = mean(late)
             assert nll is not None, "documents overflow the largest budget"
             stderr = block_stderr(late, policy.budget)
-            told[policy].append({"run": one, "nll": nll, "stderr": stderr})
-    return told
+            by_policy[policy].append({"run": one, "nll": nll, "stderr": stderr})
+    return by_policy
 
 
 def _row(
@@ -246,7 +248,7 @@ def _row(
 
 
 def over_runs(values: Sequence[float], level: float = LEVEL) -> tuple[float, float | None, float | None]:
-    """The mean over runs and Student's interval for that of all such runs; one run has none."""
+    """The mean over runs, and the ends of Student's interval for other such runs; both ends are None for one run."""
     from scipy import stats
 
     center = math.fsum(values) / len(values)
@@ -261,13 +263,14 @@ def over_runs(values: Sequence[float], level: float = LEVEL) -> tuple[float, flo
 
 
 def print_table(content: dict[str, Any]) -> None:
-    """One line a model and budget, a column an S; below it the paper's line for such a model, sink and budget."""
+    """One line per model and budget, one column per S; below a line the paper's numbers, if it has them."""
     caption = (
-        f"S+: S first keys and C − S latest; [{100 * content['level']:g} % interval for other runs on these texts]"
+        f"S+: the first S keys and the latest C − S; [{100 * content['level']:g} % interval for other runs on these "
+        "texts]"
     )
     if any(row["paper_ppl"] for row in content["rows"]):
         caption += (
-            "; paper: StreamingLLM, Tables 2, 3 and 6, another text (PG-19): compare the pattern, not the numbers"
+            "; paper: StreamingLLM, Tables 2, 3 and 6, on another text (PG-19): compare the pattern, not the numbers"
         )
     table = new_table(
         f"perplexity over tokens that have overflowed {content['budgets'][-1]}, {content['dtype']}",
@@ -287,5 +290,5 @@ def print_table(content: dict[str, Any]) -> None:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    said = f"{row['ppl_after_overflow']:,.2f}"
-    return said if row["ppl_low"] is None else f"{said} [{row['ppl_low']:,.2f}, {row['ppl_high']:,.2f}]"
+    cell = f"{row['ppl_after_overflow']:,.2f}"
+    return cell if row["ppl_low"] is None else f"{cell} [{row['ppl_low']:,.2f}, {row['ppl_high']:,.2f}]"

@@ -1,15 +1,15 @@
-"""The verdict and what stands beside it: two streams on the same targets, and how far apart their losses are.
+"""The comparisons of a verdict: two streams on the same targets, and the difference of their losses.
 
-A text is x0 … x(N−1); a model puts its own k sink tokens in front, so its query at place p predicts x(p + 1 − k).
-Losses are kept by target, x1 first, whatever stands in front: index i is target x(i + 1), predicted at place k + i.
-After overflow (p ≥ C) in every model are the targets with i ≥ C, for a vanilla model has k = 0.
+A text is x0 … x(N−1). A model puts its own k sink tokens in front, so its query at position p predicts x(p + 1 − k).
+Losses are indexed by target, so that models with different k line up: index i is target x(i + 1), predicted at position
+k + i. Targets with i ≥ C have overflowed (p ≥ C) in every model, since a vanilla model has k = 0.
 
-Within one model a stream is also held to the two things that it stands for. Both are slow, so they get as many tokens
-as `beside` allows, from places spread evenly over the texts:
+Within one model, a stream is also compared to the two methods that it approximates. Both are slow, so they get only
+about `beside` tokens, from positions spread evenly over the texts:
 
-    recompute   the window read anew, at queries far behind the start. A window of C tokens answers for its last C / 16
-                queries, which see 15 / 16 of C keys or more; windows lie C tokens apart or more
-    dense       while it lasts: stretches of text as long as the model has positions P, each a stream of its own, at the
+    recompute   the window is read again for its last queries. A window of C tokens scores its last C / 16 queries,
+                which see at least 15 / 16 of C keys; windows are at least C tokens apart
+    dense       within the model's positions P: stretches of P tokens, each a stream of its own, are compared at the
                 queries C ≤ p < P
 """
 
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
     from eval.policies.policy import Policy
     from sinkmodel.loading import LoadedModel
 
-Documents = Sequence[Sequence[int]]  # text tokens, no sinks; arrays where there are many
-SHARE = 16  # a window that is read anew answers for one in so many of its queries
+Documents = Sequence[Sequence[int]]  # text tokens without sinks
+SHARE = 16  # a recomputed window scores the last 1 / SHARE of its queries
 
 
 @dataclass(frozen=True)
 class Question:
-    """What all comparisons of one verdict have in common; `these_texts`: it is about no other texts than the given."""
+    """What all comparisons of one verdict share; `these_texts`: the verdict is only about the given texts."""
 
     budget: int
     margin: float
@@ -67,7 +67,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models, and how many first tokens it keeps in the verdict."""
+    """One of the two models, and how many leading tokens its stream keeps in the verdict."""
 
     role: str
     loaded: LoadedModel
@@ -83,10 +83,10 @@ class Pair:
     """Two streams on the same targets.
 
     Attributes:
-        model: whose streams they are; `both` where each model has one.
-        differences: the losses of the first less those of the second, one series a document.
-        block: tokens of a block of the bootstrap.
-        more: what else its row says.
+        model: the role of the model whose streams they are; `both` if one stream belongs to each model.
+        differences: the losses of the first stream minus those of the second, in nats, one series per document.
+        block: tokens per block of the bootstrap.
+        more: further entries of its row.
     """
 
     model: str
@@ -99,13 +99,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Alone:
-    """What is scored of one model, whatever it is compared with.
+    """The scores of one model, which do not depend on the model that it is compared with.
 
     Attributes:
-        losses: of its stream in the verdict, one series a document.
+        losses: the losses of its stream in the verdict, in nats, one series per document.
         stream: the row of that stream.
-        rows: of its other streams.
-        pairs: the comparisons within it.
+        rows: the rows of its other streams.
+        pairs: the comparisons within this model.
     """
 
     losses: list[Series]
@@ -115,7 +115,11 @@ class Alone:
 
 
 def measure(side: Side, documents: Documents, question: Question, beside: int) -> Alone:
-    """Score one model: its stream in the verdict over all texts, and what that is held to over some of them."""
+    """Score one model: its stream in the verdict over all texts, and its other streams over parts of them.
+
+    Args:
+        beside: text tokens for each comparison within the model.
+    """
     budget = question.budget
     policy = streaming(side.sinks, budget)
     streamed = losses(side, policy, documents, question.chunk, policy.label)
@@ -139,7 +143,7 @@ def measure(side: Side, documents: Documents, question: Question, beside: int) -
 def compared(
     sides: tuple[Side, Side], found: tuple[Alone, Alone], budget: int
 ) -> tuple[list[Pair], list[dict[str, Any]]]:
-    """The pair that the verdict is about, then those within each model; and a row for each stream that was scored."""
+    """The pair that the verdict is about, then the pairs within each model; and a row for each scored stream."""
     first, second = (f"{side.role} {side.sinks}+{budget - side.sinks}" for side in sides)
     a, b = (after(alone.losses, budget) for alone in found)
     pairs = [paired("both", first, second, a, b, budget)]
@@ -155,7 +159,7 @@ def streaming(sinks: int, budget: int) -> Streaming:
 
 
 def losses(side: Side, policy: Policy, documents: Documents, chunk: int, task: str) -> list[Series]:
-    """By target: for each document of N text tokens N − 1 losses in nats, fp32. UserError names a model that fails."""
+    """Losses by target, in nats, fp32: N − 1 for a document of N text tokens. A UserError names the failing model."""
     fed = [array("i", [*side.front, *ids]) for ids in documents]
     with CountedProgress(f"{side.role} model, {task}", "tokens", sum(len(ids) - 1 for ids in fed)) as progress:
         try:
@@ -166,7 +170,7 @@ def losses(side: Side, policy: Policy, documents: Documents, chunk: int, task: s
 
 
 def after(losses: Sequence[Series], budget: int) -> list[Series]:
-    """Those on targets that have overflowed in every model."""
+    """The losses on targets that have overflowed in every model."""
     return [part[budget:] for part in losses]
 
 
@@ -177,13 +181,13 @@ def paired(
 
 
 def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
-    """A row: the mean of first − second in nats per token, its interval and answer; None where the texts are too few.
+    """A result row: the mean of first − second in nats per token, its interval and the answer.
 
-    If the interval speaks of these texts alone and the question does not, the answer is undecided, and `why` has the
-    reason.
+    The answer is None if there is too little text. If the interval holds for these texts only and the question is about
+    other texts, the answer is undecided, and `why` has the reason.
 
     Args:
-        runs: the same comparison, on the same targets, of each pair of twin runs.
+        runs: the same comparison on the same targets, once for each pair of twin runs.
     """
     one = runs[0]
     means = [sum(float(d.sum()) for d in run.differences) for run in runs]
@@ -214,17 +218,17 @@ def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def no_sample(lengths: Sequence[int]) -> str:
-    """Why documents of these lengths say nothing of other texts, and what to do."""
+    """A message: why documents of these lengths cannot represent other texts, and what to do."""
     used = [length for length in lengths if length]
     weight = effective_documents(np.array(used, dtype=np.float64))
-    what = f"{len(used)} document{'s' if len(used) != 1 else ''}"
+    present = f"{len(used)} document{'s' if len(used) != 1 else ''}"
     if weight < len(used) - 0.005:
-        what += f" of unequal length weigh as {math.floor(100 * weight) / 100:g} of one length"
+        present += f" of unequal length weigh as much as {math.floor(100 * weight) / 100:g} of one length"
     more = 0
     while not is_sample([*used, *[max(used)] * more]):
         more += 1
     return (
-        f"{what}, and {DOCUMENTS} are needed to speak of other texts; give {more} more as long as the longest, or ask "
+        f"{present}, and an answer for other texts needs {DOCUMENTS}; give {more} more as long as the longest, or ask "
         "about these alone with --these-texts"
     )
 
@@ -232,7 +236,7 @@ def no_sample(lengths: Sequence[int]) -> str:
 def stream_row(
     side: Side, policy: Policy, scored: Sequence[Series], documents: Documents, budget: int
 ) -> dict[str, Any]:
-    """As a row of `ppl`, on the targets that have overflowed in both models."""
+    """A row like those of `ppl`, over the targets that have overflowed in both models."""
     late = [torch.from_numpy(part) for part in after(scored, budget)]
     nll = mean(late)
     return {
@@ -249,28 +253,28 @@ def stream_row(
 
 
 def beginnings(documents: Documents, budget: int, most: int) -> Documents:
-    """The first tokens of every document, in proportion to its length: about `most` in all, and a budget's overflow."""
+    """The first tokens of every document, in proportion to its length: about `most` in all, at least 2C + 1 of each."""
     share = min(1.0, most / sum(map(len, documents)))
     return [ids[: max(round(share * len(ids)), 2 * budget + 1)] for ids in documents]
 
 
-# -------------------------------------------------------------------------- against what a stream stands for
+# ----------------------------------------------------------------------- against what a stream approximates
 
 
 def against_recompute(
     side: Side, question: Question, streamed: Sequence[Series], documents: Documents, beside: int
 ) -> Pair:
-    """S+W, scored in full as `streamed`, against the window read anew; `keys_seen_least` says how short a window is."""
+    """S+W, already scored as `streamed`, against recomputed windows, whose queries see `keys_seen_least` or more."""
     window = question.budget - len(side.front)
     answers = max(1, question.budget // SHARE)
     policy = Recompute(len(side.front), question.budget, answers)
-    places = spread(  # (document, end): its last query predicts the token at `end`
+    places = spread(  # (document, end): a window's last query predicts the token at `end`
         [range(question.budget + answers, len(ids), question.budget) for ids in documents],
         max(1, beside // question.budget),
     )
     windows = [documents[i][end - window : end + 1] for i, end in places]
-    # One causal forward over a window from scratch is what Recompute does; of its losses the last are taken.
-    anew = losses(side, Dense(), windows, question.chunk, policy.label) if windows else []
+    # Recompute is one causal forward over each window from scratch; only the last losses of a window are used.
+    recomputed = losses(side, Dense(), windows, question.chunk, policy.label) if windows else []
     kept = [streamed[i][end - answers : end] for i, end in places]
     label = streaming(side.sinks, question.budget).label
     return paired(
@@ -278,15 +282,15 @@ def against_recompute(
         label,
         policy.label,
         by_document(kept, places, len(documents)),
-        by_document([read[-answers:] for read in anew], places, len(documents)),
-        answers,  # a window is a block: windows lie so far apart that they share no cached key
+        by_document([part[-answers:] for part in recomputed], places, len(documents)),
+        answers,  # one block per window: windows are so far apart that they share no cached key
         keys_seen_least=question.budget - answers + 1,
         windows=len(windows),
     )
 
 
 def against_dense(side: Side, question: Question, documents: Documents, beside: int) -> Pair:
-    """S+W against every key, as far as the model has positions; without numbers where it does not go beyond C."""
+    """S+W against dense attention, within the model's positions; without numbers if they do not exceed C."""
     budget, front = question.budget, len(side.front)
     positions = min((n for n in (side.loaded.positions, end_of(side.loaded.model)) if n is not None), default=None)
     policy = streaming(side.sinks, budget)
@@ -294,7 +298,7 @@ def against_dense(side: Side, question: Question, documents: Documents, beside: 
         ends = "are not known" if positions is None else f"end at {positions}"
         why = f"the model's positions {ends}"
         return paired(side.role, policy.label, "dense", [], [], budget, stretches=0, why=why)
-    length = positions - front + 1  # text tokens of a stretch; the last is predicted, never fed
+    length = positions - front + 1  # text tokens of a stretch; the last is only predicted
     places = spread(
         [[start for start in range(0, len(ids), length) if len(ids) - start > budget + 1] for ids in documents],
         max(1, beside // positions),
@@ -310,13 +314,13 @@ def against_dense(side: Side, question: Question, documents: Documents, beside: 
         "dense",
         by_document(stream, places, len(documents)),
         by_document(dense, places, len(documents)),
-        positions - budget,  # a stretch is a block
+        positions - budget,  # one block per stretch
         stretches=len(stretches),
     )
 
 
 def spread(places: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:
-    """`most` of all places, evenly in the order of the texts, as (document, place); all where there are no more."""
+    """At most `most` of all places, evenly spaced in the order of the texts, as (document, place)."""
     every = [(i, place) for i, of_document in enumerate(places) for place in of_document]
     if len(every) <= most:
         return every
@@ -324,7 +328,7 @@ def spread(places: Sequence[Sequence[int]], most: int) -> list[tuple[int, int]]:
 
 
 def by_document(parts: Sequence[Series], places: Sequence[tuple[int, int]], documents: int) -> list[Series]:
-    """One series a document, of the parts that came from it."""
+    """Concatenate the parts of each document: one series per document."""
     grouped: list[list[Series]] = [[np.empty(0, np.float32)] for _ in range(documents)]
     for (i, _), part in zip(places, parts):
         grouped[i].append(part)

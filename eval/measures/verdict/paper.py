@@ -1,7 +1,8 @@
-"""What StreamingLLM (arXiv 2309.17453) printed in Tables 2, 3 and 6: perplexity on PG-19 by model, sink, budget and S.
+"""StreamingLLM's numbers (arXiv 2309.17453, Tables 2, 3 and 6): perplexity on PG-19 by model, sink, budget and S.
 
-Table 3 is of the first test book, Tables 2 and 6 are of 400K tokens. Their other two models, Falcon-7B and MPT-7B, are
-none that `sinkmodel.scoring` takes: Falcon's attention cannot be exchanged, MPT has no rotary positions.
+Table 3 uses the first test book, Tables 2 and 6 use 400K tokens. The paper's other two models, Falcon-7B and MPT-7B,
+are missing because `sinkmodel.scoring` does not support them: Falcon's attention cannot be exchanged, and MPT has no
+rotary positions.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ PAPER = {
 
 
 def model_of(shape: dict[str, Any]) -> Model:
-    """A shape (`training.shape_of`) as models are named here, to be compared with the paper's."""
+    """A shape (`training.shape_of`) as a key of PAPER."""
     return tuple(shape[size] for size in SIZES)
 
 
 def of_paper(shape: dict[str, Any], kind: str, budget: int, sinks: int) -> float | None:
-    """The paper's perplexity of a model of this shape and sink; None where it has none."""
+    """The paper's perplexity of a model of this shape and sink; None if the paper has no such model."""
     return PAPER.get((model_of(shape), kind, budget), {}).get(sinks)

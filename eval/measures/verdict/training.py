@@ -1,4 +1,4 @@
-"""What models say of how they were trained: is their text among the test text, and are runs the twins they pass for?"""
+"""Checks on how models were trained: whether they were trained on the test text, and whether runs are really twins."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from sinkmodel.progress import CountedProgress
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
-Said = dict[str, Any]  # what `said_by` finds of a model
-HEAD = 64  # a document is known by its first tokens; no more are compared
-AT_ONCE = 1 << 20  # training documents looked at together
+Said = dict[str, Any]  # the provenance of a model, as `said_by` returns it
+HEAD = 64  # documents are compared by this many first tokens
+AT_ONCE = 1 << 20  # training documents compared together
 SIZES = {
     "model type": "model_type",
     "layers": "num_hidden_layers",
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def said_by(loaded: LoadedModel) -> Said:
-    """Its `name`, `shape`, the `weights` as a fingerprint (in fp32 only), and its provenance, if it has one."""
+    """The model's `name`, its `shape`, a fingerprint of its `weights` (only in fp32), and its provenance, if any."""
     import torch
 
     from sinkmodel.bases import weights_fingerprint
@@ -45,9 +45,9 @@ def said_by(loaded: LoadedModel) -> Said:
 
 
 def shape_of(config: Any) -> dict[str, Any]:
-    """What a transformers config says of SIZES, by name; None where it says nothing, as GPT-NeoX of KV heads.
+    """The values of SIZES in a transformers config, by name; None if it lacks the key, such as GPT-NeoX's KV heads.
 
-    A sink in the softmax is no other shape, though such models have a model type of their own: `sink_gpt_neox`.
+    A model with a sink in the softmax has the same shape as its twin, although its model type differs: `sink_gpt_neox`.
     """
     config = config.get_text_config()
     shape = {size: getattr(config, key, None) for size, key in SIZES.items()}
@@ -55,11 +55,11 @@ def shape_of(config: Any) -> dict[str, Any]:
 
 
 def not_twins(one: Said, other: Said) -> list[str]:
-    """In which ways two models are no twins, in words. The first may have been made of the other, its base."""
+    """The ways in which two models are not twins, as phrases. The first may have been trained from the second."""
     if one.get("parts", "all") != "all":
         same = _is_base(one, other)
         if same is None:
-            return [f"nobody checked, as --dtype is not float32, whether the second is {one['base']['name']}, the base"]
+            return [f"as --dtype is not float32, it is not checked that the second is {one['base']['name']}, the base"]
         return [] if same else [f"the first has a trained sink on another base, {one['base']['name']}"]
     ways = _trained_unlike(one, other)
     if _is_base(one, other):
@@ -69,7 +69,7 @@ def not_twins(one: Said, other: Said) -> list[str]:
 
 
 def _is_base(one: Said, other: Said) -> bool | None:
-    """Whether the first started from the second. None if nobody can tell: one of other name, in another dtype."""
+    """Whether the first was trained from the second; None if unknown: no fp32 weights, and another name or step."""
     base = one.get("base")
     if not isinstance(base, dict):
         return False
@@ -80,57 +80,61 @@ def _is_base(one: Said, other: Said) -> bool | None:
 
 
 def not_seeds(runs: dict[str, Said]) -> list[str]:
-    """Warnings where runs are not one model trained with several seeds."""
+    """Warnings if runs are not one model trained with several seeds."""
     warnings = []
     first = next(iter(runs))
     by_seed: dict[int, str] = {}
-    for name, said in runs.items():
-        if ways := _trained_unlike(runs[first], said):
+    for name, provenance in runs.items():
+        if ways := _trained_unlike(runs[first], provenance):
             warnings.append(f"{first} and {name} differ by more than their seeds: {', '.join(ways)}")
-        seed = _seed(said)
+        seed = _seed(provenance)
         if seed is not None and (other := by_seed.setdefault(seed, name)) != name:
-            warnings.append(f"{other} and {name} have the same seed, {seed}: they say nothing of other seeds")
+            warnings.append(f"{other} and {name} have the same seed, {seed}: they do not represent other seeds")
     return warnings
 
 
-def _seed(said: Said) -> int | None:
-    """None where the model does not say."""
+def _seed(provenance: Said) -> int | None:
+    """The seed of the training; None if it is unknown."""
     try:
-        seed = said["config"]["seed"]
+        seed = provenance["config"]["seed"]
     except (KeyError, TypeError):
         return None
     return seed if isinstance(seed, int) else None
 
 
 def _trained_unlike(one: Said, other: Said) -> list[str]:
-    asked = {
-        "other training data": lambda said: said["data"]["fingerprint"],
-        "another number of steps": lambda said: said["step"],
-        "another model to start from": lambda said: said["base"]["fingerprint"],
-        "other parts trained": lambda said: said["parts"],
+    """The ways in which two models were trained differently, as phrases; what either provenance lacks is ignored."""
+    checks = {
+        "other training data": lambda provenance: provenance["data"]["fingerprint"],
+        "another number of steps": lambda provenance: provenance["step"],
+        "another model to start from": lambda provenance: provenance["base"]["fingerprint"],
+        "other parts trained": lambda provenance: provenance["parts"],
     }
-    told = []
-    for what, ask in asked.items():
+    ways = []
+    for way, value_of in checks.items():
         try:
-            if ask(one) != ask(other):
-                told.append(what)
-        except (KeyError, TypeError):  # one of them does not say
+            if value_of(one) != value_of(other):
+                ways.append(way)
+        except (KeyError, TypeError):  # one of them does not have the value
             continue
     pairs = [(size, one["shape"][size], other["shape"][size]) for size in SIZES]
-    return told + [f"{size} {a} and {b}" for size, a, b in pairs if None not in (a, b) and a != b]
+    return ways + [f"{size} {a} and {b}" for size, a, b in pairs if None not in (a, b) and a != b]
 
 
 def in_training(
     models: dict[str, Said], texts: Sequence[dict[str, Any]], documents: Sequence[Sequence[int]]
 ) -> list[str]:
-    """Warnings where a model was trained on what is to test it, or where nobody can tell; `texts` as `read_texts`."""
+    """Warnings if a model was trained on the test text, or if that cannot be checked.
+
+    `texts` and `documents` are what `read_texts` returns, the documents without sinks.
+    """
     warnings = []
-    for name, said in models.items():
-        if not said.get("data"):
+    for name, provenance in models.items():
+        if not provenance.get("data"):
             continue
-        known = trained_on(said, documents)
+        known = trained_on(provenance, documents)
         if known is None:
-            warnings.append(f"{name}: its training data is not where it was, so nobody checked whether --text is in it")
+            warnings.append(f"{name}: its training data is not where it was, so it is unknown whether --text is in it")
             continue
         first = 0
         for text in texts:
@@ -138,17 +142,17 @@ def in_training(
             first += text["documents"]
             if count:
                 warnings.append(
-                    f"{name} was trained on {text['file']}: {count} of {text['documents']} documents begin as training "
-                    "documents do; give text that was held out"
+                    f"{name} was trained on {text['file']}: {count} of {text['documents']} documents begin like "
+                    "training documents; give held-out text"
                 )
     return warnings
 
 
 def trained_on(provenance: dict[str, Any], documents: Sequence[Sequence[int]]) -> list[bool] | None:
-    """For each document, token ids without sinks, whether a training document of the model begins as it does.
+    """For each document (token ids without sinks), whether a training document of the model begins with its tokens.
 
-    None if that cannot be told: the prepared folder is not where it was or holds other data, by the checksums of its
-    shards, or its shards do not say where documents begin.
+    Returns None if this cannot be checked: the prepared folder has moved, the checksums of its shards show other data,
+    or its shards do not record the beginnings of documents.
     """
     import numpy as np
 
@@ -187,12 +191,12 @@ def trained_on(provenance: dict[str, Any], documents: Sequence[Sequence[int]]) -
 
 @functools.cache
 def _sha256(file: Path, size: int, changed: int) -> str:
-    """Once for all models that were trained on one folder; `size` and `changed` tell whether it is still the file."""
+    """Cached, since several models may be trained on one folder; `size` and `changed` detect that the file changed."""
     return sha256_of(file)
 
 
 def _beginnings(ids: Any, starts: Any, heads: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
-    """Those of `heads` that stand at one of `starts` in a shard, read token by token for all starts together."""
+    """Yield those of `heads` that occur at one of `starts` in a shard; compares one token at a time, for all starts."""
     import numpy as np
 
     for length in sorted({len(head) for head in heads}):

@@ -1,15 +1,16 @@
 """`sink-eval verify`: is one trained sink worth four borrowed ones?
 
-The sink model streams with its own sinks, 1+(C−1), a vanilla model with the four that StreamingLLM keeps, 4+(C−4), over
-the same text; the answer is about the paired difference of their losses on the tokens that have overflowed in both
-(design, decision 9): *equivalent*, *better*, *worse* or *undecided* (`eval.measures.verdict.equivalence.decide`).
+Two models stream over the same text: the sink model with its own sinks, 1+(C−1), and a vanilla model with the four
+tokens that StreamingLLM keeps, 4+(C−4). The answer is about the paired difference of their losses on the tokens that
+have overflowed in both (design, decision 9): *equivalent*, *better*, *worse* or *undecided*
+(`eval.measures.verdict.equivalence.decide`).
 
-One interval gives all four answers. It is two-sided at --level, so that "equivalent" is two one-sided tests, each at
-half of what is left: 2.5 % at the level of 0.95, stricter than the customary 5 %, which --level 0.9 gives.
+One interval gives all four answers. It is two-sided at --level, so "equivalent" is two one-sided tests, each at
+(1 − level) / 2. At the default level of 0.95 this is 2.5 %, stricter than the usual 5 %, which --level 0.9 gives.
 
-Given several pairs of twin runs, trained alike but for their seeds, the interval is for other runs as well as for other
-texts; without it a verdict speaks of two checkpoints alone. If the documents weigh less than five of one length, they
-say too little of other texts: the answer is undecided, unless --these-texts asks about no others.
+With several pairs of twin runs, which differ only in their seeds, the interval holds for other runs as well as for
+other texts. With one pair, the verdict is about these two checkpoints only. If the documents weigh less than five of
+one length, they cannot represent other texts. Then the answer is undecided, unless --these-texts asks about no others.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="NAME",
-        help=f"the model with a sink, or several, one a seed: {MODEL_HELP}",
+        help=f"the model with a sink, or several, one per seed: {MODEL_HELP}",
     )
     parser.add_argument(
         "--vanilla",
@@ -69,11 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="NAME",
-        help="its twin without one, or several, in the same order; or one for all, the model that they started from",
+        help="its twin without a sink, or several, in the same order; or one for all, the model that all started from",
     )
     add_text_argument(parser, "--texts")
     parser.add_argument(
-        "--budget", type=positive, default=256, metavar="C", help="keys a query sees, the sinks counted"
+        "--budget", type=positive, default=256, metavar="C", help="keys a query sees, including the sinks"
     )
     parser.add_argument(
         "--margin",
@@ -87,13 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_level,
         default=0.95,
         metavar="P",
-        help="of the two-sided interval (default: 0.95); 0.9 makes equivalence two one-sided tests at the usual 5 %%",
+        help="level of the two-sided interval (default: 0.95); with 0.9 equivalence is tested at the usual 5 %% on "
+        "each side",
     )
     parser.add_argument("--tokens", type=positive, metavar="N", help="text tokens of each document (default: all)")
     parser.add_argument(
         "--these-texts",
         action="store_true",
-        help="answer for these texts alone, such as one long book; by default the answer is for other texts like them, "
+        help="answer only for these texts, such as one long book; by default the answer is for other texts like them, "
         "and undecided if they weigh less than five documents of one length",
     )
     parser.add_argument(
@@ -101,11 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=1 << 16,
         metavar="N",
-        help="text tokens for each comparison within a model, beside the verdict (default: 65536)",
+        help="text tokens for each comparison within a model, which the verdict does not use (default: 65536)",
     )
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the resampling")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed of the resampling (default: 0)")
     parser.add_argument(
-        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes the speed alone"
+        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes only the speed"
     )
     add_common_arguments(parser)
 
@@ -122,8 +124,8 @@ def run(options: argparse.Namespace) -> int:
     from eval.measures.verdict.paired import Question, answered, compared, measure
 
     names = _pairs(options)
-    sides, texts, documents, said = _look(options, names)
-    warnings = _warnings(options, said, texts, documents)
+    sides, texts, documents, provenances = _look(options, names)
+    warnings = _warnings(options, provenances, texts, documents)
     for warning in warnings:
         say(f"warning: {warning}")
     question = Question(options.budget, options.margin, options.level, options.seed, options.chunk, options.these_texts)
@@ -135,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
         if len(names) > 1:
             say(f"pair {place + 1}/{len(names)}: {pair[0]} and {pair[1]}")
         sink = measure(sides[0], documents, question, options.beside)
-        if vanilla is None or pair[1] != names[place - 1][1]:  # one for all is scored once
+        if vanilla is None or pair[1] != names[place - 1][1]:  # a vanilla model shared by all pairs is scored once
             vanilla = measure(sides[1], documents, question, options.beside)
         of_run, of_streams = compared(sides, (sink, vanilla), options.budget)
         runs.append(of_run)
@@ -174,7 +176,7 @@ def _margin(text: str) -> float:
 
 def _level(text: str) -> float:
     if not 0.5 <= real(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no level; give one from 0.5 to below 1, as 0.95")
+        raise argparse.ArgumentTypeError(f"{text} is not a level; give a number from 0.5 to below 1, such as 0.95")
     return float(text)
 
 
@@ -182,7 +184,7 @@ def _level(text: str) -> float:
 
 
 def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """The names of twins. One vanilla model is the twin of all, as runs that train a sink alone share their base."""
+    """The names of the twins. A single vanilla model is the twin of all: runs that train only a sink share a base."""
     one_for_all = len(options.vanilla) == 1
     return list(zip(options.sink, options.vanilla * len(options.sink) if one_for_all else options.vanilla))
 
@@ -200,13 +202,17 @@ def _check_names(sinks: Sequence[str], vanillas: Sequence[str]) -> None:
 def _look(
     options: argparse.Namespace, names: Sequence[tuple[str, str]]
 ) -> tuple[tuple[Side, Side], list[dict[str, Any]], Documents, dict[str, Said]]:
-    """Load every pair once before any is scored, the first at last: it, the texts, without sinks, what models say."""
+    """Load and check every pair once before any is scored.
+
+    The first pair is loaded last, so that it stays loaded. Returns it, a summary of the texts, their tokens without
+    sinks, and the provenance of each model.
+    """
     from eval.measures.verdict.paired import streaming
     from eval.measures.verdict.training import said_by
 
     texts: list[dict[str, Any]] = []
     documents: Documents = []
-    said: dict[str, Said] = {}
+    provenances: dict[str, Said] = {}
     alike: tuple[Side, Side] | None = None
     vanilla: Side | None = None
     for pair in reversed(names):
@@ -221,13 +227,13 @@ def _look(
             texts, documents = read_texts(vanilla.loaded, options.text, options.budget, options.tokens, None)
         for side in sides:
             check_positions(side.loaded, fed(documents), [streaming(side.sinks, options.budget)])
-            said[side.loaded.name] = said_by(side.loaded)
+            provenances[side.loaded.name] = said_by(side.loaded)
     _check_length(documents, options.budget, options.these_texts)
-    return sides, texts, documents, said
+    return sides, texts, documents, provenances
 
 
 def _load(options: argparse.Namespace, sink: str, vanilla: str, before: Side | None = None) -> tuple[Side, Side]:
-    """A pair; the vanilla model is that of the pair `before` if it has the same name."""
+    """Load a pair. The vanilla model `before`, of the previous pair, is reused if it has the same name."""
     from eval.measures.verdict.paired import Side
 
     loaded = load(options, sink)
@@ -237,17 +243,17 @@ def _load(options: argparse.Namespace, sink: str, vanilla: str, before: Side | N
 
 
 def _check_alike(one: LoadedModel, other: LoadedModel) -> None:
-    """Runs of several seeds answer one question: the same sinks, and positions, which say where `dense` ends."""
+    """Raise UserError unless two runs have the same sinks and positions; the positions limit the dense comparison."""
     from sinkmodel.sinks import kind_of
 
-    for what, ask in (
+    for quality, value_of in (
         ("sinks", lambda loaded: (kind_of(loaded.model.config), len(loaded.sink_ids))),
         ("positions", lambda loaded: loaded.positions),
     ):
-        if ask(one) != ask(other):
+        if value_of(one) != value_of(other):
             raise UserError(
-                f"{one.name} and {other.name} differ in their {what} ({ask(one)} and {ask(other)}); give runs "
-                "that were trained alike but for their seeds"
+                f"{one.name} and {other.name} differ in their {quality} ({value_of(one)} and {value_of(other)}); give "
+                "runs that differ only in their seeds"
             )
 
 
@@ -257,8 +263,8 @@ def _check_pair(sink: LoadedModel, vanilla: LoadedModel) -> None:
     of_sink, of_vanilla = kind_of(sink.model.config), kind_of(vanilla.model.config)
     if of_sink == "none" and of_vanilla != "none":
         raise UserError(
-            f"--sink {sink.name} has no sink and --vanilla {vanilla.name} has one ({of_vanilla}): they are the "
-            "wrong way round; exchange them"
+            f"--sink {sink.name} has no sink and --vanilla {vanilla.name} has one ({of_vanilla}); they are "
+            "swapped: exchange them"
         )
     if of_sink == "none":
         raise UserError(f"--sink {sink.name} has no sink of its own; give a model that was trained with one")
@@ -269,13 +275,13 @@ def _check_pair(sink: LoadedModel, vanilla: LoadedModel) -> None:
 
 
 def _check_length(documents: Documents, budget: int, these_texts: bool) -> None:
-    """Whether there is enough text for an interval, and for an answer; known before anything is scored."""
+    """Raise UserError if the text is too short for an interval; warn if it is too little for an answer."""
     from eval.measures.verdict.equivalence import BLOCKS, DOCUMENTS, enough, is_sample
     from eval.measures.verdict.paired import no_sample
 
     lengths = [max(0, len(ids) - 1 - budget) for ids in documents]
     if not enough(lengths, budget, these_texts):
-        of_like_length = "" if these_texts else f"{DOCUMENTS} documents of like length, "
+        of_like_length = "" if these_texts else f"{DOCUMENTS} documents of similar length, or "
         raise UserError(
             f"--text is too short for an interval: {sum(lengths)} tokens after overflow in {len(documents)} documents; "
             f"give {of_like_length}one of {(BLOCKS + 1) * budget + 1} tokens or more, or lower --budget {budget}"
@@ -285,16 +291,16 @@ def _check_length(documents: Documents, budget: int, these_texts: bool) -> None:
 
 
 def _warnings(
-    options: argparse.Namespace, said: dict[str, Said], texts: Sequence[dict[str, Any]], documents: Documents
+    options: argparse.Namespace, provenances: dict[str, Said], texts: Sequence[dict[str, Any]], documents: Documents
 ) -> list[str]:
-    """What the models say of themselves against trusting the answer."""
+    """Reasons not to trust the answer, from the models' provenance."""
     from eval.measures.verdict.training import in_training, not_seeds, not_twins
 
-    sinks, vanillas = ({name: said[name] for name in names} for names in (options.sink, options.vanilla))
+    sinks, vanillas = ({name: provenances[name] for name in names} for names in (options.sink, options.vanilla))
     warnings = []
     for sink, vanilla in _pairs(options):
-        if ways := not_twins(said[sink], said[vanilla]):
-            warnings.append(f"{sink} and {vanilla} are no twins: {', '.join(ways)}")
+        if ways := not_twins(provenances[sink], provenances[vanilla]):
+            warnings.append(f"{sink} and {vanilla} are not twins: {', '.join(ways)}")
     return [*warnings, *not_seeds(sinks), *not_seeds(vanillas), *in_training(sinks | vanillas, texts, documents)]
 
 
@@ -324,8 +330,8 @@ def print_tables(content: dict[str, Any]) -> None:
     table = new_table(
         f"paired differences in nats per token, {100 * content['level']:g} % intervals"
         + (f", over {verdict['runs']} pairs of runs" if verdict["runs"] > 1 else ""),
-        f"first − second: below zero the first loses less; equivalent: within ±{content['margin']:g}; "
-        "recompute and dense: at places spread over the texts",
+        f"first − second: below zero the first has the lower loss; equivalent: within ±{content['margin']:g}; "
+        "recompute and dense: at positions spread over the texts",
         ["model", "first", "second"],
         ["tokens", "difference", "interval", "answer"],
     )
@@ -344,13 +350,13 @@ def print_tables(content: dict[str, Any]) -> None:
 
 
 def each_pair(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The verdict of each pair of runs, as rows of the comparisons; none where there is one pair alone."""
+    """The verdict of each pair of runs, as rows of the table of comparisons; empty if there is only one pair."""
     pairs = content.get("pairs", [])
     return [{**row, "model": "pair", "first": row["sink"], "second": row["vanilla"]} for row in pairs if len(pairs) > 1]
 
 
 def answer_cell(row: dict[str, Any]) -> str:
-    """The answer of a row as a table has it, with the texts that it is for unless they are others like these."""
+    """The answer of a row for a table; it names the texts that the answer is for unless that is the default."""
     if not row["answer"]:
         return row.get("why") or "too little text"
     if row.get("why"):
@@ -359,21 +365,21 @@ def answer_cell(row: dict[str, Any]) -> str:
 
 
 def in_words(verdict: dict[str, Any], margin: float) -> str:
-    """The verdict as a sentence or two."""
-    said = (
+    """The verdict in a few sentences."""
+    text = (
         f"{verdict['answer']}: {verdict['first']} − {verdict['second']} = {verdict['difference']:+.4f} nats per token, "
         f"{100 * verdict['level']:g} % interval [{verdict['low']:+.4f}, {verdict['high']:+.4f}], margin ±{margin:g}"
     )
     if verdict.get("why"):
-        said += f"\n{verdict['why']}"
+        text += f"\n{verdict['why']}"
     if verdict["resampled"] == "blocks":
-        said += "\nthe interval speaks of these texts, not of others"
+        text += "\nthe interval holds for these texts, not for others"
     if verdict["more_tokens"]:
-        said += f"\nabout {verdict['more_tokens']:,} more tokens would decide, if the difference stayed as it is"
+        text += f"\nabout {verdict['more_tokens']:,} more tokens would decide, if the difference stayed the same"
     if verdict["runs"] == 1:
-        return f"{said}\nit speaks of these two runs; twins of other seeds may differ by more: give several of each"
+        return f"{text}\nit holds for these two runs; twins of other seeds may differ by more: give several of each"
     runs, texts = verdict["stderr_runs"], verdict["stderr_texts"]
-    said += f"\nof {verdict['runs']} pairs of runs; standard error over runs {runs:.4f}, over texts {texts:.4f}: "
+    text += f"\nof {verdict['runs']} pairs of runs; standard error over runs {runs:.4f}, over texts {texts:.4f}: "
     if verdict["more_tokens"] is None and not verdict.get("why"):
-        return f"{said}no amount of text decides this, more pairs of runs would"
-    return f"{said}more {'pairs' if runs > texts else 'texts'} would narrow it most"
+        return f"{text}no amount of text decides this, more pairs of runs would"
+    return f"{text}more {'pairs' if runs > texts else 'texts'} would narrow it most"

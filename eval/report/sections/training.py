@@ -1,4 +1,4 @@
-"""Training: the loss curves of twins, and where their attention goes meanwhile."""
+"""Training: the loss curves of twins, and where their attention goes during training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def section(inputs: Inputs) -> Section | None:
     alt = "Loss over tokens, training and held out; at the end " + "; ".join(map(_end, runs))
     panels = [panel(alt, functools.partial(paint_losses, training=training, validation=validation))]
     for column, label in (
-        ("sink_share", "share of attention on place 0"),
+        ("sink_share", "share of attention on position 0"),
         ("sink_heads", "share of heads with a sink"),
     ):
         lines = {run.name: line for run in runs if (line := _line(run, column))}
@@ -33,7 +33,7 @@ def section(inputs: Inputs) -> Section | None:
     caption = "Loss of the twins on the targets that both have."
     chart = Chart("training", panels, ["run", *COLUMNS], numbers, caption)
     table = Table(
-        ["run", "steps", "tokens", "training loss", "held-out loss", "attention on place 0", "heads with a sink"],
+        ["run", "steps", "tokens", "training loss", "held-out loss", "attention on position 0", "heads with a sink"],
         [
             [
                 run.name,
@@ -44,13 +44,13 @@ def section(inputs: Inputs) -> Section | None:
             ]
             for run in runs
         ],
-        caption="The last of each, in nats per token and as shares. Training loss is that of the last batches.",
+        caption="The last values, in nats per token and as shares. Training loss is that of the last batches.",
     )
     return Section("training", "Training of the twins", [chart, table])
 
 
 def _line(run: Run, column: str) -> list[tuple[float, float | None]]:
-    """(tokens, value) where there is one."""
+    """(tokens, value) for each point that has a value."""
     return [(point["tokens"] or 0, point[column]) for point in run.points if point.get(column) is not None]
 
 
@@ -63,5 +63,5 @@ def _end(run: Run) -> str:
 
 
 def _written(value: float | None) -> Any:
-    """Steps and tokens without a point."""
+    """Whole numbers, such as steps and tokens, without a decimal point."""
     return int(value) if value is not None and value == int(value) else value

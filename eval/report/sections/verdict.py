@@ -15,9 +15,9 @@ TITLE = "The verdict"
 TONES = {"equivalent": "good", "better": "good", "worse": "bad", "undecided": "open"}
 MEANING = {
     "equivalent": "the whole interval lies within the margin: the difference is too small to matter",
-    "better": "the whole interval lies below zero, and not within the margin: the trained sink loses less",
-    "worse": "the whole interval lies above zero, and not within the margin: the trained sink loses more",
-    "undecided": "the interval holds zero and a difference that would matter",
+    "better": "the whole interval lies below zero, but not within the margin: the trained sink has the lower loss",
+    "worse": "the whole interval lies above zero, but not within the margin: the trained sink has the higher loss",
+    "undecided": "the interval contains zero and a difference that would matter",
 }
 
 
@@ -49,7 +49,9 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
         paint = functools.partial(paint_intervals, rows=drawn, margin=content["margin"])
         keys = ["model", "first", "second", "tokens", "difference", "low", "high", "answer", "speaks_of"]
         values = [[row.get(key) for key in keys] for row in rows]  # older results lack the last
-        caption = f"{100 * content['level']:g} % intervals of first − second; left of zero the first loses less."
+        caption = (
+            f"{100 * content['level']:g} % intervals of first − second; left of zero the first has the lower loss."
+        )
         made.blocks.append(Chart(f"verdict-{number}", [panel(alt, paint, size)], keys, values, caption))
     made.blocks.append(
         Table(
@@ -68,8 +70,8 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
             ],
             words=3,
             caption="Paired differences in nats per token on the same tokens, after overflow; recompute and dense at "
-            "places spread over the texts. "
-            + ("" if pairs else "They speak of these two runs: twins of other seeds may differ by more."),
+            "positions spread over the texts. "
+            + ("" if pairs else "They hold for these two runs: twins of other seeds may differ by more."),
         )
     )
     made.blocks.append(
@@ -91,7 +93,7 @@ def _add(made: Section, content: dict[str, Any], number: int) -> None:
 
 
 def _names(content: dict[str, Any]) -> dict[str, str]:
-    """What stands for `sink`, `vanilla` and each run: short names; of several runs the role for all of them."""
+    """Short names of the runs and, if there is one pair, of the roles `sink` and `vanilla`."""
     roles = ("sink", "vanilla")
     if pairs := each_pair(content):
         return short_names([pair[role] for role in roles for pair in pairs])
@@ -100,32 +102,32 @@ def _names(content: dict[str, Any]) -> dict[str, str]:
 
 
 def sentence(content: dict[str, Any]) -> str:
-    """The verdict in one sentence, then what it rests on, and what would decide."""
+    """The verdict in one sentence, then its basis, and what would give an answer if there is none."""
     verdict, margin = content["verdict"], content["margin"]
     sink, vanilla = (f"the {role} models" if each_pair(content) else content[role] for role in ("sink", "vanilla"))
     if None in (verdict["low"], verdict["high"], verdict["difference"], margin):
-        return f"{sink} against {vanilla}: too little text for an interval, so nobody can say."
+        return f"{sink} against {vanilla}: too little text for an interval, so there is no answer."
     difference = verdict["difference"]
     more = "less" if difference < 0 else "more"
-    said = (
+    text = (
         f"At a budget of {content['budget']} keys {sink} ({verdict['first']}) lost {abs(difference):.4f} "
         f"nats per token {more} than {vanilla} ({verdict['second']}); {100 * content['level']:g} % interval "
         f"{between(verdict['low'], verdict['high'], '+.4f')}, margin ±{margin:g}, {figure(verdict['tokens'], ',.0f')} "
         f"tokens of {verdict['documents']} document{'s' if verdict['documents'] != 1 else ''}"
     )
     why = verdict.get("why")
-    said += f": {MEANING[verdict['answer']]}." if verdict["answer"] in MEANING and not why else "."
+    text += f": {MEANING[verdict['answer']]}." if verdict["answer"] in MEANING and not why else "."
     if why:
-        said += f" {why}."
+        text += f" {why}."
     if verdict["resampled"] == "blocks":
-        said += " The interval speaks of these texts, not of others."
+        text += " The interval holds for these texts, not for others."
     if verdict.get("runs", 1) > 1:
-        said += (
+        text += (
             f" Over {verdict['runs']} pairs of runs; standard error over runs {figure(verdict['stderr_runs'], '.4f')}, "
             f"over texts {figure(verdict['stderr_texts'], '.4f')}."
         )
     if verdict["more_tokens"]:
-        said += f" About {verdict['more_tokens']:,.0f} more tokens would decide, if the difference stayed as it is."
+        text += f" About {verdict['more_tokens']:,.0f} more tokens would decide, if the difference stayed the same."
     elif verdict["more_tokens"] is None and verdict["answer"] == "undecided" and not why:
-        said += " No amount of text decides this; more pairs of runs would."
-    return said
+        text += " No amount of text decides this; more pairs of runs would."
+    return text

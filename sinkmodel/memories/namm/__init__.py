@@ -1,4 +1,4 @@
-"""Neural attention memory models (NAMM, arXiv 2410.13166): an evolved network decides what a cache forgets.
+"""Neural attention memory models (NAMM, arXiv 2410.13166): an evolved network decides what a cache evicts.
 
     memory = NAMM.from_pretrained("org/namm", model)          # an evolved artefact: a folder, or a name on the Hub
     model.generate(ids, past_key_values=memory)
@@ -9,8 +9,8 @@
     memory = start.for_candidates(candidates)                                  # [candidates, config.parameters]
     model(ids[:, 127:].repeat_interleave(len(candidates), 0), past_key_values=memory)
 
-`spectrogram` turns the attention that a token gets into features, `network` scores these, `memory` evicts, and `config`
-reads and writes the artefact.
+`spectrogram` turns the attention to a token into features, `network` computes scores from these, `memory` evicts, and
+`config` reads and writes the artefact.
 """
 
 from sinkmodel.memories.namm.config import NAMMConfig, read_artefact, write_artefact

@@ -1,8 +1,8 @@
 """`NAMMConfig`, and an evolved NAMM as a folder: `config.json` and `namm.safetensors`.
 
-`config.json` holds the fields of `NAMMConfig`, the format's name and version, and a checksum of the statistics with the
-settings that they depend on. `namm.safetensors` holds the network's tensors, and the same checksum as its metadata, so
-that statistics that were altered, or belong to another network, are refused.
+`config.json` holds the fields of `NAMMConfig`, the format's name and version, and a checksum of the statistics and the
+settings that they depend on. `namm.safetensors` holds the network's tensors, and the same checksum as metadata. So
+statistics that were altered, or that belong to another network, are refused.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ MEASURED_WITH = ("gamma", "window", "hop", "interval")  # the settings that the 
 
 @dataclass(frozen=True)
 class NAMMConfig:
-    """What a NAMM is, apart from its parameters. Defaults are the paper's (appendix A).
+    """The settings of a NAMM, without its parameters. Defaults are the paper's (appendix A).
 
     Args:
-        gamma: γ, by which a frame of the spectrogram counts less for each token that came after it.
-        window: tokens of a frame, of which the spectrogram has window / 2 + 1 bins; a multiple of hop.
+        gamma: γ, the decay of the spectrogram per token.
+        window: tokens of a frame; the spectrogram has window / 2 + 1 bins. A multiple of hop.
         hop: tokens from one frame to the next.
         interval: tokens between two decisions; a multiple of hop.
-        age_size: numbers of the sine and cosine code of a token's age; an even number.
-        age_base: the slowest of them has a period of almost 2π · age_base tokens.
+        age_size: number of sines and cosines that encode a token's age; an even number.
+        age_base: the slowest of these has a period of almost 2π · age_base tokens.
         hidden: size of the attention head.
-        mean: of each bin, over all layers, heads and tokens, measured once with a network that keeps everything.
-        variance: of each bin, in the same way. Both empty: not measured yet, the spectrogram is taken as it is.
-        evolved_on: what the parameters were evolved on, as JSON: host, tasks, stages.
-        seeds: of the evolution.
-        fitness: of the parameters, at the end of the evolution.
-        commit: of the code that evolved them.
+        mean: mean of each bin over all layers, heads and tokens, measured once with a network that keeps everything.
+        variance: variance of each bin, likewise. If both are empty, they are not measured yet, and the spectrogram is
+            not normalised.
+        evolved_on: the conditions of the evolution, as JSON: host, tasks, stages.
+        seeds: random seeds of the evolution.
+        fitness: fitness of the parameters at the end of the evolution.
+        commit: commit of the code that evolved them.
 
     Raises:
         UserError: for settings that do not fit together.
@@ -87,16 +88,16 @@ class NAMMConfig:
                 f"{self.bins} bins; give one of each for every bin"
             )
         if not all(map(math.isfinite, (*self.mean, *self.variance))) or min(self.variance, default=0) < 0:
-            raise UserError("the statistics hold numbers that are not finite, or variances below 0; measure them again")
+            raise UserError("the statistics have numbers that are not finite, or variances below 0; measure them again")
 
     @property
     def bins(self) -> int:
-        """Frequencies of the spectrogram."""
+        """Number of frequencies of the spectrogram."""
         return self.window // 2 + 1
 
     @property
     def features(self) -> int:
-        """Numbers that the network gets for each token: the code of its age, then its spectrum."""
+        """Number of features of each token: the code of its age, then its spectrum."""
         return self.age_size + self.bins
 
     @property
@@ -111,17 +112,17 @@ class NAMMConfig:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def replace(self, **changes: Any) -> NAMMConfig:
-        """The same with some fields changed. Statistics stay, also if a setting that they depend on is changed."""
+        """A copy with some fields changed. Statistics stay, even if a setting that they depend on changes."""
         return dataclasses.replace(self, **changes)
 
 
 def write_artefact(folder: str | Path, config: NAMMConfig, parameters: Tensor) -> None:
-    """Write `config.json` and `namm.safetensors` to a new folder, which is there whole or not at all.
+    """Write `config.json` and `namm.safetensors` to a new folder, atomically.
 
     Args:
         parameters: one flat vector, [config.parameters].
 
-    Raises UserError if the folder holds anything, if the statistics were not measured, or for more than one network.
+    Raises UserError if the folder is not empty, if the statistics were not measured, or for several networks.
     """
     from sinkmodel.files import atomic_folder
 
@@ -141,12 +142,15 @@ def write_artefact(folder: str | Path, config: NAMMConfig, parameters: Tensor) -
         save_file(tensors, aside / WEIGHTS, metadata)
 
 
-def read_artefact(name: str | Path) -> tuple[NAMMConfig, Tensor]:
+def read_artefact(name: str | Path, revision: str | None = None) -> tuple[NAMMConfig, Tensor]:
     """The config and the flat parameters of an artefact: a folder, or a repository on the Hub.
 
-    Raises UserError if there is none, or if it is damaged, of another version, or has altered statistics.
+    Args:
+        revision: a branch, tag or commit of the repository; None: its main branch.
+
+    Raises UserError if there is no artefact, or if it is damaged, of another version, or has altered statistics.
     """
-    folder = _folder_of(str(name))
+    folder = _folder_of(str(name), revision)
     config, sha256 = _read_config(folder / CONFIG)
     path = folder / WEIGHTS
     try:
@@ -170,14 +174,14 @@ def read_artefact(name: str | Path) -> tuple[NAMMConfig, Tensor]:
 
 
 def check_parameters(config: NAMMConfig, parameters: Tensor) -> None:
-    """UserError unless these are one flat vector of parameters, or one for each row."""
+    """Raise UserError unless these are one flat vector of parameters, or one per row."""
     if parameters.dim() not in (1, 2) or parameters.shape[-1] != config.parameters:
         raise UserError(
             f"parameters are {list(parameters.shape)}; this NAMM takes [{config.parameters}], or [rows, "
-            f"{config.parameters}] for a network of its own in each row"
+            f"{config.parameters}] for one network per row"
         )
     if not bool(torch.isfinite(parameters).all()):
-        raise UserError("parameters hold NaN or infinity; look for an evolution that diverged")
+        raise UserError("parameters contain NaN or infinity; perhaps the evolution diverged")
 
 
 def _read_config(path: Path) -> tuple[NAMMConfig, str | None]:
@@ -189,7 +193,7 @@ def _read_config(path: Path) -> tuple[NAMMConfig, str | None]:
     if found[0] != FORMAT:
         raise UserError(f"{path} is not the config of a NAMM; give a folder that sink-evolve wrote")
     if found[1] != VERSION:
-        raise UserError(f"{path} has version {found[1]} of the format, and this program reads {VERSION}; update one")
+        raise UserError(f"{path} has version {found[1]} of the format, this program reads {VERSION}; update the older")
     names = {each.name for each in dataclasses.fields(NAMMConfig)}
     try:
         config = NAMMConfig(**{key: value for key, value in about.items() if key in names})
@@ -200,28 +204,33 @@ def _read_config(path: Path) -> tuple[NAMMConfig, str | None]:
     return config, about.get("statistics_sha256")
 
 
-def _folder_of(name: str) -> Path:
+def _folder_of(name: str, revision: str | None) -> Path:
     from sinkmodel.names import find_model
 
     path = Path(name)
     if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{name} is a folder, which has no revision {revision}; leave it out, or give a Hub name")
         return path
     if find_model(name)[0] != "hub":
         raise UserError(f"{name} is not a folder with a NAMM; give one that has {CONFIG} and {WEIGHTS}, or a Hub name")
-    return _of_hub(name)
+    return _of_hub(name, revision)
 
 
-def _of_hub(name: str) -> Path:
+def _of_hub(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     from sinkmodel.secrets import hub_token
 
-    hub_token()  # one that can be sent, or none
+    hub_token()  # raises if the token is malformed
     try:
-        files = [Path(huggingface_hub.hf_hub_download(name, file)) for file in (CONFIG, WEIGHTS)]
-    except Exception as error:  # no network, no such repository, no such file: all end here
+        folder = Path(huggingface_hub.hf_hub_download(name, CONFIG, revision=revision)).parent
+        # The cache names this folder after the commit, so that both files are of the same one.
+        huggingface_hub.hf_hub_download(name, WEIGHTS, revision=folder.name)
+    except Exception as error:  # no network, no such repository, or no such file
+        at = "" if revision is None else f" at revision {revision}"
         raise UserError(
-            f"{name} is not a folder, nor a Hub repository with a NAMM that can be reached ({first_line(error)}); "
+            f"{name} is neither a folder nor a reachable Hub repository with a NAMM{at} ({first_line(error)}); "
             "check the name or download it first"
         ) from None
-    return files[0].parent
+    return folder

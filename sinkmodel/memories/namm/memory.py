@@ -1,8 +1,8 @@
-"""`NAMM`: every `interval` tokens of a row, each KV head of each layer forgets what a network scores below 0.
+"""`NAMM`: after every `interval` tokens of a row, each KV head of each layer evicts tokens with scores below 0.
 
-There is no budget. How much is kept differs by row, layer and head, so a layer has as many slots as its longest set
-needs, and shorter sets have empty slots in front. The attention of a layer gets a mask of its own. Each row counts its
-own tokens, so a padded row decides where it would decide alone.
+There is no budget. The number of kept tokens differs by row, layer and head, so a layer has as many slots as its
+longest set, and shorter sets have empty slots at the front. Each layer's attention has its own mask. Each row counts
+its own tokens, so a padded row decides at the same tokens as it would alone.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from sinkmodel.memories.pieces import Piece, visible
 from sinkmodel.memories.selection import EMPTY, best, force, kept
 
 EVERYTHING = 2**62
-STATE = ("spectrum", "past", "begun")  # numbers of each slot; the last only while a frame is not whole
+STATE = ("spectrum", "past", "begun")  # numbers of each slot; the last exists only while a frame is incomplete
 Ragged = Literal["true", "fill"]
 
 
 class NAMM(Memory):
-    """A memory that keeps what an evolved network wants to keep.
+    """A memory that keeps the tokens that an evolved network selects.
 
     Args:
         config: the model or its config, as for every `Memory`.
-        namm: sizes, statistics and origin of the network.
-        parameters: [P], or [B, P] for a network of its own in each row; `network.layout` has their order. None: zeros,
-            which keep everything.
-        ragged: "true": each row, layer and KV head keeps its own set. "fill": as in the published code, every head of a
-            layer keeps as many tokens as its hungriest head; the others fill up with their best ones below 0.
-        sinks: the first tokens of each row that are kept in any case.
-        window: the last tokens of each row that are kept in any case; at least 1, the newest.
+        namm: sizes, statistics and origin of the network; None for the defaults.
+        parameters: [P], or [B, P] for one network per row, in the order of `network.layout`. None: zeros, which keep
+            everything.
+        ragged: "true": each row, layer and KV head keeps its own set. "fill", as in the published code: every head of a
+            layer keeps as many tokens as the head that keeps most; the others add their best ones below 0.
+        sinks: number of leading tokens of each row that are always kept.
+        window: number of the last tokens of each row that are always kept; at least 1, the newest.
 
-    A prompt and what comes after it are treated alike: the end of the prompt is not an event. Tokens cannot be taken
-    back, and keys stay at their positions in the text, since the heads of a layer have sets of different sizes.
+    A prompt and the text after it are treated alike: the end of the prompt is not an event. Tokens cannot be removed
+    again. Keys stay at their positions in the text, since the heads of a layer have sets of different sizes.
 
     Raises:
-        UserError: as for every `Memory`; and for parameters of another size.
+        UserError: as for every `Memory`, and for parameters of a wrong size.
     """
 
     SETTINGS = ("sinks", "window", "ragged", "fingerprint")
@@ -69,36 +69,37 @@ class NAMM(Memory):
         positions: str = "text",
     ):
         if positions != "text":
-            raise UserError("the heads of a NAMM keep sets of different sizes, so positions stay those of the text")
+            raise UserError("the heads of a NAMM keep sets of different sizes, so positions can only be 'text'")
         super().__init__(config, EVERYTHING, sinks=sinks, window=max(1, window))
         self.namm = namm or NAMMConfig()
         self.ragged = one_of("ragged", ragged, Ragged)
         self.interval = self.namm.interval
-        self.at_once = False  # attention of the layer in progress is computed where its weights are looked at
+        self.at_once = False  # `observe` computes the attention's output of the running layer from the weights
         self.parameters = self._checked(torch.zeros(self.namm.parameters) if parameters is None else parameters)
 
     # ---------------------------------------------------------------------------------------- artefacts and candidates
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, config: Any, **settings: Any) -> NAMM:
-        """The memory of an artefact, a folder or a Hub name, for a model or its config; `settings` as for `NAMM`.
+    def from_pretrained(cls, name: str | Path, config: Any, *, revision: str | None = None, **settings: Any) -> NAMM:
+        """The memory of an artefact, which is a folder or a Hub name. `config` and `settings` are as for `NAMM`.
 
-        Raises UserError if there is none of that name, or if it is damaged, of another version or altered.
+        `revision` is a branch, tag or commit of a repository on the Hub. Raises UserError if there is no such artefact,
+        or if it is damaged, of another version or altered.
         """
-        return cls(config, *read_artefact(name), **settings)
+        return cls(config, *read_artefact(name, revision), **settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the artefact to a new folder; UserError if the folder holds anything, or for more than one network."""
+        """Write the artefact to a new folder. Raises UserError if it is not empty, or for several networks."""
         write_artefact(folder, self.namm, self.parameters)
 
     @property
     def fingerprint(self) -> str:
-        """Of what decides: the parameters and the statistics."""
+        """SHA-256 of the parameters and the statistics, which determine all decisions."""
         content = self.parameters.cpu().contiguous().numpy().tobytes()
         return hashlib.sha256(content + self.namm.statistics_sha256.encode()).hexdigest()
 
     def with_parameters(self, parameters: Tensor) -> NAMM:
-        """A fork whose decisions from here on are those of other parameters: [P], or [B, P] for each row its own."""
+        """A fork that from now on decides with other parameters: [P], or [B, P] for one network per row."""
         if parameters.dim() == 2 and self.seen and len(parameters) != len(self.seen):
             raise UserError(f"parameters are for {len(parameters)} rows, and this {self.name} holds {len(self.seen)}")
         other = self.fork()
@@ -135,11 +136,11 @@ class NAMM(Memory):
         request = super()._admit(*args)
         rows = len(request.tokens)
         if self.parameters.dim() == 2 and len(self.parameters) != rows:
-            self._begin()  # it holds nothing yet, else it would have that many rows
-            raise UserError(f"this {self.name} has parameters for {len(self.parameters)} rows and was fed {rows}")
+            self._begin()  # the memory is empty here, else its rows would match
+            raise UserError(f"this {self.name} has parameters for {len(self.parameters)} rows, the input has {rows}")
         return request
 
-    # ------------------------------------------------------------------------------------------------ when it decides
+    # ------------------------------------------------------------------------------------------- when a row decides
 
     def columns_to_next_event(self, valid_BT: Tensor | None = None) -> int:
         left = [self.namm.interval - n % self.namm.interval for n in self.seen]
@@ -154,12 +155,12 @@ class NAMM(Memory):
         return bool(self._deciding(seen))
 
     def _deciding(self, seen: list[int]) -> list[int]:
-        """The rows that decide when they have `seen` tokens."""
+        """The rows that decide at the end of a piece, after which they have `seen` tokens."""
         return [
             row for row, (n, before) in enumerate(zip(seen, self.seen)) if n > before and n % self.namm.interval == 0
         ]
 
-    # --------------------------------------------------------------------------------------------- what each row sees
+    # -------------------------------------------------------------------------------------------------- attention
 
     def attend(
         self, attention: Callable[..., Any], module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: Any
@@ -171,7 +172,7 @@ class NAMM(Memory):
         return super().attend(attention, module, query, key, value, kwargs)
 
     def visible_in(self, layer: MemoryLayer, piece: Piece) -> tuple[Tensor | None, Tensor | None]:
-        """As in `Memory`, but by head: [B, G, K] and a mask [B, H, N, K]."""
+        """As in `Memory`, but for each head: [B, G, K] and a mask [B, H, N, K]."""
         full, count = layer.held_positions() != EMPTY, piece.end - piece.start
         _, G, K = full.shape
         every = bool(full.all())
@@ -186,7 +187,7 @@ class NAMM(Memory):
     def attend_and_observe(
         self, attention: Callable[..., Any], layer: MemoryLayer, seen: Observation, mask: Tensor | None, kwargs: Any
     ) -> tuple[Tensor, Any]:
-        """All weights are computed to be observed, so the output is best computed from them, if nothing else is due."""
+        """As in `Memory`. Observing computes all weights, so if possible the output is computed from these."""
         if not self.at_once:
             return super().attend_and_observe(attention, layer, seen, mask, kwargs)
         B, H, N, _ = seen.query_BHND.shape
@@ -197,7 +198,7 @@ class NAMM(Memory):
     # ------------------------------------------------------------------------------------------------------- features
 
     def observe(self, layer: MemoryLayer, seen: Observation, output_BNHV: Tensor | None = None) -> None:
-        """As in `Memory`; the attention's output is written to `output_BNHV` if it is given, and all rows are alike."""
+        """As in `Memory`. `output_BNHV` is given only if all rows are alike; it receives the attention's output."""
         piece, config = self.piece, self.namm
         assert piece is not None
         B, G = layer.keys.shape[:2]
@@ -218,7 +219,7 @@ class NAMM(Memory):
             layer.per_slot.pop("begun", None)
 
     def _alike(self, piece: Piece) -> Iterator[tuple[list[int], int, int]]:
-        """Rows with the same number of tokens in a frame that is not whole yet, and of new ones; both numbers."""
+        """Yield rows with equally many tokens in an incomplete frame and equally many new ones, with both numbers."""
         groups: dict[tuple[int, int], list[int]] = {}
         for row, (n, before) in enumerate(zip(piece.seen, self.seen)):
             if n > before:
@@ -235,7 +236,7 @@ class NAMM(Memory):
         past: Tensor,
         begun_BGNK: Tensor | None = None,
     ) -> None:
-        """Add the attention of new queries to the spectrum of each slot; `begun` values of a frame are there."""
+        """Add the attention of new queries to the spectra. An incomplete frame already has `begun` values."""
         hop, N, K = self.namm.hop, seen.query_BHND.shape[2], seen.keys_BGKD.shape[2]
         done = 0
         if begun:
@@ -266,9 +267,9 @@ class NAMM(Memory):
         spectrum: Tensor,
         past: Tensor,
     ) -> None:
-        """Add the attention that the queries [start, end), a multiple of hop, pay to the slots of one KV head."""
+        """Add the attention of the queries [start, end), a multiple of hop, to the spectra of one KV head."""
         hop, N = self.namm.hop, seen.query_BHND.shape[2]
-        first = 0  # slots in front of it are empty in every row
+        first = 0  # slots before it are empty in every row
         if seen.full_BK is not None:
             full = seen.full_BK[:, group] if seen.full_BK.dim() == 3 else seen.full_BK
             first = int((~full).sum(dim=-1).min())
@@ -279,7 +280,7 @@ class NAMM(Memory):
         block = max(1, numbers // (B * R * K * hop)) * hop
         for begin in range(start, end, block):
             stop = min(end, begin + block)
-            k = K - N + stop  # a later key is seen by none of these
+            k = K - N + stop  # these queries see no later key
             for rows in head.group_means(begin, stop, output_BNRV)[:, 0].split(hop, dim=1):
                 add_hop(spectrum[..., first : first + k], past[..., first : first + k], rows, self.namm)
 
@@ -291,7 +292,7 @@ class NAMM(Memory):
         return self._scores(layer, rows, [seen[row] for row in rows])
 
     def _scores(self, layer: MemoryLayer, rows: list[int], seen: list[int]) -> Tensor:
-        """What the network says of the slots of these rows, [rows, G, K]."""
+        """The network's scores of the slots of these rows, [rows, G, K]."""
         spectrum, positions = layer.held_numbers("spectrum"), layer.held_positions()
         parameters = self.parameters.to(spectrum.device)
         if len(rows) < len(spectrum):
@@ -300,7 +301,7 @@ class NAMM(Memory):
         newest = torch.tensor(seen, device=positions.device)[:, None, None] - 1
         empty_G = (positions == EMPTY).sum(dim=-1).amin(dim=0).tolist()
         scores = torch.zeros(positions.shape, device=positions.device)
-        for g, first in enumerate(empty_G):  # apart, since the work grows with the square of a head's slots
+        for g, first in enumerate(empty_G):  # one head at a time, since the work grows with the square of its slots
             head = slice(g, g + 1)
             x_B1KF = features(spectrum[:, head, :, first:], newest - positions[:, head, first:], self.namm)
             scores[:, head, first:] = token_scores(x_B1KF, parameters, self.namm.hidden)
@@ -321,4 +322,4 @@ class NAMM(Memory):
             layer.keep(*kept(keep))
 
     def _compress(self, layer: MemoryLayer, seen: list[int]) -> None:
-        """The end of a prompt changes nothing."""
+        """Nothing happens at the end of a prompt."""

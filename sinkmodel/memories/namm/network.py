@@ -1,12 +1,12 @@
-"""The network of a NAMM: one attention head over the tokens of a KV head, then a score for each (paper, section 3).
+"""The network of a NAMM: an attention head over the tokens of a KV head, then a score for each (paper, section 3).
 
-    q, k, v = split(x @ qkv.weight + qkv.bias)              x [K, F], 25 features a token
+    q, k, v = split(x @ qkv.weight + qkv.bias)              x [K, F], 25 features per token
     a       = backward attention: a token sees itself and newer ones, scaled by 1/√hidden
-    r, m    = split(a @ out.weight + out.bias)              residual and multiplier, F each
+    r, m    = split(a @ out.weight + out.bias)              residual and multiplier, F numbers each
     score   = (x · (1 + m) + r) @ score.weight + score.bias
 
-One set of parameters for all layers and heads. As a flat vector they come in the order of `layout`, each tensor row by
-row, [in, out]. With zeros everywhere each score is 0, which keeps every token.
+All layers and heads share one set of parameters. Its flat vector has the order of `layout`, each tensor row by row,
+[in, out]. If all parameters are zero, every score is 0, which keeps every token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PARAMETERS = parameter_count(25, 32)  # 4,172: the paper's sizes
 
 
 def split(parameters: Tensor, features: int, hidden: int) -> dict[str, Tensor]:
-    """The tensors of a flat vector [P], or of one for each row [B, P] with B in front, as views."""
+    """The tensors of a flat vector [P] as views; for one vector per row, [B, P], the tensors begin with B."""
     shapes = layout(features, hidden)
     parts = parameters.split([math.prod(shape) for shape in shapes.values()], dim=-1)
     return {name: part.unflatten(-1, shape) for (name, shape), part in zip(shapes.items(), parts)}
@@ -54,8 +54,9 @@ def token_scores(x_BGKF: Tensor, parameters: Tensor, hidden: int) -> Tensor:
     """The score [B, G, K] of each token of each KV head, in fp32.
 
     Args:
-        x_BGKF: features, with the tokens in the order of the text. Those in front of a token do not change its score.
-        parameters: [P], or [B, P] for a network of its own in each row.
+        x_BGKF: features, with tokens in the order of the text. A token's score does not depend on earlier tokens.
+        parameters: [P], or [B, P] for one network per row.
+        hidden: size of the attention head.
     """
     weights = split(parameters, x_BGKF.shape[-1], hidden)
     q, k, v = _linear(x_BGKF, weights, "qkv").flip(-2).chunk(3, dim=-1)  # newest first: then backward is causal
@@ -66,7 +67,7 @@ def token_scores(x_BGKF: Tensor, parameters: Tensor, hidden: int) -> Tensor:
 
 def _linear(x_BGKF: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    if weight.dim() == 3:  # a network for each row
+    if weight.dim() == 3:  # one network per row
         B, G, K, _ = x_BGKF.shape
         return torch.baddbmm(bias[:, None], x_BGKF.flatten(1, 2), weight).view(B, G, K, -1)
     return F.linear(x_BGKF, weight.T, bias)

@@ -1,13 +1,13 @@
-"""The features of a NAMM: how the attention that a token gets changed over time, and how old the token is.
+"""The features of a NAMM: how the attention to a token changed over time, and the age of the token.
 
-Each token has a signal: the attention that every query after it pays to it, as a mean over the query heads of its KV
-head. A frame of the spectrogram is the magnitude of the Fourier transform of `window` values under a periodic Hann
-window, one every `hop` queries (paper, section 3). Frames are added to a moving average as soon as they are whole:
+Each token has a signal: the attention that every later query pays to it, averaged over the query heads of its KV head.
+A frame of the spectrogram is the magnitude of the Fourier transform of `window` values under a periodic Hann window.
+There is one frame every `hop` queries (paper, section 3). Complete frames are added to a moving average:
 
     spectrum ← γ^hop · spectrum + (1 − γ^hop) · frame
 
-which over a whole interval is the published sum over its frames. So all that has to be kept of a signal are its last
-window − hop values; the frames of one interval and the next overlap by these.
+Over a whole interval this equals the published sum over its frames. So only the last window − hop values of a signal
+have to be kept, by which the frames of one interval and the next overlap.
 
 Shapes: B rows, G KV heads, K slots, N queries. The slots come last, so that a frame is a small matrix times a wide one.
 """
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from sinkmodel.memories.namm.config import NAMMConfig
 
-SMALLEST_DEVIATION = 1e-7  # of a bin, when it is divided by
+SMALLEST_DEVIATION = 1e-7  # lower bound for the standard deviation of a bin
 
 
 @functools.lru_cache(maxsize=8)
 def transform(window: int, device: torch.device) -> Tensor:
-    """[2 · bins, window]: the real parts of a windowed Fourier transform as rows, then the imaginary parts."""
+    """The windowed Fourier transform [2 · bins, window]: rows for the real parts, then for the imaginary parts."""
     steps = torch.arange(window, dtype=torch.float64)
     angles = 2 * math.pi / window * torch.outer(torch.arange(window // 2 + 1, dtype=torch.float64), steps)
     hann = 0.5 - 0.5 * torch.cos(2 * math.pi / window * steps)
@@ -38,8 +38,8 @@ def add_hop(spectrum_XFK: Tensor, past_XTK: Tensor, hop_XNK: Tensor, config: NAM
     """Add one frame to the moving averages of X KV heads, in place.
 
     Args:
-        past_XTK: the window − hop values before it, which become those before the next frame.
-        hop_XNK: the attention that each slot got from the latest `hop` queries.
+        past_XTK: the window − hop values before the frame; updated to those before the next frame.
+        hop_XNK: the attention of the latest `hop` queries to each slot.
     """
     signal = torch.cat([past_XTK, hop_XNK], dim=1)
     parts = torch.bmm(transform(config.window, signal.device).expand(len(signal), -1, -1), signal)
@@ -50,7 +50,7 @@ def add_hop(spectrum_XFK: Tensor, past_XTK: Tensor, hop_XNK: Tensor, config: NAM
 
 
 def features(spectrum_BGFK: Tensor, age_BGK: Tensor, config: NAMMConfig) -> Tensor:
-    """[B, G, K, features] in fp32: the code of the age, then the spectrum by the frozen statistics."""
+    """[B, G, K, features] in fp32: the code of the age, then the spectrum, normalised by the statistics."""
     half = config.age_size // 2
     rates = config.age_base ** -(torch.arange(half, dtype=torch.float64, device=age_BGK.device) / half)
     angles = age_BGK[..., None].double() * rates

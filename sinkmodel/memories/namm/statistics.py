@@ -1,6 +1,6 @@
-"""The statistics of a NAMM: mean and variance of each bin, measured on a host model that forgets nothing.
+"""The statistics of a NAMM: mean and variance of each bin, measured on a host model that evicts nothing.
 
-They are measured once, before an evolution, and are part of the artefact from then on.
+They are measured once, before an evolution, and then belong to the artefact.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from sinkmodel.memories.selection import EMPTY
 
 
 def measure_statistics(model: Any, prompts: Iterable[Tensor], config: NAMMConfig | None = None) -> NAMMConfig:
-    """The config with the statistics of these prompts: over all decisions, layers, heads and tokens.
+    """The config with the statistics of these prompts, over all decisions, layers, heads and tokens.
 
     Args:
-        prompts: ids [B, N] each; a prompt shorter than `interval` takes no part.
+        prompts: token ids [B, N]. Prompts shorter than `interval` are ignored.
+        config: the settings; None for the defaults.
 
     Raises UserError if no prompt is long enough.
     """
@@ -56,7 +57,7 @@ class _Measured:
 
 
 class _Measuring(NAMM):
-    """At the times of its decisions it takes numbers, and keeps everything."""
+    """Records the spectrum at each decision, and keeps everything."""
 
     measured: _Measured
 

@@ -165,7 +165,7 @@ def test_a_budget_that_holds_everything_is_said(run, no_floor, capsys):
     arguments = ["--model", run, *SMALL, "--tasks", "niah_single_1", "--memories", "snapkv", "--budgets", 1300]
     code, _, err = longcontext(capsys, *arguments)
     assert code == 0
-    assert "--budgets 1300 holds the whole of a prompt of --length 1200: nothing is forgotten" in err
+    assert "--budgets 1300 holds a whole prompt of --length 1200: nothing is forgotten" in err
     assert "fewer than" not in err
 
 
@@ -222,8 +222,8 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--length", 4095], "--length 4095 is longer than the 4096 positions of .*, 2 of them for what stands in "
-         "front; use --length 4094 or less"),
+        (["--length", 4095], "--length 4095 is longer than the 4096 positions of .*, 2 of them for the tokens "
+         "in front; use --length 4094 or less"),
         (["--length", 100], "--length 100 is too short for vt, whose shortest prompt and answer take"),
         (["--budgets", 2, 64], "snapkv at --budgets 2: budget is 2; make snapkv at least 3"),
         (["--tasks", "passages", "--text", "short.txt"], "passages runs out of text at --length 1024"),

@@ -187,5 +187,5 @@ def test_a_missing_key_is_named(tmp_path, key):
 
 def test_a_file_without_a_row_is_refused(tmp_path):
     empty = write(tmp_path / "empty.jsonl")
-    with pytest.raises(UserError, match="has no row to take"):
+    with pytest.raises(UserError, match="adds no row"):
         read_longbench([empty], 5)

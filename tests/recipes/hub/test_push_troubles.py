@@ -92,8 +92,8 @@ def test_wrong_input_is_named_and_nothing_is_made(hub, push, model, words, said)
     ("token", "said"),
     [
         (None, "no token for the Hub: run `hf auth login`, or export HF_TOKEN; it must be allowed to write to org"),
-        ("hf_mistypëd", "the token for the Hub, of HF_TOKEN or of the login, has a letter that no token has"),
-        ("hf_mis typed", "the token for the Hub, of HF_TOKEN or of the login, has a letter that no token has"),
+        ("hf_mistypëd", "the token for the Hub, from HF_TOKEN or from the login, has a character that no token has"),
+        ("hf_mis typed", "the token for the Hub, from HF_TOKEN or from the login, has a character that no token has"),
         ("hf_mistyped", "the Hub refuses the token, of HF_TOKEN or of the login (Invalid credentials"),
         (READ_ONLY, "your token may not write to org/sink (You don't have the rights"),
     ],

@@ -50,7 +50,7 @@ def test_an_interrupt_anywhere_is_harmless_or_said(where, held, piece, late, mon
     monkeypatch.setattr(State, where, original)
     done = cache.get_seq_length()
     if cache.torn:
-        with pytest.raises(UserError, match="broken off"):
+        with pytest.raises(UserError, match="interrupted"):
             fed(model, cache, ids[done:], 1)
     else:
         close(fed(model, cache, ids[done:], 1), stream_logits(model, ids, BUDGET, SINKS)[done:])
@@ -72,7 +72,7 @@ def test_an_interrupt_between_two_layers_that_are_turned_is_said(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fed(model, cache, [1], 1)
     monkeypatch.setattr(Rotary, "turned_pairs", original)
-    with pytest.raises(UserError, match="broken off"):
+    with pytest.raises(UserError, match="interrupted"):
         fed(model, cache, [1], 1)
 
 
@@ -89,7 +89,7 @@ def test_a_copy_that_is_made_within_a_forward_is_not_in_one(piece):
     assert copies[0].seen == [30]
     assert not copies[0].in_forward
     if copies[0].torn:
-        with pytest.raises(UserError, match="broken off"):
+        with pytest.raises(UserError, match="interrupted"):
             fed(model, copies[0], ids[30:], 1)
     else:
         close(fed(model, copies[0], ids[30:], 1), stream_logits(model, ids, BUDGET, SINKS)[30:])
@@ -160,7 +160,7 @@ def test_a_subclass_that_filters_what_it_is_given_is_refused():
             return super().forward(input_ids=input_ids, **kwargs)
 
     mine = Mine(build("llama").config).eval()
-    with pytest.raises(UserError, match="Mine does not name attention_mask, past_key_values, position_ids"):
+    with pytest.raises(UserError, match="Mine has no argument attention_mask, past_key_values, position_ids"):
         fed(mine, StreamingCache(mine, BUDGET, SINKS), [1, 2], 1)
 
 

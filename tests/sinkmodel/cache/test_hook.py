@@ -97,7 +97,7 @@ def test_a_stream_whose_hook_is_gone_is_refused_and_can_go_on_with_another(unhoo
         lambda: fed(unhooked, cache, ids[20:], 1),
         lambda: unhooked.generate(torch.tensor([ids]), past_key_values=cache, max_new_tokens=2),
     ):
-        with pytest.raises(UserError, match="was not told of this forward.*install_hook"):
+        with pytest.raises(UserError, match="did not see this forward.*install_hook"):
             call()
     assert cache.seen == [20]
     install_hook(unhooked)

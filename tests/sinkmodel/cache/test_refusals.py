@@ -189,7 +189,7 @@ def test_a_used_cache_and_a_prompt_without_anything_new(stream, length, with_mas
         mask = {"attention_mask": torch.ones(len(*prompt.values()), length)} if with_mask else {}
         call = functools.partial(model.generate, **prompt, **mask, past_key_values=cache, max_new_tokens=4)
         message = refused(call)
-        assert f"holds 30 tokens already and the prompt has only {length}" in message
+        assert f"already holds 30 tokens and the prompt has only {length}" in message
         assert "reset() on the cache to start from the beginning" in message
 
 
@@ -209,7 +209,7 @@ def test_generation_that_takes_tokens_back_is_refused_before_the_first_token_or_
     settings[name] = TAKING_BACK[name]()
     cache = StreamingCache(model.config, 31, SINKS)
     message = refused(
-        lambda: model.generate(ids, past_key_values=cache, **settings), "assisted generation takes tokens"
+        lambda: model.generate(ids, past_key_values=cache, **settings), "assisted generation removes tokens"
     )
     assert "a budget of at least 32" in message
     assert cache.get_seq_length() == 0, "not one token was fed"

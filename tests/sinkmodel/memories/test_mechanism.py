@@ -99,7 +99,7 @@ def test_a_prompt_that_was_saved_before_its_end_ends_with_the_next_token(llama, 
         memory.save(tmp_path / "memory.pt")
         again = new(name, llama)
         again.load(tmp_path / "memory.pt")
-    with pytest.raises(UserError, match="has not met its model yet"):
+    with pytest.raises(UserError, match="its model has not run yet"):
         again.end_prompt()
     after = text[:, PROMPT:]
     torch.testing.assert_close(feed(llama, again, after), feed(llama, memory, after), atol=0, rtol=0)
@@ -341,7 +341,7 @@ def test_tokens_after_the_prompt_can_be_taken_back(llama, text, name):
     feed(llama, memory, text[:, PROMPT + 7 : PROMPT + 12])
     memory.crop(-5)
     torch.testing.assert_close(feed(llama, memory, text[:, PROMPT:]), expected, atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="take back 20 tokens"):
+    with pytest.raises(UserError, match="remove 20 tokens"):
         memory.crop(-21)
 
 

@@ -196,6 +196,28 @@ def test_each_row_is_judged_by_its_own_candidate():
     assert twin.kept_positions(0, 1) == cache.kept_positions(0, 4)
 
 
+def test_forks_share_nothing_that_they_change():
+    """Risk: a fork writes its tokens, or adds its attention, into the slots of the memory that it came from."""
+    model, config = model_of("llama"), config_of("llama")
+    first, second = (parameters_of("llama", seed=seed) for seed in (0, 1))
+    before = config.interval - 3
+    texts = [torch.tensor([tokens(before) + tokens(N - before, seed=seed)]) for seed in (1, 2, 3)]
+    start = NAMM(model, config, first)
+    for part in (texts[0][:, : before - 2], texts[0][:, before - 2 : before]):  # the second leaves room for more tokens
+        model(part, past_key_values=start)
+    forks = [start.fork(), start.with_parameters(second), start]
+    for part in (slice(before, before + 2), slice(before + 2, N)):  # in turns; the decision comes in the second part
+        for fork, text in zip(forks, texts):
+            model(text[:, part], past_key_values=fork)
+    for fork, text, parameters in zip(forks, texts, (first, second, first)):
+        alone = NAMM(model, config, parameters)
+        model(text, past_key_values=alone)
+        for layer, of_alone in zip(fork.layers, alone.layers):
+            assert torch.equal(layer.held_positions(), of_alone.held_positions())
+            for held in (lambda x: x.held()[0], lambda x: x.held()[1], lambda x: x.held_numbers("spectrum")):
+                torch.testing.assert_close(held(layer), held(of_alone), atol=1e-5, rtol=0)
+
+
 def test_rows_that_are_reordered_take_their_candidates_along():
     model, config = model_of("llama"), config_of("llama")
     candidates = torch.stack([parameters_of("llama", seed=seed) for seed in (0, 1)])

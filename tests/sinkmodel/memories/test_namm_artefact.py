@@ -53,7 +53,7 @@ def refused(call, match: str) -> None:
 
 def test_what_was_saved_decides_as_before(llama, memory, folder, monkeypatch):
     """Also for another model, and from the Hub."""
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(folder / file))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision: str(folder / file))
     for name, model in ((folder, llama), (str(folder), model_of("gpt_neox")), ("org/namm", llama)):
         again = make_memory("namm", model, artefact=name, ragged="fill", sinks=1)
         assert (again.namm, again.fingerprint, again.ragged, again.sinks) == (CONFIG, memory.fingerprint, "fill", 1)
@@ -68,7 +68,7 @@ def test_what_was_saved_decides_as_before(llama, memory, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("version", 2, "has version 2 of the format, and this program reads 1"),
+        ("version", 2, "has version 2 of the format, this program reads 1"),
         ("format", "other", "is not the config of a NAMM"),
         ("mean", [0.02, 0.015, 0.011], "has statistics or settings other than those"),
         ("gamma", 0.9, "has statistics or settings other than those"),
@@ -102,7 +102,7 @@ def test_files_that_are_damaged_or_missing(llama, folder, tmp_path):
     tensors["score.bias"] = torch.tensor([float("nan")])
     about = {"statistics_sha256": CONFIG.statistics_sha256}
     save_file(tensors, path, about)
-    refused(lambda: NAMM.from_pretrained(folder, llama), "parameters hold NaN")
+    refused(lambda: NAMM.from_pretrained(folder, llama), "parameters contain NaN")
     del tensors["score.bias"]
     save_file(tensors, path, about)
     refused(lambda: NAMM.from_pretrained(folder, llama), "does not hold the network")
@@ -111,6 +111,7 @@ def test_files_that_are_damaged_or_missing(llama, folder, tmp_path):
     (folder / "config.json").write_text("{")
     refused(lambda: NAMM.from_pretrained(folder, llama), "cannot be read as JSON")
     refused(lambda: NAMM.from_pretrained(tmp_path / "none", llama), "is not a folder with a NAMM")
+    refused(lambda: NAMM.from_pretrained(folder, llama, revision="v1"), "is a folder, which has no revision v1")
     refused(lambda: NAMM.from_pretrained(tmp_path, llama), "config.json cannot be read")
 
 
@@ -120,7 +121,7 @@ def test_what_cannot_be_made_or_saved(llama, memory, tmp_path):
     refused(lambda: make_memory("namm", llama, 64, artefact="x"), "leave out the budget")
     refused(lambda: NAMM(llama, CONFIG, zeros(P + 1)), rf"parameters are \[{P + 1}\]; this NAMM takes \[{P}\]")
     refused(lambda: NAMM(llama, CONFIG, ragged="no"), "ragged is 'no'; choose one of true, fill")
-    refused(lambda: NAMM(llama, CONFIG, positions="cache"), "positions stay those of the text")
+    refused(lambda: NAMM(llama, CONFIG, positions="cache"), "positions can only be 'text'")
     refused(lambda: NAMMConfig(gamma=1.0), "gamma is 1.0")
     refused(lambda: NAMMConfig(interval=500), "hop 16 does not divide interval 500; make interval a multiple of hop")
     refused(lambda: NAMMConfig(hop=0), "hop is 0")
@@ -135,12 +136,12 @@ def test_what_cannot_be_made_or_saved(llama, memory, tmp_path):
 def test_what_does_not_fit_a_memory_in_use(llama, memory, tmp_path):
     ids, P = torch.tensor([tokens(20)]), CONFIG.parameters
     pair = NAMM(llama, CONFIG, torch.zeros(2, P))
-    refused(lambda: llama(ids, past_key_values=pair), "for 2 rows and was fed 1")
+    refused(lambda: llama(ids, past_key_values=pair), "for 2 rows, the input has 1")
     llama(ids.repeat(2, 1), past_key_values=pair)
     llama(ids, past_key_values=memory)
     refused(lambda: memory.with_parameters(torch.zeros(2, P)), "are for 2 rows, and this NAMM holds 1")
     refused(lambda: memory.for_candidates(torch.zeros(P)), "candidates are")
-    refused(lambda: memory.crop(-1), "can take back 0 tokens")
+    refused(lambda: memory.crop(-1), "can remove 0 tokens")
     memory.save(tmp_path / "memory.pt")
     other = NAMM(llama, CONFIG, memory.parameters + 1)
     refused(lambda: other.load(tmp_path / "memory.pt"), "fingerprint")

@@ -95,8 +95,8 @@ def forward(model, memory, ids=((1, 2),), **more):
 
 
 def test_a_second_prompt(read):
-    refused(lambda: read.expect(90), "has compressed a prompt and takes no second one")
-    refused(read.end_prompt, "has compressed a prompt and takes no second one")
+    refused(lambda: read.expect(90), "has compressed a prompt and cannot read a second one")
+    refused(read.end_prompt, "has compressed a prompt and cannot read a second one")
 
 
 def test_generate_with_a_prompt_that_has_been_read(llama, read):
@@ -106,7 +106,7 @@ def test_generate_with_a_prompt_that_has_been_read(llama, read):
 @pytest.mark.parametrize("mode", ["prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"])
 def test_generation_modes_that_take_tokens_back(llama, read, mode):
     asked = {mode: build("llama", num_hidden_layers=1) if mode == "assistant_model" else 1}
-    match = f"assisted generation takes tokens back, which SnapKV cannot do; leave out .*{mode}"
+    match = f"assisted generation removes tokens, which SnapKV cannot do; leave out .*{mode}"
     refused(lambda: llama.generate(torch.tensor([tokens(50)]), past_key_values=read, **asked), match)
 
 
@@ -115,12 +115,12 @@ def test_generation_modes_that_take_tokens_back(llama, read, mode):
     [
         ({"ids": ((1, 2), (3, 4))}, "has 1 rows and was fed 2"),
         ({"ids": ((1, 600),)}, "has the id 600"),
-        ({"labels": torch.tensor([[1, 2]])}, "labels cannot be had"),
-        ({"output_attentions": True}, "output_attentions cannot be had"),
+        ({"labels": torch.tensor([[1, 2]])}, "labels is not available"),
+        ({"output_attentions": True}, "output_attentions is not available"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"attention_mask": torch.tensor([[1] * 40 + [1, 0]])}, "padded on the left"),
+        ({"attention_mask": torch.tensor([[1] * 40 + [1, 0]])}, "left-padded rows"),
         ({"attention_mask": torch.zeros(1, 1, 2, 42)}, "makes the attention mask itself"),
-        ({"ids": (tuple(range(30)),)}, f"reach position 69, and the positions of this llama end at {POSITIONS - 1}"),
+        ({"ids": (tuple(range(30)),)}, f"reach position 69, but the positions of this llama end at {POSITIONS - 1}"),
     ],
 )
 def test_inputs_that_do_not_continue(llama, read, changes, match):
@@ -142,14 +142,14 @@ def test_another_model(read):
 def test_a_pad_after_a_token(llama):
     memory = SnapKV(llama.config, BUDGET, window=4)
     mask = torch.tensor([[1, 1, 0, 1]])
-    refused(lambda: forward(llama, memory, ids=((1, 2, 3, 4),), attention_mask=mask), "padded on the left")
+    refused(lambda: forward(llama, memory, ids=((1, 2, 3, 4),), attention_mask=mask), "left-padded rows")
     assert memory.columns == 0
 
 
 def test_no_prompt(llama):
     memory = SnapKV(llama.config, BUDGET, window=4)
     refused(memory.end_prompt, "has read no prompt")
-    refused(lambda: llama.generate(past_key_values=memory), "generate was given no prompt")
+    refused(lambda: llama.generate(past_key_values=memory), "generate got no prompt")
     forward(llama, memory)
     refused(lambda: memory.expect(2), "has read 2 columns")
 
@@ -171,7 +171,7 @@ def test_a_scorer_that_returns_something_else(llama, scorer, match, known):
     else:
         forward(llama, memory, ids=(tuple(tokens(PROMPT)),))
         refused(memory.end_prompt, match)
-    refused(lambda: forward(llama, memory), "broken off while it was writing; reset")
+    refused(lambda: forward(llama, memory), "interrupted while it was writing; reset")
     memory.reset()
     forward(llama, memory)
 
@@ -190,4 +190,4 @@ def test_a_ratio_that_leaves_less_than_what_must_stay(llama):
 
 
 def test_an_update_that_no_forward_announced(llama):
-    refused(lambda: Dense(llama.config).update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0), "was not told")
+    refused(lambda: Dense(llama.config).update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0), "did not see")

@@ -79,7 +79,7 @@ def test_what_a_template_does_to_earlier_messages_and_a_stream_cannot_is_named()
         (
             "message['content']",
             CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"),
-            ["asks for them with"],
+            ["omits the text that prompts a reply"],
         ),
     ]
     for content, template, expected in cases:

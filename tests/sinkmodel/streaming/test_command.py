@@ -190,7 +190,7 @@ def test_a_saved_stream_goes_on(stream, tmp_path):
     code, out, said = stream(TEXT[cut:], "--score", "--restore", saved, "--save", again)
     assert code == 0, said
     assert result_of(out) == (whole[0], pytest.approx(whole[1], abs=1e-5), pytest.approx(whole[2], rel=1e-4))
-    assert f"bytes of this input; --restore {again} goes on" in said
+    assert f"bytes of this input; continue with --restore {again}" in said
 
 
 def test_draws_go_on_where_they_were(stream, tmp_path):
@@ -211,10 +211,10 @@ def test_a_saved_stream_is_checked_before_it_is_used(stream, model, tmp_path):
     plain = tmp_path / "plain"
     Stream(load_checkpoint(Path(model))[0], budget=BUDGET).cache.save(plain)
     for path, message in (
-        (cut, "no saved stream, or damaged"),
+        (cut, "not a saved stream, or it is damaged"),
         (plain, "not the state of a Stream"),
-        (tmp_path, "is no file"),
-        (tmp_path / "none", "is no file"),
+        (tmp_path, "is not a file"),
+        (tmp_path / "none", "is not a file"),
     ):
         code, _, said = stream("text", "--restore", path)
         assert code == 2
@@ -223,7 +223,7 @@ def test_a_saved_stream_is_checked_before_it_is_used(stream, model, tmp_path):
     for option, value in (("--budget", 8), ("--sinks", 1), ("--system", "x"), ("--positions", "text")):
         code, _, said = stream("text", "--restore", saved, option, value)
         assert code == 2
-        assert f"{option} was settled" in said
+        assert f"{option} is fixed" in said
 
 
 # ----------------------------------------------------------------------------------------------- Ctrl-C, broken pipes
@@ -459,7 +459,7 @@ def test_templates_that_cannot_be_streamed_are_named(model):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     for template, message in (
         (None, "no chat template; leave --chat out"),
-        ("{{ messages | length }}", "cannot be taken apart"),
+        ("{{ messages | length }}", "cannot be split into turns"),
         (refusing + tokenizer.chat_template, "refuses the messages system: no system here"),
     ):
         tokenizer.chat_template = template
@@ -475,11 +475,11 @@ def test_templates_that_cannot_be_streamed_are_named(model):
     [
         (["--budget", "0"], "not a number above 0"),
         (["--budget", "1"], "a budget of 1 does not hold 1 sinks"),
-        (["--budget", "129"], "takes as many positions and .* was made for 128; use --budget 128 or less"),
+        (["--budget", "129"], "needs as many positions and .* has only 128; use --budget 128 or less"),
         (["--system", "very " * 40], "does not hold 1 sinks, .* pinned tokens"),
         (["--temperature", "-1"], "not a number of 0 or more"),
-        (["--temperature", "0", "--top-k", "3"], "do nothing at temperature 0"),
-        (["--top-p", "1.5"], "settings of sampling"),
+        (["--temperature", "0", "--top-k", "3"], "have no effect at temperature 0"),
+        (["--top-p", "1.5"], "sampling settings"),
         (["--stop", ""], "stop string is empty"),
         (["--score", "--top-k", "3"], "--score writes no text, so that --top-k does nothing"),
         (["--score", "--chat"], "--score writes no text, so that --chat does nothing"),
