@@ -13,13 +13,26 @@ PLAIN  := .venv-transformers-$(OLD)
 # Two test files at a time, each of one thread; a process that ends in the middle ends the tests.
 BOTH   := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
-.PHONY: help demo test test-fast test-cluster test-browser lint format docs bench clean
+# The GPU's targets. REHEARSE=1 runs the same lines with tiny sizes on a CPU. GPU_PYTHON is a Python whose environment is
+# there already, as on a machine without a network or with a torch of its own; without it the usual one is made.
+REHEARSE ?=
+GPU_PYTHON ?=
+OUTPUT ?= runs/$(if $(REHEARSE),rehearsal,gpu)
+DATA ?= $(if $(REHEARSE),runs/rehearsal/data.tar.xz,evidence.tar.xz)
+GPU_ENV := $(if $(GPU_PYTHON),,$(VENV)/.ready)
+GPU_RUN := REHEARSE=$(REHEARSE) $(or $(GPU_PYTHON),$(BIN)/python)
+
+.PHONY: help demo test test-fast test-cluster test-browser test-gpu lint format docs bench bench-gpu evidence-data \
+  evidence-gpu clean
 
 help:
 	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
 	@echo "make test    all tests; make test-fast leaves out the slow ones"
 	@echo "make test-cluster   the SLURM jobs on a throw-away cluster (Debian or Ubuntu; about 8 minutes)"
 	@echo "make test-browser   the report's page in headless Chromium"
+	@echo "make test-gpu       kernels, CUDA graphs, bf16, memories, two ranks; this and the two below: REHEARSE=1 for a CPU"
+	@echo "make bench-gpu      what a GPU reaches: MFU, decoding, scoring, prompts of 131,072 tokens; ONLY=\"mfu …\""
+	@echo "make evidence-gpu   the 160M twins and their verdict, in parts of eight minutes; make evidence-data packs their text"
 	@echo "make lint    ruff and mypy; make format puts the code in form"
 	@echo "make docs    the API reference from the docstrings, in build/docs"
 	@echo "make bench   speeds as ratios against named baselines"
@@ -89,8 +102,29 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.export
 	$(BIN)/python -m bench.scaling
 
+# Without tests/conftest.py, which hides the GPU from all other tests. What was not run is listed with its reason.
+test-gpu: $(GPU_ENV)
+	$(GPU_RUN) -m pytest -rs -m gpu --confcutdir tests/gpu tests/gpu
+
+bench-gpu: $(GPU_ENV)
+	$(GPU_RUN) -m bench.gpu $(ONLY) --output $(OUTPUT)
+
+# INPUT names the texts, TOKENIZER that of the model; PREPARE has other options of sink-prepare.
+evidence-data: $(GPU_ENV)
+	$(if $(and $(INPUT),$(TOKENIZER)),,$(error give INPUT="books/*.txt" and TOKENIZER=EleutherAI/pythia-160m))
+	$(GPU_RUN) -m bench.gpu.pack $(DATA) --input $(INPUT) --tokenizer $(TOKENIZER) $(PREPARE)
+
+# A part of eight minutes; exit code 75 means that the next call has something left to do.
+evidence-gpu: $(GPU_ENV) $(if $(REHEARSE),$(DATA))
+	$(GPU_RUN) -m bench.gpu.evidence --data $(DATA) --output $(OUTPUT) || [ $$? -eq 75 ]
+
+runs/rehearsal/data.tar.xz: $(GPU_ENV)
+	$(GPU_RUN) -m bench.gpu.rehearsal runs/rehearsal/text.jsonl
+	$(GPU_RUN) -m bench.gpu.pack $@ --input runs/rehearsal/text.jsonl --vocabulary_size=300 --validation_fraction=0.1 \
+	  --test_fraction=0.5
+
 clean:
-	rm -rf $(VENV) $(PLAIN) $(DEMO) build/docs
+	rm -rf $(VENV) $(PLAIN) $(DEMO) build/docs runs/rehearsal
 
 # ---------------------------------------------------------------------------------------------------------------- demo
 # Each step is a file that the next one needs, so that a demo that was stopped goes on where it was.

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
 
+from eval.measures.timing import now
 from sinkmodel.cache import StreamingCache
 from sinkmodel.models import build_model
 from sinkmodel.shapes import ModelShape
@@ -80,7 +80,7 @@ Side = tuple[Callable[[Tensor], object], Callable[[], object]]  # a step, and a 
 
 def streaming(model: PreTrainedModel, run: Callable, budget: int, sinks: int) -> tuple[Side, StreamingCache]:
     cache = StreamingCache(model.config, budget, sinks)
-    model(input_ids=AT_ZERO, past_key_values=cache)
+    model(input_ids=AT_ZERO.to(model.device), past_key_values=cache)
     state = cache.state_dict()
     for name in ("keys", "values", "sink_keys"):
         state[name].normal_()
@@ -118,22 +118,24 @@ def rotating(twin: PreTrainedModel, run: Callable, budget: int, sinks: int) -> S
 
 
 def fill(cache, model: PreTrainedModel, count: int) -> None:
-    config = model.config
-    shape = 1, config.num_attention_heads, count, config.hidden_size // config.num_attention_heads
+    config, like = model.config, {"device": model.device, "dtype": model.dtype}
+    groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    shape = 1, groups, count, config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
-        cache.update(torch.randn(shape), torch.randn(shape), layer)
+        cache.update(torch.randn(shape, **like), torch.randn(shape, **like), layer)
 
 
-def alternate(sides: dict[str, Side], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+def alternate(sides: dict[str, Side], rounds: int, warm_up: int = 3, device: str = "cpu") -> dict[str, list[float]]:
     """Times of each step of each side, in milliseconds."""
+    where = torch.device(device)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(warm_up + rounds):
-        ids = torch.randint(0, 1000, (1, 1))
+        ids = torch.randint(0, 256, (1, 1)).to(where)
         for name, (step, back) in sides.items():
-            started = time.perf_counter()
+            started = now(where)
             step(ids)
             if i >= warm_up:
-                taken[name].append(1e3 * (time.perf_counter() - started))
+                taken[name].append(1e3 * (now(where) - started))
             back()
     return taken
 
@@ -164,11 +166,11 @@ def compare(model: PreTrainedModel, budget: int, mode: str, options: argparse.Na
 
 def moving(cache: StreamingCache) -> float:
     """Milliseconds of renumbering positions, which turns every key of the window."""
-    times = []
+    times, device = [], cache.layers[0].keys.device
     for _ in range(3):
-        started = time.perf_counter()
+        started = now(device)
         cache.state._move_origin([origin + 1 for origin in cache.state.origin])
-        times.append(1e3 * (time.perf_counter() - started))
+        times.append(1e3 * (now(device) - started))
     return statistics.median(times)
 
 

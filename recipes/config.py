@@ -25,7 +25,7 @@ TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or fal
 def load_config(cls: type[T], argv: list[str], description: str, example: str) -> T:
     """Fill the dataclass `cls` from `--config` files (in order; shipped ones by name) and `--key value` (last wins).
 
-    Raises UserError for an unknown key (naming the nearest right one), a wrong type, a missing file.
+    Raises UserError for an unknown key (naming the most similar valid one), a wrong type, or a missing file.
     `--help` prints every key with its default and exits; `--version` prints the version and exits.
     """
     argv = _resolve_config_files(argv)
@@ -54,7 +54,7 @@ def load_config(cls: type[T], argv: list[str], description: str, example: str) -
 
 
 def path_keys(cls: Any, prefix: str = "") -> list[str]:
-    """The keys of type PathText, also in lists and in the dataclasses below."""
+    """The keys of type PathText, also as list items and in nested dataclasses."""
     keys: list[str] = []
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
@@ -69,7 +69,7 @@ def _holds_path(hint: Any) -> bool:
 
 
 def _refuse_empty(key: str, value: Any, default: Any) -> None:
-    """An empty name would be the current folder; it comes of a shell's variable that is not set."""
+    """Raises UserError for an empty path: it would mean the current folder, and comes from an unset shell variable."""
     if value != default and (value == [] or "" in (value if isinstance(value, list) else [value])):
         raise UserError(f"{key} is empty; give a name, or leave --{key} out (is a variable of the shell not set?)")
 
@@ -106,7 +106,7 @@ def shipped_configs() -> Path:
 
 
 def find_config(name: str) -> Path:
-    """A path as it is, else the shipped config of that name (`pythia-160m`, `models/pythia-160m.yaml`)."""
+    """The file `name` if it exists, else the shipped config of that name (`pythia-160m`, `models/pythia-160m.yaml`)."""
     given = path_of(name)
     if given.is_file():
         return given
@@ -126,7 +126,7 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
 
 
 def _resolve_config_files(argv: list[str]) -> list[str]:
-    """Files first, then options, so that what is typed wins wherever it stands; names of shipped configs as paths."""
+    """Move the config files to the front, so that options always override them; replace shipped names by paths."""
     files: list[Path] = []
     options: list[str] = []
     words = iter(argv)
@@ -136,7 +136,7 @@ def _resolve_config_files(argv: list[str]) -> list[str]:
         elif word == "--config":
             name = next(words, None)
             if name is None:
-                raise UserError("--config wants a file, or the name of a shipped config")
+                raise UserError("--config needs a file, or the name of a shipped config")
             files.append(find_config(name))
         else:
             options.append(word)
@@ -183,7 +183,7 @@ def _keys(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _nearest(word: str, candidates: typing.Iterable[str], prefix: str = "") -> str:
-    """`; did you mean 'x'?` or nothing. A key's last part counts as well: `lr` finds `optimizer.lr`."""
+    """`; did you mean 'x'?`, or an empty text. It also compares a key's last part: `lr` finds `optimizer.lr`."""
     candidates = list(candidates)
     close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
     if not close:
@@ -194,10 +194,10 @@ def _nearest(word: str, candidates: typing.Iterable[str], prefix: str = "") -> s
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    """jsonargparse explains on many lines; the reader needs the key, what it takes, what it got and where."""
+    """Shorten jsonargparse's many lines to the key, the type that it takes, the value given, and the file."""
     text = " ".join(str(error).split())
     if stray := re.match(r"unrecognized arguments: (\S+)", text):
-        return f"{stray[1]} belongs to no option; name a config as {shell('--config', stray[1])}; --help lists the keys"
+        return f"{stray[1]} follows no option; name a config as {shell('--config', stray[1])}; --help lists the keys"
     match = re.search(r'key "([^"]+)":.*?Expected an? .+?(?:Got|Given) value: (.*)$', text)
     if not match:
         return text
@@ -210,5 +210,5 @@ def _explain(error: Exception, argv: list[str]) -> str:
 
 
 def _config_files(argv: list[str]) -> list[Path]:
-    """The files behind `--config`, the last first: it has the last word."""
+    """The files given with `--config`, the last first, because it overrides the others."""
     return [Path(word.removeprefix("--config=")) for word in argv if word.startswith("--config=")][::-1]

@@ -8,10 +8,10 @@ from sinkmodel.console import command
 from sinkmodel.errors import UserError
 
 DESCRIPTION = """\
-Evolve a NAMM, the network that decides what a cache forgets, with CMA-ES. A run that was stopped is resumed when the
-same command is given again.
+Evolve a NAMM, the network that decides what a cache forgets, with CMA-ES. To resume a run that was stopped, give the
+same command again.
 
-On several processes of this machine: --compute.processes N. Under torchrun or srun: the same, a process a device."""
+To use N processes on this machine, add --compute.processes N. Under torchrun or srun, start one process per device."""
 EXAMPLE = (
     "sink-evolve --model runs/recall --config namm --text books.jsonl.xz --validation_text others.jsonl.xz "
     "--output runs/namm"
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @command("sink-evolve")
 def run(argv: list[str]) -> int:
-    with noted():  # from here on, before torch is loaded: a signal may come while a job starts
+    with noted():  # before torch is loaded: a signal may come while a job starts
         from recipes.config import load_config
         from recipes.evolution.settings import EvolveConfig
 

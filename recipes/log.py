@@ -1,4 +1,4 @@
-"""`sink-log`: what was measured of a run, and the curves that it lacks, to wandb and TensorBoard."""
+"""`sink-log`: logs what was measured of a run, and missing curves, to wandb and TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from sinkmodel.errors import UserError
 from sinkmodel.parser import OneLineParser, path_of
 
 DESCRIPTION = """\
-Log to the run's own page in wandb and its TensorBoard folder, behind training or between two jobs: the results of
-sink-eval, attention maps, a report, checkpoints. Curves that are missing there, of a run that was trained without, or
-whose logger failed, are taken from its metrics.csv."""
+Log the results of sink-eval, attention maps, a report and checkpoints to the run's own page in wandb and its
+TensorBoard folder, after training or between two jobs. Curves that are missing there, because the run was trained
+without the logger or the logger failed, are added from the run's metrics.csv."""
 EXAMPLE = """Example:
   sink-log --run runs/sink --results verify.json sinks.json --maps maps --report report"""
 TARGETS = ("wandb", "tensorboard")
@@ -20,19 +20,21 @@ TARGETS = ("wandb", "tensorboard")
 @command("sink-log")
 def main(argv: list[str]) -> None:
     parser = OneLineParser("sink-log", DESCRIPTION, EXAMPLE)
-    parser.add_argument("--run", required=True, type=path_of, help="a folder of sink-pretrain")
-    parser.add_argument("--to", nargs="+", choices=TARGETS, help="(default: what the run was trained with)")
-    parser.add_argument("--results", nargs="+", type=path_of, default=[], metavar="FILE", help="of sink-eval … --json")
+    parser.add_argument("--run", required=True, type=path_of, help="the run folder of sink-pretrain")
+    parser.add_argument("--to", nargs="+", choices=TARGETS, help="where to log (default: as the run was trained)")
+    parser.add_argument(
+        "--results", nargs="+", type=path_of, default=[], metavar="FILE", help="result files of sink-eval … --json"
+    )
     parser.add_argument(
         "--maps",
         nargs="+",
         type=path_of,
         default=[],
         metavar="FOLDER",
-        help="of sink-eval sinks --maps, a name for each",
+        help="folders of sink-eval sinks --maps, with different names",
     )
-    parser.add_argument("--report", type=path_of, metavar="FOLDER", help="of sink-eval report; to wandb alone")
-    parser.add_argument("--checkpoints", action="store_true", help="keep them as artifacts; to wandb alone")
+    parser.add_argument("--report", type=path_of, metavar="FOLDER", help="the folder of sink-eval report; wandb only")
+    parser.add_argument("--checkpoints", action="store_true", help="keep the checkpoints as artifacts; wandb only")
     options = parser.parse_args(argv)
     if not (options.run / "config.yaml").is_file():
         raise UserError(f"{options.run} has no config.yaml; give the folder of a run of sink-pretrain")
@@ -45,13 +47,13 @@ def main(argv: list[str]) -> None:
     config = load_config(PretrainConfig, [f"--config={options.run / 'config.yaml'}"], DESCRIPTION, EXAMPLE)
     targets = options.to or [name for name in TARGETS if getattr(config.logging, name)]
     if not targets:
-        raise UserError(f"{options.run} was trained with neither of wandb and TensorBoard; say which with --to")
+        raise UserError(f"{options.run} was trained with neither wandb nor TensorBoard; name one with --to")
     if targets == ["tensorboard"] and (options.report or options.checkpoints):
         raise UserError("--report and --checkpoints are for wandb; TensorBoard has no place for them")
     logging = replace(config.logging, wandb="wandb" in targets, tensorboard="tensorboard" in targets)
     steps = checkpoint_steps(options.run)
     if not steps:
-        raise UserError(f"{options.run} has no checkpoint yet; log what was measured of one")
+        raise UserError(f"{options.run} has no checkpoint yet; run sink-log after its first checkpoint")
     config = replace(config, logging=logging)
     measured = read_measured(options.results, options.maps, options.report, steps if options.checkpoints else {})
     from recipes.training.logs.build import build_mirrors, refuse_what_is_not_installed, switched_off
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
             mirror.try_to(lambda mirror=mirror: mirror.show(measured), "at what was measured")  # type: ignore[misc]
             mirror.finalize("success")
             if mirror.failed:
-                raise UserError(f"not all was logged to {mirror.title}; the line above says why", exit_code=1)
+                raise UserError(f"{mirror.title} did not get everything; the line above gives the reason", exit_code=1)
             say(f"{mirror.title} has {options.run} up to step {metrics[-1]['step'] if metrics else 0}")
 
 

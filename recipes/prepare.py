@@ -1,4 +1,4 @@
-"""`sink-prepare`: text to token shards. What a prepared folder holds: recipes/data/shards.py."""
+"""`sink-prepare`: turns text into token shards. recipes/data/shards.py describes a prepared folder."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def main(argv: list[str]) -> int:
 def join_lists(
     argv: list[str], options: tuple[str, ...] = ("--input", "--validation_input", "--test_input")
 ) -> list[str]:
-    """`--input a b --input c` -> `--input=["a", "b", "c"]`, which is how jsonargparse takes a list.
+    """`--input a b --input c` -> `--input=["a", "b", "c"]`, the form in which jsonargparse takes a list.
 
-    The word after --separator is joined to it, since it may look like an option, as `---` does.
+    The word after --separator is joined to it with `=`, since it may look like an option, as `---` does.
     """
     rest: list[str] = []
     lists: dict[str, list[str]] = {}

@@ -8,11 +8,11 @@ from sinkmodel.console import command
 from sinkmodel.errors import UserError
 
 DESCRIPTION = """\
-Pre-train a decoder on prepared tokens. A run that was stopped goes on when the same command is given again.
+Pre-train a decoder on prepared tokens. To resume a run that was stopped, give the same command again.
 
-On several devices of this machine: --training.devices N. Under torchrun or srun: the same, a process a device.
+To use N devices of this machine, add --training.devices N. Under torchrun or srun, start one process per device.
 
---dry-run, or --dry-run=N for N processes, checks config, data, batch, disk and time, and trains nothing."""
+--dry-run, or --dry-run=N for N processes, checks config, data, batch and disk space, estimates the time, and exits."""
 EXAMPLE = "sink-pretrain --config pythia-160m --config sink-token --data.path data/fineweb-edu --output runs/sink"
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @command("sink-pretrain")
 def run(argv: list[str]) -> int:
-    with noted():  # from here on, before torch is loaded: a signal may come while a job starts
+    with noted():  # before torch is loaded: a signal may come while a job starts
         from recipes.config import load_config
         from recipes.training.settings import PretrainConfig
 
@@ -52,7 +52,7 @@ def run(argv: list[str]) -> int:
 
 
 def _dry_run(argv: list[str]) -> tuple[list[str], int | None]:
-    """The other words, and the number of processes to check for: None without --dry-run, 0 where it gives none."""
+    """The other words, and the number of processes to check for: None without --dry-run, 0 if it has no number."""
     others = [word for word in argv if word.partition("=")[0] != "--dry-run"]
     if len(others) == len(argv):
         return argv, None

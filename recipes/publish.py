@@ -1,4 +1,4 @@
-"""`sink-push`: a model folder, a NAMM, or a run with its checkpoints becomes a repository on the Hugging Face Hub."""
+"""`sink-push`: pushes a model folder, a NAMM or a run with its checkpoints to a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Push a model folder, an evolved NAMM, or a run with its checkpoints, to the Hugging Face Hub.
 
-What is there already is not sent again: the same command goes on where it was stopped, and does nothing where nothing
-has changed. The token is that of `hf auth login` or of HF_TOKEN. The repository's address is printed at the end."""
+Files that the Hub has already are not sent again: the same command resumes where it was stopped, and does nothing if
+nothing has changed. The token is that of `hf auth login` or of HF_TOKEN. The repository's address is printed at the
+end."""
 EXAMPLE = """example:
   sink-push --model models/sink --repo ORG/NAME
   sink-push --model models/sink-1000 --repo ORG/NAME --revision step1000
@@ -39,11 +40,11 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed is installed, it speaks on stdout
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed, if installed, prints to stdout
             lines = push(options)
         put("\n".join(lines))
     except Terminated:
-        raise UserError("stopped by SIGTERM; the same command goes on where it was", 128 + signal.SIGTERM) from None
+        raise UserError("stopped by SIGTERM; the same command resumes where it was", 128 + signal.SIGTERM) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -53,45 +54,45 @@ def parse(argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=path_of, metavar="DIR", help="a folder that sink-export wrote, or sink-evolve")
     what.add_argument("--run", type=path_of, help="a run: its checkpoints as branches step1000 …, the newest on main")
-    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="made where it is not there")
-    parser.add_argument("--private", action="store_true", help="make it private; one that is public is refused")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be pushed, and how large it is")
-    model = parser.add_argument_group("of a model")
-    model.add_argument("--revision", metavar="BRANCH", help="as step1000 for an early checkpoint (default: main)")
-    model.add_argument("--tag", help="a name for what is pushed, for good, as v1.0")
-    run = parser.add_argument_group("of a run")
-    run.add_argument("--every", type=positive, metavar="N", help="branches of steps that N divides (default: of all)")
+    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="the repository; created if it is missing")
+    parser.add_argument("--private", action="store_true", help="create it private; an existing public one is refused")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be pushed, and its size")
+    model = parser.add_argument_group("options for --model")
+    model.add_argument("--revision", metavar="BRANCH", help="step1000, say, for an early checkpoint (default: main)")
+    model.add_argument("--tag", help="a permanent name for what is pushed, such as v1.0")
+    run = parser.add_argument_group("options for --run")
+    run.add_argument("--every", type=positive, metavar="N", help="push branches of steps divisible by N (default: all)")
     run.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is complete")
-    run.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
+    run.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: float32)")
     run.add_argument(
-        "--workdir", type=path_of, metavar="DIR", help="for one export at a time (default: beside the run)"
+        "--workdir", type=path_of, metavar="DIR", help="folder for one export at a time (default: beside the run)"
     )
     card = parser.add_argument_group("the model card")
-    card.add_argument("--report", type=path_of, metavar="DIR", help="of sink-eval report, to be in it")
+    card.add_argument("--report", type=path_of, metavar="DIR", help="a folder of sink-eval report to include")
     card.add_argument(
-        "--results", type=path_of, nargs="+", default=[], metavar="FILE", help="of sink-eval --json, as well"
+        "--results", type=path_of, nargs="+", default=[], metavar="FILE", help="files of sink-eval --json to include"
     )
-    card.add_argument("--no-card", action="store_true", help="write none: README.md is the folder's, or the Hub's")
+    card.add_argument("--no-card", action="store_true", help="keep the README.md of the folder, or else of the Hub")
     options = parser.parse_args(argv)
     for name in OF_A_RUN if options.run is None else OF_A_MODEL:
         if getattr(options, name):
             raise UserError(f"--{name} is for --{'run' if options.run is None else 'model'}; leave it out")
     if options.no_card and (options.report or options.results):
-        raise UserError("--report and --results are for the card, which --no-card leaves out; give either")
+        raise UserError("--report and --results are for the card, which --no-card leaves out; drop one of the two")
     for path in (options.report, *options.results):
         if path is not None and not path.exists():
-            raise UserError(f"{path} does not exist; give what sink-eval wrote, or leave it out")
+            raise UserError(f"{path} does not exist; give a file or folder that sink-eval wrote, or leave it out")
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", options.repo):
-        raise UserError(f"--repo is {options.repo!r}; give ORG/NAME, or your own user name in the place of ORG")
+        raise UserError(f"--repo is {options.repo!r}; give ORG/NAME, or your own user name in place of ORG")
     for name in ("revision", "tag"):
         given = getattr(options, name)
         if given and not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w-][\w.-]*)*", given):
-            raise UserError(f"--{name} is {given!r}; take letters, digits, dots and dashes, as in step1000")
+            raise UserError(f"--{name} is {given!r}; use letters, digits, dots and dashes, as in step1000")
     return options
 
 
 def push(options: argparse.Namespace) -> list[str]:
-    """Returns the lines for stdout: the address, or what a dry run has to tell."""
+    """Returns the lines for stdout: the address, or the plan of a dry run."""
     from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
     from recipes.hub.folder import CardInput
@@ -101,7 +102,7 @@ def push(options: argparse.Namespace) -> list[str]:
     try:
         validate_repo_id(options.repo)
     except HFValidationError as error:
-        raise UserError(f"--repo is {options.repo!r}, which the Hub does not take: {error}") from None
+        raise UserError(f"--repo is {options.repo!r}, which the Hub does not accept: {error}") from None
     if not sys.stderr.isatty():
         disable_progress_bars()
     repository = Repository(options.repo)
@@ -116,7 +117,7 @@ def push(options: argparse.Namespace) -> list[str]:
                 )
             lines = one(options, repository, card)
     except HubAway as error:
-        raise UserError(f"{error}; {repository.standing()}; the same command goes on from there") from None
+        raise UserError(f"{error}; {repository.standing()}; the same command resumes from there") from None
     if not options.dry_run:
         done = repository.changed
         say(f"pushed {several(done)}" if done else "nothing has changed, nothing was pushed")
@@ -128,7 +129,7 @@ def push_model(options: argparse.Namespace, repository: Repository, card: CardIn
     from recipes.hub.plan import human_size
 
     branch, folder = options.revision or MAIN, options.model
-    model_files(folder)  # before anything is asked: it is a model folder
+    model_files(folder)  # fail before any request if it is not a model folder
     seen = repository.can_be_seen() if options.dry_run else repository.exists()
     plan = plan_of(repository, folder, branch, card, seen=seen)
     if options.dry_run:
@@ -138,7 +139,7 @@ def push_model(options: argparse.Namespace, repository: Repository, card: CardIn
     repository.make(options.private)
     tags = repository.tags()
     if branch in tags:
-        raise UserError(f"{branch} of {options.repo} is a tag, which stays where it is; give another --revision")
+        raise UserError(f"{branch} of {options.repo} is a tag, which is never moved; give another --revision")
     if options.tag in tags and (plan or tags[options.tag] != plan.head.commit):
         raise UserError(f"the tag {options.tag} of {options.repo} names something else; give another --tag")
     repository.carry_out(plan, branch, f"Push {folder.resolve().name}")
@@ -160,14 +161,14 @@ def push_run(options: argparse.Namespace, repository: Repository, card: CardInpu
     if options.dry_run:
         return run.rehearse(seen=repository.can_be_seen())
     if not options.follow:
-        run.steps()  # before anything is made: there are some
+        run.steps()  # fail before anything is created if there are no checkpoints
     repository.make(options.private)
     run.push(options.follow)
     return [repository.url()]
 
 
 class Terminated(BaseException):
-    """SIGTERM. No Exception, which somebody could take for a failure of the Hub."""
+    """SIGTERM. Not an Exception, so that no handler takes it for a failure of the Hub."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

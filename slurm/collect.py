@@ -1,8 +1,8 @@
-"""Puts the results of slurm/eval.sbatch, FOLDER/step*.json, into one table: FOLDER/table.csv and FOLDER/table.md.
+"""Collects the results of slurm/eval.sbatch, FOLDER/step*.json, in one table: FOLDER/table.csv and FOLDER/table.md.
 
-Every task of the array calls it when it has a result. So two may run at a time, with no lock that both could rely on
-across nodes: each looks again once its table is in place, and starts over where a result has come in the meantime. The
-last to write has therefore seen them all.
+Every task of the array calls it after each result. So two may run at a time, and no lock is reliable across nodes. Each
+lists the results again after writing its table, and starts over if there is a new one. So the last table written holds
+all of them.
 
 Example: python slurm/collect.py runs/sink/ppl
 """
@@ -24,13 +24,13 @@ NUMBERS = ("nll", "nll_after_overflow", "ppl", "ppl_after_overflow", "stderr")
 
 
 def results(folder: Path) -> dict[int, Path]:
-    """The result files by step, in order."""
+    """The result files by step, in the order of the steps."""
     found = {int(match[1]): path for path in folder.glob("step*.json") if (match := re.search(r"step(\d+)", path.stem))}
     return dict(sorted(found.items()))
 
 
 def collect(folder: Path) -> int:
-    """Write both tables; returns how many checkpoints stand in them. Raises UserError where there is no result."""
+    """Write both tables; returns the number of checkpoints in them. Raises UserError if there is no result."""
     while True:
         seen = results(folder)
         if not seen:

@@ -7,6 +7,7 @@ os.environ["SINKMODEL_PRODUCTS"] = "torch"  # not what is faster on this machine
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("REHEARSE", "1")  # tests/gpu have a GPU under make test-gpu alone, which does not read this file
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch

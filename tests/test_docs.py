@@ -127,7 +127,7 @@ def test_every_key_of_a_config_is_explained_by_help():
     told = io.StringIO()
     with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
         importlib.import_module("recipes.pretrain").main(["--help"])
-    assert "the run folder; a run that stopped there goes on" in " ".join(told.getvalue().split())
+    assert "the run folder; if it holds a run that stopped, that run is resumed" in " ".join(told.getvalue().split())
 
 
 def tour() -> list[tuple[str, list[str]]]:

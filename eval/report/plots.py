@@ -114,7 +114,7 @@ def paint_budgets(axis: Axes, lines: dict[str, list[tuple[float, float | None, f
 
 
 def paint_heads(axis: Axes, layers: Sequence[Sequence[float | None]], head: str = "head") -> None:
-    """A map of layers and their heads, from 0 to 1; None where nothing is known."""
+    """A map of layers and their heads, with values from 0 to 1; a None is left blank."""
     most = max(map(len, layers))
     values = [[math.nan if x is None else x for x in (*row, *[None] * (most - len(row)))] for row in layers]
     image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="none")
@@ -236,7 +236,7 @@ def paint_memories(axis: Axes, content: dict[str, Any]) -> None:
 
 
 def paint_kept(axis: Axes, names: Sequence[str], shares: Sequence[float | None], mean: float | None) -> None:
-    """The % that is kept of each kind of token as bars, the first on top; dotted: of all tokens."""
+    """The % kept of each kind of token as bars, the first on top; a dotted line is the % of all tokens."""
     places = [-row for row in range(len(names))]
     axis.barh(places, [math.nan if x is None else 100 * x for x in shares], height=0.66, color=COLOURS[0])
     for place, share in zip(places, shares):
@@ -247,7 +247,7 @@ def paint_kept(axis: Axes, names: Sequence[str], shares: Sequence[float | None],
         axis.axvline(100 * mean, color=INK, linestyle=":", linewidth=1)
     axis.set_yticks(places, [shown(name) for name in names])
     axis.tick_params(axis="y", length=0)
-    axis.set_xlim(0, 108)  # with room for the number of a full bar
+    axis.set_xlim(0, 108)  # leaves room for the number of a full bar
     axis.set_xticks(range(0, 101, 25))
     axis.set_xlabel("% kept (dotted: of all tokens)")
 

@@ -1,11 +1,11 @@
-"""The model card: README.md of a model folder, written from what is known of the model, and again at every push.
+"""The model card: the README.md of a model folder, generated from facts about the model, anew at every push.
 
     card = make_card(Path("models/sink"), repository="org/sink", run=Path("runs/sink"), report=Path("report"))
     card.write(Path("models/sink"))
 
-`facts` says what the model is and how it was trained, `results` and `report` what was measured, `metadata` what the
-Hub reads of it. What somebody wrote by hand stays: the text between two comments, and the metadata that is a choice.
-The same input gives the same bytes.
+`facts` reads what the model is and how it was trained, `results` and `report` read what was measured, and `metadata`
+makes the YAML for the Hub. The owner's own words are kept: the text between two comments, and metadata such as the
+licence. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ README = "README.md"
 class Card:
     text: str
     report: Report
-    points: Sequence[Point] = ()  # of the loss curve that it shows; none if the report has one
+    points: Sequence[Point] = ()  # of the loss curve that the card shows; empty if the report has a curve
 
     def write(self, folder: Path) -> None:
-        """README.md, the last, and the figures that it shows; what else stands in `folder` is left alone."""
+        """Write the figures, then README.md; other files in `folder` are not touched."""
         self.report.copy_figures(folder)
         if self.points:
             curve.draw(folder / curve.PATH, self.points)
@@ -59,17 +59,17 @@ def make_card(
     results: Sequence[Path] = (),
     previous: str | None = None,
 ) -> Card:
-    """The card of a model folder; nothing is written before `write`.
+    """Make the card of a model folder; call `write` to write it.
 
     Args:
-        folder: what sink-export wrote.
+        folder: a folder that sink-export wrote.
         repository: ORG/NAME, for the examples.
-        run: the run that trained it, for the loss curve.
+        run: the run that trained the model, for the loss curve; None draws none.
         report: a folder of sink-eval report, for the card's results.
-        results: files of sink-eval --json, for the metadata, and for a table where there is no report.
-        previous: the card on the Hub, whose hand-written section is kept; else that of README.md in the folder.
+        results: files of sink-eval --json, for the metadata, and for a table if there is no report.
+        previous: the card on the Hub, whose hand-written section is kept; None keeps that of the folder's README.md.
 
-    Raises UserError for input that is not what it should be.
+    Raises UserError for a file or folder of the wrong kind.
     """
     facts = gather(folder, repository, run)
     shown = Report() if report is None else read_report(report)
@@ -81,9 +81,10 @@ def make_card(
 
 
 def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], bool]:
-    """Whether a name in a result means this model: its repository, its folder or a copy of it, its checkpoint.
+    """A function that returns whether a name in a result means this model.
 
-    A run means its last checkpoint, so its name is that of the model alone where this is the last.
+    It does if it names the model's repository, its folder or a copy of it, or its checkpoint. The name of a run means
+    its last checkpoint, so it counts only if the model is that checkpoint.
     """
     names, places = {facts.repository}, {folder.resolve()}
     if run is not None and isinstance(facts.training.get("checkpoint"), str):
@@ -102,9 +103,9 @@ def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], b
 
 
 def kept_of(here: Path, previous: str | None) -> tuple[dict[str, Any], str]:
-    """(metadata, hand-written section) of the card before this one, which is that of the Hub where there is one.
+    """(metadata, hand-written section) of the old card: that on the Hub if there is one, else that of the folder.
 
-    UserError where both the one here and the one on the Hub have a section, and not the same: one would be lost.
+    UserError if both cards have hand-written sections and these differ: one would be lost.
     """
     try:
         local = here.read_bytes().decode("utf-8") if here.is_file() else None
@@ -133,8 +134,9 @@ def render(
     """The card's text: metadata as YAML, then Markdown.
 
     Args:
-        curve_alternative: the words for the loss curve, where the card shows one of its own.
-        old: the metadata of the card before this one.
+        by_hand: the hand-written section.
+        curve_alternative: the alternative text of the card's own loss curve; None if it has no such curve.
+        old: the metadata of the old card.
     """
     return fill(
         "card.md.jinja",
@@ -160,7 +162,7 @@ def fill(template: str, data: ModelCardData, by_hand: str, **values: Any) -> str
 
     environment = Environment(
         loader=PackageLoader("recipes.card"),
-        autoescape=False,  # it is Markdown, not HTML: `md`, `code` and `link` escape; in blocks of code `line`, `sh`
+        autoescape=False,  # Markdown, not HTML: `md`, `code` and `link` escape; in code blocks, `line` and `sh`
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

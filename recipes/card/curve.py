@@ -12,7 +12,7 @@ PATH = "figures/loss.png"
 
 
 def lines_of(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
-    """(tokens, nats per token) of each loss that was measured; a line without tokens has those of the one before."""
+    """(tokens, nats per token) of each measured loss. A point without tokens takes those of the point before it."""
     lines: dict[str, list[tuple[float, float]]] = {}
     tokens = 0.0
     for point in points:
@@ -25,14 +25,14 @@ def lines_of(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
 
 
 def alternative(points: Sequence[Point]) -> str:
-    """What the figure shows, in words."""
+    """The figure's alternative text."""
     ends = {"training": last_of(points, "twin_loss"), "held-out": last_of(points, "val_loss")}
-    said = " and ".join(f"{name} loss {value:.3f}" for name, value in ends.items() if value is not None)
-    return f"Loss over tokens; at the end {said} nats per token"
+    losses = " and ".join(f"{name} loss {value:.3f}" for name, value in ends.items() if value is not None)
+    return f"Loss over tokens; at the end {losses} nats per token"
 
 
 def draw(path: Path, points: Sequence[Point]) -> None:
-    """The same points give the same bytes, so that a push sees nothing new."""
+    """Draw the curve. The same points give the same bytes, so that a push finds no change."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter

@@ -1,6 +1,6 @@
-"""What is known of a model: from its folder, and from the run that trained it.
+"""The facts about a model, from its folder and from the run that trained it.
 
-No torch here: a card is written where there may be none.
+This module does not import torch: a card may be written on a machine without it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from sinkmodel.files import read_json
 from sinkmodel.secrets import all_redacted
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, check_record, kind_of, sink_ids_of
 
-# As sinkmodel.export and sinkmodel.architectures call them, which would bring torch.
+# The same names as in sinkmodel.export and sinkmodel.architectures, which would import torch.
 PROVENANCE = "training.json"
 FIELDS = "decoder"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors calls them
-GGUF = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # as sinkmodel.export.gguf_file has them
-# Embeddings by the end of their names, in GPT-NeoX, Llama and most others, Falcon.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # keys: names in safetensors
+GGUF = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # the same as in sinkmodel.export.gguf_file
+# Ends of the names of embeddings: in GPT-NeoX, in Llama and most others, in Falcon.
 EMBEDDINGS = (
     *("embed_in.weight", "embed_out.weight", "embed_tokens.weight", "lm_head.weight"),
     "word_embeddings.weight",
 )
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# What two checkpoints of one run have in common, of the config that made it.
+# Keys of the config that all checkpoints of one run have in common.
 OF_A_RUN = ("seed", "model", "sink", "optimizer", "schedule")
 
 Point = dict[str, "float | None"]  # a line of metrics.csv
@@ -38,21 +38,21 @@ Point = dict[str, "float | None"]  # a line of metrics.csv
 
 @dataclass(frozen=True)
 class Start:
-    """The model that training started from, as training.json has it."""
+    """The model that training started from, as recorded in training.json."""
 
-    name: str  # of the Hub, of a package, or the absolute path of a folder or file
+    name: str  # a name on the Hub, a package, or the absolute path of a folder or file
     fingerprint: str
     step: int | None
     license: str | None
 
     @property
     def hub_name(self) -> str | None:
-        """ORG/NAME, if it is one."""
+        """The name, if it has the form ORG/NAME of the Hub; else None."""
         return self.name if HUB_NAME.fullmatch(self.name) else None
 
     @property
     def short(self) -> str:
-        """The name without the folders before it, which are those of one machine."""
+        """The name without the folders of a path, which are those of a user's machine."""
         return self.name if self.hub_name else PurePath(self.name).name
 
 
@@ -60,14 +60,14 @@ class Start:
 class Facts:
     repository: str  # ORG/NAME
     config: dict[str, Any]  # config.json, flat
-    training: dict[str, Any]  # training.json: the checkpoint's own words about its training
+    training: dict[str, Any]  # training.json: the checkpoint's record of its training
     sink: SinkConfig
     sink_ids: list[int]
     parameters: int
     without_embeddings: int
     dtype: str
-    gguf: str | None  # a file for llama.cpp in the folder
-    points: Sequence[Point] = ()  # of the run, up to this checkpoint
+    gguf: str | None  # name of a file for llama.cpp in the folder
+    points: Sequence[Point] = ()  # lines of the run's metrics.csv, up to this checkpoint
 
     @property
     def name(self) -> str:
@@ -91,12 +91,12 @@ class Facts:
 
     @property
     def budget(self) -> int:
-        """Of the cache in an example."""
+        """Budget of the cache in the card's example."""
         return min(1024, max(self.positions // 2, self.kept + 1))
 
     @property
     def kept(self) -> int:
-        """First tokens that an example keeps: the model's own; for a vanilla model four, as the paper does."""
+        """First tokens that the example keeps: the model's sinks; four for a vanilla model, as in the paper."""
         return self.sink.tokens or (0 if self.in_softmax else 4)
 
     @property
@@ -113,7 +113,7 @@ class Facts:
 
     @property
     def base(self) -> Start | None:
-        """What training started from; None for a model that was trained from scratch."""
+        """The model that training started from; None for a model that was trained from scratch."""
         base = self.training.get("base")
         if not isinstance(base, dict) or not isinstance(base.get("name"), str):
             return None
@@ -127,7 +127,7 @@ class Facts:
 
     @property
     def parts(self) -> str:
-        """What was trained of the base."""
+        """Which parts of the base were trained: `all`, `sink` or `sink+norms`."""
         parts = self.training.get("parts")
         return parts if parts in ("sink", "sink+norms") else "all"
 
@@ -138,28 +138,28 @@ class Facts:
 
     @property
     def source(self) -> str | None:
-        """What sink-prepare says of the text: files, or `NAME@COMMIT CONFIG SPLIT` of a data set."""
+        """The source of the text, as sink-prepare records it: files, or `NAME@COMMIT CONFIG SPLIT` of a data set."""
         data = self.training.get("data")
-        said = data.get("source") if isinstance(data, dict) else None
-        return said if isinstance(said, str) and said else None
+        source = data.get("source") if isinstance(data, dict) else None
+        return source if isinstance(source, str) and source else None
 
     @property
     def output(self) -> str | None:
-        """What the run was called where it was trained."""
+        """The run's output folder when it was trained."""
         config = self.training.get("config")
         return config.get("output") if isinstance(config, dict) else None
 
 
 def gather(folder: Path, repository: str, run: Path | None) -> Facts:
-    """Read a model folder, its weights' names and shapes only, and a run's metrics.csv.
+    """Read a model folder (of the weights only names and shapes) and a run's metrics.csv.
 
-    Raises UserError where the folder is no model folder, and where the run is not the one that trained the model.
+    Raises UserError if the folder is not a model folder, or if the run is not the one that trained the model.
     """
     config = _object(folder / "config.json")
     inner = config.pop(FIELDS, {})
     config |= inner if isinstance(inner, dict) else {}
     if not isinstance(config.get("max_position_embeddings"), int):
-        raise UserError(f"{folder / 'config.json'} is not one that sink-export wrote: it names no positions")
+        raise UserError(f"{folder / 'config.json'} has no max_position_embeddings; give one that sink-export wrote")
     sink, ids = _sink(config.get("sink"), folder)
     training = _object(folder / PROVENANCE)
     total, body, dtype = count_parameters(folder)
@@ -178,13 +178,13 @@ def gather(folder: Path, repository: str, run: Path | None) -> Facts:
 
 
 def _sink(record: Any, folder: Path) -> tuple[SinkConfig, list[int]]:
-    said = SimpleNamespace(sink=record)
+    config = SimpleNamespace(sink=record)
     try:
-        check_record(said)
+        check_record(config)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    ids = sink_ids_of(said)
-    return SinkConfig(kind_of(said), len(ids) or 1), ids
+    ids = sink_ids_of(config)
+    return SinkConfig(kind_of(config), len(ids) or 1), ids
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def count_parameters(folder: Path) -> tuple[int, int, str]:
-    """Parameters, those that are no embeddings, and the type of their numbers; tied weights are saved once."""
+    """Number of parameters, number without embeddings, and the most common type. Tied weights are saved once."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(folder.glob("*.safetensors"))
@@ -206,7 +206,7 @@ def count_parameters(folder: Path) -> tuple[int, int, str]:
     for path in files:
         try:
             with safe_open(path, framework="np") as weights:
-                for name in weights.keys():  # noqa: SIM118  it is no dict
+                for name in weights.keys():  # noqa: SIM118  not a dict
                     piece = weights.get_slice(name)
                     size = math.prod(piece.get_shape())
                     total += size
@@ -226,11 +226,11 @@ def _points(run: Path, training: dict[str, Any]) -> list[Point]:
     from sinkmodel.checkpoint import read_metrics
 
     _check_run(run, training)
-    real(run, run / "metrics.csv")  # the card shows it
+    real(run, run / "metrics.csv")  # refuse a link out of the run: the card shows the numbers
     try:
         lines = [{key: _number(text) for key, text in row.items()} for row in read_metrics(run)]
     except (ValueError, TypeError):
-        raise UserError(f"{run / 'metrics.csv'} has something that is no number; give the run's own folder") from None
+        raise UserError(f"{run / 'metrics.csv'} has a value that is not a number; give the run's own folder") from None
     last = training.get("step", math.inf)
     return [line for line in lines if (line.get("step") or 0) <= last]
 
@@ -250,7 +250,7 @@ def _check_run(run: Path, training: dict[str, Any]) -> None:
         return
     for key in OF_A_RUN:
         if key in saved and key in config and saved[key] != config[key]:
-            raise UserError(f"{run} did not train this model: its {key} is another; give the run that did")
+            raise UserError(f"{run} did not train this model: its {key} differs; give the run that did")
 
 
 def _number(text: str | None) -> float | None:

@@ -1,4 +1,4 @@
-"""A card as text: what of one is metadata, what was written by hand, and how a word stands in it as it is."""
+"""Reads a card's text: its metadata, and its hand-written section."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sinkmodel.errors import UserError, first_line
 
 BEGIN = "<!-- written by hand: begin -->"
 END = "<!-- written by hand: end -->"
-EMPTY = "\n\n"  # a section without a word
+EMPTY = "\n\n"  # an empty section
 FRONT = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def split_by_hand(card: str, where: str) -> str:
-    """What stands between the two comments, byte for byte.
+    """The text between the two comments, byte for byte.
 
-    All of a card that has neither, but its metadata: then somebody wrote it. UserError where one of the two is
-    missing, or stands there twice: nobody can say what is to be kept.
+    A card without both comments was written by hand: all of it is returned, except the metadata. Raises UserError if
+    only one of the two is there, or one is there twice: then it is not known which text to keep.
     """
     if BEGIN not in card and END not in card:
         text = FRONT.sub("", card).strip()
@@ -32,14 +32,14 @@ def split_by_hand(card: str, where: str) -> str:
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """The metadata on top of a card; empty where there is none. UserError where it cannot be read."""
+    """The metadata at the top of a card; empty if there is none. UserError if it cannot be read."""
     found = FRONT.match(card)
     if found is None:
         return {}
     try:
-        said = yaml.safe_load(found[1])
+        content = yaml.safe_load(found[1])
     except yaml.YAMLError as error:
-        raise UserError(f"the metadata of the card there is not valid YAML ({first_line(error)}); repair it") from None
-    if not isinstance(said, dict | None):
-        raise UserError("the metadata of the card there is not keys and values; repair it")
-    return {str(key): value for key, value in (said or {}).items()}
+        raise UserError(f"the metadata of the old card is not valid YAML ({first_line(error)}); repair it") from None
+    if not isinstance(content, dict | None):
+        raise UserError("the metadata of the old card is not a mapping of keys to values; repair it")
+    return {str(key): value for key, value in (content or {}).items()}

@@ -17,7 +17,7 @@ from recipes.card.facts import HUB_NAME, count_parameters
 from recipes.card.metadata import CHOICES, UNKNOWN
 from recipes.card.report import Report, read_report
 from recipes.card.results import NAMM_READERS, read_results
-from recipes.card.rows import Told, citation, commit_of, known
+from recipes.card.rows import Describe, citation, commit_of, known
 from sinkmodel.files import read_json
 from sinkmodel.secrets import all_redacted
 
@@ -122,7 +122,8 @@ def _tasks(record: dict[str, Any]) -> str:
 
 
 def _fitness(record: dict[str, Any]) -> str:
-    return f"{record['fitness']:.4f}, where the full cache has 1"
+    penalty = (record.get("selected_by") or {}).get("size_penalty") or 0
+    return f"{record['fitness']:.4f}; the full cache has {1 - penalty:g}"
 
 
 def _selected_by(record: dict[str, Any]) -> str:
@@ -145,7 +146,7 @@ def _optimizer(record: dict[str, Any]) -> str:
     return f"CMA-ES, {cma['kind']}, {cma['population']} candidates, σ₀ {cma['sigma']:g}; the result is their mean"
 
 
-NETWORK: list[tuple[str, Told]] = [
+NETWORK: list[tuple[str, Describe]] = [
     ("parameters", lambda c: f"{c['parameters']:,}, one set for all layers and heads"),
     ("decides every", lambda c: f"{c['interval']:,} tokens"),
     ("spectrogram", lambda c: f"frames of {c['window']} tokens, one every {c['hop']}; {c['window'] // 2 + 1} bins"),
@@ -154,11 +155,11 @@ NETWORK: list[tuple[str, Told]] = [
     ("hidden size", lambda c: f"{c['hidden']}"),
     ("checksum of the statistics", lambda c: f"{c['statistics_sha256'][:16]}"),
 ]
-HOST: list[tuple[str, Told]] = [
+HOST: list[tuple[str, Describe]] = [
     ("", lambda host: f"{host['name']}"),
     ("", lambda host: f"({host['type']}, {host['parameters']:,} parameters)"),
 ]
-EVOLUTION: list[tuple[str, Told]] = [
+EVOLUTION: list[tuple[str, Describe]] = [
     ("base model", lambda r: " ".join(text for _, text in known(HOST, r["host"])) or _unknown()),
     ("fingerprint of its weights", lambda r: f"{r['host']['fingerprint']}"),
     ("tasks", _tasks),
@@ -176,7 +177,7 @@ EVOLUTION: list[tuple[str, Told]] = [
     ("made with", lambda r: ", ".join(f"{name} {text}" for name, text in r["versions"].items())),
     ("commit of the recipe", commit_of),
 ]
-REACHED: list[tuple[str, Told]] = [
+REACHED: list[tuple[str, Describe]] = [
     ("fitness", lambda r: f"{r['fitness']:.3f}"),
     ("kept", lambda r: f"{100 * r['kept']:.0f} %"),
 ]

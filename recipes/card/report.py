@@ -1,4 +1,4 @@
-"""A report of `sink-eval report`, as a part of a card: its own Markdown, and the figures that this shows."""
+"""A report of `sink-eval report` as a part of a card: its Markdown, and the figures in it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sinkmodel.bounds import real
 from sinkmodel.errors import UserError
 
 TRAINING = "Training of the twins"
-LEFT_OUT = ("Not in this report",)  # commands for who measures, not for who reads
+LEFT_OUT = ("Not in this report",)  # it holds commands for the person who measures
 FIGURE = re.compile(r"\]\((figures/[\w.-]+)\)")
-# A run's config.yaml, folded; it names folders of whose machine it was, and training.json has the model's own.
+# A run's config.yaml, folded. It is left out: it names folders of a user's machine, and training.json has the config.
 CONFIG = re.compile(r"<details><summary>[^\n]*config\.yaml</summary>\n\n(`{3,})\n.*?\n\1\n\n</details>\n*", re.DOTALL)
 
 
@@ -27,7 +27,7 @@ class Report:
         return list(dict.fromkeys(path for text in self.sections.values() for path in FIGURE.findall(text)))
 
     def copy_figures(self, folder: Path) -> None:
-        """Into `folder`/figures, where the Markdown looks for them."""
+        """Copy the figures to `folder`/figures, the path that the Markdown uses."""
         assert self.folder is not None or not self.figures
         for path in self.figures:
             (folder / path).parent.mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ class Report:
 
 
 def read_report(folder: Path) -> Report:
-    """Raises UserError if the folder is no report, or a figure of it is missing or a link that leads out of it."""
+    """Raises UserError if the folder is not a report, or if a figure is missing or is a link that leads out of it."""
     path = folder / "report.md"
     try:
         text = real(folder, path).read_text(encoding="utf-8")

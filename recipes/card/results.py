@@ -1,4 +1,4 @@
-"""What `sink-eval … --json` says of this model: rows of a table, and the card's `model-index`."""
+"""The results of `sink-eval … --json` for this model: rows of a table, and the card's `model-index`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ if TYPE_CHECKING:
 
 IN_REPORT_ALONE = ("sinks", "streameval", "latency", "latency --prefill")
 NAMM = "namm"  # the row of a NAMM; those of its controls are called namm-random and so on
-Own = Callable[[str], bool]  # whether a name in a result means this model
+Own = Callable[[str], bool]  # returns whether a model's name in a result means this model
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One number, on one text or task.
+    """One measured number, on one text or task.
 
     Args:
-        metric: its type in the model index.
-        what: in words: which cache, over which tokens.
-        text: names of files, or a task.
-        revision: which text it was: the beginning of its SHA-256.
-        low, high: an interval of `level`; None where there is none.
-        more: what else the model index should have.
+        metric: type of the number in the model index.
+        what: description: which cache, over which tokens.
+        text: names of the text files, or of the task.
+        revision: beginning of the text's SHA-256; None if not recorded.
+        value: the number.
+        low: lower end of its interval; None if there is no interval.
+        high: upper end of its interval.
+        level: confidence level of the interval.
+        more: further entries for the model index.
     """
 
     metric: str
@@ -45,7 +48,7 @@ class Measured:
 
     @property
     def said(self) -> tuple[str, str]:
-        """Value and interval as a table has them."""
+        """Value and interval as texts for a table."""
         form = "+.4f" if self.metric == "nll_difference" else ",.2f" if "perplexity" in self.metric else ".4f"
         value, *limits = (
             "" if x is None else format(x, form).replace("-", "−") for x in (self.value, self.low, self.high)
@@ -72,7 +75,7 @@ Reader = Callable[[dict[str, Any], Own], Iterator[Measured]]
 
 
 def read_results(paths: Sequence[Path], own: Own, readers: Mapping[str, Reader] | None = None) -> list[Measured]:
-    """The numbers of this model in the files, each once; what is of other models is left out, and said.
+    """The numbers of this model in the files, each once. Prints a line for a file that holds only other models.
 
     Args:
         readers: by command; None: `READERS`, those of a model.
@@ -88,7 +91,7 @@ def read_results(paths: Sequence[Path], own: Own, readers: Mapping[str, Reader] 
             say(f"{path}: sink-eval {command} measures no memory; nothing of it is on the card")
             continue
         if command in IN_REPORT_ALONE:
-            say(f"{path}: sink-eval {command} has its place in a report alone; give it to sink-eval report")
+            say(f"{path}: results of sink-eval {command} are shown only in a report; give it to sink-eval report")
             continue
         if not isinstance(command, str) or command not in READERS:
             raise UserError(f"{path} is not a result of sink-eval --json: its command is {command!r}")
@@ -97,7 +100,7 @@ def read_results(paths: Sequence[Path], own: Own, readers: Mapping[str, Reader] 
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UserError(f"{path} is not what sink-eval {command} --json writes; measure it again") from None
         if not of_file:
-            say(f"{path} tells of other models than this one, by their names: nothing of it is on the card")
+            say(f"{path} names other models than this one: nothing of it is on the card")
         for one in of_file:
             found[one.metric, one.what, one.text, one.revision or ""] = one
     return list(found.values())
@@ -113,7 +116,7 @@ def _ppl(content: dict[str, Any], own: Own) -> Iterator[Measured]:
 
 
 def _grid(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    """Of a model's runs with several seeds, the one that this is: its own losses, not their mean."""
+    """The losses of this run alone, not the mean over runs with several seeds."""
     for row in content["rows"]:
         for run in row["runs"]:
             if own(run["run"]):
@@ -121,18 +124,18 @@ def _grid(content: dict[str, Any], own: Own) -> Iterator[Measured]:
 
 
 def _verify(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    said = content["verdict"]
-    pairs = content.get("pairs") or [content]  # which results of older versions lack: one pair alone
-    if any(own(pair["sink"]) for pair in pairs) and said["difference"] is not None:
-        what = f"{said['first']} − {said['second']}, nats per token after overflow"
-        alone = said.get("speaks_of") == "these texts"
+    verdict = content["verdict"]
+    pairs = content.get("pairs") or [content]  # results of older versions have one pair and no `pairs`
+    if any(own(pair["sink"]) for pair in pairs) and verdict["difference"] is not None:
+        what = f"{verdict['first']} − {verdict['second']}, nats per token after overflow"
+        alone = verdict.get("speaks_of") == "these texts"
         what += ", on these texts alone" if alone else ""
         what += f", over {len(pairs)} pairs of runs" if len(pairs) > 1 else ""
-        limits = {"low": said["low"], "high": said["high"], "level": content["level"]}
-        more = {"answer": said["answer"], "margin": content["margin"], "tokens": said["tokens"]}
-        more |= {"speaks_of": said["speaks_of"]} if "speaks_of" in said else {}
-        what += f", margin ±{content['margin']:g}: {said['answer']}"
-        yield Measured("nll_difference", what, *_text(content), said["difference"], **limits, more=more)
+        limits = {"low": verdict["low"], "high": verdict["high"], "level": content["level"]}
+        more = {"answer": verdict["answer"], "margin": content["margin"], "tokens": verdict["tokens"]}
+        more |= {"speaks_of": verdict["speaks_of"]} if "speaks_of" in verdict else {}
+        what += f", margin ±{content['margin']:g}: {verdict['answer']}"
+        yield Measured("nll_difference", what, *_text(content), verdict["difference"], **limits, more=more)
     for row in content["rows"]:
         if own(row["run"] if "run" in row else content[row["model"]]):
             yield from _perplexity(content, row, row["nll_after_overflow"], row["stderr_after_overflow"])
@@ -158,7 +161,7 @@ def _zeroshot(content: dict[str, Any], own: Own) -> Iterator[Measured]:
 
 
 def _memories(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    """Of dense its perplexity, of each memory its difference to dense."""
+    """The perplexity of dense, and each memory's difference to dense."""
     if not own(content["model"]):
         return
     after = f"{content['continue']:,} tokens after a prompt of {content['prompt']:,}"
@@ -176,7 +179,7 @@ def _memories(content: dict[str, Any], own: Own) -> Iterator[Measured]:
 
 
 def _longcontext(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    """Scores of the cells that count."""
+    """Scores of the cells that are not at the floor."""
     if not own(content["model"]):
         return
     for row in content["rows"]:
@@ -220,14 +223,14 @@ NAMM_READERS = {name: _of_namm(READERS[name]) for name in ("memories", "longcont
 def _perplexity(
     content: dict[str, Any], row: dict[str, Any], nll: float | None, stderr: float | None, overflow: int | None = None
 ) -> Iterator[Measured]:
-    """exp(nll) and exp(nll ± 1.96 standard errors), over tokens behind place `overflow`: the budget unless given."""
+    """exp(nll) and exp(nll ± 1.96 standard errors), over tokens after place `overflow` (None: the budget)."""
     if nll is None:
         return
     split = "" if row.get("window") is None else f" {row['sinks']}+{row['window']}"
-    label = row.get("label") or row["policy"] + split  # which results of older versions lack
-    count = row.get("tokens_after_overflow")  # other numbers of tokens of a text are other tokens
-    behind = f"tokens that overflow {overflow or content['budget']}"
-    what = f"perplexity, {label}, {behind if count is None else f'{count:,} {behind}'}"
+    label = row.get("label") or row["policy"] + split  # results of older versions have no label
+    count = row.get("tokens_after_overflow")  # results over different numbers of tokens are different results
+    scored = f"tokens that overflow {overflow or content['budget']}"
+    what = f"perplexity, {label}, {scored if count is None else f'{count:,} {scored}'}"
     low, high = (None, None) if stderr is None else (_exp(nll - 1.96 * stderr), _exp(nll + 1.96 * stderr))
     more = {"nll": _short(nll)} | {
         key: row[key] for key in ("sinks", "window", "keys_seen") if row.get(key) is not None
@@ -245,5 +248,5 @@ def _exp(nll: float) -> float:
 
 
 def _short(value: float | None) -> float | None:
-    """Six digits: what stands behind them no text decides."""
+    """Round to six digits; more are noise."""
     return None if value is None else float(f"{value:.6g}")

@@ -1,4 +1,4 @@
-"""A model and its training as rows of two tables. What is not known has no row: nothing is guessed."""
+"""A model and its training as rows of two tables. Facts that are not known have no row: nothing is guessed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes.card.facts import Facts, Point
 
-Told = Callable[[dict[str, Any]], str]
+Describe = Callable[[dict[str, Any]], str]
 
 
 def model_rows(facts: Facts) -> list[tuple[str, str]]:
@@ -16,7 +16,7 @@ def model_rows(facts: Facts) -> list[tuple[str, str]]:
 
 
 def training_rows(facts: Facts) -> list[tuple[str, str]]:
-    """What the checkpoint says of its training, then what the run's metrics.csv says of how it went."""
+    """Rows from the checkpoint's record of its training, then rows from the run's metrics.csv."""
     points = facts.points
     measured = {
         "seconds": training_seconds(points),
@@ -26,23 +26,23 @@ def training_rows(facts: Facts) -> list[tuple[str, str]]:
 
 
 def citation(training: dict[str, Any], what: str = "trained this model") -> str:
-    """The recipe's version and commit, as far as they are known; `what` it did."""
-    said = known(
+    """The recipe that did `what`, with its version and commit, if they are known."""
+    parts = known(
         [("", lambda t: f"version {_version(t['versions']['sinkmodel'])}"), ("", lambda t: f"commit {commit_of(t)}")],
         training,
     )
-    return ", ".join([f"The recipe that {what}", *(text for _, text in said)])
+    return ", ".join([f"The recipe that {what}", *(text for _, text in parts)])
 
 
-def known(rows: Iterable[tuple[str, Told]], record: dict[str, Any]) -> list[tuple[str, str]]:
-    """(name, what is said) of each row that the record has an answer to."""
-    told = []
-    for name, tell in rows:
+def known(rows: Iterable[tuple[str, Describe]], record: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, text) of each row whose text can be made from the record."""
+    found = []
+    for name, describe in rows:
         try:
-            told.append((name, tell(record)))
+            found.append((name, describe(record)))
         except (LookupError, TypeError, ValueError, AttributeError):
             continue
-    return told
+    return found
 
 
 def last_of(points: Iterable[Point], column: str) -> float | None:
@@ -51,9 +51,9 @@ def last_of(points: Iterable[Point], column: str) -> float | None:
 
 
 def training_seconds(points: Iterable[Point]) -> float | None:
-    """Seconds of the optimiser steps in the lines, from tokens and tokens per second; None where no line tells.
+    """Seconds spent in optimiser steps, from tokens and tokens per second; None if no line has them.
 
-    What was done between steps (validation, saving) and what a kill cost is not among them.
+    Time between steps (validation, saving) and time lost by a kill are not included.
     """
     seconds, before = 0.0, 0.0
     for point in points:
@@ -88,7 +88,7 @@ def _heads(config: dict[str, Any]) -> str:
 
 
 def _settled(value: Any) -> Any:
-    """Raises ValueError for what was left to be decided, and is not recorded."""
+    """The value. Raises ValueError for None or `auto`: then the value that was used is not recorded."""
     if value in (None, "auto"):
         raise ValueError(value)
     return value
@@ -97,35 +97,34 @@ def _settled(value: Any) -> Any:
 def _tokens(training: dict[str, Any]) -> str:
     tokens = training["tokens"]
     times = known([("", lambda data: f", {tokens / data['train_tokens']:.2f} × the text")], training.get("data", {}))
-    return f"{tokens:,}" + "".join(said for _, said in times)
+    return f"{tokens:,}" + "".join(text for _, text in times)
 
 
 def _steps(training: dict[str, Any]) -> str:
     planned = known([("", lambda config: f" of {config['schedule']['steps']:,}")], training.get("config", {}))
-    return f"{training['step']:,}" + "".join(said for _, said in planned)
+    return f"{training['step']:,}" + "".join(text for _, text in planned)
 
 
 def _optimizer(training: dict[str, Any]) -> str:
-    said = training["config"]["optimizer"]
-    first, second = said["betas"]
-    clip = f", gradients clipped to norm {said['clip']:g}" if said["clip"] else ""
-    return f"AdamW, betas {first:g} and {second:g}, eps {said['eps']:g}, weight decay {said['weight_decay']:g}{clip}"
+    adamw = training["config"]["optimizer"]
+    first, second = adamw["betas"]
+    clip = f", gradients clipped to norm {adamw['clip']:g}" if adamw["clip"] else ""
+    return f"AdamW, betas {first:g} and {second:g}, eps {adamw['eps']:g}, weight decay {adamw['weight_decay']:g}{clip}"
 
 
 def _schedule(training: dict[str, Any]) -> str:
-    said, peak = training["config"]["schedule"], training["config"]["optimizer"]["lr"]
+    schedule, peak = training["config"]["schedule"], training["config"]["optimizer"]["lr"]
     shape = {
         "cosine": "then half a cosine",
-        "wsd": f"then constant, and falling over the last {100 * said.get('decay', 0):g} % of the steps",
-    }[said["kind"]]
-    return (
-        f"to {peak:g} over the first {100 * said['warmup']:g} % of the steps, {shape}, never below {said['min_lr']:g}"
-    )
+        "wsd": f"then constant, and falling over the last {100 * schedule.get('decay', 0):g} % of the steps",
+    }[schedule["kind"]]
+    rise = f"to {peak:g} over the first {100 * schedule['warmup']:g} % of the steps"
+    return f"{rise}, {shape}, never below {schedule['min_lr']:g}"
 
 
 def _precision(training: dict[str, Any]) -> str:
-    said = {"bf16": "bf16 autocast, weights and moments in fp32", "fp32": "fp32"}
-    return said[training["config"]["training"]["precision"]]
+    names = {"bf16": "bf16 autocast, weights and moments in fp32", "fp32": "fp32"}
+    return names[training["config"]["training"]["precision"]]
 
 
 def _hardware(training: dict[str, Any]) -> str:
@@ -135,22 +134,22 @@ def _hardware(training: dict[str, Any]) -> str:
     return f"{_settled(training['hardware'])}, {count} process{'es' if count > 1 else ''}{where}"
 
 
-def _version(said: Any) -> str:
-    """Raises ValueError for what is none: it may end up in BibTeX, where hardly a sign means itself."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+!-]{,63}", str(said)):
-        raise ValueError(said)
-    return str(said)
+def _version(version: Any) -> str:
+    """Raises ValueError for anything but a version: the text goes into BibTeX, where many characters are special."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+!-]{,63}", str(version)):
+        raise ValueError(version)
+    return str(version)
 
 
 def commit_of(training: dict[str, Any]) -> str:
-    """Raises ValueError for what is not a commit's id, as git writes it, with a + for changes."""
-    said = str(_settled(training["git_commit"]))
-    if not re.fullmatch(r"[0-9a-f]{7,64}\+?", said):
-        raise ValueError(said)
-    return said.rstrip("+") + (", with changes" if said.endswith("+") else "")
+    """Raises ValueError for anything but a git commit id, with a + after it if files were changed."""
+    commit = str(_settled(training["git_commit"]))
+    if not re.fullmatch(r"[0-9a-f]{7,64}\+?", commit):
+        raise ValueError(commit)
+    return commit.rstrip("+") + (", with changes" if commit.endswith("+") else "")
 
 
-MODEL: list[tuple[str, Told]] = [
+MODEL: list[tuple[str, Describe]] = [
     ("architecture", _architecture),
     ("parameters", lambda c: f"{c['facts'].parameters:,}; {c['facts'].without_embeddings:,} without embeddings"),
     ("layers", lambda c: f"{c['num_hidden_layers']}"),
@@ -160,7 +159,7 @@ MODEL: list[tuple[str, Told]] = [
     ("rows of the vocabulary", lambda c: f"{c['vocab_size']:,}"),
     ("type of the weights", lambda c: c["facts"].dtype),
 ]
-TRAINING: list[tuple[str, Told]] = [
+TRAINING: list[tuple[str, Describe]] = [
     ("text", lambda t: str(_settled(t["data"]["source"]))),
     ("tokens of that text", lambda t: f"{t['data']['train_tokens']:,}"),
     ("fingerprint of data and tokenizer", lambda t: f"{_settled(t['data']['fingerprint'])}"),
@@ -178,7 +177,7 @@ TRAINING: list[tuple[str, Told]] = [
     ("made with", lambda t: ", ".join(f"{name} {_version(version)}" for name, version in t["versions"].items())),
     ("commit of the recipe", commit_of),
 ]
-MEASURED: list[tuple[str, Told]] = [
+MEASURED: list[tuple[str, Describe]] = [
     ("time in training steps", lambda m: duration(m["seconds"])),
     ("training loss at the end", lambda m: f"{m['twin_loss']:.4f} nats per token"),
     ("held-out loss at the end", lambda m: f"{m['val_loss']:.4f} nats per token"),

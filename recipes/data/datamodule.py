@@ -1,4 +1,4 @@
-"""The LightningDataModule: batches as arithmetic on one number, the samples consumed so far."""
+"""The LightningDataModule. Batches are computed from one number, the samples consumed so far."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sinkmodel.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimiser step's rows are cut: `rows` = `accumulation` × `ranks` × `micro_rows`."""
+    """How the rows of one optimiser step are divided: `rows` = `accumulation` × `ranks` × `micro_rows`."""
 
     rows: int
     micro_rows: int
@@ -34,7 +34,7 @@ class BatchPlan:
 
 
 def plan_batches(batch_tokens: int, sequence: int, micro_rows: int, ranks: int) -> BatchPlan:
-    """Derive the accumulation from the batch in tokens. Raises UserError where it does not divide."""
+    """Derive the accumulation from the batch in tokens. Raises UserError if the batch does not divide evenly."""
     if batch_tokens < sequence or batch_tokens % sequence:
         near = max(1, round(batch_tokens / sequence)) * sequence
         raise UserError(
@@ -47,7 +47,7 @@ def plan_batches(batch_tokens: int, sequence: int, micro_rows: int, ranks: int) 
         remedy = (
             f"training.micro_rows = {min(fitting, key=lambda m: abs(m - micro_rows))} would do"
             if fitting
-            else f"{near} rows, training.batch_tokens = {near * sequence}, can be shared among them"
+            else f"training.batch_tokens = {near * sequence} ({near} rows) would do"
         )
         raise UserError(
             f"a batch of {rows} rows (training.batch_tokens / data.sequence) does not divide into micro-batches of "
@@ -57,14 +57,14 @@ def plan_batches(batch_tokens: int, sequence: int, micro_rows: int, ranks: int) 
 
 
 class MicroBatches(Sampler[list[int]]):
-    """Sample numbers of each micro-batch of one rank, from the first optimiser step not yet done to the last."""
+    """Sample numbers of each micro-batch of one rank, from the first remaining optimiser step to the last."""
 
     def __init__(self, plan: BatchPlan, steps: int, rank: int, consumed: int = 0):
         self.plan, self.steps, self.rank, self.consumed = plan, steps, rank, consumed
-        self.batch_size = plan.micro_rows  # Lightning's DeepSpeed strategy asks for it
+        self.batch_size = plan.micro_rows  # Lightning's DeepSpeed strategy reads it
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, also when it is resumed: Lightning goes on counting where it stopped."""
+        """Number of micro-batches of the whole run, even if it is resumed: Lightning continues its old count."""
         return self.steps * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -74,22 +74,23 @@ class MicroBatches(Sampler[list[int]]):
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """For processes that read ahead: a terminal's Ctrl-C reaches them too, and the last step still needs them."""
+    """Ignore signals in a process that reads ahead: a Ctrl-C reaches it too, but the last step still needs it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 class TextDataModule(LightningDataModule):
-    """Rows of one prepared folder. Its state is the number of samples consumed, and what that number depends on.
+    """Rows of one prepared folder. Its state is the number of samples consumed, and the settings that fix their order.
 
     Args:
-        train, validation: splits of the prepared folder; validation may be None.
-        sink_ids: tokens in front of every row; empty for a vanilla model.
-        sequence: length T of a row, sinks included.
+        train: the training split of the prepared folder.
+        validation: the validation split, or None.
+        sink_ids: token ids in front of every row; empty for a vanilla model.
+        sequence: length T of a row in tokens, sinks included.
         steps: optimiser steps of the whole run.
-        validation_rows: how many rows of the validation split are scored, from its start.
-        workers: processes that read ahead.
-        skip: rows of the training split, in their order, that come before the first one read.
+        validation_rows: number of rows to score, from the start of the validation split.
+        workers: number of processes that read ahead; 0 reads in this process.
+        skip: number of rows of the training split, in training order, before the first row read.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class TextDataModule(LightningDataModule):
         layout = RowLayout(train, sequence)
         layout.check("train")
         if train.row_tokens:
-            shuffle = False  # the rows come shuffled, in the order that Pythia read them
+            shuffle = False  # the rows are shuffled already, in Pythia's order
         self.samples = Samples(layout, sink_ids, seed, shuffle, skip)
         self.validation: Samples | None = None
         self.validation_rows = 0
@@ -119,7 +120,7 @@ class TextDataModule(LightningDataModule):
             held_out.check("validation")
             self.validation = Samples(held_out, sink_ids, seed, shuffle=False)
             self.validation_rows = min(validation_rows, held_out.rows)
-            for row in range(self.validation_rows):  # few: an id that is not in the vocabulary is found before training
+            for row in range(self.validation_rows):  # raises before training if an id is not in the vocabulary
                 held_out.read(row)
         self.plan, self.steps, self.workers = plan, steps, workers
         self.consumed = 0
@@ -137,7 +138,7 @@ class TextDataModule(LightningDataModule):
         return {"samples": self.trainer.global_step * self.plan.rows, **self.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError where the checkpoint was trained on other data or in another order."""
+        """Raises UserError if the checkpoint was trained on other data or in another order."""
         for key, here in self.identity.items():
             if state.get(key, 0) != here:  # checkpoints of earlier versions have no `skip`
                 raise UserError(
@@ -152,10 +153,10 @@ class TextDataModule(LightningDataModule):
         return self._loader(self.samples, batches, persistent=self.workers > 0)
 
     def validation_batches(self, rank: int) -> tuple[DataLoader, list[int]] | None:
-        """This rank's micro-batches of validation rows, and how many rows of each count; None without such a split.
+        """This rank's micro-batches of validation rows, and how many rows of each count; None without a split.
 
-        All ranks get as many, as some strategies need all of them in every forward: where rows run out, a rank gets
-        the first ones again, which do not count.
+        All ranks get the same number of micro-batches, since some strategies need all ranks in every forward. If a rank
+        has too few rows, it gets the first ones again, and these count 0.
         """
         if self.validation is None:
             return None
@@ -175,7 +176,7 @@ class TextDataModule(LightningDataModule):
         return self.samples[(step - 1) * self.plan.rows][0]
 
     def _loader(self, samples: Samples, batches: Any, persistent: bool = False) -> DataLoader:
-        """After an error Lightning ends the workers of a persistent loader; no others end, as they ignore SIGTERM."""
+        """Workers of training persist, so that Lightning ends them after an error: they ignore SIGTERM."""
         return DataLoader(
             samples,
             batch_sampler=batches,

@@ -16,20 +16,21 @@ from sinkmodel.text.documents import kind_of
 
 
 class LocalFiles:
-    """Files, folders and glob patterns, in the order given; a folder's files by name, each file once.
+    """Files, folders and glob patterns in the given order. A folder's files are sorted by name; each file is read once.
 
     A file without text adds nothing. A cursor is [number of the file, row in it].
 
     Args:
-        separator: what ends a document inside a .txt file; None for one document a file.
-        option: what gave the names, for the errors.
+        text_key: key of the text in JSON objects, or its column in Parquet files.
+        separator: text that ends a document inside a .txt file; with None each file is one document.
+        option: the option that gave the names, for error messages.
 
-    Raises UserError for a name that matches nothing, a folder without text files, and a .json file with another key.
+    Raises UserError for a name that matches nothing, a folder without text files, and a .json file without `text_key`.
     """
 
     def __init__(self, names: list[str], text_key: str, separator: str | None = None, option: str = "input"):
         found = [_find(name, text_key, option) for name in names]
-        given: dict[Path, Path] = {}  # where a file lies -> the name that it has here
+        given: dict[Path, Path] = {}  # resolved path -> path as given
         for path in (path for each in found for path in each.files):
             given.setdefault(path.resolve(), path)
         self.paths = list(given.values())
@@ -48,9 +49,9 @@ class LocalFiles:
         return {"files": self._stamps, "text_key": self.text_key} | separator
 
     def put_first(self, begun: list[Stamp]) -> bool:
-        """Read the files that an earlier run has begun first, in its order; the others follow in their own.
+        """Move the files that an earlier run has begun to the front, in its order; the others keep their order.
 
-        False, and no change, if one of them has been edited or removed since.
+        Returns False, and changes nothing, if one of these files has been edited or removed since.
         """
         left: dict[tuple[Any, ...], list[int]] = {}
         for number, here in enumerate(self._stamps):
@@ -87,7 +88,7 @@ class LocalFiles:
             say(f"sink-prepare: the separator {self.separator!r} occurs in no .txt file: each is one document")
         if not has_text:
             many = f"its {len(self.paths):,} files, {self.paths[0]} first, hold" if self.paths[1:] else ""
-            raise NoText(f"{self.option} is without text: {many or f'{self.paths[0]} holds'} none; give others")
+            raise NoText(f"{self.option} has no text: {many or f'{self.paths[0]} holds'} none; give other files")
 
     def strands(self) -> list[Generator[Document]]:
         def strand(path: Path) -> Generator[Document]:

@@ -4,8 +4,8 @@
            lengths int32[rows], byte offsets int64[rows], first row of each document int64[documents]
     .bin   the tokens, in one file or as name-00000-of-00020.bin … name-00020-of-00020.bin
 
-(gpt-neox `megatron/data/indexed_dataset.py`; pythia `utils/unshard_memmap.py`, whose file names count to the number
-*behind* `of`, inclusive.) The files are not copied: the manifest points to where they lie.
+(gpt-neox `megatron/data/indexed_dataset.py`; pythia `utils/unshard_memmap.py`, whose file names count up to the number
+after `of`, inclusive.) The files are not copied: the manifest records their paths.
 """
 
 from __future__ import annotations
@@ -56,38 +56,40 @@ def refuse_as_text(name: str, option: str = "input") -> None:
         raise megatron_error(f"{name} is Megatron data, not text;", there[0], option)
     if path.suffix == ".bin" and (path.exists() or glob.glob(name)):
         raise UserError(
-            f"{name} is not text, and Megatron data only with {index.name} beside it, which is missing; "
+            f"{name} is not text; as Megatron data it needs {index.name} beside it, which is missing; "
             f"get that file too, or give text as {option}"
         )
 
 
 def megatron_error(what: str, index: Path, option: str) -> UserError:
-    """The error for Megatron data in an option that is read as text; `what` begins it."""
-    remedy = f"give one .idx alone, which finds its .bin files by itself: --input {shlex.quote(str(index))}"
+    """The error for Megatron data in an option that is read as text; its message begins with `what`."""
+    remedy = f"give only the .idx file, beside which its .bin files are found: --input {shlex.quote(str(index))}"
     if option != "input":
         remedy = f"{option} must be text, even if input is an .idx: give text files"
     return UserError(f"{what} {remedy}")
 
 
 def read_index(file: Path) -> Index:
-    """Raises UserError for a file that is no such index, is cut short, or whose rows differ in length."""
+    """Read and check an .idx file. UserError if it is not an index, is cut short, or has rows of different lengths."""
     if not file.is_file():
         raise UserError(f"{file} does not exist; check the name")
     with file.open("rb") as opened:
         header = opened.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise UserError(f"{file} is no Megatron index (it does not begin with MMIDIDX); give the .idx beside the .bin")
+        raise UserError(
+            f"{file} is not a Megatron index (it does not begin with MMIDIDX); give the .idx beside the .bin"
+        )
     _, version, code, rows, documents = HEADER.unpack(header)
     if version != 1 or code not in DTYPES:
         raise UserError(
-            f"{file} has version {version} and data type {code}; known are version 1 and types {list(DTYPES)}"
+            f"{file} has version {version} and data type {code}; only version 1 and types {list(DTYPES)} can be read"
         )
     expected = HEADER.size + rows * (4 + 8) + documents * 8
     if rows == 0 or file.stat().st_size != expected:
         raise UserError(
             f"{file} is cut short or damaged: {file.stat().st_size} bytes, not {expected}; download it again"
         )
-    # The arrays behind the 34 bytes of the header are not aligned: np.memmap does not mind.
+    # The arrays after the 34 bytes of the header are not aligned; np.memmap reads them all the same.
     lengths = np.memmap(file, dtype="<i4", mode="r", offset=HEADER.size, shape=(rows,))
     places = np.memmap(file, dtype="<i8", mode="r", offset=HEADER.size + rows * 4, shape=(rows,))
     length, itemsize = int(lengths[0]), np.dtype(DTYPES[code]).itemsize
@@ -101,7 +103,7 @@ def read_index(file: Path) -> Index:
 
 
 def find_parts(file: Path, index: Index) -> list[Path]:
-    """The .bin files of an index, in order. Raises UserError where one is missing or too short."""
+    """The .bin files of an index, in order. Raises UserError if one is missing or too short."""
     whole = file.with_suffix(".bin")
     named = re.compile(re.escape(file.stem) + r"-(\d+)-of-(\d+)\.bin")
     numbered = sorted((int(m[1]), int(m[2]), p) for p in file.parent.iterdir() if (m := named.fullmatch(p.name)))
@@ -128,9 +130,10 @@ def find_parts(file: Path, index: Index) -> list[Path]:
 def split_entry(
     file: Path, vocabulary: int, eos_id: int, threads: int, report: Callable[[int], Any] = lambda read: None
 ) -> dict[str, Any]:
-    """The manifest entry of the rows of an index; every byte is read once, for its hash and to check the ids.
+    """The manifest entry of the rows of an index. Every byte is read once, to hash it and to check the ids.
 
-    `report` is told the bytes read since it was last told. Raises UserError where an id is not in the vocabulary.
+    `report` is called with the number of bytes read since its last call. Raises UserError if an id is not in the
+    vocabulary.
     """
     index = read_index(file)
     parts = find_parts(file, index)
@@ -143,7 +146,7 @@ def split_entry(
                 ids = np.frombuffer(block, dtype=np.dtype(index.dtype).newbyteorder("<"))
                 if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
                     raise UserError(
-                        f"{part} holds the id {int(ids.max())}, the tokenizer has {vocabulary}: "
+                        f"{part} holds the id {int(ids.max())}, but the tokenizer has {vocabulary} ids: "
                         "it is not the one that the file was made with; give the right --tokenizer"
                     )
                 documents += int(np.count_nonzero(ids == eos_id))

@@ -1,8 +1,8 @@
-"""Which row comes n-th: a pure function of seed and n, with no permutation held in memory.
+"""The order of the rows: row number as a pure function of seed and n, with no permutation held in memory.
 
-A Feistel network is a permutation of [0, 4^b); following it until it lands below `rows` (cycle walking) makes it one of
-[0, rows). Every epoch has its own keys. Nothing here knows of ranks, workers or micro-batches, so the order cannot
-depend on them.
+A Feistel network is a permutation of [0, 4^b). Applying it until the result is below `rows` (cycle walking) gives a
+permutation of [0, rows). Every epoch has its own keys. The functions take no ranks, workers or micro-batches, so the
+order cannot depend on them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def row_at(sample: int, rows: int, seed: int, shuffle: bool = True) -> int:
-    """The row, in [0, rows), that is the `sample`-th one trained on, counted from 0 over all epochs."""
+    """The row, in [0, rows), of the `sample`-th sample trained on, counted from 0 over all epochs."""
     epoch, place = divmod(sample, rows)
     return permuted(place, rows, seed, epoch) if shuffle else place
 
@@ -39,7 +39,7 @@ def _feistel(value: int, half: int, keys: tuple[int, ...]) -> int:
 
 
 def _mix(x: int) -> int:
-    """The finaliser of splitmix64: every bit of the input moves every bit of the output."""
+    """The finaliser of splitmix64: every input bit affects every output bit."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)

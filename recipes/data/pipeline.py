@@ -1,8 +1,8 @@
-"""Documents to token bytes: one process reads, others encode, results come back in the order of the text.
+"""Turns documents into token bytes: one process reads, others encode, and results come back in the order of the text.
 
-Long documents are cut into pieces and pieces are gathered into units of about equal size, so that workers are evenly
-busy and memory does not depend on how large the corpus or a document is. What comes out depends on the text alone, not
-on the number of workers.
+Long documents are cut into pieces, and pieces are gathered into units of about equal size. So workers are evenly busy,
+and memory does not grow with the size of the corpus or a document. The output depends on the text alone, not on the
+number of workers.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from recipes.data.workers import SPAWN, end_with_parent, interrupts_held_back
 from sinkmodel.errors import UserError
 from sinkmodel.text_tokenizer import text_encoder
 
-PIECE = 1 << 15  # characters; encoding is fastest on texts of this size, by a third against whole books
-UNIT = 1 << 19  # characters a worker gets at a time
-PREFIX = 1 << 12  # characters at the beginning of a document that choose its split
-IN_FLIGHT = 4  # units a worker may be ahead of the writer
-NO_SPACE = 1 << 23  # a text without a place to cut is cut all the same here, so that it fits into memory
+PIECE = 1 << 15  # characters; encoding is fastest on texts of this size, by a third compared with whole books
+UNIT = 1 << 19  # characters that a worker gets at a time
+PREFIX = 1 << 12  # characters at the beginning of a document that decide its split
+IN_FLIGHT = 4  # units per worker that are being encoded or wait for the writer
+NO_SPACE = 1 << 23  # characters; text without a space to cut at is cut here all the same, so that it fits into memory
 
 ARRAY_CODES = {"uint16": "H", "uint32": "I"}
 
@@ -42,9 +42,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Place:
-    """Where reading resumes: in corpus `source`, at the document of `cursor`, after its first `pieces` pieces.
+    """Where reading resumes: in corpus number `source`, at the document of `cursor`, after its first `pieces` pieces.
 
-    `skipped` rows without text came before it.
+    `skipped` is the number of rows without text before it.
     """
 
     source: int = 0
@@ -54,7 +54,7 @@ class Place:
 
     @property
     def file(self) -> tuple[int, Any]:
-        """The source, and the number of the file in it if it has files: their cursors are [file, row]."""
+        """The source, and the file's number if the source has files, whose cursors are [file, row]."""
         return self.source, self.cursor[0] if isinstance(self.cursor, list) else None
 
 
@@ -73,10 +73,10 @@ class Encoded:
 
 
 def cut(chunks: Iterable[str], limit: int = PIECE) -> Iterator[str]:
-    """The text of `chunks` in pieces of at most `limit` characters that encode as the whole text does.
+    """Cut the text of `chunks` into pieces of at most `limit` characters that encode to the same tokens as the whole.
 
-    A piece ends before a lone space, with something printed on both sides: there a byte-level BPE splits anyway. It is
-    a little longer where there is no such space. The pieces depend on the text alone, not on how it comes in chunks.
+    A piece ends before a single space between two characters that are not blank: a byte-level BPE splits there anyway.
+    If there is no such space, the piece is longer. The pieces depend on the text alone, not on how it comes in chunks.
     """
     text, start, ended = "", 0, False
     chunks = iter(chunks)
@@ -107,7 +107,7 @@ def _last_cut(text: str, low: int, high: int) -> int | None:
 
 
 def _next_cut(text: str, start: int, place: int, chunks: Iterator[str], ended: bool) -> tuple[int, str, int, bool]:
-    """The first cut from `place` on, reading on until there is one."""
+    """The first cut at or after `place`; reads more text until there is one."""
     while True:
         while (found := text.find(" ", place)) >= 0 and found + 1 < len(text) and found < start + NO_SPACE:
             if not text[found - 1].isspace() and not text[found + 1].isspace():
@@ -122,7 +122,7 @@ def _next_cut(text: str, start: int, place: int, chunks: Iterator[str], ended: b
 
 
 def beginning(chunks: Iterable[str]) -> tuple[str, Iterator[str]]:
-    """The beginning of a text, PREFIX characters at least unless it is shorter, and the whole text again."""
+    """The beginning of a text (at least PREFIX characters, if it has so many), and an iterator over the whole text."""
     chunks = iter(chunks)
     head = ""
     while len(head) < PREFIX and (more := next(chunks, None)) is not None:
@@ -133,8 +133,8 @@ def beginning(chunks: Iterable[str]) -> tuple[str, Iterator[str]]:
 def split_of(text: str, seed: int, validation: float, test: float) -> str:
     """The split of a document by a hash of its first PREFIX characters.
 
-    Equal documents are never on both sides, and a document is on the same side whatever tokenizer it is prepared for:
-    where the text is cut depends on the tokenizer, its beginning does not.
+    Equal documents are always in the same split. A document's split does not depend on the tokenizer: the cuts of the
+    text depend on it, but the first PREFIX characters do not.
     """
     head = text[:PREFIX].encode("utf-8", "replace")
     digest = hashlib.blake2b(head, digest_size=8, salt=seed.to_bytes(8, "little"))
@@ -147,7 +147,14 @@ def split_of(text: str, seed: int, validation: float, test: float) -> str:
 def make_units(
     sources: list[tuple[Any, Callable[[str], str]]], place: Place, limit: int = PIECE, size: int = UNIT
 ) -> Iterator[Unit]:
-    """The text of all sources from `place` on. A source is (corpus, the split of a document by its beginning)."""
+    """The text of all sources from `place` on.
+
+    Args:
+        sources: pairs of a corpus and a function that returns the split of a document, given its beginning.
+        place: where to start; `Place()` is the beginning.
+        limit: characters of a piece.
+        size: characters of a unit.
+    """
     gathered: list[Piece] = []
     length, skipped = 0, place.skipped
     for number in range(place.source, len(sources)):
@@ -180,9 +187,9 @@ def _pieces(chunks: Iterable[str], choose: Callable[[str], str], limit: int) -> 
 
 
 def encode_units(units: Iterator[Unit], definition: str, dtype: str, workers: int) -> Generator[Encoded]:
-    """Encode units in `workers` processes; results in order, at most IN_FLIGHT units a worker under way.
+    """Encode units in `workers` processes. Results come in order; at most IN_FLIGHT units per worker are held.
 
-    Raises UserError where a worker was killed from outside.
+    Raises UserError if a worker was killed from outside.
     """
     stop, ours = SPAWN.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, SPAWN, initializer=_start_worker, initargs=(definition, dtype, stop))
@@ -200,11 +207,11 @@ def encode_units(units: Iterator[Unit], definition: str, dtype: str, workers: in
             yield Encoded(done, future.result())
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, most likely for want of memory; "
-            "run the same command again with fewer --workers to go on"
+            "a worker process was killed, most likely for lack of memory; "
+            "to resume, run the same command again with fewer --workers"
         ) from None
     except BaseException:
-        ours.close()  # the workers end at once: a text without a space takes them many seconds
+        ours.close()  # ends the workers at once: encoding a text without a space may take many seconds
         raise
     finally:
         waiting.clear()
@@ -217,7 +224,7 @@ _code = "H"
 
 def _start_worker(definition: str, dtype: str, stop: Connection) -> None:
     global _encoder, _code
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
     end_with_parent(stop)
     _encoder, _code = text_encoder(definition), ARRAY_CODES[dtype]
 

@@ -1,4 +1,4 @@
-"""From text to a prepared folder: which text goes where, the tokenizer, the encoding, the report."""
+"""From text to a prepared folder: the split of each document, the tokenizer, the encoding, the summary."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sinkmodel.files import sha256_of
 from sinkmodel.locks import locked
 from sinkmodel.progress import CountedProgress, Progress
 
-SAVE_EVERY = 5.0  # seconds; what a kill costs at most, unless a million files make each save slow
+SAVE_EVERY = 5.0  # seconds between saves, the most that a kill loses; longer if many files make a save slow
 SAMPLE = 1 << 25  # characters that a tokenizer is trained on
 UNCUT = 1 << 40
 USUAL_ROW = DataSettings().sequence
@@ -37,7 +37,7 @@ USUAL_ROW = DataSettings().sequence
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus and where its documents go: all to one split, or (split None) each by its beginning."""
+    """A corpus and the split of its documents: one for all, or if None, chosen for each document by its beginning."""
 
     corpus: Corpus
     split: str | None
@@ -45,7 +45,7 @@ class Source:
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Make the folder, go on with it, or find it complete; returns its manifest. Raises UserError for wrong input."""
+    """Prepare the folder, or resume its preparation; returns its manifest. Raises UserError for wrong input."""
     sources = _sources(config)
     given = load_vocabulary(config.tokenizer) if config.tokenizer else None
     folder = Path(config.output)
@@ -71,10 +71,10 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _adopt(sources: list[Source], state: dict[str, Any]) -> dict[str, Any]:
-    """Read what an earlier run of this preparation read, in its order; returns the state from which to resume.
+    """Put the sources into the order of an earlier run of this preparation; returns the state from which to resume.
 
-    That is the one before the file that was being read, if this file has been edited or removed since: whoever mends
-    a damaged file keeps what came before it. Files that no run has begun may change, come and go.
+    If the file that was being read has been edited or removed since, that is the state before this file. So a user who
+    repairs a damaged file keeps the work done before it. Files that no run has begun may change, appear or disappear.
     """
     recorded = state["settings"]["sources"]
     for source, earlier in zip(sources, recorded):
@@ -92,15 +92,15 @@ def _adopt(sources: list[Source], state: dict[str, Any]) -> dict[str, Any]:
                 partly = _begun(state["settings"], state)["sources"][number]["files"][-1][0]
                 unread = sources[number].corpus.identity()["files"][len(begun[number]) :]
                 here = any(name == partly for name, _, _ in unread)
-                change = "has changed since it was read in part; what came of it is made again"
-                gone = "was read in part and is not there any more; what came of it is left out"
+                change = "has changed since it was read in part; it is read again from its start"
+                gone = "was read in part and has been removed since; its text is left out"
                 say(f"sink-prepare: {partly} {change if here else gone}")
             return candidate
     return state
 
 
 def _refuse_other_files(folder: Path, there: dict[str, Any], here: dict[str, Any], complete: bool) -> None:
-    """Raises UserError, naming the file, if one that the folder was prepared from is another now, or gone."""
+    """Raises UserError, naming the file, if a file that the folder was prepared from has been changed or removed."""
     for earlier, source in zip(there["sources"], here["sources"]):
         if earlier.get("dataset") != source.get("dataset"):
             continue
@@ -111,7 +111,7 @@ def _refuse_other_files(folder: Path, there: dict[str, Any], here: dict[str, Any
         if not lost and not (whole and new):
             continue
         if not lost:
-            what, remedy = f"without {new[0]}, which has come since", "leave it out"
+            what, remedy = f"without {new[0]}, which has been added since", "leave it out"
         elif lost[0] in new:
             what, remedy = f"from {lost[0]}, which has been edited since", "restore it"
         else:
@@ -154,7 +154,7 @@ def _prepare(
     dtype = dtype_for(vocabulary.size)
     writer = FolderWriter(folder, settings, vocabulary, dtype, config.shard_tokens, progress, ready)
     if writer.place != Place():
-        say(f"sink-prepare: going on with {folder} after {writer.tokens:,} tokens")
+        say(f"sink-prepare: resuming {folder} after {writer.tokens:,} tokens")
     bar, saved, saving = Progress("sink-prepare", "tokens"), time.monotonic(), 0.0
     try:
         limit = PIECE if cuts_exactly(vocabulary.definition) else UNCUT
@@ -171,7 +171,7 @@ def _prepare(
     except BaseException as error:
         kept = writer.abandon()
         if kept and isinstance(error, KeyboardInterrupt):
-            say(f"sink-prepare: {kept:,} tokens are kept; the same command goes on from there")
+            say(f"sink-prepare: {kept:,} tokens are kept; the same command resumes from there")
         raise
     finally:
         bar.close()
@@ -199,10 +199,10 @@ def _sources(config: PrepareConfig) -> list[Source]:
             continue
         what = source.corpus.option
         if source.corpus.left_out:
-            say(f"sink-prepare: of {what}, left out since not text: {source.corpus.left_out}")
+            say(f"sink-prepare: {what}: left out, because they are not text: {source.corpus.left_out}")
         for path in map(Path.resolve, source.corpus.paths):
             if path in seen:
-                raise UserError(f"{path} is given as {seen[path]} and as {what}; a held-out text is not trained on")
+                raise UserError(f"{path} is given as {seen[path]} and as {what}; held-out text must not be trained on")
             seen[path] = what
     return sources
 
@@ -219,7 +219,7 @@ def _listed(names: list[str] | str) -> list[str]:
 
 
 def _settings(config: PrepareConfig, sources: list[Source], given: Vocabulary | None) -> dict[str, Any]:
-    """All that the bytes of the folder depend on; the number of workers is not among it."""
+    """Everything that the bytes of the folder depend on. The number of workers does not matter."""
     validation, test = config.fractions
     tokenizer: dict[str, Any] = {"byte-level BPE": config.vocabulary_size, "characters": SAMPLE}
     if given is not None:
@@ -244,14 +244,15 @@ def _train(source: Source, size: int) -> Vocabulary:
 
 
 def _sample(source: Source) -> Iterator[str]:
-    """The first text of every strand that is not held out; of many strands those that are equal steps apart.
+    """Text to train the tokenizer on: the start of every strand, without held-out documents.
 
-    A strand is closed before the next is opened: there may be more files than a process may have open.
+    If there are too many strands, evenly spaced ones are used. A strand is closed before the next is opened: there may
+    be more files than a process may have open.
     """
     strands = source.corpus.strands()
-    strands = strands[:: -(-len(strands) * PREFIX // SAMPLE)]  # each gives PREFIX characters at least
+    strands = strands[:: -(-len(strands) * PREFIX // SAMPLE)]  # each yields at least PREFIX characters
     share = SAMPLE // len(strands)
-    whole = PIECE if share >= PIECE else 0  # longer pieces, of text without a space, are cut to the share
+    whole = PIECE if share >= PIECE else 0  # longer pieces (text without a space) are cut to the share
     for strand in strands:
         left = share
         with contextlib.closing(strand):
@@ -274,7 +275,7 @@ def _kept_vocabulary(folder: Path, tokenizer: dict[str, Any]) -> Vocabulary:
 
 
 def _scan_index(config: PrepareConfig, vocabulary: Vocabulary, threads: int) -> dict[str, Any]:
-    """The train split of a Megatron index, which needs no encoding; empty for text."""
+    """The manifest entry of a Megatron index as the train split, which needs no encoding; empty for text."""
     index = config.megatron_index
     if index is None:
         return {}
@@ -283,7 +284,7 @@ def _scan_index(config: PrepareConfig, vocabulary: Vocabulary, threads: int) -> 
 
 
 def _share(sources: list[Source], current: int) -> float | None:
-    """Share of all text that has been read; None where the size of some of it is not known."""
+    """Share of all text that has been read; None if the size of some of it is not known."""
     corpora = [source.corpus for source in sources]
     if len(corpora) == 1:
         return corpora[0].fraction()
@@ -295,7 +296,7 @@ def _share(sources: list[Source], current: int) -> float | None:
 
 
 def _cores() -> int:
-    """Cores that this process may use; macOS does not tell, only how many there are."""
+    """Number of cores that this process may use; on macOS, where that is not known, of all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -311,7 +312,7 @@ def _found_complete(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     for name, entry in manifest["splits"].items():
         if entry["tokens"]:
             open_split(folder, name, verify="sizes")
-    (folder / PROGRESS).unlink(missing_ok=True)  # a run killed between the manifest and this
+    (folder / PROGRESS).unlink(missing_ok=True)  # left if a run was killed just after writing the manifest
     say(f"sink-prepare: {folder} is already complete")
     return manifest
 
@@ -327,7 +328,7 @@ def _summarise(config: PrepareConfig, folder: Path, manifest: dict[str, Any]) ->
     for split, wanted in zip(("validation", "test"), config.fractions):
         if wanted and config.megatron_index is None and not manifest["splits"][split]["tokens"]:
             say(
-                f"sink-prepare: no document fell into the {split} split; raise {split}_fraction, take another seed, "
+                f"sink-prepare: the {split} split got no document; raise {split}_fraction, take another seed, "
                 f"or give {split}_input"
             )
     larger = "raise validation_fraction, or give more text"

@@ -1,4 +1,4 @@
-"""Text tokens to training rows: the sink in front, never a target; twins read the same text."""
+"""Training rows from text tokens. The sink is in front and never a target; twins read the same text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from recipes.data.order import row_at
 from recipes.data.shards import TokenSplit
 from sinkmodel.errors import UserError
 
-IGNORE = -100  # a place whose next token is not scored
+IGNORE = -100  # the target at a position that is not scored
 
 
 def make_row(text: np.ndarray, sink_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets, each [T], from T + 1 text tokens x0 … xT.
 
-    Without a sink `[x0 … x(T-1)]` predicts `x1 … xT`. With n sinks `[s1 … sn, x0 … x(T-n-1)]`: the last sink predicts
-    x0, those before it nothing, so that no sink is ever a target (design, decision 2).
+    Without a sink, `[x0 … x(T-1)]` predicts `x1 … xT`. With n sinks the inputs are `[s1 … sn, x0 … x(T-n-1)]`. The last
+    sink predicts x0 and the sinks before it predict nothing, so that no sink is ever a target (design, decision 2).
     """
     length, sinks = len(text) - 1, len(sink_ids)
     if sinks == 0:
@@ -30,17 +30,17 @@ def make_row(text: np.ndarray, sink_ids: list[int]) -> tuple[np.ndarray, np.ndar
 
 
 def twin_targets(length: int, sinks: int) -> slice:
-    """The places of a row whose targets a twin has too.
+    """The positions of a row whose targets a twin has too.
 
-    A vanilla row and its twin with one sink share x1 … x(T-1): the vanilla row's last target and the sink row's first
-    (x0, predicted from the sink alone) are its own. With n sinks the row is n - 1 targets shorter still.
+    A vanilla row and its twin with one sink share x1 … x(T-1). Only the vanilla row has its last target, xT. Only the
+    sink row has its first, x0, predicted from the sink alone. With n sinks a row has n - 1 targets less.
     """
     return slice(0, length - 1) if sinks == 0 else slice(sinks, length)
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the rows of one split lie: row i starts at token `i * stride`."""
+    """The rows of one split: row i starts at token `i * stride`."""
 
     split: TokenSplit
     sequence: int
@@ -56,7 +56,7 @@ class RowLayout:
         return max(0, (self.split.tokens - 1) // self.sequence)
 
     def check(self, what: str) -> None:
-        """Raises UserError where not a single row fits."""
+        """Raises UserError if the split `what` has not a single row."""
         if self.split.row_tokens and self.sequence + 1 > self.split.row_tokens:
             raise UserError(
                 f"data.sequence is {self.sequence}, but the pre-shuffled rows have {self.split.row_tokens} tokens; "

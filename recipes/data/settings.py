@@ -1,4 +1,4 @@
-"""Everything that `sink-prepare` can be told, and what does not go together."""
+"""The settings of `sink-prepare`, and checks of their combinations."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ from recipes.config import PathText
 from recipes.data.tokenization import SMALLEST_VOCABULARY
 from sinkmodel.errors import UserError
 
-HELD_OUT = 0.01  # share of documents of each held-out split, unless said otherwise
+HELD_OUT = 0.01  # default share of documents of each held-out split
 
 
 @dataclass
 class PrepareConfig:
-    """Text to token shards with a manifest. Runs again after a kill: the same command goes on where it stopped.
+    """Turn text into token shards with a manifest. After a kill, the same command resumes where it stopped.
 
     Args:
         output: folder to make.
         input: files (.txt, .jsonl, .ndjson, .json, .parquet, also .gz, .zst, .xz), folders or patterns; or one
             Megatron .idx file.
-        validation_input: files for the validation split, in place of a share of the documents.
-        test_input: files for the test split, in place of a share of the documents.
-        dataset: a data set of the Hub, or a local folder in its form; `kjv` is the King James Bible, for the demo.
-        dataset_config: the data set's configuration, as in `sample-10BT`.
-        dataset_split: the data set's split that is divided or trained on.
-        validation_split: the data set's own validation split, in place of a share of the documents.
-        test_split: the data set's own test split, in place of a share of the documents.
-        text_key: name of the text's key in JSON lines, its column in Parquet files and data sets.
-        separator: what ends a document inside a .txt file, as in `<|endoftext|>`; none reads each file as one document.
-        tokenizer: a tokenizer.json, a folder with one, or a model whose tokenizer is taken: a Hub name, a model folder,
-            a run, a checkpoint, a `.gguf` file or a package with one; none trains a byte-level BPE on the text.
-        vocabulary_size: ids of the BPE trained on the spot, end of text and padding included.
-        validation_fraction: share of documents held out for validation; 0.01 unless there is validation text.
-        test_fraction: share of documents held out for tests; 0.01 unless there is test text.
-        seed: which documents are held out.
-        shard_tokens: tokens of a shard.
-        workers: processes that encode; by default one a core.
+        validation_input: files for the validation split, instead of a share of the documents.
+        test_input: files for the test split, instead of a share of the documents.
+        dataset: a data set of the Hub, or a local folder of the same form; `kjv` is the King James Bible, for the demo.
+        dataset_config: the data set's configuration, such as `sample-10BT`.
+        dataset_split: the data set's split to train on, from which held-out documents are taken too.
+        validation_split: the data set's own validation split, instead of a share of the documents.
+        test_split: the data set's own test split, instead of a share of the documents.
+        text_key: key of the text in JSON lines, or its column in Parquet files and data sets.
+        separator: text that ends a document inside a .txt file, such as `<|endoftext|>`. If empty, each file is one
+            document.
+        tokenizer: a tokenizer.json, a folder with one, or a model whose tokenizer is used: a Hub name, a model folder,
+            a run, a checkpoint, a `.gguf` file or a package with one. Null trains a byte-level BPE on the text.
+        vocabulary_size: number of ids of the BPE trained on the text, end of text and padding included.
+        validation_fraction: share of documents held out for validation; null takes 0.01, or 0 if there is validation
+            text.
+        test_fraction: share of documents held out for tests; null takes 0.01, or 0 if there is test text.
+        seed: random seed that decides which documents are held out.
+        shard_tokens: number of tokens of a full shard.
+        workers: number of processes that encode; null takes one per core.
     """
 
     output: PathText = ""
@@ -51,7 +53,7 @@ class PrepareConfig:
     validation_split: str | None = None
     test_split: str | None = None
     text_key: str = "text"
-    separator: str = ""  # not null, which YAML would read in `---` or `#`
+    separator: str = ""  # str without null: as `str | None`, YAML would read `---` or `#` as null
     tokenizer: PathText | None = None
     vocabulary_size: int | None = None
     validation_fraction: float | None = None
@@ -62,7 +64,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not self.output:
-            raise UserError("output is missing; say which folder to make, as in --output data/books; --help shows more")
+            raise UserError("output is missing; name the folder to make, as in --output data/books; --help shows more")
         if (self.input is None) == (self.dataset is None):
             raise UserError("give either --input FILE… or --dataset NAME; --help shows examples")
         if (self.tokenizer is None) == (self.vocabulary_size is None):
@@ -75,7 +77,7 @@ class PrepareConfig:
                 "every byte and the two special tokens"
             )
         if self.separator and self.input is None:
-            raise UserError("separator ends a document inside the .txt files of --input; without them leave it out")
+            raise UserError("separator is for .txt files given with --input; leave it out")
         if self.megatron_index and self.tokenizer is None:
             raise UserError("a Megatron index holds tokens, not text: give the --tokenizer that they were made with")
         for split in ("validation", "test"):
@@ -98,8 +100,8 @@ class PrepareConfig:
     def fractions(self) -> tuple[float, float]:
         """Shares of the documents that are held out for validation and for tests."""
 
-        def share(said: float | None, own_text: Any) -> float:
-            return said if said is not None else 0.0 if own_text else HELD_OUT
+        def share(given: float | None, own_text: Any) -> float:
+            return given if given is not None else 0.0 if own_text else HELD_OUT
 
         return (
             share(self.validation_fraction, self.validation_input or self.validation_split),
@@ -108,7 +110,7 @@ class PrepareConfig:
 
     @property
     def megatron_index(self) -> Path | None:
-        """The .idx file, where the training text comes pre-shuffled."""
+        """The .idx file if the training text is pre-shuffled Megatron data, else None."""
         names = [self.input] if isinstance(self.input, str) else self.input or []
         alone = len(names) == 1 and names[0].endswith(".idx") and not glob.has_magic(names[0])
         return Path(names[0]) if alone else None

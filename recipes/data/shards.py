@@ -1,14 +1,14 @@
 """Token shards: the format of a prepared folder, and reading it back as one long stream.
 
-    manifest.json              what is here: tokenizer, splits, shards, fingerprint; written last
-    tokenizer.json             what the text was encoded with
+    manifest.json              describes tokenizer, splits, shards and fingerprint; written last
+    tokenizer.json             the tokenizer that the text was encoded with
     train-00000.bin …          ids, uint16 or uint32, little-endian; every shard of a split but the last is full
-    train-00000.offsets.npy    uint64: where each document that starts in this shard starts, in tokens
+    train-00000.offsets.npy    uint64: token offsets of the documents that start in this shard
     validation-…, test-…       the same
     test.jsonl                 the held-out test documents as text, for any other tokenizer
 
-Documents follow one another, each with an end-of-text token behind it. No shard holds a sink: it belongs to the model,
-and twins read the same text (design, decision 2).
+An end-of-text token follows each document. No shard holds a sink: the sink belongs to the model, and twins read the
+same text (design, decision 2).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sinkmodel.progress import CountedProgress
 FORMAT = "sinkmodel-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
-PROGRESS = "progress.json"  # in its place while the folder is being made: recipes/data/writing.py
+PROGRESS = "progress.json"  # instead of the manifest while the folder is being made: recipes/data/writing.py
 TOKENIZER = "tokenizer.json"
 DTYPES = ("uint16", "uint32", *MEGATRON_DTYPES.values())
 BLOCK = 1 << 22  # bytes read at a time
@@ -40,7 +40,7 @@ AGAIN = "prepare the folder again with sink-prepare"
 
 
 class ForeignId(UserError):
-    """A shard holds an id that is not in the vocabulary; of several ranks, one alone may read it."""
+    """A shard holds an id that is not in the vocabulary. Any rank prints it: it may be the only one to read the id."""
 
     def __init__(self, message: str):
         super().__init__(message, heard=True)
@@ -55,10 +55,10 @@ class Shard:
 
 @dataclass
 class TokenSplit:
-    """One split as a stream of `tokens` ids. It may be pickled: shards are mapped again where it is first read.
+    """One split as a stream of `tokens` ids. It may be pickled: after that, the first read maps the shards again.
 
-    `row_tokens` is None for a stream that may be cut anywhere, and the length of a row where the text comes as rows
-    that belong together (Pythia's pre-shuffled files: 2,049).
+    `row_tokens` is None for a stream that may be cut anywhere. If the text comes as rows that must stay whole (Pythia's
+    pre-shuffled files), it is their length, 2,049.
     """
 
     tokens: int
@@ -82,7 +82,7 @@ class TokenSplit:
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens `start` to `start + length` of the stream, int64 [length]. IndexError beyond its end.
 
-        Raises ForeignId for an id that is not in the vocabulary: `open_split(verify="sizes")` has not read the ids.
+        Raises ForeignId for an id that is not in the vocabulary: `open_split(verify="sizes")` does not read the ids.
         """
         if start < 0 or length < 0 or start + length > self.tokens:
             raise IndexError(f"tokens {start} to {start + length} of a split of {self.tokens}")
@@ -113,10 +113,11 @@ class TokenSplit:
 def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
     """One split of a prepared folder.
 
-    `verify="full"` reads every shard once and compares its SHA-256 (about a second for a gigabyte), and says how far it
-    is where that takes long; `"sizes"` compares lengths alone. Raises UserError for a folder without manifest, a split
-    without tokens, and a shard or tokenizer that is missing, cut short or altered. `"full"` also looks for ids that are
-    not in the vocabulary.
+    `verify="full"` reads every shard once, compares its SHA-256 (about a second per gigabyte), checks that its ids are
+    in the vocabulary, and prints its progress if that takes long. `"sizes"` compares only lengths.
+
+    Raises UserError for a folder without manifest, a split without tokens, and a shard or tokenizer that is missing,
+    cut short or altered.
     """
     assert verify in ("full", "sizes")
     manifest = read_manifest(folder)
@@ -161,7 +162,7 @@ def open_split(folder: Path, split: str, verify: str = "full") -> TokenSplit:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; make it with: {shell('sink-prepare', '--output', folder)} …")
+        raise UserError(f"{folder} is not a folder; make it with: {shell('sink-prepare', '--output', folder)} …")
     if not (folder / MANIFEST).exists():
         unfinished = (folder / PROGRESS).exists()
         remedy = "its preparation was not finished: run the same sink-prepare again" if unfinished else AGAIN
@@ -174,7 +175,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder / MANIFEST} does not describe token shards; give a folder made by sink-prepare")
     if manifest.get("version") != VERSION:
         raise UserError(
-            f"{folder / MANIFEST} has version {manifest.get('version')}, this program reads {VERSION}; {AGAIN}"
+            f"{folder / MANIFEST} has version {manifest.get('version')}, but this program reads {VERSION}; {AGAIN}"
         )
     if not {"splits", "tokenizer", "fingerprint"} <= manifest.keys():
         raise UserError(f"{folder / MANIFEST} has been altered: a part of it is missing; {AGAIN}")
@@ -186,20 +187,20 @@ def dtype_for(vocabulary: int) -> str:
 
 
 def _shard_file(folder: Path, manifest: dict[str, Any], entry: dict[str, Any], name: Any) -> Path:
-    """Where a shard is: in the folder, except the rows of a Megatron index, which are not copied."""
+    """The path of a shard: inside the folder, except for the rows of a Megatron index, which are not copied."""
     rows = entry["row_tokens"] and manifest.get("settings", {}).get("index")
     return Path(name) if rows and Path(name).is_absolute() else held(folder, name, folder / MANIFEST)
 
 
 def _first_foreign(ids: np.ndarray, vocabulary: int) -> int | None:
-    """Place of the first id that is not in the vocabulary. Without its sign a negative id is a large one."""
+    """Index of the first id that is not in the vocabulary, or None. As unsigned numbers, negative ids are large."""
     unsigned = ids.view(ids.dtype.str.replace("i", "u"))
     return int(np.argmax(unsigned >= vocabulary)) if len(ids) and unsigned.max() >= vocabulary else None
 
 
 def _foreign(shard: Shard, place: int, token_id: int, vocabulary: int) -> ForeignId:
     return ForeignId(
-        f"the shard {shard.file} holds the id {token_id} at token {place:,}, its tokenizer has the ids 0 to "
+        f"the shard {shard.file} holds the id {token_id} at token {place:,}, but its tokenizer has the ids 0 to "
         f"{vocabulary - 1}: it was made with another tokenizer, or is damaged; {AGAIN}"
     )
 
@@ -238,5 +239,5 @@ def _check_contents(split: TokenSplit, task: str) -> None:
             if foreign is not None:
                 raise foreign
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib frees the interpreter while it hashes
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
             list(pool.map(check, split.shards))

@@ -1,4 +1,4 @@
-"""The text tokenizer as the shards need it: that of a model or a tokenizer.json, or a byte-level BPE trained here."""
+"""The tokenizer of a prepared folder: that of a model or a tokenizer.json, or a byte-level BPE trained here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sinkmodel.errors import UserError
 from sinkmodel.text_tokenizer import END_OF_TEXT, PADDING, PROBE, text_encoder
 from sinkmodel.tokenizer_loading import load_text_tokenizer
 
-LONGEST_WORD = 1 << 12  # bytes; each merge of the BPE training moves the rest of its word
+LONGEST_WORD = 1 << 12  # bytes; longer words are split, because each merge of the BPE training moves the rest of a word
 SMALLEST_VOCABULARY = 256 + 2  # every byte and the two special tokens
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer as the shards need it. `definition` is its tokenizer.json."""
+    """A tokenizer in the form that the shards need. `definition` is the content of its tokenizer.json."""
 
     definition: str
     size: int  # ids in use, special tokens included
@@ -27,10 +27,10 @@ class Vocabulary:
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """From a tokenizer.json, a folder with one, or any name that `load_model` takes; the sinks of a model are left out.
+    """Load from a tokenizer.json, a folder with one, or any name that `load_model` takes, without the model's sinks.
 
-    Raises UserError if there is none, if it is broken, or if it has no end-of-text token: the one that its settings
-    name, or a special token with a usual name.
+    The end-of-text token is the one that its settings name, or a special token with a usual name. Raises UserError if
+    there is no such token, or if the tokenizer is missing or broken.
     """
     text = load_text_tokenizer(name)
     if text.eos_id is None:
@@ -42,11 +42,11 @@ def load_vocabulary(name: str) -> Vocabulary:
 
 
 def train_vocabulary(texts: Iterable[str], size: int) -> Vocabulary:
-    """A byte-level BPE of `size` ids, made like Pythia's: end of text is id 0, padding id 1, NFC, no added space.
+    """Train a byte-level BPE of `size` ids like Pythia's: end of text is id 0, padding id 1, NFC, no added space.
 
-    The same texts in the same order give the same tokenizer. Fewer ids come out where there is too little text. A word
-    longer than LONGEST_WORD (DNA, blanks) is learned from in parts, since the time to learn from it grows with the
-    square of its length; it is encoded whole.
+    The same texts in the same order give the same tokenizer. If there is too little text, it has fewer ids. A word
+    longer than LONGEST_WORD (DNA, blanks) is split for training, since the time for it grows with the square of its
+    length. Encoding does not split it.
     """
     assert size >= SMALLEST_VOCABULARY
     tokenizer = Tokenizer(models.BPE())
@@ -67,10 +67,10 @@ def train_vocabulary(texts: Iterable[str], size: int) -> Vocabulary:
 
 
 def cuts_exactly(definition: str) -> bool:
-    """Whether text cut just before a lone space gives the same tokens as uncut.
+    """Whether text that is cut just before a lone space gives the same tokens as the whole text.
 
-    True of byte-level BPE and everything else that splits there by itself; not of tokenizers that put a space in front
-    of every text. Their documents are encoded whole.
+    True for byte-level BPE and all tokenizers that split there themselves. False for tokenizers that put a space in
+    front of every text: their documents must be encoded whole.
     """
     tokenizer = text_encoder(definition)
 

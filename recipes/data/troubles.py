@@ -1,4 +1,4 @@
-"""What goes wrong with a data set that `datasets` reads, in one line each: what, in which file, and what to do."""
+"""Errors of the `datasets` library as one line each: what failed, in which file, and what to do."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ NETWORK = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub", "request
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 PLAIN = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv")
 STAY = (
-    "the files of a data set must stay as they are while it is prepared; give them as --input to mend one and keep the "
-    "work"
+    "the files of a data set must not change while it is prepared; if they are given as --input, one can be repaired "
+    "without losing the work"
 )
 
 
 def dataset_error(what: str, error: Exception, check: str, reading: str | None = None) -> UserError:
-    """The error to raise when `datasets` cannot do `what`, which begins the line.
+    """The UserError for an error of `datasets`.
 
     Args:
-        check: the remedy when the error is neither the network's nor that of a file.
+        what: what failed; the message begins with it.
+        error: the error that `datasets` raised.
+        check: the remedy if neither the network nor a file is the cause.
         reading: the file that was being read, for an error that does not come from its reader.
     """
     if unwritable := _unwritable_cache(error):
@@ -43,7 +45,7 @@ def dataset_error(what: str, error: Exception, check: str, reading: str | None =
         if constants.HF_HUB_OFFLINE:
             return UserError(f"{what}: {_short(error)}; HF_HUB_OFFLINE is set: unset it, or give a local folder")
         return UserError(
-            f"{what}: {_short(error)}; check the network, and run the same command again to go on where it stopped"
+            f"{what}: {_short(error)}; check the network, and run the same command again to resume where it stopped"
         )
     file, column = _place(error)
     where = f"{file}: " if file else ""
@@ -51,12 +53,12 @@ def dataset_error(what: str, error: Exception, check: str, reading: str | None =
     if names[0] is not None and names[1] is not None:  # datasets.table.CastError
         return UserError(
             f"{what}: {where}it has the columns {', '.join(names[0])}, and the files before it {', '.join(names[1])}; "
-            "give all files the same columns, or give the files as --input, which reads the text's column alone"
+            "give all files the same columns, or give the files as --input, which reads only the text's column"
         )
     if column is not None:
         return UserError(
             f"{what}: {where}the column '{column}' has another type than in the files before it ({_short(error)}); "
-            "give it one type in all files, or give the files as --input, which reads the text's column alone"
+            "give it one type in all files, or give the files as --input, which reads only the text's column"
         )
     if file is not None and (why := _not_text(file)):
         return UserError(f"{what}: {file} {why}")
@@ -64,16 +66,16 @@ def dataset_error(what: str, error: Exception, check: str, reading: str | None =
         return UserError(f"{what}: {_not_utf8(error, file or reading)}")
     if file is not None:
         return UserError(
-            f"{what}: {where}damaged or not in its form ({_short(error)}); mend it or download it again, and choose "
-            f"another output folder, since {STAY}"
+            f"{what}: {where}damaged or not of its format ({_short(error)}); repair it or download it again, and "
+            f"choose another output folder, since {STAY}"
         )
-    if isinstance(error, StopIteration):  # out of datasets, for files without a row
+    if isinstance(error, StopIteration):  # datasets raises it for files without a row
         return UserError(f"{what}: its files hold no rows; give others")
     return UserError(f"{what}: {_short(error)}; {check}")
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later: the network, a time-out, a server that fails or has had too many."""
+    """Whether the same request may succeed later: after network errors, time-outs, server errors and rate limits."""
     for each in _chain(error):
         status = getattr(getattr(each, "response", None), "status_code", getattr(each, "status", None))
         if isinstance(status, int):
@@ -92,7 +94,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _place(error: BaseException) -> tuple[str | None, str | None]:
-    """The file, and the column if one is being cast, at which `datasets` was: only its own frames know them."""
+    """The file that `datasets` was reading, and the column if it was casting one, from its stack frames."""
     file = column = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if "/datasets/packaged_modules/" in frame.f_code.co_filename and isinstance(frame.f_locals.get("file"), str):
@@ -110,27 +112,27 @@ def _plain_name(file: str | None) -> str | None:
 
 
 def _not_text(file: str) -> str | None:
-    """What the first bytes of a local file say against its being text in UTF-8, and the remedy."""
+    """Why a local file is not UTF-8 text, judged by its first bytes, with the remedy; None if nothing is wrong."""
     path = Path(file)
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
     name = path.with_suffix("") if compression else path
     if name.suffix.lower() not in PLAIN or not path.is_file():
         return None
-    with path.open("rb") as raw, contextlib.suppress(EOFError, OSError, zlib.error):  # damaged, not another encoding
+    with path.open("rb") as raw, contextlib.suppress(EOFError, OSError, zlib.error):  # damaged: reported elsewhere
         return not_text(open_uncompressed(raw, compression).read(1 << 12), 0, path)
     return None
 
 
 def _not_utf8(error: UnicodeDecodeError, file: str | None) -> str:
     if file and file.lower().endswith(".parquet"):
-        advice = "mend that row, or write the file again from text in UTF-8"
+        advice = "repair that row, or write the file again from text in UTF-8"
     else:
         advice = remedy(bytes(error.object), 1, Path(file) if file and Path(file).is_file() else None)
-    return f"{file or 'what comes then'} is not UTF-8 ({_short(error)}): {advice}"
+    return f"{file or 'the next row'} is not UTF-8 ({_short(error)}): {advice}"
 
 
 def _unwritable_cache(error: BaseException) -> tuple[Path, str] | None:
-    """The cache of Hugging Face's libraries that cannot be written, and the variable that moves it."""
+    """The cache folder of Hugging Face's libraries that cannot be written, and the variable that sets its path."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""Processes that work for a command. Ctrl-C is the command's to answer, and no worker outlives it."""
+"""Worker processes of a command. Only the command handles Ctrl-C, and no worker outlives it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SPAWN = multiprocessing.get_context("spawn")
 
 @contextlib.contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """A process that starts in this block never gets a Ctrl-C; this process gets it when the block ends.
+    """A process started in this block never receives a Ctrl-C; this process receives it when the block ends.
 
     A terminal sends SIGINT to all processes of a command. The signal mask is inherited, so a worker is protected
     before its first line of Python runs.
     """
-    resource_tracker.ensure_running()  # the first process would start it, which unblocks SIGINT
+    resource_tracker.ensure_running()  # else starting the first process would start it, which unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -34,10 +34,10 @@ def interrupts_held_back() -> Iterator[None]:
 
 
 def end_with_parent(*stops: Connection) -> None:
-    """Called by a worker as it starts. It ends when its parent does, or when the parent closes its end of a `stop`.
+    """Called by a worker as it starts. The worker ends when its parent ends, or closes its end of a `stop` connection.
 
-    A parent that is killed with SIGKILL cannot stop its workers, and they would wait for work for ever. And a worker
-    may be in the middle of a call into Rust that takes minutes.
+    A parent that is killed with SIGKILL cannot stop its workers, which would wait for work for ever. A thread ends the
+    worker, because its main thread may be in a call into Rust that takes minutes.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -50,7 +50,7 @@ def end_with_parent(*stops: Connection) -> None:
 
 
 def train_apart(texts: Iterable[str], size: int) -> Vocabulary:
-    """`train_vocabulary` in a process of its own: in this one, Ctrl-C would have no effect until the training ends.
+    """`train_vocabulary` in another process: in this one, Ctrl-C would have no effect until the training ends.
 
     Raises UserError if that process was killed from outside.
     """
@@ -66,7 +66,7 @@ def train_apart(texts: Iterable[str], size: int) -> Vocabulary:
         return ours.recv()
     except (EOFError, ConnectionError):
         raise UserError(
-            "the process that trains the tokenizer was killed, most likely for want of memory; free some memory, or "
+            "the process that trains the tokenizer was killed, most likely for lack of memory; free some memory, or "
             "give a --tokenizer"
         ) from None
     finally:

@@ -1,8 +1,8 @@
-"""Writing a prepared folder so that a kill at any moment costs seconds, and never leaves a manifest without shards.
+"""Writes a prepared folder so that a kill at any moment loses only seconds, and never leaves a manifest without shards.
 
-Shards grow under their final names; `progress.json`, replaced atomically every few seconds, says up to which byte they
-count and where reading goes on. The manifest comes last. Who runs the same command again after a kill gets the bytes
-that an undisturbed run gives.
+Shards grow under their final names. `progress.json`, replaced atomically every few seconds, records how many bytes of
+them are valid and where reading resumes. The manifest is written last. If the same command is run again after a kill,
+the folder holds the same bytes as after an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ HELD_OUT_TEXT = "test.jsonl"
 
 
 def state_of(folder: Path) -> dict[str, Any] | None:
-    """What the folder holds of a preparation: its manifest, its progress, or None for nothing yet.
+    """The manifest or the progress of the preparation in a folder; None if there is none yet.
 
-    Raises UserError for a folder that holds something else.
+    Raises UserError for a folder that holds anything else.
     """
     for name in (MANIFEST, PROGRESS):
         if (folder / name).is_file():
@@ -46,7 +46,7 @@ def state_of(folder: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises UserError where the folder was prepared with settings other than those of this command."""
+    """Raises UserError if the folder was prepared with other settings than those of this command."""
     if there != here:
         name, there, here = _first_difference("", there, here)
         raise UserError(
@@ -59,8 +59,10 @@ class FolderWriter:
     """Takes encoded units in order and writes them to the shards of their splits.
 
     Args:
-        progress: what `state_of` found, to go on from; None begins anew.
-        ready: splits whose shards exist already, by name (`recipes.data.megatron`).
+        settings: everything that the folder's bytes depend on; recorded in it.
+        shard_tokens: number of tokens of a full shard.
+        progress: the result of `state_of`, to resume from; None begins anew.
+        ready: manifest entries of splits whose shards exist already, by name (`recipes.data.megatron`).
     """
 
     def __init__(
@@ -81,16 +83,16 @@ class FolderWriter:
                 path.unlink()
         states = progress["splits"] if progress else {}
         self.place = Place(*progress["place"]) if progress else Place()
-        self.file_start = progress.get("file_start") if progress else None  # the last state before the file being read
+        self.file_start = progress.get("file_start") if progress else None  # the state before the current file
         self.splits = {
             name: SplitWriter(folder, name, dtype, shard_tokens, states.get(name))
             for name in SPLITS
             if name not in self.ready
         }
-        self.kept = self.tokens  # what the last note covers
+        self.kept = self.tokens  # number of tokens that the last `save` covers
         try:
             if progress is None:
-                self.save()  # from here on the folder is known as ours
+                self.save()  # progress.json marks the folder as ours
             if not holds_tokenizer(folder, self.tokenizer):
                 with atomic_file(folder / TOKENIZER) as aside:
                     aside.write_text(vocabulary.definition, encoding="utf-8")
@@ -114,7 +116,7 @@ class FolderWriter:
         self.place = encoded.unit.end
 
     def save(self) -> None:
-        """Bring what is written to the disk and record it: from here a killed preparation goes on."""
+        """Sync what is written to the disk and record it: a preparation that is killed later resumes from here."""
         for split in self.splits.values():
             split.save()
         content = {"settings": self.settings, "tokenizer": self.tokenizer, "file_start": self.file_start}
@@ -123,11 +125,11 @@ class FolderWriter:
         self.kept = self.tokens
 
     def _state(self) -> dict[str, Any]:
-        """What a later process needs to resume here."""
+        """The state that a later process needs to resume here."""
         return {"place": astuple(self.place), "splits": {name: split.state() for name, split in self.splits.items()}}
 
     def finish(self, source: str) -> dict[str, Any]:
-        """Close the shards, then write the manifest. Raises UserError where there is nothing to train on."""
+        """Close the shards, then write the manifest. Raises UserError if no document is left for training."""
         entries = {name: split.finish() for name, split in self.splits.items()} | self.ready
         if not entries["train"]["tokens"]:
             raise UserError(
@@ -150,19 +152,19 @@ class FolderWriter:
         return manifest
 
     def abandon(self) -> int:
-        """Close everything; leave no trace where nothing worth keeping was noted. Returns the tokens that are kept.
+        """Close everything; remove the files if no text was saved yet. Returns the number of tokens that are kept.
 
-        No note is taken here: what stopped us, a Ctrl-C even, may have come in the middle of a unit, and a note of half
-        a unit would have it written twice.
+        It does not save: the error or Ctrl-C that stopped us may have come in the middle of a unit. If half a unit were
+        recorded, a resume would write that half twice.
         """
         for split in self.splits.values():
             split.close()
         complete = (self.folder / MANIFEST).exists()
-        noted = not complete and (self.folder / PROGRESS).exists()
-        if noted and Place(*read_json(self.folder / PROGRESS)["place"]) == Place():
+        saved = not complete and (self.folder / PROGRESS).exists()
+        if saved and Place(*read_json(self.folder / PROGRESS)["place"]) == Place():
             for split in self.splits.values():
                 split.remove_shards()
-            for name in (TOKENIZER, PROGRESS):  # progress last: until then the folder is known as ours
+            for name in (TOKENIZER, PROGRESS):  # progress last: it marks the folder as ours
                 (self.folder / name).unlink(missing_ok=True)
         return self.kept
 
@@ -209,7 +211,7 @@ class SplitWriter:
             view = view[len(take) :]
 
     def write_text(self, text: str, first: bool, last: bool) -> None:
-        """Test documents are kept as text too, one JSON object a line."""
+        """Keep test documents as text too, one JSON object per line."""
         if self.name == "test":
             if self._text is None:
                 self._text = (self.folder / HELD_OUT_TEXT).open("wb")
@@ -252,11 +254,11 @@ class SplitWriter:
     def close(self) -> None:
         for file in (self._file, self._text):
             if file is not None:
-                with contextlib.suppress(OSError):  # on a full disk closing fails as writing did
+                with contextlib.suppress(OSError):  # on a full disk close() fails like write()
                     file.close()
 
     def remove_shards(self, first: int = 0) -> None:
-        """Remove the shards from number `first` on: what a killed run wrote after it last took note."""
+        """Remove the shards from number `first` on, which a killed run wrote after its last `save`."""
         for file in self.folder.glob(f"{self.name}-[0-9]*"):
             if int(file.name.removeprefix(f"{self.name}-").partition(".")[0]) >= first:
                 file.unlink()
@@ -288,7 +290,7 @@ class SplitWriter:
 
 
 def holds_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> bool:
-    """Whether the tokenizer that a manifest or progress describes lies in the folder, unaltered."""
+    """Whether the folder holds, unaltered, the tokenizer that its manifest or progress describes."""
     file = folder / TOKENIZER
     return file.is_file() and sha256_of(file) == tokenizer["sha256"]
 
@@ -304,10 +306,10 @@ def describe_tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _open_at(file: Path, length: int) -> BinaryIO:
-    """Open a file to go on after its first `length` bytes; what a killed run wrote behind them is cut off."""
+    """Open a file to append after its first `length` bytes; bytes after them, from a killed run, are cut off."""
     size = file.stat().st_size if file.is_file() else 0
     if size < length:
-        raise UserError(f"{file} is shorter than {PROGRESS} beside it says; empty the folder and prepare it again")
+        raise UserError(f"{file} is shorter than {PROGRESS} beside it states; empty the folder and prepare it again")
     opened = file.open("r+b", buffering=1 << 20)
     opened.truncate(length)
     opened.seek(length)
@@ -315,12 +317,12 @@ def _open_at(file: Path, length: int) -> BinaryIO:
 
 
 def _is_scratch(path: Path) -> bool:
-    """What `atomic_file` leaves behind when it is killed."""
+    """Whether this is a temporary file of `atomic_file`, left by a kill."""
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
 def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
-    """Where two unequal settings part, as in `sources.0.files.3`, and what each has there."""
+    """The key of the first difference of two unequal settings, such as `sources.0.files.3`, and both values."""
     if isinstance(there, dict) and isinstance(here, dict):
         pairs = {str(key): (there.get(key, "nothing"), here.get(key, "nothing")) for key in there | here}
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
@@ -328,7 +330,7 @@ def _first_difference(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
     else:
         return name, there, here
     if not any(isinstance(part, (dict, list)) for pair in pairs.values() for part in pair) and name:
-        return name, there, here  # a file's name, size and time, say: they mean nothing one by one
+        return name, there, here  # such as a file's name, size and time, which mean nothing alone
     key, pair = next((key, pair) for key, pair in pairs.items() if pair[0] != pair[1])
     return _first_difference(f"{name}.{key}" if name else key, *pair)
 

@@ -1,14 +1,14 @@
-"""Fitness: what the candidates of a generation are selected by. Pure functions of scores.
+"""Fitness, by which the candidates of a generation are selected. Pure functions of scores.
 
-    fitness = mean over tasks (score of the candidate ÷ score of the full cache) − size_penalty · share that is kept
+    fitness = mean over tasks (score of the candidate ÷ score of the full cache) − size_penalty · share kept
 
 Both scores are means over the same prompts; the score of a prompt is the mean over its questions (paper, section 4).
 The score of an answer is the task's metric (`match`), or the likelihood of the right answer per token,
 
     exp(−nll),   nll in nats per token of the right answer, teacher-forced,
 
-which lies between 0 and 1 and falls with nll. So a fitness without penalty lies between 0 and 1 ÷ the full cache's
-score; it is 1 for a memory that answers as the full cache does, and rises if the nll of any answer falls.
+which lies between 0 and 1 and falls as nll rises. So a fitness without penalty lies between 0 and 1 ÷ the full cache's
+score. It is 1 for a memory that answers as the full cache does, and rises if the nll of any answer falls.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Measured:
-    """What candidates did on the prompts of one task.
+    """Results of P candidates on the R prompts of one task.
 
     Attributes:
-        score_PR: of each candidate on each prompt.
-        kept_PR: share of the prompt's tokens that its memory held when the context had been read, mean over heads.
-        full_R: the full cache's score on each prompt.
+        task: name of the task.
+        score_PR: score of each candidate on each prompt.
+        kept_PR: share of the prompt's tokens that the candidate's memory held after the context, mean over heads.
+        full_R: score of the full cache on each prompt.
     """
 
     task: str
@@ -36,7 +37,7 @@ class Measured:
 
     @property
     def ratio_P(self) -> np.ndarray | None:
-        """Score ÷ the full cache's; None if that is 0, so that there is nothing to divide by."""
+        """Mean score ÷ the full cache's mean score; None if the latter is 0."""
         full = self.full_R.mean()
         return self.score_PR.mean(axis=1) / full if full > 0 else None
 

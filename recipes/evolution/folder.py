@@ -1,7 +1,7 @@
 """The run folder: config.yaml, metrics.csv, state.json, and the artefacts `best/` and `last/`.
 
-`state.json` is all that a resume needs: the fitness of every candidate of every generation, from which the optimiser is
-replayed, and what was measured before the first one. It is written after each generation, whole or not at all.
+A resume needs only `state.json`: the fitness of every candidate of every generation, from which the optimiser is
+replayed, and the measurements made before the first one. It is written after each generation, whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sinkmodel.files import atomic_file, read_json
 from sinkmodel.memories.namm import NAMMConfig, read_artefact, write_artefact
 
 STATE, FORMAT, VERSION = "state.json", "sinkmodel-evolution", 1
-# Keys that a resumed run may change: the model and the texts are known by what is in them.
+# Keys that a resumed run may change; the model and the texts are compared by their content instead of their names.
 FREE_TO_CHANGE: tuple[str, ...] = ("model", "output", "text", "validation_text", "generations", "compute.device")
 FREE_TO_CHANGE += ("compute.processes", "compute.threads", "compute.timeout")
 BEST, LAST = "best", "last"
@@ -32,7 +32,7 @@ BEST, LAST = "best", "last"
 
 @dataclass(frozen=True)
 class Validated:
-    """What the mean of the population did on the validation prompts, after so many generations."""
+    """Fitness and share kept of the population's mean on the validation prompts, after `generation` generations."""
 
     generation: int
     fitness: float
@@ -41,15 +41,18 @@ class Validated:
 
 @dataclass
 class State:
-    """
+    """The state of a run, from which it is resumed.
+
     Attributes:
         host: fingerprint of the model's weights.
         files: SHA-256 of the texts by option.
-        mean: of the memory's features, by bin; with `variance` its frozen statistics.
+        mean: mean of the memory's features, by bin; with `variance` its frozen statistics.
+        variance: variance of the features, by bin.
         full: the full cache's score on each validation prompt, by task.
-        fitness: of each candidate of each generation.
-        tokens: of prompts that candidates have read.
-        digest: of the optimiser's mean.
+        fitness: fitness of each candidate of each generation.
+        tokens: number of prompt tokens that candidates have read.
+        digest: digest of the optimiser's mean after the last generation.
+        validated: the results of validation.
     """
 
     host: str
@@ -64,7 +67,7 @@ class State:
 
     @property
     def best(self) -> Validated | None:
-        """Of the best mean; among equal ones of the first."""
+        """The result with the best fitness, the first one if several are equal; None before the first validation."""
         return max(self.validated, key=lambda one: one.fitness, default=None)
 
 
@@ -75,7 +78,7 @@ def write_state(run: Path, state: State) -> None:
 
 
 def read_state(run: Path, config: EvolveConfig) -> State | None:
-    """What a run has done; None before its first generation. Raises UserError if the file is damaged."""
+    """The state of a run; None if it has not begun. Raises UserError if the file is damaged."""
     if not (run / STATE).exists():
         return None
     content = read_json(run / STATE)
@@ -97,7 +100,7 @@ def read_state(run: Path, config: EvolveConfig) -> State | None:
 
 
 def check_folder(run: Path, config: EvolveConfig) -> None:
-    """Raises UserError if the folder holds another run, or something else."""
+    """Raises UserError if the folder holds another run, or anything else."""
     if (before := saved_config(run)) is None:
         return
     now = flatten(config)
@@ -114,7 +117,7 @@ def check_folder(run: Path, config: EvolveConfig) -> None:
 
 
 def check_same_inputs(run: Path, state: State, host: str, files: dict[str, list[str]], config: EvolveConfig) -> None:
-    """Raises UserError if a run would be resumed with another model or other texts, or has done more already."""
+    """Raises UserError if a run would be resumed with another model, other texts, or fewer generations than it has."""
     if state.host != host:
         raise UserError(
             f"{run} holds a run on a model with other weights than {config.model}; give the same model (of a training "
@@ -134,7 +137,7 @@ def check_same_inputs(run: Path, state: State, host: str, files: dict[str, list[
 
 def write_folder(run: Path, config: EvolveConfig, state: State) -> None:
     """Make the folder ready for the next generation."""
-    for left_over in run.glob(".*.part"):  # what a kill left half-written
+    for left_over in run.glob(".*.part"):  # files that a kill left half-written
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
     with atomic_file(run / "config.yaml") as aside:
         aside.write_text(dump_config(config), encoding="utf-8")
@@ -143,7 +146,7 @@ def write_folder(run: Path, config: EvolveConfig, state: State) -> None:
 
 
 def write_result(run: Path, name: str, namm: NAMMConfig, mean: np.ndarray) -> None:
-    """Write the artefact `RUN/name` in place of the one before. A kill in between is mended by `mend_result`."""
+    """Replace the artefact `RUN/name`. If a kill interrupts this, `mend_result` repairs it at the next start."""
     path, old = run / name, run / f".{name}.old.part"
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

@@ -1,8 +1,8 @@
-"""The host: a model that reads prompts with many candidates at once, as rows of a batch, and is asked about them.
+"""The host: a model that reads prompts with many candidates at once, as rows of a batch, and answers questions.
 
-A memory decides for the first time at its `interval`th token. What comes before is read once, for all candidates; the
-rows are repeated then, each with the parameters of a candidate. Questions are outside of the context: each is read by a
-fork of what a candidate kept of it, and what is right is scored after it.
+A memory decides for the first time at its `interval`th token. The tokens before it are read once for all candidates.
+Then the rows are repeated, each with the parameters of one candidate. Questions are not part of the context: each is
+read by a fork of a candidate's memory of the context, and the right answer is scored after it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Read:
-    """What R rows did with a prompt: scores, nats per token of the right answers, the share of it that was kept."""
+    """Results of R rows on a prompt: scores, nats per token of the right answers, share of the prompt that was kept."""
 
     score_R: Tensor
     nll_R: Tensor
@@ -43,8 +43,8 @@ class Host:
     """A model with the memory that is evolved on it.
 
     Args:
-        namm: of the memory; None measures the full cache alone.
-        match: answers are generated and scored by the task's metric, in place of the likelihood of the right one.
+        namm: config of the memory; None measures only the full cache.
+        match: if True, answers are generated and scored by the task's metric, else by the right answer's likelihood.
     """
 
     def __init__(self, loaded: LoadedModel, namm: NAMMConfig | None, match: bool):
@@ -69,7 +69,7 @@ class Host:
 
     @torch.inference_mode()
     def of_full_cache(self, cell: Cell) -> list[Read]:
-        """What the full cache does with each prompt."""
+        """The results of the full cache on each prompt."""
         found = []
         for reading in cell.readings:
             memory = make_memory("dense", self.model)
@@ -91,7 +91,7 @@ class Host:
     # ------------------------------------------------------------------------------------------------------- reading
 
     def _memories(self, reading: Reading, groups: Sequence[Tensor]) -> Iterator[Any]:
-        """A memory that has read the context, for each group, one after the other."""
+        """For each group, one after the other, a memory that has read the context."""
         assert self.namm is not None
         shared = min(self.namm.interval - 1, len(reading.context))
         start = NAMM(self.model, self.namm)
@@ -124,7 +124,7 @@ class Host:
         return nll_R
 
     def _matches(self, state: Any, asked: Asked, metric: Metric, rows: int) -> Tensor:
-        """The metric [R] of what each row generates greedily, until it can no longer change."""
+        """The metric [R] of each row's greedily generated answer; stops when no metric can change any more."""
         logits_RV = self._feed(state, asked.ids, rows)[:, -1]
         ids: list[list[int]] = [[] for _ in range(rows)]
         texts, ended = [""] * rows, [False] * rows
@@ -142,7 +142,7 @@ class Host:
         return torch.tensor([metric.score(text, asked.question) for text in texts], dtype=torch.float64)
 
     def _feed(self, memory: Any, ids: Sequence[int], rows: int = 1, keep: int = 1) -> Tensor:
-        """Feed the same tokens to all rows; the logits [R, keep, V] after the last ones."""
+        """Feed the same tokens to all rows; returns the logits [R, keep, V] of the last `keep` tokens."""
         return self._forward(memory, torch.tensor([list(ids)]).expand(rows, -1), keep)
 
     def _forward(self, memory: Any, ids_RN: Tensor, keep: int = 1) -> Tensor:
@@ -152,7 +152,7 @@ class Host:
 
 
 def kept_share(memory: Any) -> Tensor:
-    """The share [R] of the tokens read that each row holds, mean over layers and KV heads."""
+    """The share [R] of the tokens read so far that each row still holds, mean over layers and KV heads."""
     shares = []
     for layer in memory.layers:
         positions = layer.held_positions()
@@ -161,9 +161,9 @@ def kept_share(memory: Any) -> Tensor:
 
 
 def is_able(full: Sequence[Read], alone: Sequence[float], match: bool) -> tuple[bool, float, float]:
-    """Whether a full cache can do a task; its score, and the nats per token that the context gains.
+    """Whether the full cache can do a task, its score, and the nats per token that the context gains.
 
-    As in `sink-eval longcontext`, but by the number that fitness is made of alone.
+    The thresholds are those of `sink-eval longcontext`, but only the number that fitness uses is compared.
     """
     from sinkmodel.tasks.cells import FLOOR_GAIN, FLOOR_SCORE
 

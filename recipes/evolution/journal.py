@@ -1,4 +1,4 @@
-"""What a run writes after each generation: a line of metrics.csv and its copies, the state, the artefacts, progress."""
+"""Writes the results of each generation: a line of metrics.csv and its copies, the state, the artefacts, progress."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ COLUMNS = (
 
 
 def build_loggers(run: Path, config: EvolveConfig, provenance: dict[str, Any], done: int) -> list[Logger]:
-    """metrics.csv, and what config.logging asks for; they have the lines of the generations that are complete.
+    """metrics.csv and the loggers of config.logging, with the lines of the `done` generations that are complete.
 
-    A step is a generation. Raises UserError if a run that has not begun cannot log as it was asked to.
+    A step is a generation. Raises UserError if a new run cannot log as its config asks.
     """
     metrics = MetricsFile(run / "metrics.csv", columns_of(config))
     metrics.rewind(done)
@@ -62,7 +62,7 @@ def columns_of(config: EvolveConfig) -> list[str]:
 
 
 def group_of(config: EvolveConfig) -> str:
-    """The same for runs that differ in their seed alone."""
+    """The wandb group, the same for runs that differ only in their seed."""
     free = (*FREE_TO_CHANGE, "seed")
     deciding = {
         key: value for key, value in flatten(config).items() if key not in free and not key.startswith("logging.")
@@ -72,12 +72,13 @@ def group_of(config: EvolveConfig) -> str:
 
 
 class Journal:
-    """
+    """Records each generation in the run folder and the loggers.
+
     Args:
-        state: of the run, which is changed and written.
-        loggers: of `build_loggers`.
-        validate: the fitness of a mean [n] on the validation prompts, and the share that it kept.
-        namm: the memory's config with what it is evolved on; the artefacts get it with fitness and generation.
+        state: state of the run; `note` changes and writes it.
+        loggers: the result of `build_loggers`.
+        validate: returns the fitness of a mean [n] on the validation prompts, and the share of the cache that it keeps.
+        namm: the memory's config with its provenance; the artefacts get it with fitness and generation added.
     """
 
     def __init__(
@@ -99,12 +100,13 @@ class Journal:
             self.bar = tqdm(total=config.generations, initial=self.first, unit="generation", dynamic_ncols=True)
 
     def note(self, done: int, values: np.ndarray, tasks: Sequence[Measured], tokens: int) -> None:
-        """A generation is complete. The state is written last: what a kill leaves undone is done again.
+        """Record a complete generation. The state is written last, so that work lost by a kill is done again.
 
         Args:
-            done: generations that are complete, this one included.
-            values: the fitness of each candidate.
-            tokens: that its candidates have read.
+            done: number of complete generations, this one included.
+            values: fitness of each candidate.
+            tasks: the generation's results, by task.
+            tokens: number of tokens that its candidates have read.
         """
         state = self.state
         state.fitness.append(values.tolist())
@@ -165,6 +167,6 @@ class Journal:
 
 
 def described(namm: NAMMConfig, validated: Validated) -> NAMMConfig:
-    """The config of the artefact of one mean."""
+    """The config of a mean's artefact: `namm` with the results of its validation."""
     evolved_on = {**namm.evolved_on, "generation": validated.generation, "kept": validated.kept}
     return namm.replace(evolved_on=evolved_on, fitness=validated.fitness)

@@ -1,4 +1,4 @@
-"""The loop over generations. It knows neither what a candidate is nor how its fitness is found."""
+"""The loop over generations. It does not depend on what a candidate is or how its fitness is computed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ def evolve(
     generations: int,
     after: Callable[[int, np.ndarray], None],
 ) -> tuple[int, int]:
-    """Run the generations that are missing, on every process of the run alike.
+    """Run the remaining generations. Every process of the run calls this.
 
     Args:
-        fitness: of a generation, from 0, and its candidates [P, n]: a number [P] for each; higher is better.
-        done: generations that are complete; `evolution` has been told their fitnesses on rank 0.
-        generations: how many there shall be.
-        after: called on rank 0, once `evolution` knows the fitnesses: of the generations that are complete, and these.
+        evolution: the optimiser; used on rank 0 only, where it must have the fitnesses of the first `done` generations.
+        fitness: takes the number of a generation, from 0, and its candidates [P, n]; returns their fitnesses [P].
+            Higher is better.
+        done: number of generations that are complete.
+        generations: number of generations to reach.
+        after: called on rank 0 after each generation, with the number of complete generations and the fitnesses [P].
 
-    Returns the generations that are complete, and the signal that ended the loop before its end; 0 if none did.
+    Returns the number of complete generations, and the signal that ended the loop early; 0 if none did.
     """
     signal = asked_to_stop()
     while done < generations and not signal:
@@ -44,6 +46,6 @@ def evolve(
 
 
 def asked_to_stop() -> int:
-    """The signal that came to any process; 0 if none did."""
+    """The number of the signal that any process received; 0 if none did."""
     own = signals.received or 0
     return max(from_all(own)) if is_one_of_several() else own

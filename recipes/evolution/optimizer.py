@@ -1,7 +1,7 @@
-"""The optimiser: CMA-ES of the package `cmaes`, which knows nothing of what is evaluated, replayed from its fitnesses.
+"""The optimiser: CMA-ES of the package `cmaes`, which a resumed run replays from saved fitnesses.
 
-The candidates of a generation depend on the seed and on the fitnesses of the generations before it. So the fitnesses
-are all that has to be saved.
+The candidates of a generation depend only on the seed and on the fitnesses of the generations before it. So only the
+fitnesses have to be saved.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from recipes.evolution.settings import CmaSettings
 
 
 class Evolution:
-    """A population of P candidates with n parameters; the first mean is zero.
+    """A population of P candidates with n parameters each; the first mean is zero.
 
     Args:
-        seed: of the candidates.
+        parameters: n, the number of parameters of a candidate.
+        population: P, the number of candidates of a generation.
+        seed: random seed of the candidates.
     """
 
     def __init__(self, parameters: int, population: int, settings: CmaSettings, seed: int):
@@ -30,7 +32,7 @@ class Evolution:
 
     @property
     def generation(self) -> int:
-        """Generations that are complete."""
+        """Number of complete generations."""
         return self._cma.generation
 
     @property
@@ -45,7 +47,7 @@ class Evolution:
 
     @property
     def digest(self) -> str:
-        """Of the mean, by which a replay knows whether it has the same bits."""
+        """SHA-256 of the mean, to check whether a replay gives the same bits."""
         return hashlib.sha256(self.mean.tobytes()).hexdigest()
 
     def ask(self) -> np.ndarray:
@@ -54,14 +56,14 @@ class Evolution:
         return np.stack(self._asked)
 
     def tell(self, fitness: Sequence[float]) -> None:
-        """The fitness of each candidate that `ask` gave; higher is better."""
+        """Complete the generation with the fitness of each candidate from `ask`; higher is better."""
         assert len(fitness) == len(self._asked)
         assert np.isfinite(fitness).all()
         self._cma.tell([(candidate, -value) for candidate, value in zip(self._asked, fitness)])
         self._asked = []
 
     def replay(self, generations: Sequence[Sequence[float]]) -> None:
-        """Become what it was after these generations, bit for bit."""
+        """Restore the state after these generations, bit for bit, from their fitnesses."""
         for fitness in generations:
             self.ask()
             self.tell(fitness)

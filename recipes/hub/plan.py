@@ -1,4 +1,4 @@
-"""What a push has to do: the files that are wanted, beside those that the Hub says it has, with their checksums."""
+"""The changes that a push makes: the wanted files compared, by checksum, with those on the Hub."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
-# What transformers loads by name: of a model that has no such file any more, an old one would be loaded all the same.
-# Whatever else stands in a repository is somebody's, and stays.
+# Files that transformers loads by name. If the model no longer has one, an old copy on the Hub would still be loaded:
+# it is deleted. All other files in a repository belong to its owner, and stay.
 LOADED = (
     *("model*.safetensors", "model.safetensors.index.json", "generation_config.json", "chat_template.jinja"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -21,13 +21,13 @@ LOADED = (
 
 @dataclass(frozen=True)
 class Head:
-    """A branch as it is: the id of its newest commit, None where there is no such branch yet; its files by path."""
+    """The present state of a branch: the id of its newest commit (None if the branch does not exist), files by path."""
 
     commit: str | None = None
     files: Mapping[str, RepoFile] = field(default_factory=dict)
 
     def differs(self, other: Head) -> set[str]:
-        """Paths whose content is another, or that only one of the two has."""
+        """Paths whose content differs, or that only one of the two has."""
         mine = {path: file.blob_id for path, file in self.files.items()}
         theirs = {path: file.blob_id for path, file in other.files.items()}
         return {path for path in mine.keys() | theirs.keys() if mine.get(path) != theirs.get(path)}
@@ -35,7 +35,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Plan:
-    """The changes that make a branch what is wanted; none where it is that already."""
+    """The changes that give a branch the wanted files; empty if it has them already."""
 
     wanted: tuple[CommitOperationAdd, ...]
     head: Head
@@ -59,18 +59,18 @@ class Plan:
 
 
 def compare(wanted: Iterable[CommitOperationAdd], head: Head) -> Plan:
-    """The plan that takes a branch from `head` to the files that are wanted."""
+    """The plan that takes a branch from `head` to the wanted files."""
     wanted, there = tuple(wanted), head.files
     add = tuple(one for one in wanted if one.path_in_repo not in there or not is_same(one, there[one.path_in_repo]))
     paths = {one.path_in_repo for one in wanted}
     stale = sorted(path for path in there.keys() - paths if any(fnmatch(path, name) for name in LOADED))
-    if "config.json" not in paths:  # no model, but something that stands beside it
+    if "config.json" not in paths:  # not a model, but a file beside it
         stale = []
     return Plan(wanted, head, add, tuple(path for path in stale if "/" not in path))
 
 
 def is_same(wanted: CommitOperationAdd, there: RepoFile) -> bool:
-    """By size and checksum: SHA-256 of a large file, git's of another; a file is read only where the size agrees."""
+    """Compare size, then checksum: SHA-256 of a large file, git's of a small one. Reads it only if the sizes agree."""
     if wanted.upload_info.size != there.size:
         return False
     if there.lfs is not None:

@@ -1,4 +1,4 @@
-"""A model repository on the Hub: what each revision holds, and making one hold something else in a single commit."""
+"""A model repository on the Hub: reads its revisions, and changes one in a single commit."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.secrets import redacted
 
-LARGE = 1 << 20  # bytes; from here on a file is sent by itself, and said to be
+LARGE = 1 << 20  # bytes; a file of this size or more is sent by itself, and logged
 
 
 class Repository:
-    """ORG/NAME. What huggingface_hub raises passes through: `troubles.told` words it."""
+    """The repository ORG/NAME. Errors of huggingface_hub pass through; `troubles.told` makes UserErrors of them."""
 
     def __init__(self, name: str):
         self.name, self.api = name, HfApi()
-        self.sent: list[str] = []  # large files that the Hub has now, and no commit has yet
+        self.sent: list[str] = []  # large files that the Hub has now, but that are in no commit yet
         self.changed: dict[str, None] = {}  # branches that have a new commit of ours, in order
 
     def url(self, branch: str = MAIN) -> str:
@@ -40,22 +40,22 @@ class Repository:
         return self.api.repo_exists(self.name)
 
     def make(self, private: bool) -> None:
-        """Create it where it is not there. Raises UserError where it is public, and `private` was asked for."""
+        """Create it if it does not exist. Raises UserError if it exists and is public, but `private` is True."""
         if not self.exists():
-            self.api.create_repo(self.name, private=private or None, exist_ok=True)  # None: as its owner has set it
+            self.api.create_repo(self.name, private=private or None, exist_ok=True)  # None: the owner's default
         elif private and not self.api.repo_info(self.name).private:
             raise UserError(
-                f"{self.url()} is there already, and public; make it private in its settings, or leave out --private"
+                f"{self.url()} exists already and is public; make it private in its settings, or leave out --private"
             )
 
     def can_be_seen(self) -> bool:
-        """Whether it can be compared with; why not is said."""
+        """Whether the repository can be read; if not, print the reason."""
         try:
             with told(self.name):
                 self.branches()
             return True
         except UserError as error:
-            say(f"{error}: this is told as if nothing were there")
+            say(f"{error}: this shows a push to an empty repository")
             return False
 
     def branches(self) -> dict[str, str]:
@@ -77,28 +77,28 @@ class Repository:
         return self.api.list_repo_commits(self.name, revision=branch)[0].message
 
     def text(self, path: str, branch: str) -> str | None:
-        """A small file of a branch, None where there is none."""
+        """The content of a small file of a branch; None if there is no such file."""
         with TemporaryDirectory() as folder:
             try:
                 copy = self.api.hf_hub_download(self.name, path, revision=branch, local_dir=folder)
             except (RemoteEntryNotFoundError, RevisionNotFoundError):
                 return None
-            except LocalEntryNotFoundError as error:  # it is not known whether there is one: the Hub did not answer
+            except LocalEntryNotFoundError as error:  # the Hub did not answer, so it may exist
                 raise HubAway(
-                    f"{self.api.endpoint} does not give {path} ({first_line(error.__cause__ or error)})"
+                    f"{self.api.endpoint} does not send {path} ({first_line(error.__cause__ or error)})"
                 ) from None
             return Path(copy).read_bytes().decode("utf-8", errors="replace")
 
     def plan(self, files: Mapping[str, Path | bytes], branch: str | None) -> Plan:
-        """What makes the branch have these files; of None, what makes a new one have them."""
+        """The plan that gives these files to a branch, or to a new branch if `branch` is None."""
         wanted = [CommitOperationAdd(path, source) for path, source in files.items()]
         return compare(wanted, Head() if branch is None else self.head(branch))
 
     def carry_out(self, plan: Plan, branch: str, title: str, note: str = "") -> None:
-        """The whole plan in one commit; none where there is nothing to do.
+        """Carry out the whole plan in one commit; if the plan is empty, do nothing.
 
-        Large files are sent first: what was sent is not sent again, whatever breaks behind it. Where somebody else
-        has committed since the plan was made, ours goes on top if it touches other files; else Conflict is raised.
+        Large files are sent first, so that they need not be sent again if a later request fails. If somebody else has
+        committed since the plan was made, our commit goes on top if it touches other files; else Conflict is raised.
         """
         if not plan:
             return
@@ -112,12 +112,13 @@ class Repository:
         except HTTPError as error:
             if status_of(error) != 412 and not may_pass(error):
                 raise
-            # The head has moved, or an answer was lost: a second look, and a second try, but not a third.
+            # The head has moved, or an answer was lost: compare again, and try a second time, but not a third.
             then, plan = plan.head, compare(plan.wanted, self.head(branch))
             if theirs := sorted(plan.paths & then.differs(plan.head)):
                 raise Conflict(
-                    f"somebody else has changed {', '.join(theirs)} on {branch} of {self.name} meanwhile; nothing of "
-                    f"it was overwritten: look at {self.url(branch)}, and run the same command again to put ours on top"
+                    f"somebody else has changed {', '.join(theirs)} on {branch} of {self.name} in the meantime; "
+                    f"nothing was overwritten: look at {self.url(branch)}, and run the same command again to put "
+                    "ours on top"
                 ) from None
             if plan:  # else our commit is there
                 self._commit(plan, branch, title, note)
@@ -125,12 +126,12 @@ class Repository:
         self.changed[branch] = None
 
     def _make_branch(self, branch: str) -> None:
-        """From the very first commit, which is empty: a checkpoint does not inherit what main has beside the model."""
+        """Branch from the first commit, which is empty, so that a checkpoint does not inherit main's other files."""
         first = self.api.list_repo_commits(self.name, revision=MAIN)[-1].commit_id
         self.api.create_branch(self.name, branch=branch, revision=first, exist_ok=True)
 
     def _send(self, plan: Plan, branch: str) -> None:
-        """What the Hub keeps as large files (LFS, Xet), without a commit: large ones one by one, then the others."""
+        """Send the files that the Hub stores as LFS or Xet, without a commit: large ones first, one by one."""
         for one in plan.add:
             if one.upload_info.size >= LARGE:
                 say(f"sending {one.path_in_repo}, {human_size(one.upload_info.size)}")
@@ -158,15 +159,15 @@ class Repository:
         self.api.create_tag(self.name, tag=name, revision=branch)
 
     def standing(self) -> str:
-        """What of this push is up, for who has to go on with it."""
+        """What this push has changed on the Hub so far, for a message about how to resume."""
         up = [
             *([several(self.changed)] if self.changed else []),
             *(f"{path}, not yet in a commit" for path in self.sent),
         ]
-        return f"up is {', '.join(up)}" if up else f"nothing was changed on {self.name}"
+        return f"uploaded: {', '.join(up)}" if up else f"nothing was changed on {self.name}"
 
 
 def several(names: Collection[str]) -> str:
-    """All of a few; of many the first and the last."""
+    """All names if there are few, else the first, the last and the number."""
     first, *others = names
     return ", ".join(names) if len(names) < 8 else f"{first} … {others[-1]} ({len(names)} branches)"

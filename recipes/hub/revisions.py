@@ -1,4 +1,4 @@
-"""Names of revisions, as Pythia has them: a branch `step1000` a checkpoint; and `revisions.txt`, which lists them."""
+"""Names of revisions, like Pythia's: a branch `step1000` per checkpoint; and `revisions.txt`, which lists them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def branch_of(step: int) -> str:
 
 
 def final_tag(step: int) -> str:
-    """Of the end of training: it stays, whatever main becomes."""
+    """The tag of the end of training. It stays even if main changes."""
     return f"final-step{step}"
 
 
@@ -23,6 +23,6 @@ def is_checkpoint(branch: str) -> bool:
 
 
 def listing(branches: Iterable[str]) -> bytes:
-    """The branches of checkpoints, one a line, in order."""
+    """The branches of checkpoints in the order of their steps, one per line."""
     steps = sorted(int(name.removeprefix("step")) for name in branches if is_checkpoint(name))
     return "".join(f"{branch_of(step)}\n" for step in steps).encode()

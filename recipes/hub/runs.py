@@ -1,7 +1,7 @@
-"""A run's checkpoints as revisions of one repository, named as Pythia names them; also while it still trains.
+"""Pushes a run's checkpoints as revisions of one repository, named like Pythia's, even while the run trains.
 
-Each checkpoint is a branch `step1000`; `main` has the newest one, and `revisions.txt` with the names of the branches.
-A complete run's last commit on `main` has the tag `final-step143000`, which stays where it is whatever `main` becomes.
+Each checkpoint is a branch `step1000`. `main` has the newest one, and `revisions.txt` with the names of the branches.
+When a run is complete, its commit on `main` gets the tag `final-step143000`, which stays even if `main` changes.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from sinkmodel.export import export
 from sinkmodel.files import DiskFull
 from sinkmodel.locks import LOCK, locked
 
-LOOK = 10.0  # seconds between two looks for a new checkpoint
-PATIENCE = 60.0  # seconds until the next try where the Hub is away
+LOOK = 10.0  # seconds between two checks for a new checkpoint
+PATIENCE = 60.0  # seconds until the next try if the Hub cannot be reached
 
 
 class RunPush:
-    """Which checkpoints of a run are on the Hub; those that are not are exported one after the other, and pushed.
+    """Finds which checkpoints of a run are not on the Hub, exports them one after the other, and pushes them.
 
     Args:
-        every: of the branches, steps that it divides; None for all that there are.
-        dtype: of the exported weights.
-        workdir: where the one export that there is at a time lies.
-        card: what the cards tell; None for none. Report and results are about the newest checkpoint, on `main`.
+        every: push branches of the steps divisible by this; None pushes all checkpoints.
+        dtype: type of the exported weights.
+        workdir: folder for the exports, of which there is one at a time.
+        card: inputs of the cards; None writes no cards. Report and results go to the card of the newest checkpoint, on
+            `main`.
     """
 
     def __init__(
@@ -50,26 +51,26 @@ class RunPush:
         self.run, self.repository, self.every, self.dtype, self.card = run, repository, every, dtype, card
         self.workdir = workdir / f".{run.resolve().name}.push"
         self.planned = planned_steps(run)
-        self.on_main: int | None = None  # the step that this process has put there
-        self.settled: set[int] = set()  # steps with nothing left to do about their branch
+        self.on_main: int | None = None  # the step that this process has put on main
+        self.settled: set[int] = set()  # steps whose branch needs no more work
         self.failed: dict[int, str] = {}
 
     def steps(self) -> dict[int, Path]:
-        """The checkpoints that are there. Raises UserError if there is none, or one is a link out of the run."""
+        """The run's checkpoints by step. Raises UserError if there are none, or one is a link out of the run."""
         if steps := checkpoint_steps(self.run):
             for path in steps.values():
                 real(self.run, path)
             return steps
-        raise UserError(f"{self.run} holds no checkpoints/step*.ckpt yet; with --follow they are waited for")
+        raise UserError(f"{self.run} holds no checkpoints/step*.ckpt yet; add --follow to wait for them")
 
     def push(self, follow: bool = False) -> None:
-        """All that is there; with `follow` also what comes, until the run is complete.
+        """Push all checkpoints; with `follow` also new ones, until the run is complete.
 
-        Raises UserError where the Hub refuses, and, behind all others, for checkpoints that cannot be read.
+        Raises UserError if the Hub refuses, and, after pushing the others, if checkpoints cannot be read.
         """
         try:
             with locked(self.workdir):
-                for left_over in self.workdir.iterdir():  # of a push that was killed
+                for left_over in self.workdir.iterdir():  # from a push that was killed
                     if left_over.name != LOCK:
                         shutil.rmtree(left_over)
                 if not follow:
@@ -81,10 +82,10 @@ class RunPush:
                 self.workdir.rmdir()
         if self.failed:
             failed = "; ".join(f"{branch_of(step)}: {why}" for step, why in self.failed.items())
-            raise UserError(f"not pushed are {failed}")
+            raise UserError(f"these were not pushed: {failed}")
 
     def rehearse(self, seen: bool) -> list[str]:
-        """What `push` would do now, a line a revision; `seen`: whether the repository can be compared with."""
+        """What `push` would do now, one line per revision. If not `seen`, the repository could not be read."""
         steps = self.steps()
         newest, missing = max(steps), sorted(self._missing(steps) if seen else self._wanted(steps))
         lines = [f"{branch_of(step)}  {human_size(size_of_export(steps[step], self.dtype))}" for step in missing]
@@ -101,7 +102,7 @@ class RunPush:
         return self.planned in (self.on_main, *self.failed)
 
     def _push_patiently(self) -> None:
-        """What is there, and the wait for more."""
+        """Push the present checkpoints, then wait for more."""
         steps = set(checkpoint_steps(self.run))
         try:
             with told(self.repository.name):
@@ -118,7 +119,7 @@ class RunPush:
             time.sleep(LOOK)
 
     def _push_what_is_there(self) -> None:
-        """Branches in the order of their steps; then `main`, from the newest checkpoint that can be read."""
+        """Push branches in the order of their steps; then `main`, from the newest checkpoint that can be read."""
         steps = self.steps()
         missing = self._missing(steps)
         for step in sorted(missing - {max(steps)}):
@@ -130,7 +131,7 @@ class RunPush:
             self.repository.tag(final_tag(self.planned), MAIN)
 
     def _missing(self, steps: dict[int, Path]) -> set[int]:
-        """Steps whose branch is not there, or was made from another checkpoint, or was changed since."""
+        """Steps whose branch does not exist, or whose newest commit is not from this checkpoint."""
         wanted, branches = self._wanted(steps) - self.settled, self.repository.branches()
         there = {step for step in wanted if branch_of(step) in branches and self._is_from(step, steps[step])}
         if there:
@@ -144,14 +145,14 @@ class RunPush:
         return False
 
     def _note(self, checkpoint: Path) -> str:
-        """What a commit says of its source: the same note, the same files, and no need to export them again."""
+        """The text by which a commit names its source. If a branch has the same note, it has the same files."""
         return f"checkpoint sha256 {digest_of(checkpoint)}, {self.dtype}, sinkmodel {version('sinkmodel')}"
 
     def _push_step(self, step: int, checkpoint: Path, branch: bool, main: bool) -> bool:
-        """Export a checkpoint, push it, remove the export; whether it could be exported."""
+        """Export a checkpoint, push it, and remove the export. Returns whether it could be exported."""
         folder = self.workdir / branch_of(step)
-        with contextlib.ExitStack() as behind:
-            behind.callback(shutil.rmtree, folder, ignore_errors=True)
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
             note = self._export(step, checkpoint, folder)
             if note is None:
                 return False
@@ -167,7 +168,7 @@ class RunPush:
         return True
 
     def _export(self, step: int, checkpoint: Path, folder: Path) -> str | None:
-        """The note; None for a checkpoint that cannot be read, which does not keep the others back."""
+        """Export, and return the note; None if the checkpoint cannot be read, so that the others are still pushed."""
         say(f"{branch_of(step)}: exporting {checkpoint}")
         try:
             note = self._note(checkpoint)
@@ -184,12 +185,12 @@ class RunPush:
 
 
 def size_of_export(checkpoint: Path, dtype: str) -> int:
-    """Bytes of the weights, tied ones once; config and tokenizer are little beside them."""
+    """Bytes of the exported weights, with tied ones counted once. Config and tokenizer are small in comparison."""
     content = read_checkpoint(checkpoint)
     recipe = Recipe.from_dict(content["recipe"])
     if recipe.parts == "all":
         weights = {weight.data_ptr(): weight.numel() for weight in weights_of(content).values()}
-    else:  # the rest lies with the base
+    else:  # the checkpoint holds only what was trained: count the whole model
         fields = dict(recipe.model_config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
@@ -198,9 +199,11 @@ def size_of_export(checkpoint: Path, dtype: str) -> int:
 
 
 def planned_steps(run: Path) -> int:
-    """How many steps the run's config plans. Raises UserError where the folder is no run's."""
+    """Number of steps in the run's config. Raises UserError if the folder is not that of a run."""
     config = run / "config.yaml"
     try:
         return int(yaml.safe_load(real(run, config).read_text(encoding="utf-8"))["schedule"]["steps"])
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError):
-        raise UserError(f"{config} is not there, or plans no steps; give the folder that sink-pretrain wrote") from None
+        raise UserError(
+            f"{config} does not exist, or names no schedule.steps; give the folder that sink-pretrain wrote"
+        ) from None

@@ -1,4 +1,4 @@
-"""What a run starts from: random weights of a shape, or a model that exists and its place for a sink."""
+"""The model that a run starts from: random weights of a shape, or an existing model that gets room for a sink."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from sinkmodel.tokenizer import TextTokenizer
 from sinkmodel.tokenizer_loading import load_text_tokenizer
 from sinkmodel.trainable import check_trainable, silence_dropout
 
-UNKNOWN_LR = 5e-5  # of a base that states no rate
-FROZEN_LR = {"sink": 2e-2, "sink+norms": 1e-3}  # at the rate of the row alone norms ruin the model
+UNKNOWN_LR = 5e-5  # if the base records no learning rate
+FROZEN_LR = {"sink": 2e-2, "sink+norms": 1e-3}  # norms trained at the row's rate would ruin the model
 
 
 @dataclass(frozen=True)
 class OpenBase:
-    """The model in `model.start_from`, as it was loaded."""
+    """The model in `model.start_from`, as loaded."""
 
     loaded: LoadedModel
     text: TextTokenizer
     record: Base
-    provenance: Mapping[str, Any]  # of a run of ours or its export; else empty
+    provenance: Mapping[str, Any]  # empty unless the model is a run of ours or its export
 
     @property
     def ours(self) -> bool:
@@ -52,11 +52,11 @@ class Start:
     """The model of a run before its first step.
 
     Args:
-        text: the tokenizer of the data, with what the base's tokenizer adds to it.
-        front: ids in front of every row: the sinks, or what a vanilla model has had there.
+        text: the data's tokenizer, with the base's chat template and, without sinks, the tokens in `front`.
+        front: token ids in front of every row: the sinks, or those that the base has always had there.
         base: None for a model with random weights.
-        embedding: of a frozen model, with the rows that are trained.
-        generation: how the base wants to be generated from; see `bases.generation_of`.
+        embedding: the embedding of a frozen model, which holds the trained rows; None if all weights are trained.
+        generation: the base's settings for generation; see `bases.generation_of`.
     """
 
     model: PreTrainedModel
@@ -68,9 +68,9 @@ class Start:
 
 
 def open_base(config: PretrainConfig) -> OpenBase | None:
-    """Load `model.start_from`; None without one.
+    """Load the model in `model.start_from`; None if the config names none.
 
-    Raises UserError if there is no such model, if memory is too small for it, or if training cannot compute it.
+    Raises UserError if there is no such model, if memory is too small for it, or if it cannot be trained here.
     """
     name = config.model.start_from
     if name is None:
@@ -83,7 +83,7 @@ def open_base(config: PretrainConfig) -> OpenBase | None:
 
 
 def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> PretrainConfig:
-    """The config with all that depends on the base decided: shape, learning rate, rows to skip.
+    """The config with everything filled in that depends on the base: shape, learning rate, rows to skip.
 
     Raises UserError for keys that contradict the base.
     """
@@ -96,7 +96,7 @@ def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> 
     skip = _rows_read(config, base, train) if config.data.skip is None else config.data.skip
     settled = replace(
         config,
-        step=base.record.step,  # also if it was not given: the run in model.start_from may be trained further
+        step=base.record.step,  # recorded even if not given: the run in model.start_from may be trained further
         model=_shape_of(config.model, base),
         optimizer=replace(config.optimizer, lr=lr),
         schedule=replace(config.schedule, min_lr=min_lr),
@@ -107,7 +107,7 @@ def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> 
 
 
 def build_start(config: PretrainConfig, base: OpenBase | None, text: TextTokenizer) -> Start:
-    """The model in fp32 on the CPU, a function of config, base and tokenizer alone: twins start equal.
+    """The model in fp32 on the CPU. It depends on config, base and tokenizer alone, so that twins start equal.
 
     Raises UserError if the data was prepared with another tokenizer than the base's, or if the sinks do not fit it.
     """
@@ -125,7 +125,7 @@ def build_start(config: PretrainConfig, base: OpenBase | None, text: TextTokeniz
     _check_sink(config, base, text)
     text = replace(text, chat_template=base.text.chat_template)
     before = [] if base.ours else base.loaded.sink_ids
-    grow(model, text.vocabulary, max(1, sink.tokens))  # a vanilla model too, so that twins have one shape
+    grow(model, text.vocabulary, max(1, sink.tokens))  # a vanilla model too, so that twins have the same shape
     if sink.kind == "token" and not (base.ours and kind_of(model.config) == "token"):
         start_rows(model, text.vocabulary, sink.tokens, config.model.sink_row, before, config.seed)
     embedding = freeze(model, config.training.parts, text.vocabulary, sink.tokens)
@@ -136,19 +136,19 @@ def build_start(config: PretrainConfig, base: OpenBase | None, text: TextTokeniz
 
 
 def _check_sink(config: PretrainConfig, base: OpenBase, text: TextTokenizer) -> None:
-    """UserError if the base has another sink, which it cannot lose, or would need one in its softmax."""
+    """UserError if the base has a different sink, which cannot be removed, or would have to get one in its softmax."""
     have, want = kind_of(base.loaded.model.config), config.sink.kind
     ids, wanted = sink_ids_of(base.loaded.model.config), config.sink.ids(text.vocabulary)
     name = base.record.name
     if have in IN_SOFTMAX and config.training.parts != "all":
         raise UserError(
-            f"{name} has a sink of kind {have}, which is no row of the embedding: training.parts is "
-            f"{config.training.parts} for sinks of kind token; start from another model, or set training.parts to all"
+            f"{name} has a sink of kind {have}, which is not a row of the embedding, and training.parts "
+            f"{config.training.parts} needs sinks of kind token; start from another model, or set training.parts to all"
         )
     if have != want and (have != "none" or want in IN_SOFTMAX):
         raise UserError(
-            f"{name} has a sink of kind {have}, this run has sink.kind {want}; a model that exists can only get sinks "
-            f"of kind token, and keeps what it has: set sink.kind to {'token' if have == 'none' else have}"
+            f"{name} has a sink of kind {have}, this run has sink.kind {want}; an existing model can only get sinks "
+            f"of kind token, and keeps the sink that it has: set sink.kind to {'token' if have == 'none' else have}"
         )
     if have == "token" and ids != wanted:
         raise UserError(f"{name} has {len(ids)} sinks, this run has {len(wanted)}; set sink.count to {len(ids)}")
@@ -156,11 +156,11 @@ def _check_sink(config: PretrainConfig, base: OpenBase, text: TextTokenizer) -> 
         raise UserError(f"{name} has a trained sink, and its training continues; leave model.sink_row out")
 
 
-# ----------------------------------------------------------------------------------------------- what a base decides
+# -------------------------------------------------------------------------------------- settings that the base decides
 
 
 def _shape_of(asked: ModelSettings, base: OpenBase) -> ModelSettings:
-    """The base's shape, as far as the config of its architecture gives it. UserError if another one was asked for."""
+    """The base's shape, read from its config. UserError if the run's config asks for a different one."""
     config = base.loaded.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
@@ -190,7 +190,7 @@ def _shape_of(asked: ModelSettings, base: OpenBase) -> ModelSettings:
 
 
 def _last_rate(base: OpenBase) -> float | None:
-    """The learning rate at which a run of ours trained all weights last; None if there is none, or it is 0."""
+    """The learning rate of the base's last step, if a run of ours trained all its weights; else, or if 0, None."""
     if base.provenance.get("parts", "all") != "all":  # the rate of a sink's row would ruin the other weights
         return None
     try:
@@ -201,7 +201,7 @@ def _last_rate(base: OpenBase) -> float | None:
 
 
 def _rows_read(config: PretrainConfig, base: OpenBase, train: TokenSplit) -> int:
-    """Rows of this data, in this order, that the base has been trained on."""
+    """How many rows of this data, in this order, the base has been trained on."""
     try:
         run, data = base.provenance["config"], base.provenance["data"]
         same = data["fingerprint"] == train.fingerprint and run["seed"] == config.seed
@@ -215,12 +215,12 @@ def _rows_read(config: PretrainConfig, base: OpenBase, train: TokenSplit) -> int
 def moments_of(
     config: PretrainConfig, base: OpenBase | None, model: torch.nn.Module
 ) -> dict[int, dict[str, torch.Tensor]] | None:
-    """The optimiser's state in `optimizer.start_from`, by the number of the parameter; None if there is none to take.
+    """The optimiser's state in `optimizer.start_from`, by parameter number; None if none is to be loaded.
 
-    A run that resumes from a checkpoint of its own has its own state. If `optimizer.start_from` is a run, the state is
-    that of the step of the base, also if the base is an export.
+    None is loaded if the run resumes from a checkpoint of its own, which holds its state. If `optimizer.start_from` is
+    a run, the state is that of the base's step, even if the base is an export.
 
-    Raises UserError if it belongs to other parameters than those that are trained here.
+    Raises UserError if the state belongs to other parameters than those that are trained here.
     """
     name = config.optimizer.start_from
     if name is None or base is None or checkpoint_steps(Path(config.output)):
@@ -234,7 +234,7 @@ def moments_of(
     if {number: tuple(one["exp_avg"].shape) for number, one in state.items()} != shapes:
         raise UserError(
             f"optimizer.start_from: {file} has moments of other parameters than this run trains; leave it out, or give "
-            "the checkpoint that model.start_from was made from"
+            "the checkpoint that the model in model.start_from was made from"
         )
     return state
 

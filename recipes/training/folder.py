@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, metrics.csv, checkpoints/; what may go on in it, and where a run goes on."""
+"""The run folder (config.yaml, metrics.csv, checkpoints/): which run may resume in it, and from which checkpoint."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ from sinkmodel.secrets import all_redacted
 from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import SinkConfig
 
-# Keys that a resumed run may change: they say where and how it runs, not what is computed.
-# On other processes or under another strategy it reads the same rows, and its losses are equal to rounding.
+# Keys that a resumed run may change: they decide where and how it runs, not what it computes.
+# With another number of processes or another strategy it reads the same rows, and its losses are equal up to rounding.
 FREE_TO_CHANGE: tuple[str, ...] = (
     "output",
     "data.path",
@@ -53,12 +53,12 @@ FREE_TO_CHANGE: tuple[str, ...] = (
 )
 FREE_TO_CHANGE += ("training.strategy", "training.devices", "training.micro_rows", "training.timeout")
 DEFAULTS = flatten(PretrainConfig(output="-", data=DataSettings(path="-")))  # these two have none
-UNDECIDED = {"optimizer.lr": None, "schedule.min_lr": None}  # by default, of a model that exists
-FREE_GROUPS = ("checkpoints.", "logging.", "schedule.")  # of the last `starting_point` says how far
+UNDECIDED = {"optimizer.lr": None, "schedule.min_lr": None}  # defaults with `model.start_from`
+FREE_GROUPS = ("checkpoints.", "logging.", "schedule.")  # `starting_point` checks a changed schedule
 
 
 def saved_config(run: Path) -> dict[str, Any] | None:
-    """The config of the run in a folder, flat; None if there is no run yet. UserError if it holds something else."""
+    """The flattened config of the run in a folder; None if it holds no run yet. UserError if it holds anything else."""
     if not run.exists():
         return None
     saved = run / "config.yaml"
@@ -70,16 +70,16 @@ def saved_config(run: Path) -> dict[str, Any] | None:
 
 
 def check_folder(run: Path, config: PretrainConfig) -> None:
-    """Raises UserError if the folder holds another run, or something else."""
+    """Raises UserError if the folder holds another run, or anything else."""
     if (saved := saved_config(run)) is None:
         return
-    # A run of an earlier version lacks the keys that are new; it was what they are by default.
+    # A run of an earlier version lacks new keys; it behaved as their defaults do.
     before, now = DEFAULTS | saved, flatten(config)
     names = {before.get("model.start_from"), now.get("model.start_from")}
-    moved = len(names) == 2 and None not in names  # perhaps: `check_unchanged` compares the fingerprints
-    # Keys of the run itself first: `step` decides others.
+    moved = len(names) == 2 and None not in names  # possibly: `check_unchanged` compares fingerprints
+    # Top-level keys first, because `step` decides others.
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key.count("."), key)):
-        if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS) or now.get(key) == "auto":  # decided where it runs
+        if key in FREE_TO_CHANGE or key.startswith(FREE_GROUPS) or now.get(key) == "auto":  # resolved at start
             continue
         if before.get(key) != now.get(key) and not (moved and key == "model.start_from"):
             key = "model.start_from" if moved and key.startswith("model.") else key  # another base has another shape
@@ -90,12 +90,12 @@ def check_folder(run: Path, config: PretrainConfig) -> None:
 
 
 def starting_point(run: Path, config: PretrainConfig) -> Path | None:
-    """The newest checkpoint that the run can be resumed from, None before the first; one that is damaged is logged.
+    """The newest checkpoint that the run can be resumed from; None if there is no checkpoint.
 
-    If the config has another schedule than the run had, it is the newest one at which the learning rate does not jump:
-    of a run that is made longer with `wsd`, the last one before its decay.
+    Damaged checkpoints are skipped and logged. If the schedule has changed, it is the newest checkpoint at which the
+    learning rate does not jump: the last one before the decay, if a `wsd` run is made longer.
 
-    Raises UserError if there are checkpoints and the run cannot be resumed from any: it would write over them.
+    Raises UserError if none of the checkpoints can be used: the run would overwrite them.
     """
     newest: tuple[int, ScheduleSettings] | None = None
     for step, path in reversed(checkpoint_steps(run).items()):
@@ -105,10 +105,10 @@ def starting_point(run: Path, config: PretrainConfig) -> Path | None:
             if before is None or config.schedule.continues(before, step, config.optimizer.peak):
                 return path
         except UserError as error:
-            say(f"{error}; going back to the one before")
+            say(f"{error}; trying the previous checkpoint")
             continue
         newest = newest or (step, before)
-        if config.schedule.steps <= before.steps:  # it is not made longer: nobody asked for an earlier checkpoint
+        if config.schedule.steps <= before.steps:  # only a longer run may resume from an earlier checkpoint
             break
     if newest is not None:
         raise _jump(run, config, *newest)
@@ -118,13 +118,13 @@ def starting_point(run: Path, config: PretrainConfig) -> Path | None:
 
 
 def _schedule_of(checkpoint: dict[str, Any]) -> ScheduleSettings | None:
-    """The schedule that a checkpoint was trained with; None if it does not say."""
+    """The schedule that a checkpoint was trained with; None if it does not record one."""
     config = Recipe.from_dict(checkpoint["recipe"]).provenance.get("config", {})
     return ScheduleSettings(**config["schedule"]) if "schedule" in config else None
 
 
 def _jump(run: Path, config: PretrainConfig, step: int, before: ScheduleSettings) -> UserError:
-    """Why a run cannot be resumed with another schedule at its newest checkpoint, which is of `step`."""
+    """The error for a run whose newest checkpoint, of `step`, does not fit the config's schedule."""
     now, peak = config.schedule, config.optimizer.peak
     if step > now.steps:
         what = f"{run} has done {step} steps, more than schedule.steps = {now.steps}"
@@ -135,20 +135,20 @@ def _jump(run: Path, config: PretrainConfig, step: int, before: ScheduleSettings
             f"({now.kind}) the learning rate would jump there from {rates}"
         )
         if now.kind == before.kind == "wsd":
-            what += ", and no checkpoint from before its decay is left"
+            what += ", and there is no checkpoint from before its decay"
     other = {f"schedule.{key}": value for key, value in asdict(before).items() if value != getattr(now, key)}
     longer = "" if now.kind == "wsd" else "; a run with schedule.kind wsd can be made longer"
     return UserError(f"{what}; resume with {as_options(other)}, or choose another --output to train anew{longer}")
 
 
 def as_options(values: dict[str, Any]) -> str:
-    """`--key value …` to copy, as the command line takes numbers, lists and null."""
+    """The values as `--key value …`, quoted so that a user can copy them to the command line."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     return shell(*(word for key, text in texts.items() for word in (f"--{key}", text)))
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module, datamodule: TextDataModule, wanted: SinkConfig) -> None:
-    """Raises UserError if the checkpoint has another sink, shape, data or order; Lightning would find out later."""
+    """Raises UserError if the checkpoint has another sink, shape, data or order. Lightning would fail only later."""
     checkpoint = read_checkpoint(path)
     sink = Recipe.from_dict(checkpoint["recipe"]).sink
     if sink != wanted:
@@ -164,17 +164,18 @@ def write_folder(run: Path, config: PretrainConfig, start: Path | None) -> None:
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     if start is not None:
         _set_aside(run, config, start)
-    for left_over in run.rglob(".*.part"):  # what a kill left half-written
+    for left_over in run.rglob(".*.part"):  # files that a kill left half-written
         left_over.unlink()
     with atomic_file(run / "config.yaml") as aside:
         aside.write_text(dump_config(config), encoding="utf-8")
 
 
 def _set_aside(run: Path, config: PretrainConfig, start: Path) -> None:
-    """Before a run takes another schedule from an earlier checkpoint: keep its end as a run folder of its own.
+    """If the schedule has changed, move what the run did after `start` to a run folder of its own.
 
-    `RUN/until-step100` gets the checkpoints after `start`, and a copy of the config and of every number. The wandb run
-    stays with it, as wandb takes no step twice. A kill leaves the old config.yaml, so that the rest follows next time.
+    `RUN/until-step100` gets the checkpoints after `start`, and copies of the config and of all logged numbers. The
+    identity of the wandb run moves there too, since wandb accepts no step twice. If this is killed, the old config.yaml
+    is still there, so the next start finishes the work.
     """
     before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     if before["schedule"] == asdict(config.schedule):
@@ -182,7 +183,7 @@ def _set_aside(run: Path, config: PretrainConfig, start: Path) -> None:
     step = Recipe.from_dict(read_checkpoint(start)["recipe"]).step
     later = {at: path for at, path in checkpoint_steps(run).items() if at > step}
     last = max([step, *later, *(int(row["step"]) for row in read_metrics(run))])
-    say(f"{run}: another schedule from step {step} on, up to {config.schedule.steps} steps")
+    say(f"{run}: the schedule changes at step {step}, and now has {config.schedule.steps} steps")
     if last == step:
         return
     aside = run / f"until-step{last}"
@@ -197,13 +198,13 @@ def _set_aside(run: Path, config: PretrainConfig, start: Path) -> None:
         write_manifest(aside / "checkpoints", path.name, digest_of(path))
         os.replace(path, aside / "checkpoints" / path.name)
     write_manifest(run / "checkpoints")
-    say(f"what the run did after step {step} is kept in {aside}")
+    say(f"the run's checkpoints and numbers after step {step} are kept in {aside}")
 
 
 def provenance_of(
     config: PretrainConfig, train: TokenSplit, world: World, start: Path | None, products: str
 ) -> dict[str, Any]:
-    """Where the weights come from; with `earlier_schedules` if the steps before `start` followed another schedule."""
+    """How the weights were made; with `earlier_schedules` if the steps before `start` followed another schedule."""
     earlier: list[dict[str, Any]] = []
     if start is not None:
         recipe = Recipe.from_dict(read_checkpoint(start)["recipe"])
@@ -231,8 +232,8 @@ def provenance_of(
 
 
 def _command_of(config: PretrainConfig) -> str:
-    """The command that makes this run anew, wherever its keys were given: what decides its numbers, and the data."""
-    needed = ("data.path", "training.micro_rows")  # though they are free to change
+    """A command that repeats this run: all options that decide its numbers, and the path of its data."""
+    needed = ("data.path", "training.micro_rows")  # listed although a resumed run may change them
     with_base = config.model.start_from is not None
     decided = {f"model.{field.name}" for field in fields(ModelShape)} if with_base else set()
     defaults = DEFAULTS | (UNDECIDED if with_base else {})
@@ -245,7 +246,7 @@ def _command_of(config: PretrainConfig) -> str:
 
 
 def hardware(device: str) -> str:
-    """What this process computes on, by its maker's name; a run that goes on elsewhere has the last of them."""
+    """The product name of this process's GPU or CPU. A run that was resumed elsewhere records the last one."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     about = Path("/proc/cpuinfo")
@@ -255,7 +256,7 @@ def hardware(device: str) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that runs, `+` behind it where files differ; None outside of one."""
+    """The commit of the checkout that this runs from, with a `+` if files differ; None outside of a git checkout."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

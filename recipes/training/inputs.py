@@ -1,4 +1,4 @@
-"""What a run reads, held against its config: tokens, their tokenizer, rows of the vocabulary, batches."""
+"""The inputs of a run, checked against its config: token shards, tokenizer, rows of the vocabulary, batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sinkmodel.tokenizer import TextTokenizer, sink_tokenizer
 
 
 def open_data(config: PretrainConfig, verify: str) -> tuple[TokenSplit, TokenSplit | None]:
-    """The splits for training and validation; the latter is None, which is logged, if it has not a single row."""
+    """The splits for training and validation. The latter is None, with a log line, if it has less than one row."""
     folder, sequence = Path(config.data.path), config.data.sequence
     train = open_split(folder, "train", verify)
     if not read_manifest(folder)["splits"].get("validation", {}).get("tokens"):
@@ -33,19 +33,19 @@ def open_data(config: PretrainConfig, verify: str) -> tuple[TokenSplit, TokenSpl
 
 
 def open_tokenizer(config: PretrainConfig, train: TokenSplit) -> TextTokenizer:
-    """What the data was encoded with. UserError where the sinks find no place behind it: no model could be exported."""
+    """The tokenizer of the data. UserError if the sinks cannot be added to it: no model could be exported then."""
     text = TextTokenizer.from_file(train.tokenizer_file, train.eos_id, train.pad_id)
-    if text.vocabulary < train.vocabulary:  # then some of the ids that were looked for are not in it
+    if text.vocabulary < train.vocabulary:  # then the data may hold ids that the tokenizer does not have
         raise UserError(
-            f"{train.tokenizer_file} has {text.vocabulary} ids, the manifest beside it says {train.vocabulary}: it has "
-            "been altered; prepare the folder again with sink-prepare"
+            f"{train.tokenizer_file} has {text.vocabulary} ids, but the manifest beside it states {train.vocabulary}: "
+            "it has been altered; prepare the folder again with sink-prepare"
         )
     sink_tokenizer(text, config.sink)
     return text
 
 
 def vocabulary_rows(config: PretrainConfig, vocabulary: int) -> int:
-    """Rows of the embeddings; UserError where text vocabulary and sinks do not fit in."""
+    """Number of rows of the embedding. UserError if the text vocabulary and the sinks do not fit in."""
     rows = padded_vocabulary(vocabulary) if config.model.vocabulary is None else config.model.vocabulary
     if vocabulary + config.sink.tokens > rows:
         raise UserError(

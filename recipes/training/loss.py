@@ -1,8 +1,8 @@
 """Head and cross-entropy in chunks, so that the logits of a whole batch never exist.
 
-32 rows × 2,048 places × 50,304 words in fp32 are 13.2 GB. Here the logits of one chunk of places live at a time: the
-gradient of the loss with respect to them is known as soon as they are, so hidden and weight gradients are computed in
-the forward pass and only scaled in the backward pass. Nothing is computed twice.
+The logits of 32 rows × 2,048 positions × 50,304 words in fp32 take 13.2 GB. Here only the logits of one chunk of
+positions exist at a time. Their gradient is known as soon as they are, so the gradients of hidden states and weights
+are computed in the forward pass, and the backward pass only scales them. Nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from sinkmodel.products import linear, matmul
 
 
 class LossHead(nn.Linear):
-    """The model's own output projection, the same weight and bias, that returns the loss if it is given targets.
+    """Replaces the model's output projection, with the same weight and bias; returns the loss if given targets.
 
-    The weight is used inside of its own module's forward, as a strategy that gathers weights module by module (ZeRO-3)
-    needs it.
+    It takes that place because ZeRO-3 gathers a weight only for the forward of the module that owns it.
     """
 
     chunk: int
     softmax: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(self, head: nn.Linear, chunk: int, compiled: bool = False):
-        nn.Module.__init__(self)  # no weight of its own, not even for a moment
+        nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.in_features, self.out_features = head.in_features, head.out_features
         self.weight, self.chunk = head.weight, chunk
         self.softmax = torch.compile(scaled_softmax, dynamic=False) if compiled else scaled_softmax
@@ -41,7 +40,7 @@ class LossHead(nn.Linear):
         rows_SD: torch.Tensor | None = None,
         first_row: int = 0,
     ):
-        """Logits [N, V]; with targets, mean nll and nll [N] of `chunked_cross_entropy`, whose `rows_SD` these are."""
+        """Logits [N, V]; with targets, the mean nll and nll [N] of `chunked_cross_entropy`, which has the same Args."""
         if targets_N is None:
             assert rows_SD is None, "rows are for the loss"
             return super().forward(hidden_ND)
@@ -55,8 +54,8 @@ def scaled_softmax(logits_nV: torch.Tensor, scale_n1: torch.Tensor) -> tuple[tor
 
     The logits may be overwritten.
 
-    Compiled it reads the logits twice and writes once, where op by op it goes over them seven times: on an H100 that
-    is a third of a step of Pythia-160M.
+    Compiled, it reads the logits twice and writes them once; uncompiled, it passes over them seven times. On an H100
+    the difference is a third of a step of Pythia-160M.
     """
     x_nV = logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32))
     lse_n1 = x_nV.logsumexp(1, keepdim=True)
@@ -73,26 +72,26 @@ def chunked_cross_entropy(
     rows_SD: torch.Tensor | None = None,
     first_row: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean negative log-likelihood over the targets that are not IGNORE, and that of each place.
+    """Mean negative log-likelihood over the targets that are not IGNORE, and that of each position.
 
-    An input that needs no gradient costs none: no buffer of its size, no product.
+    For an input that needs no gradient none is computed, and no buffer is allocated.
 
     Args:
         hidden_ND: last hidden states, [N, D].
         head_VD: weight of the output projection, [V, D].
         targets_N: int64, [N].
-        chunk: places whose logits exist at a time.
+        chunk: number of positions whose logits exist at a time.
         softmax: `scaled_softmax`, compiled or not.
         bias_V: bias of the output projection, [V].
-        rows_SD: values that rows `first_row` … `first_row` + S − 1 of the weight have instead of their own, [S, D]:
-            a few rows can be trained on a weight that is frozen, at the cost of S columns. The weight is not copied,
-            and gets no gradient in these rows.
-        first_row: the first of them, at most V − S.
+        rows_SD: values used instead of rows `first_row` … `first_row` + S − 1 of the weight, [S, D]. So a few rows of
+            a frozen weight can be trained, at the cost of S more columns. The weight is not copied, and gets no
+            gradient in these rows. None uses the weight's own rows.
+        first_row: the first replaced row, at most V − S.
 
     Returns:
-        The mean in nats, a scalar with gradients, and nll [N] in fp32 (fp64 for fp64) without (0 at IGNORE).
+        The mean in nats, a scalar with gradients, and nll [N] without gradients in fp32 (fp64 for fp64), 0 at IGNORE.
     """
-    # Inside apply() gradients always look wanted: whether they are is known out here only.
+    # Inside apply() the grad mode is always off, and ctx.needs_input_grad ignores it: read it out here.
     wanted = torch.is_grad_enabled()
     return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, bias_V, rows_SD, targets_N, first_row, chunk, softmax, wanted)
 
@@ -127,7 +126,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     logits_nV[:, columns] = F.linear(hidden_nD, rows, rows_bias)
                 picked_n1 = logits_nV.gather(1, target_n1).to(wide)
                 if any(wants):
-                    # d mean / d logits = (softmax - one-hot) / count where scored
+                    # d mean / d logits = (softmax - one-hot) / count if scored, else 0
                     scale_n1 = (scored_n.to(wide) / count).unsqueeze(1)
                     lse_n1, grad_nV = softmax(logits_nV, scale_n1)
                     grad_nV.scatter_add_(1, target_n1, -scale_n1.to(dtype))
@@ -135,7 +134,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                         grad_bias_V += grad_nV.sum(0, dtype=wide)
                     if rows_SD is not None:
                         grad_nS = grad_nV[:, columns].clone()
-                        grad_nV[:, columns] = 0  # the weight's own rows had no part
+                        grad_nV[:, columns] = 0  # the weight's own rows were not used
                     if grad_hidden_ND is not None:
                         grad_hidden_ND[part] = matmul(grad_nV, weight_VD)
                         if rows_SD is not None:

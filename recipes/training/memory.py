@@ -1,4 +1,4 @@
-"""Whether a model fits into the memory of this machine, before it is loaded."""
+"""A check, before a model is loaded, that it fits into the memory of this machine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ CONTROL_GROUPS = (
     ("memory.max", "memory.current", "file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
 )
-BYTES = {"all": 16, "sink": 4, "sink+norms": 4}  # a parameter: weight in fp32; trained also gradient and two moments
+# Per parameter: the weight in fp32, and if all are trained, its gradient and two moments.
+BYTES = {"all": 16, "sink": 4, "sink+norms": 4}
 
 
 def refuse_too_little_memory(name: str, step: int | None, parts: str, device: str = "cpu") -> None:
-    """UserError if the weights in `name`, and what training `parts` of them on `device` needs, are more than is free.
+    """Raises UserError if the free memory is too small to load the weights in `name` and train `parts` of them.
 
-    A model on its way to a GPU needs room for its weights alone in the memory of the machine.
+    A model that is trained on a GPU needs main memory for its weights only.
     """
     count, free = parameters_of(name, step), available_memory()
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -39,7 +40,7 @@ def refuse_too_little_memory(name: str, step: int | None, parts: str, device: st
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still have: of the machine, and of the control group that a job runs in."""
+    """Bytes that this process can still allocate, within the machine and the job's control group; None if unknown."""
     found = []
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -50,16 +51,16 @@ def available_memory() -> int | None:
     for limit, used, cached in CONTROL_GROUPS:
         try:
             about = dict(line.split() for line in (GROUPS / "memory.stat").read_text(encoding="ascii").splitlines())
-            # The cache of files is given back when memory is short.
+            # The kernel frees its file cache when memory is short.
             in_use = int((GROUPS / used).read_text(encoding="ascii")) - int(about[cached])
             found.append(int((GROUPS / limit).read_text(encoding="ascii")) - in_use)
-        except (OSError, ValueError, KeyError):  # another version, or no limit: "max"
+        except (OSError, ValueError, KeyError):  # other version of cgroups, or no limit ("max")
             continue
     return min(found, default=None)
 
 
 def parameters_of(name: str, step: int | None = None) -> int | None:
-    """How many parameters a model has, from the headers of its files; None if that is not known before it is loaded."""
+    """Number of parameters of a model, from the headers of its files; None if they do not state it."""
     kind, path = find_model(name)
     if kind in ("run", "file") and (kind == "run" or path.suffix == ".ckpt"):
         content = read_checkpoint(find_checkpoint(path, step))
@@ -77,7 +78,7 @@ def parameters_of(name: str, step: int | None = None) -> int | None:
             from gguf import GGUFReader
 
             return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-        except Exception:  # no such package, or a damaged file: loading explains it
+        except Exception:  # the package is missing, or the file damaged: loading reports it
             return None
     return None
 
@@ -88,5 +89,5 @@ def _numbers_in(path: Path) -> int:
     try:
         with safe_open(path, framework="np") as weights:
             return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    except (SafetensorError, OSError):  # loading explains it
+    except (SafetensorError, OSError):  # loading reports it
         return 0

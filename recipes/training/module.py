@@ -1,4 +1,4 @@
-"""The LightningModule: forward, loss, optimiser; no step of it waits for the device."""
+"""The LightningModule: forward, loss, optimiser. None of its steps waits for the device."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class SinkLanguageModel(LightningModule):
 
     Args:
         model: the decoder, in fp32.
-        sinks: tokens in front of every row.
-        embedding: of a frozen model, with the rows that are trained; see `bases.freeze`.
-        moments: the optimiser's state to begin with, by the number of the parameter.
-        recipe: what a checkpoint of step n says about itself; called at every save.
-        head_chunk: places whose logits exist at a time.
-        compile_model: compile the decoder's body in place, so that names in checkpoints stay as they are, and the loss.
-        products: the library of large fp32 products on a CPU, `torch` or `onednn`; see `sinkmodel.products`. What is
-            compiled keeps its own.
+        sinks: number of tokens in front of every row.
+        recipe: returns what a checkpoint of step n records about itself; called at every save.
+        head_chunk: number of positions whose logits exist at a time.
+        compile_model: compile the loss, and the decoder's body in place, which keeps the names in checkpoints.
+        embedding: the embedding of a frozen model, which holds the trained rows; see `bases.freeze`. None trains all.
+        moments: AdamW's initial state by parameter number; None starts without one.
+        products: the library for large fp32 matrix products on a CPU, `torch` or `onednn`; see `sinkmodel.products`.
+            Compiled parts do not use it.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class SinkLanguageModel(LightningModule):
         self.sinks, self.recipe, self.moments = sinks, recipe, moments
         self.frozen = embedding is not None
         self.strict_loading = not self.frozen  # a checkpoint of a frozen model lacks what is frozen
-        # A head that is tied has the trained rows as well.
+        # A tied head uses the trained rows too.
         self.tied = [embedding] if embedding is not None and head_of(model).weight is embedding.weight else []
         self.optimizer_settings, self.schedule = optimizer, schedule
         model.set_output_embeddings(LossHead(head_of(model), head_chunk, compile_model))
         if compile_model:
             self.model.base_model.compile()
         self.products, self.body_products = products, TORCH if compile_model else products
-        # Of the latest micro-batch: its two losses, [2]; of the latest step: the norm before clipping. On the device.
+        # On the device: the two losses of the latest micro-batch, [2], and the latest gradient norm before clipping.
         self.losses: torch.Tensor | None = None
         self.grad_norm: torch.Tensor | None = None
 
     def configure_model(self) -> None:
-        """FSDP2: a layer at a time, the rest with this module. The other strategies have no device mesh."""
+        """For FSDP2, shard each layer and then the rest of this module. Other strategies have no device mesh."""
         mesh = self.device_mesh
         if mesh is None or hasattr(self, "unshard"):
             return
@@ -81,7 +81,7 @@ class SinkLanguageModel(LightningModule):
         fully_shard(self, mesh=mesh["data_parallel"], mp_policy=policy)
 
     def forward(self, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean nll over all targets of [B, T] rows, with gradients, and over those a twin shares, without."""
+        """Mean nll of [B, T] rows: over all targets, with gradients; over the targets that a twin shares, without."""
         with fast_products(self.body_products):
             hidden_BTD = self.model.base_model(input_ids=inputs_BT, use_cache=False).last_hidden_state
         rows: dict[str, Any] = {}
@@ -98,42 +98,42 @@ class SinkLanguageModel(LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Take over the moments of another run, and one forward and backward pass of DDP for nothing.
+        """Load the moments of another run; with DDP, do a warm-up pass whose gradients are discarded.
 
-        Behind the first one DDP sorts its buckets anew, and with them the order in which three or more ranks are
-        summed: the first step of a run that goes on would not be the step that it was.
+        After its first backward pass DDP rebuilds its buckets. That changes the order in which the gradients of three
+        or more ranks are summed. Without the warm-up, the first step of a resumed run would differ from the original.
         """
         if self.moments is not None and self.trainer.global_step == 0:
             own = self.trainer.strategy.optimizer_state(self.trainer.optimizers[0])
             saved = {"state": self.moments, "param_groups": own.get("param_groups", [])}
             self.trainer.strategy.load_optimizer_state_dict({"optimizer_states": [saved]})
-        self.moments = None  # they are the optimiser's now, and need no second place
+        self.moments = None  # the optimiser has them now; free this copy
         model = self.trainer.strategy.model
         if not isinstance(model, DistributedDataParallel):
             return
         inputs_T, targets_T = self.trainer.datamodule.samples[0]
-        rows = self.trainer.datamodule.plan.micro_rows  # the shape that a compiled body knows
+        rows = self.trainer.datamodule.plan.micro_rows  # the shape that a compiled body is compiled for
         batch = [row.to(self.device).expand(rows, -1) for row in (inputs_T, targets_T)]
         with self.trainer.precision_plugin.forward_context():
             model(*batch)[0].backward()
         model.zero_grad()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """The rate is a function of the step alone: nothing of it needs to be saved."""
+        """Set the learning rate. It depends on the step alone, so that no state of it needs to be saved."""
         self.step_ends = at_step_boundary(self.trainer, batch_idx)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.schedule.lr(self.trainer.global_step, self.optimizer_settings.peak)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.model, self.optimizer_settings)
-        # DeepSpeed puts flat pieces in their place.
+        # DeepSpeed replaces the parameters in these groups by flat pieces.
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip to the settings' norm, and keep the norm for the log. ZeRO does both by itself.
+        """Clip the gradient to the settings' norm, and keep the norm for the log. ZeRO does both by itself.
 
-        Lightning comes here with every micro-batch where DeepSpeed does the accumulation.
+        If DeepSpeed does the accumulation, Lightning calls this for every micro-batch.
         """
         if self.step_ends and not zero_stage(self.trainer):
             limit = self.optimizer_settings.clip or float("inf")
@@ -141,13 +141,13 @@ class SinkLanguageModel(LightningModule):
             self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts micro-batches; on other processes a step has another number of them."""
+        """Recount Lightning's micro-batches: how many a step has depends on the number of processes."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in (progress["total"], progress["current"]):
-            behind = counts["processed"] - done
-            counts.update({name: count - behind for name, count in counts.items()})
-        progress["is_last_batch"] = False  # it was the last one of a run that is now made longer
+            surplus = counts["processed"] - done
+            counts.update({name: count - surplus for name, count in counts.items()})
+        progress["is_last_batch"] = False  # if a finished run is made longer, more batches follow
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe(self.trainer.global_step).to_dict()
@@ -160,10 +160,10 @@ class SinkLanguageModel(LightningModule):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def sink_share(self, inputs_T: torch.Tensor) -> torch.Tensor:
-        """`sink_share` of this model. All ranks take part: where weights are sharded, each layer's are gathered."""
+        """`sink_share` of this model. All ranks must call it: if weights are sharded, each layer is gathered."""
         if not hasattr(self, "unshard"):
             return sink_share(self.model, inputs_T, self.sinks)
-        self.unshard()  # FSDP2: what belongs to no layer is gathered by this module's own forward, else
+        self.unshard()  # FSDP2: the weights outside the layers are gathered in this module's forward, not called here
         try:
             return sink_share(self.model, inputs_T, self.sinks)
         finally:
@@ -171,15 +171,16 @@ class SinkLanguageModel(LightningModule):
 
 
 PLACES = 64  # T of Gu et al.
-BORN = 0.3  # ε of Gu et al.: a head with more than this has a sink
+BORN = 0.3  # ε of Gu et al.: a head whose share is above it has a sink
 
 
 def sink_share(model: PreTrainedModel, inputs_T: torch.Tensor, sinks: int) -> torch.Tensor:
-    """Share of attention that goes to the sinks, and share of heads where it is above BORN: [2], on the device.
+    """Share of attention that goes to the sinks, and share of heads with more than BORN: [2], on the device.
 
-    The sinks are the tokens in front, or the one in the softmax, or the first token of a model that has none. A head's
-    share is the mean over the queries behind them of one row cut to PLACES (the sink metric of Gu et al., arXiv
-    2410.10781, on one sequence). Written out on the side: the training step keeps its fast kernel and compiled graph.
+    The sinks are the tokens in front, or the sink in the softmax, or the first token of a model that has no sink. The
+    row is cut to PLACES tokens, and a head's share is the mean over the queries after the sinks (the sink metric of Gu
+    et al., arXiv 2410.10781, on one sequence). It is computed in a forward pass of its own, so that the training step
+    keeps its fast kernel and compiled graph.
     """
     first = max(1, sinks)
     shares: list[torch.Tensor] = []

@@ -10,14 +10,14 @@ from sinkmodel.architectures import PARAMETER as SINK_PARAMETER
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices are decayed; vectors (norms and biases), and sinks in the softmax, are not."""
+    """AdamW's groups: weight decay for matrices, none for vectors (norms, biases) and sinks in the softmax."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     plain = [parameter.ndim < 2 or name.endswith(f".{SINK_PARAMETER}") for name, parameter in named]
     groups = [
         {"params": [p for (_, p), free in zip(named, plain) if not free], "weight_decay": weight_decay},
         {"params": [p for (_, p), free in zip(named, plain) if free], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]  # of a frozen model one may be empty
+    return [group for group in groups if group["params"]]  # a frozen model may have an empty one
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:

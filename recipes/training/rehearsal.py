@@ -1,4 +1,4 @@
-"""`sink-pretrain --dry-run`: all that can be known before a job is queued, on a machine that need not have its GPUs."""
+"""`sink-pretrain --dry-run`: checks a run before its job is queued, on a machine that need not have its GPUs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from sinkmodel.errors import UserError
 from sinkmodel.models import count_parameters, head_of
 from sinkmodel.products import fast_products
 
-ASSUMED_GPU, ASSUMED_MFU = "H100", 0.40  # what well-tuned trainers of this size reach (llm.c, modded-nanogpt, nanochat)
-BYTES_PER_PARAMETER = 12  # of a checkpoint: weight and two moments in fp32
+ASSUMED_GPU, ASSUMED_MFU = "H100", 0.40  # well-tuned trainers of this size reach it (llm.c, modded-nanogpt, nanochat)
+BYTES_PER_PARAMETER = 12  # in a checkpoint: weight and two moments in fp32
 
 
 def rehearse(config: PretrainConfig, processes: int) -> int:
-    """Check everything, print what the run will need, train nothing and write nothing. Returns the exit code, 0.
+    """Check everything and print what the run will need, without training or writing. Returns the exit code, 0.
 
     Raises UserError for whatever would stop the run: data, tokenizer, strategy, batch arithmetic on `processes`, run
-    folder, checkpoint to go on from, disk space. That a GPU is missing here is none.
+    folder, checkpoint to resume from, disk space. A missing GPU is not an error here.
     """
     run, data = Path(config.output), Path(config.data.path)
     resolve_strategy(replace(config.training, precision=_precision(config)), World(size=processes))
@@ -59,7 +59,7 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
     steps, tokens = config.schedule.steps, config.schedule.steps * config.training.batch_tokens
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * BYTES_PER_PARAMETER
     files = _at_a_time(config)
-    kept = list(checkpoint_steps(run).values()).index(start) + 1 if start else 0  # later ones move, or are replaced
+    kept = list(checkpoint_steps(run).values()).index(start) + 1 if start else 0  # later ones are moved or replaced
     more = max(1, files - kept)
     free = shutil.disk_usage(next(folder for folder in (run, *run.resolve().parents) if folder.exists())).free
     speed, where = _speed(config, model)
@@ -74,20 +74,20 @@ def rehearse(config: PretrainConfig, processes: int) -> int:
         ("checkpoint", f"{_gigabytes(size)} each, {files} at a time at most: {_gigabytes(size * files)}"),
         ("disk", f"{_gigabytes(free)} free for {run}"),
         ("logging", logging),
-        ("folder", f"{run} goes on from {start.name}" if start else f"{run} starts anew"),
+        ("folder", f"{run} resumes from {start.name}" if start else f"{run} starts anew"),
     ]  # fmt: skip
-    for name, said in everything:
-        put(f"{name:>11}  {said}")
+    for name, value in everything:
+        put(f"{name:>11}  {value}")
     if free < size * more:
         raise UserError(
-            f"{run} needs up to {_gigabytes(size * more)} for {more} checkpoints more, {_gigabytes(free)} are free; "
+            f"{run} needs up to {_gigabytes(size * more)} for {more} more checkpoints, {_gigabytes(free)} are free; "
             "lower checkpoints.keep or keep_every, or choose another --output"
         )
     return 0
 
 
 def _at_a_time(config: PretrainConfig) -> int:
-    """The most files that lie in the run folder at once: what stays, the latest, and the one that is written."""
+    """Most checkpoints in the run folder at once: those kept for good, the latest, and the one being written."""
     steps = config.schedule.steps
     staying = sum(config.keeps(step) for step in range(steps + 1))
     passing = sum((config.saves(step) or step == steps) and not config.keeps(step) for step in range(1, steps + 1))
@@ -95,13 +95,17 @@ def _at_a_time(config: PretrainConfig) -> int:
 
 
 def _precision(config: PretrainConfig) -> str:
-    """As the run decides it; on `auto` for the machine that is here, as which one it will be is not known."""
+    """The run's precision. `auto` is resolved for this machine, since the machine of the run is not known."""
     on_gpu = config.training.device == "cuda" or (config.training.device == "auto" and torch.cuda.is_available())
     return config.training.precision if config.training.precision != "auto" else ("bf16" if on_gpu else "fp32")
 
 
 def _speed(config: PretrainConfig, model: PreTrainedModel) -> tuple[float, str]:
-    """Tokens/s of one process, and what they are of: measured with one row where the device is here, else assumed."""
+    """Tokens/s of one process, and a description of its device.
+
+    Measured with one micro-batch on a GPU, or with one row on a CPU. If the run needs a GPU and there is none here, the
+    speed is an assumption about a known GPU.
+    """
     device = config.training.device
     if device != "cpu" and not torch.cuda.is_available():
         peak = PEAKS[ASSUMED_GPU]

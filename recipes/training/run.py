@@ -1,4 +1,4 @@
-"""One training run: its folder, what goes into it, and going on where it stopped."""
+"""One training run from config to exit code: checks, the run folder, training or resuming."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from sinkmodel.products import AUTO, ONEDNN, SWITCH, TORCH, asked, library, usab
 
 
 def pretrain(config: PretrainConfig) -> int:
-    """Train, or go on training, on every process of the run alike.
+    """Start or resume training. Every process of the run calls this.
 
-    Returns the exit code: 0 when complete, 128 + signal when stopped by one. Raises UserError, on all ranks, for a
-    config, data or run folder that do not fit each other, before anything is written.
+    Returns the exit code: 0 when complete, 128 + signal number when a signal stopped it. Raises UserError, on all ranks
+    and before anything is written, if config, data and run folder do not fit each other.
     """
     world = find_world()
     config = agree(lambda: _resolve(config, world))
@@ -54,7 +54,7 @@ def pretrain(config: PretrainConfig) -> int:
     if strategy != "one":
         join(world, config.training.timeout, config.training.device)
     run, steps = Path(config.output), config.schedule.steps
-    verify = config.data.verify if world.local_rank == 0 else "sizes"  # once a node
+    verify = config.data.verify if world.local_rank == 0 else "sizes"  # one rank of each node compares checksums
     train, validation = agree(lambda: open_data(config, verify))
     base = agree(lambda: open_base(config))
     config = agree(lambda: settle(config, base, train))
@@ -116,12 +116,12 @@ def pretrain(config: PretrainConfig) -> int:
                 if not error.heard:  # all ranks raise it at the same step
                     from_first(writer.finish)
                 raise
-            from_first(writer.finish)  # a rank that left now would take rank 0 along, in the middle of a save
+            from_first(writer.finish)  # the others wait: if a rank exited now, rank 0 would be killed during its save
     if stop.agreed is not None and trainer.global_step < steps:
-        say(f"stopped at step {trainer.global_step} of {steps}, saved; go on with the same command, or with:")
+        say(f"stopped at step {trainer.global_step} of {steps}, saved; resume with the same command, or with:")
         say(f"  {shell('sink-pretrain', '--config', run / 'config.yaml')}")
         if stop.agreed in signals.REQUEUES:
-            from_first(requeue)  # the others wait: where one exits, srun ends the rest, and scontrol with it
+            from_first(requeue)  # the others wait: if one exits, srun kills the rest, and their scontrol
         return 128 + stop.agreed
     say(f"trained {steps} steps; {_export(run)}")
     return 0
@@ -132,7 +132,7 @@ def _export(run: Path) -> str:
 
 
 def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
-    """The config with device and precision decided; what the run folder keeps, so that a resume computes the same."""
+    """The config with device and precision decided, as the run folder records it: a resume then computes the same."""
     device, precision = config.training.device, config.training.precision
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("training.device is cuda, but torch sees no GPU; choose auto or cpu")
@@ -149,15 +149,15 @@ def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
     if device == "cuda" and torch.cuda.device_count() <= world.local_rank:
         raise UserError(
             f"{world.local_size} processes were started on a node where torch sees {torch.cuda.device_count()} GPUs; "
-            "start one a GPU"
+            "start one per GPU"
         )
     return replace(config, training=replace(config.training, device=device, precision=precision))
 
 
 def _products(config: PretrainConfig, start: Path | None) -> str:
-    """The library of all ranks' products in fp32 on a CPU; a run that goes on keeps the one that it had, bit for bit.
+    """The library for fp32 matrix products on a CPU, for all ranks. A resumed run keeps its library, and so its bits.
 
-    SINKMODEL_PRODUCTS overrules that. Without it, a new run takes what is faster here.
+    The environment variable SINKMODEL_PRODUCTS overrides that. Without it, a new run takes the faster library.
     """
     if config.training.device != "cpu" or config.training.precision != "fp32":
         return TORCH
@@ -168,22 +168,22 @@ def _products(config: PretrainConfig, start: Path | None) -> str:
     if wanted == ONEDNN and not usable():
         wanted = TORCH
     if wanted != before:
-        say(f"matrix products by {wanted}, by {before} until here: losses are equal to rounding, not to the bit")
+        say(f"matrix products by {wanted}, before by {before}: losses are equal up to rounding, not to the bit")
     return wanted
 
 
 def _refuse_no_onednn(products: str) -> None:
     if products == ONEDNN and not usable():
-        raise UserError(f"rank 0 takes matrix products of oneDNN, which this rank's torch lacks; set {SWITCH}={TORCH}")
+        raise UserError(f"rank 0 uses matrix products of oneDNN, which this rank's torch lacks; set {SWITCH}={TORCH}")
 
 
 def _refuse_unequal_ranks(config: PretrainConfig, train: TokenSplit, base: OpenBase | None) -> None:
-    """Copies of the data may lie elsewhere on each node; all else must be one run."""
+    """UserError if ranks differ. Only the path of the data, how it is checked, and threads may differ between nodes."""
     of_a_node = ("data.path", "data.verify", "training.threads")
-    told = {key: value for key, value in flatten(config).items() if key not in of_a_node}
+    common = {key: value for key, value in flatten(config).items() if key not in of_a_node}
     refuse_unequal(
         {
-            **told,
+            **common,
             "the fingerprint of the data": train.fingerprint,
             "the fingerprint of model.start_from": None if base is None else base.record.fingerprint,
             "the version of torch": torch.__version__,
@@ -193,12 +193,14 @@ def _refuse_unequal_ranks(config: PretrainConfig, train: TokenSplit, base: OpenB
 
 
 def _see_folder(run: Path, patience: float = 15.0) -> None:
-    """Raises UserError on a rank that does not see what rank 0 has just written; network file systems need a moment."""
+    """Raises UserError on a rank that does not see the run folder after `patience` seconds, as network file systems
+    may show it late."""
     until = time.monotonic() + patience
     while not (run / LOCK).exists():
         if time.monotonic() > until:
             raise UserError(
-                f"{run} was made by rank 0, and is not here; put --output on a file system that all nodes share"
+                f"rank 0 has made {run}, but this rank does not see it; put --output on a file system that all nodes "
+                "share"
             )
         time.sleep(0.2)
 
@@ -228,17 +230,17 @@ def _introduce(
         say(f"{world.size} process(es){nodes}, {strategy}")
     entropy, counted = unigram_entropy(train)
     say(
-        f"a loss below {entropy:.2f} has learned from context: that is the entropy of single tokens, of the first "
-        f"{counted:,} in the data"
+        f"a loss below {entropy:.2f} shows that the model uses context: that is the entropy of single tokens over the "
+        f"first {counted:,} of the data"
     )
     if start is not None:
         before = read_checkpoint(start)["recipe"]["provenance"].get("processes", 1)
-        other = f", on {world.size} processes instead of {before}: the same rows, losses equal to rounding"
-        say(f"going on from {start}{other if before != world.size else ''}")
+        other = f", on {world.size} processes instead of {before}: the same rows, losses equal up to rounding"
+        say(f"resuming from {start}{other if before != world.size else ''}")
 
 
 def unigram_entropy(split: TokenSplit, most: int = 1_000_000) -> tuple[float, int]:
-    """Entropy in nats of the frequencies of single tokens, over at most `most` tokens from the start; and how many."""
+    """Entropy in nats of the token frequencies in the first `most` tokens at most, and the number of tokens counted."""
     tokens = min(split.tokens, most)
     counts = np.bincount(split.read(0, tokens))
     shares = counts[counts > 0] / tokens

@@ -15,9 +15,9 @@ class ScheduleSettings:
     Args:
         kind: `cosine` (Pythia's) or `wsd` (warm-up, stable, decay).
         steps: optimiser steps of the run; a run can be made longer if the rate does not jump (`wsd` before its decay).
-        warmup: share of the steps in which the rate rises from 0.
-        min_lr: the rate never falls below this; null takes 6e-5 for a new model, a tenth of `optimizer.lr` for one in
-            `model.start_from`.
+        warmup: share of the steps, at the start, in which the rate rises from 0.
+        min_lr: lowest rate after the warm-up; null takes 6e-5 for a new model, and a tenth of `optimizer.lr` for the
+            model in `model.start_from`.
         decay: `wsd` only: share of the steps, at the end, in which the rate falls to min_lr.
     """
 
@@ -47,20 +47,21 @@ class ScheduleSettings:
 
     @property
     def decay_begins(self) -> int | None:
-        """The step at which the decay begins: from a checkpoint of it the run can be made longer. None without one."""
+        """The step at which the decay begins; a run can be made longer from its checkpoint. None without a decay."""
         begins = self.steps - round(self.decay * self.steps)
         return begins if self.kind == "wsd" and round(self.warmup * self.steps) < begins < self.steps else None
 
     def continues(self, before: ScheduleSettings, step: int, peak: float) -> bool:
-        """Whether a run that followed `before` up to `step` can follow this from there: the rate does not jump."""
+        """Whether a run can change from schedule `before` to this one at `step` without a jump of the rate."""
         return self == before or (0 < step <= self.steps and self.lr(step, peak) == before.lr(step, peak))
 
 
 def cosine(step: int, peak: float, floor: float, warmup: int, steps: int) -> float:
     """Pythia's schedule, to the letter (EleutherAI/gpt-neox, megatron/learning_rates.py, AnnealingLR).
 
-    The rate of step n is peak · n / warmup up to n = warmup, so that step 0 has rate 0; after that half a cosine whose
-    period is all `steps`, warm-up included, never below `floor`, and constant over the last `warmup` steps.
+    The rate of step n is peak · n / warmup up to n = warmup, so that step 0 has rate 0. After that the rate follows
+    half a cosine whose length is all `steps`, warm-up included. It never falls below `floor`, and is constant over the
+    last `warmup` steps.
     """
     if warmup > 0 and step <= warmup:
         return peak * step / warmup

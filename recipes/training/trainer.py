@@ -1,4 +1,4 @@
-"""The Lightning Trainer of a run: its callbacks in their order, its loggers, and what of Lightning is switched off.
+"""The Lightning Trainer of a run: its callbacks in their order, its loggers, and the parts that are switched off.
 
 One optimiser step. It reads `accumulation` micro-batches; the lines below are those of a step that has only one. If it
 has several, Lightning repeats the lines for each, but calls `optimizer_zero_grad` with the first one only, and
@@ -76,7 +76,7 @@ def build_trainer(
     start: Path | None,
     provenance: dict[str, Any],
 ) -> tuple[Trainer, StopOnSignal, BackgroundCheckpointIO]:
-    """The trainer of this rank, the callback that knows whether the run was asked to stop, and who writes its files."""
+    """This rank's trainer, the callback that knows whether the run was asked to stop, and the checkpoint writer."""
     on_gpu, half = config.training.device == "cuda", config.training.precision == "bf16"
     _quieten()
     steps = config.schedule.steps
@@ -101,9 +101,9 @@ def build_trainer(
         num_nodes=world.nodes,
         precision="bf16-mixed" if half else "32-true",
         max_steps=steps,
-        max_epochs=1,  # one endless epoch: the data's own epochs are counted by recipes.data.order
+        max_epochs=1,  # one endless epoch; recipes.data.order counts the epochs of the data
         accumulate_grad_batches=plan.accumulation,
-        # In this order: what a step's checkpoint holds has been logged before it is written.
+        # The order matters: a step is logged before its checkpoint is written.
         callbacks=[
             watchdog,
             stop,
@@ -122,7 +122,7 @@ def build_trainer(
         enable_model_summary=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,  # of Lightning's own logging, which is not used; a short run would be warned of
+        log_every_n_steps=1,  # Lightning's own logging is not used, but would warn about a short run
         use_distributed_sampler=False,
     )
     _leave_signals_to_us(trainer)
@@ -130,14 +130,17 @@ def build_trainer(
 
 
 def _peak_flops(config: PretrainConfig, half: bool, products: str) -> float:
-    """Of one device, by the products that the run takes."""
+    """Peak FLOP/s of one device, measured with the run's library of matrix products."""
     with fast_products(products):
         return peak_flops(torch.device(config.training.device), torch.bfloat16 if half else torch.float32)
 
 
 def _leave_signals_to_us(trainer: Trainer) -> None:
-    """Lightning 2.6 broadcasts inside its SIGTERM handler, and waits for the device before every micro-batch to tell
-    the ranks of it (Lightning #21487); `preemption` does neither."""
+    """Switch off Lightning 2.6's handling of SIGTERM, which `callbacks.preemption` replaces.
+
+    Lightning broadcasts inside its signal handler, and waits for the device before every micro-batch to share the
+    signal with all ranks (Lightning #21487).
+    """
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
@@ -145,13 +148,13 @@ def _leave_signals_to_us(trainer: Trainer) -> None:
 def _quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # The order is arithmetic, so our loader resumes by number; Lightning cannot know. And the workers are a choice.
+    # The loader resumes at a row number, which Lightning cannot know. The number of workers is the user's choice.
     warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message=".*srun. command is available.*")  # one process needs none
     warnings.filterwarnings("ignore", message=".*`torch.distributed.* is deprecated.*")  # DeepSpeed's
-    warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # as we know
+    warnings.filterwarnings("ignore", message=".*DeepSpeed handles gradient clipping internally.*")  # on purpose
 
 
 def _step_of(checkpoint: Path) -> int:

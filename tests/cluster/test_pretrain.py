@@ -40,7 +40,7 @@ def assert_went_on(cluster, job: str, run: Path, undisturbed: Path) -> None:
     """The job has ended well, after at least one start from a checkpoint, and with the bits of the undisturbed run."""
     state = cluster.finish(job)
     assert int(state["Restarts"]) >= 1
-    assert f"going on from {run}/checkpoints/step" in cluster.log(job)
+    assert f"resuming from {run}/checkpoints/step" in cluster.log(job)
     assert_same_run(undisturbed, run, STEPS)
 
 
@@ -152,7 +152,7 @@ def test_a_cancelled_job_has_saved_and_stays_cancelled(cluster, data, tmp_path):
     cluster.wait_until(lambda: steps_logged(run) >= 120, job)
     cluster.command("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED"
-    cluster.wait_until(lambda: "it is not put back" in cluster.log(job), job)
+    cluster.wait_until(lambda: "it is not returned" in cluster.log(job), job)
     stopped = int(re.search(r"stopped at step (\d+)", cluster.log(job))[1])
     assert (run / "checkpoints" / f"step{stopped}.ckpt").exists()
     assert cluster.show(job)["Restarts"] == "0"

@@ -175,8 +175,8 @@ def test_results_of_other_models_are_left_out_and_said(model, run, tmp_path, cap
     text = card_of(model, run=run, results=files)
     assert "model-index" not in text
     said = capsys.readouterr().err
-    assert "ppl.json tells of other models" in said
-    assert "latency.json: sink-eval latency has its place in a report alone" in said
+    assert "ppl.json names other models" in said
+    assert "latency.json: results of sink-eval latency are shown only in a report" in said
 
 
 def test_a_model_is_known_by_its_repository_its_run_and_copies_of_its_folder(model, exported, run, tmp_path):
@@ -457,7 +457,7 @@ def test_metadata_that_cannot_be_read_is_refused():
     assert front_matter("---\na: 1\n---\ntext\n---\n") == {"a": 1}
     assert front_matter("no front\n---\na: 1\n---\n") == {}
     for text in ("---\na: [\n---\n", "---\njust words\n---\n"):
-        with pytest.raises(UserError, match="metadata of the card there is not"):
+        with pytest.raises(UserError, match="metadata of the old card is not"):
             front_matter(text)
 
 
@@ -633,7 +633,7 @@ def test_wrong_input_is_one_line(model, run, tmp_path):
     other = Path(shutil.copytree(run, tmp_path / "other"))
     config = yaml.safe_load((other / "config.yaml").read_text())
     (other / "config.yaml").write_text(yaml.safe_dump(config | {"seed": 7}))
-    with pytest.raises(UserError, match="did not train this model: its seed is another"):
+    with pytest.raises(UserError, match="did not train this model: its seed differs"):
         card_of(model, run=other)
     with pytest.raises(UserError, match=r"has no config\.yaml"):
         card_of(model, run=tmp_path)
@@ -644,7 +644,7 @@ def test_wrong_input_is_one_line(model, run, tmp_path):
     for wrong, message in (
         ({"sink": {"kind": "token", "token_ids": ["<b>"]}}, "a sink of kind 'token' with the token ids"),
         ({"sink": {"kind": "soft"}}, "a sink of kind 'soft'"),
-        ({"max_position_embeddings": None}, "it names no positions"),
+        ({"max_position_embeddings": None}, "has no max_position_embeddings"),
     ):
         (model / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(UserError, match=message):

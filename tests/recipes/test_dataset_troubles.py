@@ -62,7 +62,7 @@ DAMAGE = {
     "cut .gz": ("1.jsonl.gz", lambda f: cut(gzip.compress(lines(LONG))), "ended before"),
     "cut .zst": ("1.jsonl.zst", lambda f: cut(zstandard.compress(lines(LONG))), "the last frame has no end"),
     "cut Parquet": ("1.parquet", lambda f: cut(parquet({"text": TEXTS}, f)), "damaged"),
-    "broken JSON": ("1.jsonl", lambda f: b'{"text": "a"}\n{"text": \n', "damaged or not in its form"),
+    "broken JSON": ("1.jsonl", lambda f: b'{"text": "a"}\n{"text": \n', "damaged or not of its format"),
     "a CSV with a bad row": ("1.csv", lambda f: b"text\na\nb,c,d\n", "line 3"),
     "Latin-1": (
         "1.jsonl",
@@ -83,7 +83,7 @@ DAMAGE = {
     "Latin-1 in Parquet": (
         "1.parquet",
         lambda f: latin1_parquet(f),
-        "is not UTF-8 .*: mend that row, or write the file",
+        "is not UTF-8 .*: repair that row, or write the file",
     ),
     "an archive": ("1.zip", zipped, r"\(b.jsonl\): it has the columns body, text"),
 }

@@ -65,7 +65,7 @@ def test_mending_adding_and_removing_files_that_were_not_read_keeps_the_work(tmp
         assert run(tmp_path) == 0
     said = capsys.readouterr().err
     assert "p3.jsonl has changed since it was read in part" in said
-    assert "going on with" in said
+    assert "resuming" in said
     order = [str(tmp_path / "in" / f"{name}.jsonl") for name in ("p0", "p1", "p2", "p0-new", "p3", "p4")]
     assert run(tmp_path, "whole", *order) == 0
     assert open_split(tmp_path / "out", "train").documents == 80
@@ -104,12 +104,12 @@ def test_a_file_removed_after_it_was_read_in_part_is_not_said_to_have_changed(tm
     capsys.readouterr()
     assert run(tmp_path) == 0
     said = capsys.readouterr().err
-    assert "p3.jsonl was read in part and is not there any more; what came of it is left out" in said
+    assert "p3.jsonl was read in part and has been removed since; its text is left out" in said
     assert "changed" not in said
     assert open_split(tmp_path / "out", "train").documents == 50
     write_lines(tmp_path / "in" / "p7.jsonl", parts["p3.jsonl"])
     assert run(tmp_path) == 2
-    assert "was prepared without p7.jsonl, which has come since; leave it out, or" in capsys.readouterr().err
+    assert "was prepared without p7.jsonl, which has been added since; leave it out, or" in capsys.readouterr().err
 
 
 def test_parts_without_text_add_nothing_and_are_counted(tmp_path, parts, small_units, capsys, monkeypatch):
@@ -155,9 +155,9 @@ def test_a_corpus_without_any_text_is_an_error(tmp_path, parts, capsys):
         write_lines(tmp_path / "good.jsonl", ["text"] * 5)
         assert run(tmp_path, "out", *names, more=more) == 2
         error = capsys.readouterr().err
-        what = f"input is without text: its 6 files, {tmp_path}/in/p0.jsonl first, hold none; give others"
+        what = f"input has no text: its 6 files, {tmp_path}/in/p0.jsonl first, hold none; give other files"
         if more:
-            what = f"validation_input is without text: {tmp_path}/in/p0.jsonl holds none; give others"
+            what = f"validation_input has no text: {tmp_path}/in/p0.jsonl holds none; give other files"
         assert error.splitlines()[-1] == f"sink-prepare: {what}"
         assert not (tmp_path / "out").exists()
 

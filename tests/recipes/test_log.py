@@ -80,7 +80,7 @@ def test_what_cannot_be_logged_is_one_line(data, tmp_path, measured, capsys):
     (tmp_path / "empty").mkdir()
     cases = [
         (["--run", str(tmp_path)], "has no config.yaml"),
-        (["--run", str(run), *measured], "was trained with neither of wandb and TensorBoard; say which with --to"),
+        (["--run", str(run), *measured], "was trained with neither wandb nor TensorBoard; name one with --to"),
         (["--run", str(run), "--to", "tensorboard", "--checkpoints"], "are for wandb"),
         (["--run", str(run), "--to", "tensorboard", "--results", str(tmp_path / "other.json")], "is not a result of"),
         (["--run", str(run), "--to", "tensorboard", "--maps", str(tmp_path / "empty")], "has no maps.png"),

@@ -56,7 +56,7 @@ def test_a_mirror_that_fails_is_said_once_and_asked_no_more(capsys):
     mirror.finalize("success")
     assert mirror.lines == [(5, {"loss": 1.0})]
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("memory failed at step 10 ([Errno 104] Connection reset by peer) and is left alone;")
+    assert said.startswith("memory failed at step 10 ([Errno 104] Connection reset by peer) and is now disabled;")
 
 
 def test_twins_share_a_group_and_differ_in_a_tag():
@@ -123,7 +123,7 @@ def test_a_disk_that_is_full_ends_tensorboard_and_not_the_run(data, tmp_path, ca
     run = train(data, tmp_path / "run", logging__tensorboard=True, schedule__steps=10)
     said = [line for line in capsys.readouterr().err.splitlines() if "TensorBoard" in line]
     assert said == [
-        "TensorBoard failed at step 5 ([Errno 28] No space left on device) and is left alone; metrics.csv has every "
-        "line, and sink-log, or a resumed run, brings it level again"
+        "TensorBoard failed at step 5 ([Errno 28] No space left on device) and is now disabled; metrics.csv has every "
+        "line, and sink-log, or a resumed run, adds the missing ones"
     ]
     assert max(checkpoint_steps(run)) == 10

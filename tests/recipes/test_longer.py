@@ -41,7 +41,7 @@ def test_a_longer_run_is_the_run_that_it_would_have_been(data, short, tmp_path, 
     identity = short / "checkpoints" / "wandb.json"
     identity.write_text('{"id": "12345678"}')
     assert main([*map(str, arguments(data, short, schedule__steps=16, **WSD)), "--dry-run"]) == 0
-    assert "goes on from step5.ckpt" in capsys.readouterr().out
+    assert "resumes from step5.ckpt" in capsys.readouterr().out
     assert sorted(checkpoint_steps(short)) == [5, 10], "a dry run changes nothing"
     train(data, short, schedule__steps=16, **WSD)
     whole = train(data, tmp_path / "whole", schedule__steps=16, **WSD)
@@ -128,7 +128,7 @@ def test_a_rate_that_would_jump_is_refused_with_both_rates(data, cosine, capsys,
 def test_a_decay_without_a_checkpoint_before_it_is_refused(data, tmp_path):
     run = train(data, tmp_path / "run", schedule__steps=6, **WSD)
     os.remove(run / "checkpoints" / "step3.ckpt")
-    with pytest.raises(UserError, match="no checkpoint from before its decay is left; resume with --schedule.steps 6"):
+    with pytest.raises(UserError, match="there is no checkpoint from before its decay; resume with --schedule.steps 6"):
         starting_point(run, config(data, run, schedule__steps=12, **WSD))
 
 

@@ -105,7 +105,7 @@ def test_whatever_is_given_of_megatron_data_leads_to_its_index(tmp_path, given, 
     argv = ["--input", *given, "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out")]
     assert prepare.main(argv) == 2
     error = capsys.readouterr().err.strip()
-    assert error.endswith("give one .idx alone, which finds its .bin files by itself: --input document.idx")
+    assert error.endswith("give only the .idx file, beside which its .bin files are found: --input document.idx")
     assert not (tmp_path / "out").exists()
 
 
@@ -157,7 +157,7 @@ def test_ids_beyond_the_tokenizer_are_refused(tmp_path, capsys):
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
     argv = ["--input", str(tmp_path / "document.idx"), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out")]
     assert prepare.main(argv) == 2
-    assert "holds the id 400, the tokenizer has 400" in capsys.readouterr().err
+    assert "holds the id 400, but the tokenizer has 400 ids" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -179,7 +179,7 @@ def test_what_is_not_whole_is_named(tmp_path):
     whole = (tmp_path / "document.idx").read_bytes()
     for damaged, message in (
         (whole[:-1], "cut short or damaged"),
-        (b"x" + whole[1:], "no Megatron index"),
+        (b"x" + whole[1:], "not a Megatron index"),
         (whole[:17] + b"\x63" + whole[18:], "data type 99"),
     ):
         (tmp_path / "document.idx").write_bytes(damaged)

@@ -92,17 +92,17 @@ def test_a_job_that_its_user_cancelled_is_not(scontrol, capsys):
     (scontrol / "state").write_text("JobId=17\n   JobState=CANCELLED Reason=None\n")
     requeue()
     assert calls(scontrol) == ["show job 17"]
-    assert "job 17 is CANCELLED: it is not put back" in capsys.readouterr().err
+    assert "job 17 is CANCELLED: it is not returned" in capsys.readouterr().err
 
 
 def test_where_it_cannot_be_put_back_the_user_is_told_what_to_do(scontrol, capsys, monkeypatch):
     (scontrol / "requeue").write_text("echo 'Requested operation is presently disabled' >&2; exit 1\n")
     requeue()
     said = capsys.readouterr().err
-    assert "could not be put back into the queue (Requested operation is presently disabled); submit it again" in said
+    assert "could not be returned to the queue (Requested operation is presently disabled); submit it again" in said
     monkeypatch.setenv("PATH", "")
     requeue()
-    assert "submit it again: it goes on where it stopped" in capsys.readouterr().err
+    assert "submit it again: it resumes where it stopped" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -125,7 +125,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, corpus, tr
         places.append(recorded(tmp_path / "killed"))
         assert not (tmp_path / "killed" / "manifest.json").exists()
     assert prepare.main(argv) == 0
-    assert "going on with" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
     assert len({json.dumps(place) for place in places}) >= 3  # killed at three places in the middle, at least
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, corpus, caps
     assert not (tmp_path / "out" / "manifest.json").exists()
     monkeypatch.setattr(writing.SplitWriter, "write", write)
     assert prepare.main(arguments(tmp_path)) == 0  # there is room again: it goes on
-    assert "going on with" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -272,9 +272,9 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, corpus, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(20_000, patched)
         assert prepare.main(arguments(tmp_path)) == 130
-    assert "tokens are kept; the same command goes on from there" in capsys.readouterr().err
+    assert "tokens are kept; the same command resumes from there" in capsys.readouterr().err
     assert prepare.main(arguments(tmp_path)) == 0
-    assert "going on with" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -343,11 +343,11 @@ def test_ctrl_c_at_any_line_of_the_writers_costs_no_byte_and_doubles_none(tmp_pa
     for moment in moments:
         with interrupted_at(moment), pytest.raises(KeyboardInterrupt):
             run(f"at {moment}")
-        said = "are kept; the same command goes on" in capsys.readouterr().err
+        said = "are kept; the same command resumes" in capsys.readouterr().err
         kept += said
         run(f"at {moment}")
         again = capsys.readouterr().err
-        assert not said or "going on with" in again or "already complete" in again
+        assert not said or "resuming" in again or "already complete" in again
         assert tree(tmp_path / f"at {moment}") == whole, moment
     assert (kept > 40) == (notes == "after every unit")
 
@@ -412,7 +412,7 @@ def test_a_hub_data_set_is_read_to_its_end_as_it_was_when_begun(tmp_path, monkey
     hub.newest = "b" * 40
     capsys.readouterr()
     assert prepare.main(argv("out")) == 0
-    assert "going on with" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert prepare.main(argv("since")) == 0  # what is begun now has the newest
     assert json.loads((tmp_path / "since" / "manifest.json").read_text())["source"] == f"org/set@{'b' * 40} train"
@@ -434,7 +434,7 @@ def test_where_the_system_does_not_tell_our_cores_all_are_taken(tmp_path, corpus
 
 def test_without_arguments_it_says_what_to_give(capsys):
     assert prepare.main([]) == 2
-    assert "output is missing; say which folder to make, as in --output data/books" in capsys.readouterr().err
+    assert "output is missing; name the folder to make, as in --output data/books" in capsys.readouterr().err
 
 
 def test_bad_text_half_way_leaves_nothing_behind(tmp_path, corpus, capsys):
@@ -474,7 +474,7 @@ def test_an_empty_validation_split_is_said_in_one_line(tmp_path, capsys):
     argv = arguments(tmp_path)
     argv[argv.index("--validation_fraction") + 1] = argv[argv.index("--test_fraction") + 1] = "0.001"
     assert prepare.main(argv) == 0
-    assert "no document fell into the validation split; raise validation_fraction" in capsys.readouterr().err
+    assert "the validation split got no document; raise validation_fraction" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

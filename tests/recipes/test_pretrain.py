@@ -82,7 +82,7 @@ def test_it_goes_on_from_any_checkpoint_and_past_one_that_is_damaged(data, undis
     train(data, run)
     said = capsys.readouterr().err
     assert "step35.ckpt is not what was written" in said
-    assert f"going on from {run / 'checkpoints' / 'step28.ckpt'}" in said
+    assert f"resuming from {run / 'checkpoints' / 'step28.ckpt'}" in said
     assert_same_run(run, undisturbed)
 
 
@@ -112,7 +112,7 @@ def test_it_goes_on_from_the_newest_checkpoint(data, undisturbed, tmp_path, caps
     shutil.copytree(undisturbed, run)
     (run / "checkpoints" / "step40.ckpt").unlink()
     train(data, run)
-    assert f"going on from {run / 'checkpoints' / 'step35.ckpt'}" in capsys.readouterr().err
+    assert f"resuming from {run / 'checkpoints' / 'step35.ckpt'}" in capsys.readouterr().err
     assert_same_run(run, undisturbed)
 
 
@@ -252,7 +252,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys):
     (run / "checkpoints" / "SHA256SUMS").unlink()
     assert main(arguments(data, run, **settings)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "the weights behind step 8 are not finite; it read rows" in error
+    assert "the weights after step 8 are not finite; it read rows" in error
     assert "step7.ckpt" in error
     assert max(checkpoint_steps(run)) == 7
 
@@ -287,7 +287,7 @@ def test_bad_input_is_one_line_and_writes_nothing(data, undisturbed, tmp_path, c
     cases = [
         ((altered, new), {}, "train-00000.bin has been altered"),
         ((cut, new), {}, "train-00000.bin is cut short"),
-        ((tmp_path / "nowhere", new), {}, "is no folder"),
+        ((tmp_path / "nowhere", new), {}, "is not a folder"),
         ((data, occupied), {}, "already holds something else"),
         ((data, undisturbed), {"optimizer.lr": 1e-3}, "optimizer.lr = 0.003, this one has 0.001"),
         ((data, undisturbed), {"sink.kind": "none"}, "sink.kind = token, this one has none"),

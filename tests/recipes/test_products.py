@@ -58,7 +58,7 @@ def test_a_resumed_run_computes_as_it_did(data, tmp_path, monkeypatch, capsys, s
     monkeypatch.setenv(SWITCH, "torch")
     small[0] = 0
     train(data, run, **SHORT)
-    line = "matrix products by torch, by onednn until here: losses are equal to rounding, not to the bit"
+    line = "matrix products by torch, before by onednn: losses are equal up to rounding, not to the bit"
     assert line in capsys.readouterr().err
     assert stated(run) == {2: ONEDNN, 4: TORCH}
     assert small[0] == 0

@@ -90,7 +90,7 @@ def test_alone_nothing_is_asked_of_others():
 
 def test_a_run_folder_that_a_rank_does_not_see_is_said(tmp_path):
     """It was made on a disk of rank 0's node."""
-    with pytest.raises(UserError, match="was made by rank 0, and is not here; put --output on a file system that all"):
+    with pytest.raises(UserError, match="rank 0 has made .*, but this rank does not see it; put --output on a file"):
         _see_folder(tmp_path / "run", patience=0.1)
 
 
@@ -128,8 +128,8 @@ def test_a_rank_that_was_killed_is_named_and_the_others_are_not_left_alone(progr
     assert launch(program("time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)"), [], 2) == 137
     assert time.monotonic() - start < 20
     said = capsys.readouterr().err
-    assert "rank 1 has ended; stopping the others" in said
-    assert "rank 1 was ended by SIGKILL; go on with the same command" in said
+    assert "rank 1 has failed; stopping the ranks that are still running" in said
+    assert "rank 1 was ended by SIGKILL; resume with the same command" in said
 
 
 def test_when_the_launcher_dies_its_ranks_do(program, tmp_path):

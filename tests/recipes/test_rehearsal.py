@@ -51,7 +51,7 @@ def test_an_id_beyond_the_vocabulary_stops_the_job(tmp_path, capsys, split):
     ):
         assert main([*arguments(data, tmp_path / "run"), *words]) == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert f"{split}-00000.bin holds the id 300 at token 100, its tokenizer has the ids 0 to 299" in said
+        assert f"{split}-00000.bin holds the id 300 at token 100, but its tokenizer has the ids 0 to 299" in said
         assert not (tmp_path / "run").exists()
 
 
@@ -60,19 +60,19 @@ def test_a_tokenizer_with_fewer_ids_than_the_manifest_says_stops_the_job(data, t
     path = tmp_path / "data" / "manifest.json"
     path.write_text(path.read_text().replace('"vocabulary": 300', '"vocabulary": 3000'))
     assert main([*arguments(tmp_path / "data", tmp_path / "run"), "--dry-run"]) == 2
-    assert "has 300 ids, the manifest beside it says 3000" in capsys.readouterr().err.splitlines()[-1]
+    assert "has 300 ids, but the manifest beside it states 3000" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_it_says_where_a_run_would_go_on(data, tmp_path, capsys):
     run = train(data, tmp_path / "run", schedule__steps=14)
     assert main([*arguments(data, run, schedule__steps=14), "--dry-run"]) == 0
-    assert "goes on from step14.ckpt" in capsys.readouterr().out
+    assert "resumes from step14.ckpt" in capsys.readouterr().out
 
 
 def test_what_would_stop_the_job_stops_it(data, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     cases = [
-        ({}, "--dry-run=3", "9 rows, training.batch_tokens = 576, can be shared among them"),
+        ({}, "--dry-run=3", "training.batch_tokens = 576 (9 rows) would do"),
         ({"training__micro_rows": 3}, "--dry-run=2", "training.micro_rows = 2 would do"),
         ({}, "--dry-run=many", "give the number of processes"),
         ({}, "--dry-run=0", "give the number of processes"),
@@ -149,4 +149,4 @@ def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(data, tmp_path,
     (run / "checkpoints" / "step40.ckpt").unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1_100_000}))
     assert main([*arguments(data, run, **every), "--dry-run"]) == 0
-    assert "goes on from step30.ckpt" in capsys.readouterr().out
+    assert "resumes from step30.ckpt" in capsys.readouterr().out

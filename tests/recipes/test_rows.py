@@ -129,7 +129,7 @@ def test_epochs_differ_and_each_row_comes_once(tmp_path):
         (1000, 4, 1, "not a multiple of data.sequence = 64; 1024 would do"),
         (64 * 12, 5, 1, "training.micro_rows = 4 would do"),
         (64 * 3, 1, 2, "does not divide"),
-        (64, 1, 2, "2 rows, training.batch_tokens = 128, can be shared among them"),
+        (64, 1, 2, r"training.batch_tokens = 128 \(2 rows\) would do"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(batch_tokens, micro_rows, ranks, message):

@@ -110,7 +110,7 @@ DAMAGE = {
         r"tokenizer.json is missing or not the one",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"tokenizer.json is missing or not the one"),
-    "no folder": (lambda f: shutil.rmtree(f), r"is no folder"),
+    "no folder": (lambda f: shutil.rmtree(f), r"is not a folder"),
 }
 
 
@@ -278,7 +278,7 @@ def test_an_id_that_is_not_in_the_vocabulary_is_found_where_it_is(folder, dtype,
     sign(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     shard, inside = divmod(place, SHARD)
-    says = rf"train-{shard:05d}\.bin holds the id {token_id} at token {inside}, its tokenizer has the ids 0 to 2499"
+    says = rf"train-{shard:05d}\.bin holds the id {token_id} at token {inside}, but its tokenizer has the ids 0 to 2499"
     with pytest.raises(UserError, match=says):
         open_split(folder, "train")
     split = open_split(folder, "train", verify="sizes")

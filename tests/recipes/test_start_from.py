@@ -459,7 +459,7 @@ def test_a_model_for_a_gpu_needs_room_for_its_weights_alone(base, row_run, tmp_p
 def test_a_run_is_no_base_of_itself(data, row_run, capsys):
     """Risk: the message advises --step null, which leads back to the same message."""
     assert main(arguments(data, row_run, row_run, training__parts="sink")) == 2
-    assert "is output and model.start_from" in capsys.readouterr().err
+    assert "is both output and model.start_from" in capsys.readouterr().err
 
 
 def test_a_sink_in_the_softmax_has_no_row_to_train(data, tmp_path, capsys):
@@ -471,13 +471,13 @@ def test_a_sink_in_the_softmax_has_no_row_to_train(data, tmp_path, capsys):
     shape = ("layers=1", "hidden=32", "heads=4", "kv_heads=4", "ffn=64", "positions=64")
     assert main([*words, *(f"--model.{one}" for one in shape)]) == 0
     assert main(arguments(data, run, tmp_path / "run", training__parts="sink")) == 2
-    assert "which is no row of the embedding" in capsys.readouterr().err
+    assert "which is not a row of the embedding" in capsys.readouterr().err
 
 
 def test_without_a_base_its_keys_are_refused(data, tmp_path, capsys):
     for words in (["--step=3"], ["--training.parts=sink", "--sink.kind=token"], ["--data.skip=4"]):
         assert main([f"--data.path={data}", f"--output={tmp_path / 'run'}", *words]) == 2
-        assert "name it with --model.start_from" in capsys.readouterr().err
+        assert "name the model with --model.start_from" in capsys.readouterr().err
 
 
 def test_several_sinks_get_several_rows(data, base, tmp_path):

@@ -66,7 +66,7 @@ def test_processes_that_were_killed_end_with_the_same_bits(data, alone, tmp_path
     process.kill()  # the launcher alone: its ranks go with it
     process.wait()
     assert max(checkpoint_steps(run)) < STEPS
-    assert "going on from" in complete(data, run, **settings)
+    assert "resuming from" in complete(data, run, **settings)
     assert_same_run(run, whole, STEPS)
     model, _, _ = load_checkpoint(whole)  # without the processes that trained it
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in model.parameters())
@@ -87,14 +87,14 @@ def test_a_run_goes_on_under_any_strategy_and_on_any_number_of_processes(data, a
         settings = QUICK | {"training__strategy": strategy, "training__micro_rows": rows}
         if stop == STEPS:
             said = complete(data, run, processes, **settings)
-            assert "on 2 processes instead of 4: the same rows, losses equal to rounding" in said
+            assert "on 2 processes instead of 4: the same rows, losses equal up to rounding" in said
             break
         process = start_process(data, run, **settings, training__devices=processes)
         wait_for_checkpoint(process, run, stop)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=120)
         assert process.returncode == 128 + signal.SIGTERM, said
-        assert "saved; go on with the same command" in said
+        assert "saved; resume with the same command" in said
     assert [row["step"] for row in numbers(run)] == [row["step"] for row in numbers(alone)]
     assert_close(run, alone, 2e-3)
 

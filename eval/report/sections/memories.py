@@ -53,7 +53,7 @@ def _forgets(forgets: dict[str, Any], name: str, number: int) -> list[Chart | Ta
 
 
 def _picture(forgets: dict[str, Any], name: str, number: int) -> Chart:
-    """What is kept by kind, by age, and by layer and KV head."""
+    """The shares that are kept by kind of token, by age, and by layer and KV head."""
     kinds = [(row["kind"], row) for row in forgets["kinds"]]
     ages = [(f"from {row['from']:,}", row) for row in forgets["ages"]]
     panels = []

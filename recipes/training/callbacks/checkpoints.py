@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, and that a file is either complete or absent."""
+"""When checkpoints are written and which are kept; a checkpoint file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sinkmodel.files import DiskFull, atomic_file, sha256_of
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint file, copied to memory while training waits, and written while it goes on.
+    """Copies a checkpoint to memory while training waits, and writes the file while training continues.
 
-    The file is written aside, synced, entered with its checksum into `checkpoints/SHA256SUMS`, and renamed. It is read
-    without running anything in it.
+    The file is written under a temporary name and synced, its checksum is added to `checkpoints/SHA256SUMS`, and then
+    the file is renamed. Loading runs no code from it.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.wait()
         if self.failed:
-            return  # all ranks hear of it at the next step's end, and stop
-        # A copy also where the tensor is on the CPU already: the next step changes it in place.
+            return  # `StopOnSignal` shares it at the next step boundary, where all ranks stop
+        # Copy tensors that are on the CPU already, too: the next step changes them in place.
         copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), checkpoint)
         self._thread = threading.Thread(target=self._write, args=(copied, Path(path)), name="checkpoint")
         self._thread.start()
@@ -59,31 +59,31 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
     @property
     def failed(self) -> bool:
-        """Whether the last file could not be written; `finish` says why."""
+        """Whether the last file could not be written; `finish` raises the reason."""
         return self._failure is not None
 
     def wait(self) -> None:
-        """Until the last file is complete, or could not be written."""
+        """Wait until the last file is complete, or could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def finish(self) -> None:
-        """`wait`; raises what went wrong, once: DiskFull with what is left to resume."""
+        """`wait`, then raise the error of the last write, once. DiskFull names the checkpoint that is left."""
         self.wait()
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     def teardown(self) -> None:
-        self.wait()  # what went wrong is for all ranks to hear, behind Lightning's own end
+        self.wait()  # `finish` raises an error after Lightning's teardown, so that all ranks get it
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return load_tensors(Path(path), mmap=True)
 
 
 class Checkpoints(Callback):
-    """Saves at the steps that the settings name, at the last step, and on demand; removes what need not stay."""
+    """Saves at the steps of the settings, at the last step, and when training is stopped; removes old checkpoints."""
 
     def __init__(self, run: Path, config: PretrainConfig, io: BackgroundCheckpointIO, health: Health):
         self.run, self.config, self.io, self.health = run, config, io, health
@@ -107,7 +107,7 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(self.run / "checkpoints" / f"step{trainer.global_step}.ckpt")
 
     def _remove_old(self) -> None:
-        # Of a later step there may be a damaged file that this run went back from: it must not push out the new ones.
+        # A damaged file of a later step, which this run could not resume from, must not push out new checkpoints.
         steps = checkpoint_steps(self.run).items()
         passing = [path for step, path in steps if step <= self._written and not self.config.keeps(step)]
         for path in passing[: -self.config.checkpoints.keep]:

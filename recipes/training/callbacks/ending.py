@@ -1,4 +1,4 @@
-"""What a callback must give back when the run ends, whether it ends well or not."""
+"""The base of callbacks that must release something when the run ends, successfully or not."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class EndsWithTheRun(Callback):
-    """A callback whose `end` is called however `Trainer.fit` ends: Lightning calls `teardown` only if nothing raised
-    (trainer/call.py, `_call_and_handle_interrupt`)."""
+    """A callback whose `end` is always called when `Trainer.fit` ends.
+
+    Lightning calls `teardown` only if nothing raised (trainer/call.py, `_call_and_handle_interrupt`).
+    """
 
     def end(self) -> None:
         raise NotImplementedError

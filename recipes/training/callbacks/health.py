@@ -1,4 +1,4 @@
-"""A run that has gone wrong ends with a message that names step and rows, and never overwrites what was good."""
+"""Ends a run whose loss, gradient or weights are not finite, before it saves them; reports spikes of the loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 
-MOST_ROWS = 32  # that a message names; a file has them all
+MOST_ROWS = 32  # row numbers in a message; spikes.csv has all of them
 
 
 @dataclass
@@ -33,7 +33,7 @@ class RunningLoss:
     WARMUP = 100  # steps before anything counts as a spike
 
     def spike(self, loss: float, deviations: float) -> bool:
-        """Whether `loss` lies above the mean by that many standard deviations; takes it in unless it does."""
+        """Whether `loss` is more than `deviations` standard deviations above the mean; if not, update both with it."""
         above = loss - self.mean
         if self.steps >= self.WARMUP and above > deviations * math.sqrt(self.variance):
             self.steps += 1
@@ -46,20 +46,20 @@ class RunningLoss:
 
 
 class Health(Callback):
-    """Watches the loss and the gradient of every step; looks at what it saw when a line is logged or a step saved.
+    """Keeps loss and gradient norm of every step on the device, and checks them when a line is logged or a step saved.
 
-    All ranks see the same numbers, so that all of them stop. Spikes go to `RUN/spikes.csv`, with their rows.
+    All ranks have the same numbers, so all of them stop together. Spikes go to `RUN/spikes.csv`, with their rows.
 
     Args:
-        rows_of: the rows that a step reads, counted from 1.
-        spike: standard deviations above the running mean.
+        rows_of: returns the rows that a step reads; steps are counted from 1.
+        spike: standard deviations above the running mean from which a loss is a spike.
     """
 
     def __init__(self, run: Path, means: StepMeans, rows_of: Callable[[int], list[int]], spike: float):
         self.run, self.means, self.rows_of, self.spike = run, means, rows_of, spike
         self.running = RunningLoss()
-        self.settle: Callable[[], None] = lambda: None  # waits for a checkpoint that is being written
-        self.unseen: list[torch.Tensor] = []  # loss and gradient norm of each step since the last look, [2], on device
+        self.settle: Callable[[], None] = lambda: None  # waits until the checkpoint being written is complete
+        self.unseen: list[torch.Tensor] = []  # on the device: loss and gradient norm of each step since `look`, [2]
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.running)
@@ -76,7 +76,7 @@ class Health(Callback):
             self.unseen.append(torch.stack([self.means.losses[0], self.means.grad_norm]))
 
     def look(self, trainer: Trainer) -> None:
-        """Waits for the device. Raises UserError (exit code 1) where a loss or gradient was not finite."""
+        """Check the steps since the last look. Waits for the device. UserError (exit code 1) if any is not finite."""
         if not self.unseen:
             return
         first = trainer.global_step - len(self.unseen) + 1
@@ -89,12 +89,12 @@ class Health(Callback):
         self.unseen = []
 
     def stop_if_weights_are_not_finite(self, pl_module: LightningModule) -> None:
-        """A checkpoint of them would be no good one. Waits for the device; all ranks stop where one must."""
+        """Called before saving, as such a checkpoint is useless. Waits for the device. One rank's weights stop all."""
         step = pl_module.trainer.global_step
         trained = [_local(parameter) for parameter in pl_module.parameters() if parameter.requires_grad]
         finite = torch.stack([part.isfinite().all() for part in trained]).all()
         if pl_module.trainer.strategy.reduce(finite.float(), reduce_op="sum") != pl_module.trainer.world_size:
-            self.stop(f"the weights behind step {step} are not finite", step)
+            self.stop(f"the weights after step {step} are not finite", step)
 
     def stop(self, what: str, step: int) -> None:
         self.settle()
@@ -121,7 +121,7 @@ class Health(Callback):
         return path
 
     def _rewind(self, step: int) -> None:
-        """Drop the lines that the steps from `step` on will write again, and one that a kill cut."""
+        """Drop the lines after `step`, whose steps are repeated, and a line that a kill cut short."""
         path = self.run / "spikes.csv"
         if not path.exists():
             return
@@ -132,7 +132,7 @@ class Health(Callback):
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """What of a parameter lies on this rank: all of it, or its shard (FSDP2, ZeRO-3)."""
+    """The part of a parameter on this rank: all of it, or its shard (FSDP2, ZeRO-3)."""
     return parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
 
 

@@ -1,4 +1,4 @@
-"""What is logged each N steps, computed from tensors that stayed on the device in between."""
+"""The numbers logged every N steps, computed from tensors that stay on the device in between."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from recipes.training.callbacks.steps import StepMeans, at_step_boundary
 
 
 def ppl(nll: float) -> float:
-    """exp(nll), infinite where that overflows."""
+    """exp(nll), or infinity if that overflows."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
 class Metrics(Callback):
-    """Averages since the last line, once every `every` steps.
+    """Logs averages over the steps since the last line, every `every` steps.
 
-    The averages are part of the checkpoint, so that a resumed run logs the same numbers, bit for bit.
+    Their sums are saved in the checkpoint, so that a resumed run logs the same numbers, bit for bit.
 
     Args:
         every: optimiser steps between two lines.
         tokens_per_step: text and sink tokens of one optimiser step.
-        flops_per_token, peak_flops: for MFU; the peak of one device.
+        flops_per_token: floating-point operations of one token, for MFU.
+        peak_flops: peak FLOP/s of one device, for MFU.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Metrics(Callback):
             self.write_line(trainer, pl_module)
 
     def write_line(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The one place that waits for the device."""
+        """Log a line. No other method of this class waits for the device."""
         step = trainer.global_step
         self.health.look(trainer)
         sinks = pl_module.sink_share(trainer.datamodule.first_row_of(step).to(pl_module.device))
@@ -90,5 +91,5 @@ class Metrics(Callback):
         self.clock, self.clock_step = time.perf_counter(), step
 
     def exclude(self, seconds: float) -> None:
-        """Leave time that was not spent on training out of the throughput."""
+        """Exclude `seconds` that were not spent on training from the throughput."""
         self.clock += seconds

@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so at a step boundary, on all ranks, saved, and goes back to SLURM's queue."""
+"""Stops a run on a signal: at a step boundary, on all ranks, after saving; and returns its job to SLURM's queue."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from sinkmodel.errors import UserError
 
 
 class StopOnSignal(Callback):
-    """Sets `trainer.should_stop` at a step boundary, on the same step everywhere, before `Checkpoints` looks at it.
+    """Sets `trainer.should_stop` at a step boundary, at the same step on all ranks, before `Checkpoints` reads it.
 
-    The ranks tell each other on the CPU while the next step runs, so that no step waits for it: they stop one step
-    later than a single process would. In the same breath they learn that rank 0 could not write a checkpoint.
+    The ranks exchange their signals in an all-reduce on the CPU during the next step, so that no step waits for it. So
+    they stop one step later than a single process would. The same all-reduce reports that rank 0 could not write a
+    checkpoint.
     """
 
     def __init__(self, io: BackgroundCheckpointIO) -> None:
         self.agreed: int | None = None
         self._io = io
         self._flags = torch.zeros(2, dtype=torch.int64)  # the signal received, whether a checkpoint failed
-        self._told: dist.Work | None = None
+        self._exchange: dist.Work | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         signals.training = True
@@ -38,13 +39,13 @@ class StopOnSignal(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         if not at_step_boundary(trainer, batch_idx):
             return
-        if trainer.world_size > 1 and self._told is not None:
-            self._told.wait()
+        if trainer.world_size > 1 and self._exchange is not None:
+            self._exchange.wait()
             self._act(*self._flags.tolist())
         own = (signals.received or 0, self._io.failed)
         if trainer.world_size > 1:
             self._flags.copy_(torch.tensor(own))
-            self._told = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
+            self._exchange = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, async_op=True)
         else:
             self._act(*own)
         if self.agreed is not None:
@@ -59,12 +60,12 @@ class StopOnSignal(Callback):
             raise UserError("rank 0 could not write a checkpoint")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._told is not None:
-            self._told.wait()
+        if self._exchange is not None:
+            self._exchange.wait()
 
 
 def requeue() -> None:
-    """Give this job back to SLURM's queue; it starts again with the same script. Nothing where there is no job."""
+    """Return this job to SLURM's queue, which runs its script again. Does nothing outside of a job."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
@@ -73,14 +74,14 @@ def requeue() -> None:
         shown = ask(["scontrol", "show", "job", job])
         state = re.search(r"JobState=(\w+)", shown.stdout)
         if state and state[1] != "RUNNING":
-            say(f"job {job} is {state[1]}: it is not put back into the queue")
+            say(f"job {job} is {state[1]}: it is not returned to the queue")
             return
         done = ask(["scontrol", "requeue", job])
     except (OSError, subprocess.TimeoutExpired) as error:
-        say(f"job {job} could not be put back into the queue ({error}); submit it again: it goes on where it stopped")
+        say(f"job {job} could not be returned to the queue ({error}); submit it again: it resumes where it stopped")
         return
     if done.returncode:
-        said = done.stderr.strip() or f"exit code {done.returncode}"
-        say(f"job {job} could not be put back into the queue ({said}); submit it again: it goes on where it stopped")
+        why = done.stderr.strip() or f"exit code {done.returncode}"
+        say(f"job {job} could not be returned to the queue ({why}); submit it again: it resumes where it stopped")
     else:
-        say(f"job {job} is back in the queue; it goes on where it stopped")
+        say(f"job {job} is back in the queue; it resumes where it stopped")

@@ -1,4 +1,4 @@
-"""How far the run is: a bar in a terminal, plain lines in a file."""
+"""The progress of a run: a bar in a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sinkmodel.console import say
 
 
 class Progress(EndsWithTheRun):
-    """Shows the latest line of `Metrics`; itself it asks nothing of the device."""
+    """Shows the latest line of `Metrics`; reads nothing from the device itself."""
 
     def __init__(self, metrics: Metrics, steps: int):
         self.metrics, self.steps = metrics, steps

@@ -1,4 +1,4 @@
-"""What an optimiser step is to the callbacks: where it ends, what it lost, and which rows it read."""
+"""An optimiser step as the callbacks see it: where it ends, and its losses and gradient norm."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from recipes.training.processes.strategies import zero_stage
 def at_step_boundary(trainer: Trainer, batch_idx: int) -> bool:
     """Whether micro-batch `batch_idx` was the last of its optimiser step; `global_step` then counts that step.
 
-    Callbacks act there, and nowhere between two micro-batches.
+    Callbacks act only then, never between two micro-batches of a step.
     """
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 class StepMeans(Callback):
-    """The step's losses, the mean over its micro-batches and over the ranks, on the device; the first of the callbacks.
+    """Averages a step's losses over its micro-batches and the ranks, on the device. Later callbacks read them.
 
     Attributes:
-        losses: nll over all targets and over those that a twin shares, [2]; the same on every rank.
-        grad_norm: of the whole gradient before clipping, a scalar.
+        losses: mean nll over all targets and over those that a twin shares, [2]; the same on every rank.
+        grad_norm: norm of the whole gradient before clipping, a scalar.
     """
 
     losses: torch.Tensor

@@ -20,7 +20,7 @@ from sinkmodel.console import say
 
 
 class Validation(Callback):
-    """Mean nll over the targets of the validation rows that a twin shares, every `every` steps and at the end."""
+    """Logs the mean nll of validation rows over the targets that a twin shares: every `every` steps, and at the end."""
 
     def __init__(self, every: int, metrics: Metrics, watchdog: Watchdog):
         self.every, self.metrics, self.watchdog = every, metrics, watchdog
@@ -46,6 +46,6 @@ class Validation(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"tokens": tokens, "val_loss": loss, "val_ppl": ppl(loss)}, trainer.global_step)
         if trainer.is_global_zero:
-            with tqdm.external_write_mode(file=sys.stderr):  # takes its bar away, and puts it back after the line
+            with tqdm.external_write_mode(file=sys.stderr):  # hides the bar while the line is printed
                 say(f"step {trainer.global_step}: validation loss {loss:.4f}, ppl {ppl(loss):.2f}")
         self.metrics.exclude(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""A rank that hangs ends the run in bounded time: the others wait for it in a collective that may never return."""
+"""Ends a run within bounded time if a rank hangs: the others wait for it in a collective that may never return."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sinkmodel.console import say
 
 
 class Watchdog(EndsWithTheRun):
-    """Ends the process, exit code 1, when no micro-batch was finished for `timeout` seconds.
+    """Ends the process with exit code 1 if no micro-batch is finished for `timeout` seconds.
 
-    Every rank has one and waits no longer than the others, so that where one hangs all end. What each was doing stands
-    in `RUN/hang-rank0.txt` and so on: the one that hung is not where the others are.
+    Each rank runs its own watchdog with the same timeout, so that a hang of one rank ends the whole run. Each writes
+    its stack traces to `RUN/hang-rank0.txt` and so on: those of the rank that hung differ from the others'.
     """
 
     def __init__(self, run: Path, timeout: float):
@@ -35,7 +35,7 @@ class Watchdog(EndsWithTheRun):
         self.step = trainer.global_step
 
     def moved(self) -> None:
-        """For whatever else takes long, and moves."""
+        """Restart the timeout. For other work that takes long and makes progress."""
         self.beat = time.monotonic()
 
     def end(self) -> None:
@@ -48,13 +48,13 @@ class Watchdog(EndsWithTheRun):
     def _watch(self, rank: int) -> None:
         while not self._ended.wait(min(1.0, self.timeout / 10)):
             if time.monotonic() - self.beat > self.timeout:
-                # The file system may be what hangs: whatever comes of this, the process ends.
+                # The dump may hang too, if the file system does: wait for it only 10 seconds.
                 dump = threading.Thread(target=self._dump, args=(rank,), daemon=True)
                 dump.start()
                 dump.join(10)
                 say(
-                    f"nothing has moved for {self.timeout:.0f} s behind step {self.step}: a rank hangs, or a step "
-                    f"takes longer than training.timeout; {self.run}/hang-rank*.txt say what each rank was doing; "
-                    "go on with the same command",
+                    f"no progress for {self.timeout:.0f} s after step {self.step}: a rank hangs, or a step takes "
+                    f"longer than training.timeout; {self.run}/hang-rank*.txt show what each rank was doing; "
+                    "resume with the same command",
                 )
                 os._exit(1)

@@ -1,4 +1,4 @@
-"""Which loggers a run has: metrics.csv always; wandb and TensorBoard where they are asked for, imported only then."""
+"""The loggers of a run: always metrics.csv; wandb and TensorBoard, imported only if the config asks for them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sinkmodel.secrets import all_redacted
 
 
 def build_loggers(run: Path, config: PretrainConfig, provenance: dict[str, Any], step: int) -> list[Logger]:
-    """The loggers of rank 0, level with `step`, that of the checkpoint that training goes on from, or 0.
+    """The loggers of rank 0, brought level with `step`: that of the checkpoint that training resumes from, or 0.
 
-    Raises UserError where a run that has not begun cannot log as it was asked to.
+    Raises UserError if a new run cannot log as its config asks.
     """
     metrics = MetricsFile(run / "metrics.csv")
     metrics.rewind(step)
@@ -35,10 +35,11 @@ def build_loggers(run: Path, config: PretrainConfig, provenance: dict[str, Any],
 
 
 def build_mirrors(run: Path, config: PretrainConfig, provenance: dict[str, Any], resuming: bool) -> list[Mirror]:
-    """wandb and TensorBoard, as `config.logging` asks for them, before they are brought level.
+    """The loggers for wandb and TensorBoard that `config.logging` asks for, before they are brought level.
 
     Args:
-        provenance: what `recipes.training.folder.provenance_of` gives, and what else is known of the run.
+        provenance: the result of `recipes.training.folder.provenance_of`, with further facts about the run.
+        resuming: whether the run resumes from a checkpoint; see `WandbRun`.
     """
     mirrors: list[Mirror] = []
     if config.logging.tensorboard:
@@ -57,7 +58,7 @@ def build_mirrors(run: Path, config: PretrainConfig, provenance: dict[str, Any],
 
 
 def refuse_what_is_not_installed(logging: CopySettings) -> None:
-    """Raises UserError for a logger whose package is missing; none of them is needed to train."""
+    """Raises UserError if the config asks for a logger whose package is not installed."""
     for package in ("wandb", "tensorboard"):
         wanted = getattr(logging, package) and not (package == "wandb" and switched_off())
         if wanted and importlib.util.find_spec(package) is None:
@@ -67,13 +68,13 @@ def refuse_what_is_not_installed(logging: CopySettings) -> None:
 
 
 def rehearse(config: PretrainConfig) -> str:
-    """What a run will log to, in words, for `--dry-run`; raises UserError for what `build_loggers` would refuse."""
+    """A text for `--dry-run` that names the run's loggers. Raises UserError if `build_loggers` would."""
     refuse_what_is_not_installed(config.logging)
-    told = ["metrics.csv"]
+    loggers = ["metrics.csv"]
     if config.logging.tensorboard:
-        told.append(shell("tensorboard", "--logdir", config.output))
+        loggers.append(shell("tensorboard", "--logdir", config.output))
     if config.logging.wandb and (off := switched_off()):
-        told.append(f"not wandb, as {off} switches it off")
+        loggers.append(f"not wandb, as {off} switches it off")
     elif config.logging.wandb:
-        told.append(f"wandb ({check_wandb()}), project {config.logging.project}, tags {', '.join(tags_of(config))}")
-    return "; ".join(told)
+        loggers.append(f"wandb ({check_wandb()}), project {config.logging.project}, tags {', '.join(tags_of(config))}")
+    return "; ".join(loggers)

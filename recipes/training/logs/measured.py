@@ -1,4 +1,4 @@
-"""What was measured of a run after its training: results, attention maps, a report; read for any logger."""
+"""Reads what was measured of a run after its training (results, attention maps, a report), for any logger."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERDICT = ("answer", "speaks_of", "why", "first", "second", "difference", "low",
 
 @dataclass(frozen=True)
 class Result:
-    """A file that `sink-eval QUESTION --json` wrote, rows of plain values as a table."""
+    """A file that `sink-eval QUESTION --json` wrote: its columns with plain values as a table, and its verdict."""
 
     path: Path
     question: str
@@ -31,20 +31,22 @@ class Result:
         return f"{self.question}/{self.path.stem}"
 
     def markdown(self) -> str:
-        """The table; before it the verdict, if there is one."""
+        """The verdict, if there is one, and the table."""
         head: list[list[Cell]] = [[*self.columns], ["---"] * len(self.columns)]
         lines = [" | ".join(map(_cell, row)) for row in (*head, *self.rows)]
-        said = ", ".join(f"{name} {_cell(value)}" for name, value in self.verdict.items())
-        return "\n".join([said, "", *(f"| {line} |" for line in lines)])
+        verdict = ", ".join(f"{name} {_cell(value)}" for name, value in self.verdict.items())
+        return "\n".join([verdict, "", *(f"| {line} |" for line in lines)])
 
 
 @dataclass(frozen=True)
 class Measured:
-    """
+    """Everything that `sink-log` logs besides the curves.
+
     Args:
+        results: files of `sink-eval --json`.
         maps: folders that `sink-eval sinks --maps` made.
-        report: the folder that `sink-eval report` made.
-        checkpoints: by step, to be kept as artifacts.
+        report: the folder that `sink-eval report` made, or None.
+        checkpoints: checkpoints by step, to be kept as artifacts.
     """
 
     results: list[Result] = field(default_factory=list)
@@ -56,10 +58,10 @@ class Measured:
 def read_measured(
     results: Sequence[Path], maps: Sequence[Path], report: Path | None, checkpoints: dict[int, Path]
 ) -> Measured:
-    """Raises UserError for a file or folder that is not what it should be, and for a link that leads out of its folder.
+    """Read the files. Raises UserError for one of the wrong kind, and for a link that leads out of its folder.
 
     Args:
-        checkpoints: by step, in `RUN/checkpoints`.
+        checkpoints: checkpoints by step, in `RUN/checkpoints`.
     """
     for path in checkpoints.values():
         real(path.parents[1], path)
@@ -78,7 +80,7 @@ def read_measured(
 def _refuse_namesakes(names: list[str], option: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two of {option} are called {name}, and would be one panel; rename one of them")
+            raise UserError(f"two of {option} are called {name}, and would share one panel; rename one of them")
 
 
 def read_result(path: Path) -> Result:
@@ -90,8 +92,8 @@ def read_result(path: Path) -> Result:
         name for name in dict.fromkeys(name for row in rows for name in row) if _plain(row.get(name) for row in rows)
     ]
     verdict = content.get("verdict") or {}
-    told = {name: verdict[name] for name in VERDICT if name in verdict} if isinstance(verdict, dict) else {}
-    return Result(path, question, columns, [[row.get(name) for name in columns] for row in rows], told)
+    shown = {name: verdict[name] for name in VERDICT if name in verdict} if isinstance(verdict, dict) else {}
+    return Result(path, question, columns, [[row.get(name) for name in columns] for row in rows], shown)
 
 
 def _plain(values: Any) -> bool:

@@ -32,10 +32,10 @@ COLUMNS = (
 
 
 class MetricsFile(Logger):
-    """One line a call, numbers in full precision, written at once. Always there: what every other logger is made from.
+    """Writes one line per call, in full precision and at once. Every run has it; all other loggers are copies of it.
 
-    Lightning's CSVLogger starts its file anew on resume; this one drops only the lines behind the step resumed from,
-    so that a run that was killed leaves the same file as one that was not.
+    Lightning's CSVLogger starts its file anew on resume. This one drops only the lines after the step resumed from, so
+    that a killed run leaves the same file as an uninterrupted one.
     """
 
     def __init__(self, path: Path, columns: Sequence[str] = COLUMNS):
@@ -52,7 +52,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Keep the lines up to `step`; a line cut short by a kill goes as well."""
+        """Keep only the complete lines up to `step`: a line that a kill cut short is dropped too."""
         lines = [row for row in read_metrics(self.path.parent) if int(row["step"]) <= step]
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self.columns, lineterminator="\n")
@@ -67,4 +67,4 @@ class MetricsFile(Logger):
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow({"step": step, **metrics})
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The config stands in config.yaml already."""
+        """Nothing to log: config.yaml holds the config."""

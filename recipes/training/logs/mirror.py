@@ -1,4 +1,4 @@
-"""What wandb and TensorBoard have in common: each is a copy of `metrics.csv`, and training does not depend on it."""
+"""The base of the loggers for wandb and TensorBoard: copies of `metrics.csv` on which training does not depend."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sinkmodel.errors import first_line
 
 
 class Mirror(Logger):
-    """Has every line of `metrics.csv` once, however often the run was stopped, killed and resumed.
+    """Holds every line of `metrics.csv` once, however often the run was stopped, killed and resumed.
 
-    A kill takes what was logged and not yet written, and a resume logs again what came behind its checkpoint. So at
-    the start a mirror is given the lines up to that checkpoint, takes those that it lacks, and then leaves out those
-    that it has. One that is asked for in the middle of a run gets the whole of it in the same way.
+    A kill loses lines that were logged but not yet written. A resume logs the steps after its checkpoint again. So at
+    each start a mirror gets the lines up to that checkpoint and takes those that it lacks; during training it leaves
+    out those that it has. A mirror that is switched on later gets all earlier lines in the same way.
 
     Attributes:
         title: its name in messages.
-        has: the last step whose line it has from before this start.
-        failed: whether it is left alone, after an error that was said.
+        has: the last step whose line it had before this start.
+        failed: whether it was disabled after an error.
     """
 
     title: str
@@ -39,7 +39,7 @@ class Mirror(Logger):
         return ""
 
     def catch_up(self, lines: Iterable[dict[str, str]]) -> None:
-        """Take over the lines of metrics.csv, as `sinkmodel.checkpoint.read_metrics` gives them."""
+        """Log the lines of metrics.csv, as `sinkmodel.checkpoint.read_metrics` returns them."""
         for line in lines:
             numbers = {name: float(text) for name, text in line.items() if text}
             self.log_metrics(numbers, int(numbers.pop("step")))
@@ -50,20 +50,20 @@ class Mirror(Logger):
             self.try_to(lambda: self.write(metrics, step), f"at step {step}")
 
     def finalize(self, status: str) -> None:
-        """`status` is "success" where training ended by itself or was stopped, saved."""
+        """`status` is "success" if training was completed, or was stopped and saved."""
         self.try_to(lambda: self.close(status), "at the end")
 
     def try_to(self, act: Callable[[], None], when: str) -> None:
-        """A logger that fails once is left alone from there on: no training is lost for a picture of it."""
+        """Call `act`. After its first failure a logger is disabled for the rest of the run; training continues."""
         if self.failed:
             return
         try:
             act()
-        except Exception as error:  # of the network, a disk, another process, in the words of somebody's library
+        except Exception as error:  # a library may raise anything if the network, a disk or its process fails
             self.failed = True
             say(
-                f"{self.title} failed {when} ({first_line(error)}) and is left alone; metrics.csv has every line, and "
-                "sink-log, or a resumed run, brings it level again"
+                f"{self.title} failed {when} ({first_line(error)}) and is now disabled; metrics.csv has every line, "
+                "and sink-log, or a resumed run, adds the missing ones"
             )
 
     @abstractmethod
@@ -72,11 +72,11 @@ class Mirror(Logger):
 
     @abstractmethod
     def show(self, measured: Measured) -> None:
-        """Log what was measured of the run; raises what goes wrong."""
+        """Log what was measured of the run; errors are raised."""
 
     @abstractmethod
     def close(self, status: str) -> None:
-        """Write what is left; nothing is logged behind it."""
+        """Write what is left; nothing is logged after it."""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The config was given at the start."""
+        """Nothing to log: the logger got the config when it was made."""

@@ -1,4 +1,4 @@
-"""Names by which a reader of many runs finds twins at a glance: a group that they share, tags in which they differ."""
+"""Names by which a reader of many runs finds twins: a group that they share, and tags in which they differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recipes.training.folder import FREE_GROUPS, FREE_TO_CHANGE
 from recipes.training.settings import PretrainConfig
 from sinkmodel.sinks import SinkConfig
 
-OF_A_BASE = {  # keys of a model that exists, and what they are without one
+OF_A_BASE = {  # keys for an existing model, with their values if there is none
     **dict.fromkeys(("step", "model.start_from", "data.skip", "optimizer.start_from")),
     "training.parts": "all",
 }
@@ -24,10 +24,10 @@ def tags_of(config: PretrainConfig) -> list[str]:
 
 
 def group_of(config: PretrainConfig, fingerprint: str) -> str:
-    """`gpt_neox-12x768-fineweb-edu-1a2b3c4d`: the digits are of all that decides what a run computes, its sink aside.
+    """`gpt_neox-12x768-fineweb-edu-1a2b3c4d`; the digits are a hash of all that decides the run except its sink.
 
     Args:
-        fingerprint: of the data; where the folder stands is no part of it.
+        fingerprint: that of the data, so that the folder's path does not matter.
     """
     deciding = {
         key: value

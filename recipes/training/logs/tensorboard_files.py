@@ -1,4 +1,4 @@
-"""TensorBoard: `RUN/tensorboard/`, the curves of `metrics.csv` for `tensorboard --logdir runs`."""
+"""TensorBoard: writes the curves of `metrics.csv` to `RUN/tensorboard/`, for `tensorboard --logdir runs`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardFiles(Mirror):
-    """Written anew from `metrics.csv` at every start, so that the folder holds each step once for every reader.
+    """Written anew from `metrics.csv` at every start, so that the folder holds each step once.
 
-    A TensorBoard that is looking on meanwhile forgets the old curves at the word `purge_step`. The steps are the
-    optimiser's; TensorBoard has no other axis, so `tokens` is a curve of its own.
+    `purge_step` makes a running TensorBoard forget the old curves. Steps are the optimiser's. TensorBoard has no other
+    axis, so `tokens` is a curve of its own.
 
     Args:
         config: the run's config.yaml, shown as a text.
@@ -36,13 +36,13 @@ class TensorBoardFiles(Mirror):
 
     def write(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
-            if name != "tokens" or step != self._step:  # training and validation of one step both tell it
+            if name != "tokens" or step != self._step:  # training and validation lines both have it
                 self._writer.add_scalar(name, value, step)
         self._step = step
         self._writer.flush()
 
     def show(self, measured: Measured) -> None:
-        """In a folder of its own, which no start of the run writes anew."""
+        """Written to a folder of its own, which later starts of the run do not remove."""
         import numpy as np
         from PIL import Image
         from torch.utils.tensorboard import SummaryWriter

@@ -1,8 +1,9 @@
-"""What wandb has of a run on this disk: the `.wandb` files of its starts, which `wandb sync` uploads one by one.
+"""wandb's files of a run on this disk: a `.wandb` file for each start, which `wandb sync` uploads one by one.
 
-A file is a log of LevelDB's form: behind a header, blocks of 32 KiB of records, a record that does not fit cut into
-parts, each part behind a checksum (4 bytes), its length (2) and its type (1: whole, 2 to 4: first, middle, last).
-wandb writes it block by block, so that a SIGKILL takes up to 32 KiB of what was logged.
+A file has the format of LevelDB's logs: a header, then blocks of 32 KiB that hold records. A record that does not fit
+into its block is split into parts. Before each part come its checksum (4 bytes), its length (2 bytes) and its type (1
+byte; 1: whole record, 2 to 4: first, middle, last part). wandb writes block by block, so that a SIGKILL loses up to 32
+KiB of logged data.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def files_of(run: Path, identity: str) -> list[Path]:
-    """The files of a wandb run in the folder of a run, in the order of their starts."""
+    """The files of the wandb run `identity` in a run folder, in the order of the starts."""
     return sorted((run / "wandb").glob(f"*run-*-{identity}/run-{identity}.wandb"))
 
 
 def mend(run: Path, identity: str) -> None:
-    """Make what kills have left fit for `wandb sync`, which otherwise stops at it and leaves out all later starts.
+    """Repair files that a kill cut short: `wandb sync` stops at such a file and does not upload the later starts.
 
-    A record that was cut goes, and so does the folder of a start of which nothing was written. A file of another
-    version is left as it is: nobody here knows what is in it.
+    An incomplete record at the end is removed, and so is the folder of a start that has no complete record. A file with
+    the header of another version is left unchanged, as its format is not known.
     """
     for path in files_of(run, identity):
         content = path.read_bytes()
@@ -41,13 +42,13 @@ def mend(run: Path, identity: str) -> None:
 
 
 def last_step(run: Path, identity: str) -> int:
-    """The last optimiser step whose line is in the files of this wandb run; -1 where none is."""
+    """The last optimiser step that was logged in the files of this wandb run; -1 if there is none."""
     lines = (line for path in files_of(run, identity) for line in history(path))
     return max((step for step, names in lines if "tokens" in names), default=-1)
 
 
 def history(path: Path) -> Iterator[tuple[int, set[str]]]:
-    """Of each line in a `.wandb` file its step, and the names of its numbers."""
+    """The step and the names of the numbers of each logged line in a `.wandb` file."""
     from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -65,12 +66,12 @@ def history(path: Path) -> Iterator[tuple[int, set[str]]]:
 
 
 def records(content: bytes) -> Iterator[tuple[bytes, int]]:
-    """Each record of a log, and where it ends; the first that is cut short, or is none, ends them all."""
+    """Each record of a log with the offset of its end in bytes, up to the first that is cut short or invalid."""
     if not content.startswith(HEADER):
         return
     place, parts = len(HEADER), b""
     while place + PART.size <= len(content):
-        if BLOCK - place % BLOCK < PART.size:  # a block's end that holds no part
+        if BLOCK - place % BLOCK < PART.size:  # too little room for a part: padding
             place += BLOCK - place % BLOCK
             continue
         _, length, kind = PART.unpack_from(content, place)

@@ -1,4 +1,4 @@
-"""Weights & Biases: one wandb run for a run folder, however often it is started, online or from offline folders."""
+"""Weights & Biases: one wandb run for a run folder, however often it is started, online or offline."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from sinkmodel.files import read_json, write_json
 from sinkmodel.secrets import redacted
 
 IDENTITY = Path("checkpoints") / "wandb.json"
-PATIENCE = 60.0  # seconds that the end of a run waits for an upload; a job that goes back to the queue has few
+PATIENCE = 60.0  # seconds to wait for the upload at the end of a run; a preempted job has little time
 
 
 class WandbRun(Mirror):
-    """Logs under the optimiser's step, which is wandb's own, with `tokens` as the axis of every curve.
+    """Logs with the optimiser's step as wandb's step, and `tokens` as the x-axis of every curve.
 
-    wandb takes no step behind the last that it has. Online the server says which one that is. Offline nobody does, and
-    each start writes a folder of its own: here they are read (`wandb_files`), so that no step is in two of them, and
-    `wandb sync` makes one run out of all.
+    wandb accepts only steps after the last one that it has. Online its server gives that step. Offline each start
+    writes a folder of its own, and the step is read from these (`wandb_files`). So no step is in two folders, and
+    `wandb sync` makes one run of all of them.
 
     Args:
-        resuming: whether training goes on from a checkpoint. It then goes on without a server, too, logging offline;
-            a first start that cannot log raises UserError.
-        config: what wandb shows as the run's config.
-        last: the last step of the training; a run that ends before it was stopped.
+        resuming: whether training resumes from a checkpoint. If it does and wandb cannot log online, it logs offline;
+            for a new run that is a UserError.
+        last: the last step of the training; a run that ends earlier is shown as preempted.
+        config: shown by wandb as the run's config.
+        group: the wandb group, shared by twins.
+        tags: the wandb tags.
     """
 
     title = "wandb"
@@ -62,9 +64,9 @@ class WandbRun(Mirror):
         self.step = step
 
     def show(self, measured: Measured) -> None:
-        """Tables, pictures and the report in the run's page; the files as artifacts, a version each time they change.
+        """Log tables, pictures and the report to the run's page, and the files as artifacts, with a version per change.
 
-        They take one of wandb's steps, the next. A run that goes on later and logs every step goes without that line.
+        They use the next of wandb's steps. If the run resumes later and logs every step, that step's line is lost.
         """
         import wandb
 
@@ -89,7 +91,7 @@ class WandbRun(Mirror):
         import wandb
 
         artifact = wandb.Artifact(f"{self._run.id}-{what}", kind)
-        for path in paths:  # immutable: not copied first, and a checkpoint is large
+        for path in paths:  # policy "immutable": wandb does not copy the file, which may be large
             if path.is_dir():
                 for name, file in files_of(path).items():  # add_dir would follow every link
                     artifact.add_file(str(file), name=name, policy="immutable")
@@ -97,22 +99,22 @@ class WandbRun(Mirror):
                 artifact.add_file(str(path), policy="immutable")
         logged = self._run.log_artifact(artifact, aliases=aliases)
         if not self._run.offline:
-            logged.wait()  # longer than PATIENCE, for checkpoints
+            logged.wait()  # uploading a checkpoint may take longer than PATIENCE
 
     def close(self, status: str) -> None:
         import wandb
 
         if status == "success" and max(self.step, self.has) < self.last:
-            self._run.mark_preempting()  # shown as "preempted", not as finished
+            self._run.mark_preempting()  # wandb then shows "preempted" instead of "finished"
             status = "stopped"
         self._run.finish(exit_code=0 if status == "success" else 1)
-        wandb.teardown()  # its process writes the last of the file only now, and ours may end without ceremony
+        wandb.teardown()  # flushes the file in wandb's process; ours may exit through os._exit
 
 
 def open_run(run: Path, settings: CopySettings, resuming: bool, **more: Any) -> Any:
-    """The wandb run of a run folder, made or gone on with; how and where (WANDB_MODE, key, server) is wandb's to know.
+    """Create or resume the wandb run of a run folder; wandb itself finds its mode, key and server.
 
-    Raises UserError where wandb does not let us in, unless `resuming`.
+    Raises UserError if wandb refuses, unless `resuming`: then the run logs offline.
     """
     import wandb
 
@@ -141,13 +143,13 @@ def open_run(run: Path, settings: CopySettings, resuming: bool, **more: Any) -> 
 
 
 def switched_off() -> str | None:
-    """The environment variable that switches wandb off, with its value; None without one."""
-    off = {"WANDB_DISABLED": ("1", "on", "yes", "true"), "WANDB_MODE": ("disabled",)}  # as transformers reads them
+    """The environment variable that switches wandb off, as `NAME=value`; None if there is none."""
+    off = {"WANDB_DISABLED": ("1", "on", "yes", "true"), "WANDB_MODE": ("disabled",)}  # as in transformers
     return next((f"{key}={os.environ[key]}" for key in off if os.environ.get(key, "").lower() in off[key]), None)
 
 
 def check_wandb() -> str:
-    """Where wandb will log, in words. Raises UserError where it has no key, or its server does not take it."""
+    """Wandb's mode, or its server's address if online. Raises UserError if it has no key, or its server refuses it."""
     import wandb
 
     try:
@@ -159,7 +161,7 @@ def check_wandb() -> str:
         raise _refusal(f"there is no key for {settings.base_url}")
     except (wandb.errors.Error, OSError) as error:
         raise _refusal(first_line(error)) from None
-    except ValueError as error:  # of pydantic: a setting in the environment that wandb does not have
+    except ValueError as error:  # pydantic's, for a setting in the environment that wandb does not have
         lines = str(error).partition("For further information")[0].splitlines()[1:]
         raise _refusal(" ".join(" ".join(lines).split())) from None
 
@@ -181,7 +183,7 @@ def _refusal(what: str) -> UserError:
 
 
 def identity_of(run: Path) -> str:
-    """The id of a run's wandb run, the same over every start."""
+    """The id of a run's wandb run; it is made at the first start and kept in the run folder."""
     path = run / IDENTITY
     if not path.exists():
         write_json(path, {"id": uuid.uuid4().hex[:8]})

@@ -1,7 +1,7 @@
-"""Starts one process a device on this machine, where neither SLURM nor torchrun has: the same command, as ranks.
+"""Starts one process per device on this machine, if neither SLURM nor torchrun has: the same command, once per rank.
 
-torchrun's agent would do it too, but ends every run that stops early with exit code 1 and a traceback of its own, and
-leaves a rank 30 seconds for saving; here the ranks' exit code and their last line come through as they are.
+torchrun's agent would do it too. But it ends every run that stops early with exit code 1 and a traceback of its own,
+and gives a rank only 30 seconds for saving. This launcher passes on the ranks' exit code and output unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import FrameType
 from recipes.training.processes import signals
 from sinkmodel.console import say
 
-GRACE = 10.0  # seconds that the other ranks have to end by themselves once one has failed
+GRACE = 10.0  # seconds that the other ranks have to end by themselves after one has failed
 
 
 def several() -> bool:
@@ -29,7 +29,7 @@ def several() -> bool:
 
 
 def run_to_end(run: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
-    """The exit code of a command; one of several processes does not return, and ends with it (`ranks.leave`)."""
+    """Run a command and return its exit code. One of several processes exits with that code instead (`ranks.leave`)."""
     if not several():
         return run(argv)
     code = 1
@@ -37,7 +37,7 @@ def run_to_end(run: Callable[[list[str] | None], int], argv: list[str] | None) -
         code = run(argv)
     except SystemExit as end:  # --help
         code = int(end.code or 0)
-    except BaseException:  # a mistake of ours, a device that is out of memory …
+    except BaseException:  # a bug, a device that is out of memory …
         traceback.print_exc()
     from recipes.training.processes.ranks import leave
 
@@ -48,7 +48,7 @@ def run_to_end(run: Callable[[list[str] | None], int], argv: list[str] | None) -
 def launch(module: str, argv: list[str], processes: int) -> int:
     """Run `python -m module *argv` as ranks 0 … processes - 1, pass signals on, and return the run's exit code.
 
-    When one rank fails, the others get GRACE seconds and are killed. When this process dies, so do they.
+    When a rank fails, the others are killed after GRACE seconds. When this process dies, all ranks die with it.
     """
     ranks: list[subprocess.Popen] = []
     early = [] if signals.received is None else [signals.received]
@@ -65,7 +65,7 @@ def launch(module: str, argv: list[str], processes: int) -> int:
         common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
         common["MASTER_PORT"] = str(free_port())
         for rank in range(processes):
-            # A session of its own: a terminal's Ctrl-C comes through `pass_on` alone, once.
+            # In a new session, so that a terminal's Ctrl-C reaches each rank once, through `pass_on` only.
             ranks.append(
                 subprocess.Popen(
                     [sys.executable, "-m", module, *argv],
@@ -74,7 +74,7 @@ def launch(module: str, argv: list[str], processes: int) -> int:
                     preexec_fn=_before_it_starts,
                 )
             )
-        for number in list(early):  # what came before there was somebody to pass it on to
+        for number in list(early):  # signals that came before all ranks were started
             pass_on(number, None)
         return _wait(ranks)
     finally:
@@ -86,7 +86,7 @@ def launch(module: str, argv: list[str], processes: int) -> int:
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
-    """Exit code of the run: of the first rank that failed, 0 where none did."""
+    """The run's exit code: that of the first rank that failed, or 0 if none did."""
     failed: int | None = None
     deadline = 0.0
     while True:
@@ -97,7 +97,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         if not running:
             break
         if failed is not None and time.monotonic() > deadline:
-            say(f"rank {failed} has ended; stopping the others, which have not")
+            say(f"rank {failed} has failed; stopping the ranks that are still running")
             break
         time.sleep(0.02)
     return 0 if failed is None else _exit_code(ranks[failed], failed)
@@ -106,7 +106,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
 def _exit_code(process: subprocess.Popen, rank: int) -> int:
     code = process.returncode
     if code < 0:
-        say(f"rank {rank} was ended by {signal.Signals(-code).name}; go on with the same command")
+        say(f"rank {rank} was ended by {signal.Signals(-code).name}; resume with the same command")
         return 128 - code
     return code
 
@@ -118,9 +118,9 @@ def free_port() -> int:
 
 
 def _before_it_starts() -> None:
-    """In the new rank. Signals wait until it can note them (`signals.noted`): by default they would end it.
+    """Runs in the new rank. Blocks signals until its handlers are set (`signals.noted`): by default they would end it.
 
-    On Linux the kernel kills a rank whose launcher has died, however that happened.
+    On Linux the kernel kills a rank if its launcher dies for any reason.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""The processes of one run: how many there are, which one this is, and how they agree before and between steps."""
+"""The ranks of a run: their number, the rank of this process, and how they agree before and between steps."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from sinkmodel.errors import UserError
 
 T = TypeVar("T")
 
-# What gloo and NCCL say where a rank has gone, if not by the type of the error.
+# Messages of gloo and NCCL that mean that another rank has ended; the type of the error may not show it.
 LOST = re.compile(r"closed by peer|Connection re(set|fused)|Broken pipe|[Tt]imed out|no longer|Socket closed|NCCL")
 
 
 @dataclass(frozen=True)
 class World:
-    """
+    """The place of this process in the run.
+
     Args:
-        rank: this process, from 0, of `size` in all.
-        local_rank: this process among the `local_size` of its node.
+        rank: number of this process, from 0.
+        size: number of processes of the run.
+        local_rank: number of this process on its node, from 0.
+        local_size: number of processes on each node.
     """
 
     rank: int = 0
@@ -45,43 +48,43 @@ class World:
 
 
 def find_world() -> World:
-    """What `torchrun`, our own launcher, or `srun` say in the environment; a world of one where nobody does.
+    """Read the world from the environment that `torchrun`, our launcher or `srun` has set; without it, a world of one.
 
-    `srun` speaks its own words; they are put into torch's as well, for what reads those (Lightning, DeepSpeed).
+    The variables of `srun` are copied to torch's names as well, which Lightning and DeepSpeed read.
     """
-    said = os.environ
-    if int(said.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in said:
+    env = os.environ
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "RANK" not in env:
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
-        said.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(said["SLURM_STEP_NODELIST"]))
-        said.setdefault("MASTER_PORT", str(15000 + int(said["SLURM_JOB_ID"]) % 10000))
-        said["RANK"], said["LOCAL_RANK"] = said["SLURM_PROCID"], said["SLURM_LOCALID"]
-        said["WORLD_SIZE"], said["GROUP_RANK"] = said["SLURM_STEP_NUM_TASKS"], said["SLURM_NODEID"]
-        said["LOCAL_WORLD_SIZE"] = str(_tasks_per_node(said["SLURM_STEP_TASKS_PER_NODE"]))
-    if "RANK" not in said or "WORLD_SIZE" not in said:
+        env.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(15000 + int(env["SLURM_JOB_ID"]) % 10000))
+        env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
+        env["WORLD_SIZE"], env["GROUP_RANK"] = env["SLURM_STEP_NUM_TASKS"], env["SLURM_NODEID"]
+        env["LOCAL_WORLD_SIZE"] = str(_tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"]))
+    if "RANK" not in env or "WORLD_SIZE" not in env:
         return World()
-    size, local = int(said["WORLD_SIZE"]), int(said.get("LOCAL_WORLD_SIZE", said["WORLD_SIZE"]))
-    return World(int(said["RANK"]), size, int(said.get("LOCAL_RANK", said["RANK"])), local)
+    size, local = int(env["WORLD_SIZE"]), int(env.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
+    return World(int(env["RANK"]), size, int(env.get("LOCAL_RANK", env["RANK"])), local)
 
 
-def _tasks_per_node(said: str) -> int:
-    """`4(x2)` -> 4. Raises UserError where nodes have unequal numbers."""
-    counts = {int(part) for part in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", said)}
+def _tasks_per_node(tasks: str) -> int:
+    """`4(x2)` -> 4. Raises UserError if nodes have unequal numbers of tasks."""
+    counts = {int(part) for part in re.findall(r"(\d+)(?:\(x\d+\))?(?:,|$)", tasks)}
     if len(counts) != 1:
-        raise UserError(f"srun has put {said} tasks on the nodes; give --ntasks-per-node, so that all have as many")
+        raise UserError(f"srun has put {tasks} tasks on the nodes; give --ntasks-per-node, so that all have as many")
     return counts.pop()
 
 
 def longest_wait(timeout: float) -> timedelta:
-    """Of one collective, where a step has `timeout` seconds: the watchdog comes first, as it can say more."""
+    """Time limit of a collective: longer than the `timeout` seconds of a step, because the watchdog reports more."""
     return timedelta(seconds=timeout + 60)
 
 
 def join(world: World, timeout: float, device: str) -> None:
-    """Meet the other processes. A collective that waits a minute longer than `timeout` seconds ends the process."""
+    """Join the process group. A collective fails if it takes a minute longer than `timeout` seconds."""
     if dist.is_initialized():
         return
-    on_gpu = device != "cpu" and world.local_rank < torch.cuda.device_count()  # one too many is told so by `run`
+    on_gpu = device != "cpu" and world.local_rank < torch.cuda.device_count()  # `run` refuses more ranks than GPUs
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
@@ -98,17 +101,17 @@ def join(world: World, timeout: float, device: str) -> None:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"rank {world.rank} of {world.size} on {socket.gethostname()} did not meet the others at {where} within "
-            f"{timeout:.0f} s ({str(error).splitlines()[0]}); see whether all of them started, and MASTER_ADDR",
+            f"rank {world.rank} of {world.size} on {socket.gethostname()} did not reach the others at {where} within "
+            f"{timeout:.0f} s ({str(error).splitlines()[0]}); check that all of them started, and MASTER_ADDR",
             exit_code=1,
             heard=True,
         ) from None
 
 
 def leave(code: int) -> None:
-    """End this rank's process with `code`: the interpreter's own end aborts or hangs where another rank has gone."""
+    """Exit this process with `code` at once: the interpreter's shutdown aborts or hangs if another rank has ended."""
     for thread in threading.enumerate():
-        if thread.name == "checkpoint":  # a file that is being written
+        if thread.name == "checkpoint":  # it is writing a file
             thread.join()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -116,7 +119,7 @@ def leave(code: int) -> None:
 
 
 def agree_on_start(failure: UserError | None, timeout: float, device: str) -> None:
-    """Meet the others, and end with them where one has a config that cannot be read."""
+    """Join the process group; raise UserError on all ranks if one of them could not read its config."""
     join(find_world(), timeout, device)
 
     def raise_it() -> None:
@@ -127,7 +130,7 @@ def agree_on_start(failure: UserError | None, timeout: float, device: str) -> No
 
 
 def agree(action: Callable[[], T]) -> T:
-    """Do `action` on every rank; where it fails on one, all stop, with one message, from rank 0."""
+    """Run `action` on every rank and return its result. If it fails on any rank, all raise UserError."""
     if not is_one_of_several():
         return action()
     result, failure = None, None
@@ -135,7 +138,7 @@ def agree(action: Callable[[], T]) -> T:
         result = action()
     except UserError as error:
         failure = (str(error), error.exit_code)
-    except OSError as error:  # a folder that one may not write to …
+    except OSError as error:  # for example, no permission to write to a folder
         failure = (str(error), 2)
     failures = from_all(failure and (*failure, socket.gethostname()))
     failed = [(rank, *what) for rank, what in enumerate(failures) if what]
@@ -146,7 +149,7 @@ def agree(action: Callable[[], T]) -> T:
 
 
 def from_first(action: Callable[[], T]) -> T:
-    """Do `action` on rank 0 alone; all get its result, or stop with its UserError."""
+    """Run `action` on rank 0 only. All ranks return its result, or raise its UserError."""
     if not is_one_of_several():
         return action()
     outcome: list[Any] = [None]
@@ -162,7 +165,7 @@ def from_first(action: Callable[[], T]) -> T:
 
 
 def refuse_unequal(what: dict[str, Any], remedy: str) -> None:
-    """Raises UserError, on all ranks, naming the first key whose value is not the same on all of them."""
+    """Raises UserError on all ranks, naming the first key whose value differs between them."""
     if not is_one_of_several():
         return
     everywhere = from_all((what, socket.gethostname()))
@@ -177,7 +180,7 @@ def refuse_unequal(what: dict[str, Any], remedy: str) -> None:
 
 
 def mean(values: torch.Tensor) -> torch.Tensor:
-    """Mean over the ranks, where `values` lives; nothing waits for the device. A value that is not finite stays so."""
+    """Mean of `values` over the ranks, on their device, without waiting for it. Values not finite stay so."""
     if is_one_of_several():
         dist.all_reduce(values)
         values /= dist.get_world_size()
@@ -186,26 +189,26 @@ def mean(values: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def others_may_be_lost() -> Iterator[None]:
-    """Another rank's end reaches this one as an error of the network, in the middle of some collective: say so."""
+    """In the block, turn a network error into a UserError: if a rank ends, the others' collectives fail with one."""
     try:
         yield
     except RuntimeError as error:
         if "NCCL" in str(error):
-            traceback.print_exc()  # it has more to say than that somebody is gone
+            traceback.print_exc()  # it holds details beyond the lost rank
         if not is_one_of_several() or not (isinstance(error, dist.DistError) or LOST.search(str(error))):
             raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        late = "; or they need longer than training.timeout, as for checksums of large data (data.verify)"
+        late = "; or they need longer than training.timeout, for example for checksums of large data (data.verify)"
         raise UserError(
-            f"rank {dist.get_rank()} on {socket.gethostname()} has lost the others ({first}); what ended them stands "
-            f"above or in their own log{late if 'imed out' in first else ''}; go on with the same command",
+            f"rank {dist.get_rank()} on {socket.gethostname()} has lost the others ({first}); see above or in their "
+            f"own log why they ended{late if 'imed out' in first else ''}; resume with the same command",
             exit_code=1,
             heard=True,
         ) from None
 
 
 def from_all(what: Any) -> list[Any]:
-    """What every rank has given, in the order of the ranks."""
+    """Gather `what` from every rank, in the order of the ranks."""
     everywhere: list[Any] = [None] * dist.get_world_size()
     with others_may_be_lost():
         dist.all_gather_object(everywhere, what)
@@ -213,5 +216,5 @@ def from_all(what: Any) -> list[Any]:
 
 
 def is_one_of_several() -> bool:
-    """Whether this process has met others, with which it agrees."""
+    """Whether this process has joined a process group of more than one."""
     return dist.is_initialized() and dist.get_world_size() > 1

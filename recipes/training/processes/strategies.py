@@ -1,9 +1,10 @@
-"""How several processes share a run, by name; and that a checkpoint is one file which all of them read and write.
+"""The strategies by which several processes share a run. All of them read and write the same kind of checkpoint.
 
-Whatever the strategy, a checkpoint holds whole weights in fp32 under their own names and the whole optimiser state,
-numbered as in `parameter_groups`: it is gathered from the ranks when it is saved and cut again when it is loaded. So a
-run goes on under another strategy or on another number of ranks, bit for bit where those stay the same, and
-`sink-export` reads any checkpoint. Rank 0 needs 12 bytes of memory a parameter for it: 2 GB at 160M.
+With every strategy, a checkpoint is one file with the whole weights in fp32 under their own names, and the whole
+optimiser state, numbered as in `parameter_groups`. It is gathered from the ranks to be saved, and split again when it
+is loaded. So a run can resume under another strategy or with another number of ranks, and `sink-export` reads every
+checkpoint. If neither changes, a resume is exact to the bit. Rank 0 needs 12 bytes of memory per parameter for it: 2 GB
+at 160M.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 
 
 def resolve_strategy(settings: TrainingSettings, world: World) -> str:
-    """`auto` decided: `one` process, or `ddp`. Raises UserError for what cannot work."""
+    """The strategy's name; `auto` becomes `one` (a single process) or `ddp`. UserError for one that cannot work."""
     if settings.strategy == "deepspeed_stage_0" and settings.precision == "bf16":
         raise UserError(
             "training.strategy deepspeed_stage_0 is for fp32: in bf16 DeepSpeed cannot accumulate gradients in fp32 "
-            "there; take ddp, which shares the work in the same way"
+            "at that stage; take ddp, which shares the work in the same way"
         )
     if settings.strategy != "auto":
         return settings.strategy
@@ -47,12 +48,12 @@ def resolve_strategy(settings: TrainingSettings, world: World) -> str:
 
 
 def build_strategy(name: str, world: World, settings: TrainingSettings, clip: float) -> Strategy | str:
-    """The Lightning strategy of that name; `one` leaves it to Lightning."""
+    """The Lightning strategy of that name; for `one`, Lightning's own choice."""
     timeout = longest_wait(settings.timeout)
     if name == "one":
         return "auto"
     if name == "ddp":
-        # No buffer of ours changes, so none needs to be sent at every forward.
+        # The buffers never change, so they need not be broadcast at every forward.
         return DDPStrategy(forward_sync_buffers=False, gradient_as_bucket_view=True, timeout=timeout)
     if name == "fsdp2":
         return FullySharded(world, timeout)
@@ -60,12 +61,12 @@ def build_strategy(name: str, world: World, settings: TrainingSettings, clip: fl
 
 
 def zero_stage(trainer: Trainer) -> int:
-    """DeepSpeed's stage; 0 where gradients are as they are without it."""
+    """DeepSpeed's ZeRO stage; 0 at its stage 0 and for all other strategies."""
     return getattr(trainer.strategy, "zero_stage", 0)
 
 
 class FullySharded(ModelParallelStrategy):
-    """FSDP2: weights, gradients and moments in shards. The module shards itself, in `configure_model`."""
+    """FSDP2: weights, gradients and moments are sharded. The module shards itself in `configure_model`."""
 
     def __init__(self, world: World, timeout: timedelta):
         super().__init__(world.size, 1, save_distributed_checkpoint=False, timeout=timeout)
@@ -73,7 +74,7 @@ class FullySharded(ModelParallelStrategy):
     lightning_restore_optimizer = True
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        if not optimizer.state:  # asked before its first step, torch would make one, to see the state
+        if not optimizer.state:  # torch's helper would run a dummy step to create the state
             numbers = itertools.count()
             groups = [{**own, "params": [next(numbers) for _ in own["params"]]} for own in optimizer.param_groups]
             return {"state": {}, "param_groups": groups}
@@ -109,48 +110,48 @@ class FullySharded(ModelParallelStrategy):
 
 
 def build_deepspeed(stage: int, settings: TrainingSettings, clip: float, timeout: timedelta) -> WholeDeepSpeed:
-    """DeepSpeed's ZeRO at `stage`, gradients accumulated in fp32."""
+    """DeepSpeed's ZeRO at `stage`, with gradients accumulated in fp32."""
     if settings.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.runtime.bf16_optimizer
 
-    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # prints, whatever is asked of it
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # it always prints
     if settings.device == "cpu":
-        # A compiler would work for a minute on a shared-memory all-reduce that gloo does as well.
+        # DeepSpeed would compile a shared-memory all-reduce for a minute; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_rows,
-        "gradient_clipping": clip if stage > 0 else 0.0,  # at stage 0 gradients are whole, and clipped by the module
+        "gradient_clipping": clip if stage > 0 else 0.0,  # at stage 0 the module clips
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # the default is the weights' type
     }
     if stage > 0:
-        # Without overlap the order of the sums does not depend on when they come.
+        # Without overlap the order of summation does not depend on timing.
         config["zero_optimization"] = {"stage": stage, "overlap_comm": settings.device != "cpu"}
     strategy = CPUDeepSpeed if settings.device == "cpu" else WholeDeepSpeed
     return strategy(config=config, timeout=timeout)
 
 
 class WholeDeepSpeed(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy with checkpoints that are whole, instead of a folder of one world's shards."""
+    """Lightning's DeepSpeed strategy with whole checkpoints, instead of a folder of shards for one number of ranks."""
 
     lightning_restore_optimizer = True
 
     def _initialize_deepspeed_train(self, model: torch.nn.Module) -> None:
-        """The engine makes its fp32 weights of the module's behind their rounding to bf16: give it those before it."""
+        """Restore the fp32 weights: the engine copies the module's only after rounding them to bf16."""
         from deepspeed.utils import groups
 
         initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         super()._initialize_deepspeed_train(model)
-        # Gradients travel in a group that DeepSpeed has made for itself, with torch's own limit.
+        # DeepSpeed reduces gradients in a process group of its own, which has torch's default timeout.
         _set_pg_timeout(self._timeout, groups._clone_world_group())
         if self.precision_plugin.precision == "bf16-mixed":
             self._set_weights(initial)
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Lightning has divided the loss by the accumulation already; the engine would do it once more."""
+        """Lightning has already divided the loss by the accumulation; do not let the engine divide it again."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def save_checkpoint(self, checkpoint: dict, filepath: Any, storage_options: Any = None) -> None:
@@ -161,7 +162,7 @@ class WholeDeepSpeed(DeepSpeedStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights in fp32, on rank 0; the others take part and get nothing."""
+        """Whole weights in fp32 on rank 0, empty on the others; all ranks must call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return self._whole(
@@ -171,7 +172,7 @@ class WholeDeepSpeed(DeepSpeedStrategy):
         )
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """As `AdamW.state_dict` of one process says it, on rank 0."""
+        """The state in the form of a single process's `AdamW.state_dict`; the moments are on rank 0 only."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.zero_stage == 0:
@@ -194,12 +195,12 @@ class WholeDeepSpeed(DeepSpeedStrategy):
         self._set_weights(checkpoint["state_dict"])
 
     def _set_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Both of what a rank has of each parameter: as the model computes with it, and the optimiser's in fp32."""
+        """Set both copies that a rank has of each parameter: the model's and the optimiser's in fp32."""
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
 
         for name, parameter in self.lightning_module.named_parameters():
-            if not parameter.requires_grad:  # frozen: as the base has it
+            if not parameter.requires_grad:  # frozen: the base's weights stay
                 continue
             value = weights[name].to(self.root_device, torch.float32)
             if self.zero_stage == 3:
@@ -219,7 +220,7 @@ class WholeDeepSpeed(DeepSpeedStrategy):
             return
         if not saved["state"]:
             return
-        if self.zero_stage == 3:  # which fills in the groups for the time of a step only
+        if self.zero_stage == 3:  # it fills the groups during a step only
             pieces = self.deepspeed_engine.optimizer.fp32_partitioned_groups_flat
         else:
             pieces = [piece for group in self._adamw.param_groups for piece in group["params"]]
@@ -233,9 +234,9 @@ class WholeDeepSpeed(DeepSpeedStrategy):
                 safe_set_full_optimizer_state(parameter, value, key)
 
     def _link_moments(self) -> None:
-        """Tell stages 1 and 2 where each parameter's moments lie in the flat ones; `safe_*_optimizer_state` asks.
+        """Link each parameter to its moments in the flat tensors of stages 1 and 2, for `safe_*_optimizer_state`.
 
-        DeepSpeed does it once, behind the step of the first parameter group, when the second has no moments yet.
+        DeepSpeed does it only once, after the step of the first parameter group, when the second has no moments yet.
         """
         if self.zero_stage < 3:
             self.deepspeed_engine.optimizer._hp_optimizer_states_linked = False
@@ -247,11 +248,11 @@ class WholeDeepSpeed(DeepSpeedStrategy):
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
-        """Our own optimiser, which DeepSpeed has given flat pieces of the parameters instead of them."""
+        """Our optimiser; DeepSpeed has replaced its parameters by flat pieces of them."""
         return self.deepspeed_engine.basic_optimizer
 
     def _whole(self, items: Iterable[tuple[str, Callable[[], torch.Tensor]]]) -> dict[str, torch.Tensor]:
-        """All ranks gather, one tensor after the other; rank 0 keeps them, on the CPU."""
+        """All ranks gather the tensors, one after the other; rank 0 keeps them on the CPU."""
         kept = {}
         for name, gather in items:
             value = gather()
@@ -261,7 +262,7 @@ class WholeDeepSpeed(DeepSpeedStrategy):
 
 
 class CPUDeepSpeed(WholeDeepSpeed):
-    """The same engine on CPU processes, for rehearsals; Lightning's own refuses anything but CUDA in three places."""
+    """The same engine on CPU processes, for rehearsals. Lightning's strategy accepts only CUDA, in three places."""
 
     @property
     def root_device(self) -> torch.device:

@@ -137,7 +137,7 @@ def test_what_is_to_be_private_is_never_pushed_where_all_see_it(hub, push, model
     (model / "notes.txt").write_text("confidential")
     code, _, err = push("--model", model, "--repo", "org/open", "--private")
     assert code == 2
-    assert "is there already, and public" in err
+    assert "exists already and is public" in err
     assert "notes.txt" not in hub.repositories["org/open"].files()
 
 

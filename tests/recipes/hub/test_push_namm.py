@@ -79,7 +79,7 @@ def test_each_revision_is_a_network_of_its_own(hub, push, namm):
     fingerprints = {name: memory.fingerprint for name, memory in loaded.items()}
     assert fingerprints["v1"] == fingerprints[first] == NAMM.from_pretrained(namm, llama).fingerprint
     assert fingerprints["main"] == fingerprints[None] == other.fingerprint
-    with pytest.raises(UserError, match="org/namm is not a folder, nor a Hub repository with a NAMM at revision v2"):
+    with pytest.raises(UserError, match="org/namm is neither a folder nor a reachable Hub repository with a NAMM at revision v2"):
         NAMM.from_pretrained("org/namm", llama, revision="v2")
     shutil.rmtree(constants.HF_HUB_CACHE)
     hub.trouble("HEAD .*/namm.safetensors", meanwhile=lambda: upload(hub, "org/namm", namm))  # between its two files
@@ -100,7 +100,7 @@ def test_the_card_states_the_evolution_and_nothing_else(hub, push, namm):
         "prompts, less 0.1 × the share that is kept",
         "optimiser": "CMA-ES, separable, 32 candidates, σ₀ 0.065; the result is their mean",
         "generation": "90",
-        "fitness on validation prompts": "0.9700, where the full cache has 1",
+        "fitness on validation prompts": "0.9700; the full cache has 0.9",
         "kept of their cache": "48.1 %",
         "seeds": "7",
         "made with": "sinkmodel 0.9.1, torch 2.13.0",

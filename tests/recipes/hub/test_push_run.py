@@ -199,7 +199,7 @@ def test_a_break_half_way_says_what_is_up_and_the_rest_follows(hub, push, run):
     hub.trouble("POST .*/commit/step14", times=FOR_EVER, status=500)
     code, _, err = push("--run", run, "--repo", "org/sink")
     assert code == 2
-    assert "up is step7; the same command goes on from there" in err.splitlines()[-1]
+    assert "uploaded: step7; the same command resumes from there" in err.splitlines()[-1]
     assert not WORK.exists()
     hub.troubles.clear()
     code, _, err = push("--run", run, "--repo", "org/sink")
@@ -253,7 +253,8 @@ def test_a_damaged_checkpoint_does_not_keep_the_others_back(hub, push, run):
             file.write(b"damage")
     code, _, err = push("--run", run, "--repo", "org/sink")
     assert code == 2
-    assert re.search(r"not pushed are step7: .*step7.ckpt is not what was written.*; step21: ", err.splitlines()[-1])
+    last = err.splitlines()[-1]
+    assert re.search(r"these were not pushed: step7: .*step7.ckpt is not what was written.*; step21: ", last)
     repository = hub.repositories["org/sink"]
     assert repository.branches.keys() == {"main", "step14"}
     assert (step_of(hub, "main"), repository.files()["revisions.txt"].content) == (14, b"step14\n")

@@ -45,7 +45,7 @@ def refused(told: tuple[int, str, str]) -> str:
         (["--model", "model", "--run", "run", "--repo", "me/x"], "not allowed with argument"),
         (["--model", "model", "--repo", "sink"], "--repo is 'sink'; give ORG/NAME"),
         (["--model", "model", "--repo", "https://hub/me/x"], "give ORG/NAME"),
-        (["--model", "model", "--repo", "me/two--dashes.git"], "which the Hub does not take"),
+        (["--model", "model", "--repo", "me/two--dashes.git"], "which the Hub does not accept"),
         (["--model", "model", "--repo", "me/x", "--every", "10"], "--every is for --run; leave it out"),
         (["--model", "model", "--repo", "me/x", "--follow"], "--follow is for --run"),
         (["--run", "run", "--repo", "me/x", "--revision", "step1"], "--revision is for --model"),
@@ -57,13 +57,16 @@ def refused(told: tuple[int, str, str]) -> str:
         (["--model", "model", "--repo", "me/x", "--report", "nowhere"], "nowhere"),
         (["--model", "model", "--repo", "me/x", "--results", "nowhere.json"], "nowhere.json"),
         (["--model", "model", "--repo", "me/x", "--privat"], "did you mean --private?"),
-        (["--model", "nothing", "--repo", "me/x"], "nothing is no folder; give one that sink-export wrote"),
-        (["--model", "empty", "--repo", "me/x"], "empty is no model folder, it has no config.json"),
-        (["--model", "no-weights", "--repo", "me/x"], "no-weights is no model folder, it has no *.safetensors"),
+        (
+            ["--model", "nothing", "--repo", "me/x"],
+            "nothing is not a folder; give one that sink-export or sink-evolve wrote",
+        ),
+        (["--model", "empty", "--repo", "me/x"], "empty is not a model folder: it has no config.json"),
+        (["--model", "no-weights", "--repo", "me/x"], "no-weights is not a model folder: it has no *.safetensors"),
         (["--model", "broken", "--repo", "me/x"], "broken/config.json is not valid JSON"),
         (["--model", "other", "--repo", "me/x"], "other/config.json names no model_type"),
         (["--model", "run", "--repo", "me/x"], "run is a run, not a model folder; push it with --run run"),
-        (["--run", "model", "--repo", "me/x"], "model/config.yaml is not there"),
+        (["--run", "model", "--repo", "me/x"], "model/config.yaml does not exist"),
         (["--run", "run", "--repo", "me/x"], "run holds no checkpoints/step*.ckpt yet"),
     ],
 )
@@ -94,7 +97,7 @@ def test_wrong_input_is_named_and_nothing_is_made(hub, push, model, words, said)
         (None, "no token for the Hub: run `hf auth login`, or export HF_TOKEN; it must be allowed to write to org"),
         ("hf_mistypëd", "the token for the Hub, from HF_TOKEN or from the login, has a character that no token has"),
         ("hf_mis typed", "the token for the Hub, from HF_TOKEN or from the login, has a character that no token has"),
-        ("hf_mistyped", "the Hub refuses the token, of HF_TOKEN or of the login (Invalid credentials"),
+        ("hf_mistyped", "the Hub refuses the token of HF_TOKEN or of the login (Invalid credentials"),
         (READ_ONLY, "your token may not write to org/sink (You don't have the rights"),
     ],
 )
@@ -136,7 +139,7 @@ def test_a_hub_that_cannot_be_reached_is_named(hub, push, model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     line = refused(push("--model", model, "--repo", "org/sink"))
     assert "http://127.0.0.1:9 cannot be reached" in line
-    assert "nothing was changed on org/sink; the same command goes on from there" in line
+    assert "nothing was changed on org/sink; the same command resumes from there" in line
 
 
 def test_being_offline_on_purpose_is_named(hub, push, model, monkeypatch):
@@ -152,7 +155,7 @@ def test_an_upload_that_fails_half_way_goes_on_with_the_same_command(hub, push, 
     line = refused(push("--model", model, "--repo", "org/sink", "--no-card"))
     assert ("fails" if "status" in trouble else "cannot be reached") in line
     first, second = ("more", "model") if "more.safetensors, not" in line else ("model", "more")
-    assert f"up is {first}.safetensors, not yet in a commit; the same command goes on from there" in line
+    assert f"uploaded: {first}.safetensors, not yet in a commit; the same command resumes from there" in line
     assert hub.repositories["org/sink"].files().keys() == {".gitattributes"}, "all of it or nothing"
     hub.troubles.clear()
     hub.log.clear()
@@ -209,7 +212,7 @@ def test_one_commit_is_made_whatever_becomes_of_the_answer(hub, push, model, tro
 
 def test_a_commit_that_never_comes_through_says_what_is_up(hub, push, model):
     hub.trouble("POST .*/commit/", times=FOR_EVER, status=500)
-    assert "up is model.safetensors, not yet in a commit" in refused(push("--model", model, "--repo", "org/sink"))
+    assert "uploaded: model.safetensors, not yet in a commit" in refused(push("--model", model, "--repo", "org/sink"))
     hub.troubles.clear()
     assert push("--model", model, "--repo", "org/sink")[0] == 0
     assert hub.uploads == 1
@@ -226,7 +229,7 @@ def test_trouble_anywhere_is_one_line(hub, push, model, request_):
 def test_a_page_of_something_in_between_is_one_line(hub, push, model, monkeypatch):
     """Risk: a proxy answers in HTML, and huggingface_hub stumbles over it."""
     monkeypatch.setattr("tests.hub.server.Handler.refs", lambda self, name: (b"<html>", {}))
-    assert "answers in no words that are the Hub's" in refused(push("--model", model, "--repo", "org/sink"))
+    assert "does not answer as the Hub does" in refused(push("--model", model, "--repo", "org/sink"))
 
 
 @pytest.mark.parametrize("trouble", [{"status": 503}, {"lost": "answer"}])
@@ -236,7 +239,7 @@ def test_a_card_that_the_hub_does_not_give_is_not_taken_for_none(hub, push, mode
     repository = hub.repositories["org/sink"]
     repository.add("README.md", b"# Mine\nby hand")
     hub.trouble("(GET|HEAD) .*/resolve/", times=FOR_EVER, **trouble)
-    said = "does not give README.md" if "status" in trouble else "cannot be reached"
+    said = "does not send README.md" if "status" in trouble else "cannot be reached"
     assert said in refused(push("--model", model, "--repo", "org/sink"))
     assert repository.files()["README.md"] == File(b"# Mine\nby hand")
 
@@ -271,7 +274,7 @@ def test_a_file_that_somebody_else_changed_is_not_overwritten(hub, push, model):
     repository_of = hub.repositories.__getitem__
     hub.trouble("POST .*/commit/", meanwhile=lambda: repository_of("org/sink").add("README.md", b"# Mine\nby hand"))
     line = refused(push("--model", model, "--repo", "org/sink"))
-    assert "somebody else has changed README.md on main of org/sink meanwhile" in line
+    assert "somebody else has changed README.md on main of org/sink in the meantime" in line
     repository = hub.repositories["org/sink"]
     assert repository.files()["README.md"] == File(b"# Mine\nby hand")
     assert push("--model", model, "--repo", "org/sink")[0] == 0

@@ -1,0 +1,24 @@
+"""Made-up text for the rehearsal of `make evidence-gpu`: python -m bench.gpu.rehearsal FILE.jsonl"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tests import tiny
+
+DOCUMENTS, WORDS = 24, 250
+PREPARE = ["--vocabulary_size=300", "--validation_fraction=0.1", "--test_fraction=0.5"]  # as the Makefile has it
+
+
+def write_text(file: Path) -> Path:
+    """Documents of about the same length, so that the verdict on them is one on other texts too."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": tiny.words(WORDS, seed)}) + "\n" for seed in range(DOCUMENTS)]
+    file.write_text("".join(lines), encoding="utf-8")
+    return file
+
+
+if __name__ == "__main__":
+    write_text(Path(sys.argv[1]))
