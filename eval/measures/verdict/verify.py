@@ -2,7 +2,7 @@
 
 Two models stream over the same text: the sink model with its own sinks, 1+(C−1), and a vanilla model with the four
 tokens that StreamingLLM keeps, 4+(C−4). The answer is about the paired difference of their losses on the tokens that
-have overflowed in both (design, decision 9): *equivalent*, *better*, *worse* or *undecided*
+have overflowed in both (DESIGN.md, "A claim has an interval"): *equivalent*, *better*, *worse* or *undecided*
 (`eval.measures.verdict.equivalence.decide`).
 
 One interval gives all four answers. It is two-sided at --level, so "equivalent" is two one-sided tests, each at
