@@ -5,6 +5,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+os.environ["SINKMODEL_PRODUCTS"] = "torch"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
