@@ -79,7 +79,8 @@ def test_each_revision_is_a_network_of_its_own(hub, push, namm):
     fingerprints = {name: memory.fingerprint for name, memory in loaded.items()}
     assert fingerprints["v1"] == fingerprints[first] == NAMM.from_pretrained(namm, llama).fingerprint
     assert fingerprints["main"] == fingerprints[None] == other.fingerprint
-    with pytest.raises(UserError, match="org/namm is neither a folder nor a reachable Hub repository with a NAMM at revision v2"):
+    missing = "org/namm is neither a folder nor a reachable Hub repository with a NAMM at revision v2"
+    with pytest.raises(UserError, match=missing):
         NAMM.from_pretrained("org/namm", llama, revision="v2")
     shutil.rmtree(constants.HF_HUB_CACHE)
     hub.trouble("HEAD .*/namm.safetensors", meanwhile=lambda: upload(hub, "org/namm", namm))  # between its two files
