@@ -203,7 +203,7 @@ def _check_model(loaded: LoadedModel, budget: int) -> None:
     end = end_of(loaded.model)
     if end is not None and budget > end:
         raise UserError(
-            f"--budgets {budget} takes more positions than {loaded.name} has of one kind, {end}; "
+            f"--budgets {budget} is too large: {loaded.name} keeps its rotary frequencies only up to {end}; "
             f"use --budgets {end} or less"
         )
     if not PeakMemory(loaded.model.device).forgets:

@@ -165,8 +165,8 @@ def check_positions(
         if policy.budget is None and end is not None and keys > end:
             remedy = within if within and end == loaded.positions else f"use texts shorter by {keys - end}"
             raise UserError(
-                f"{policy.label} reaches position {longest - 1}, and {loaded.name} has positions of one kind only up "
-                f"to {end}; {remedy}"
+                f"{policy.label} reaches position {longest - 1}, and {loaded.name} keeps its rotary frequencies only "
+                f"up to {end}; {remedy}"
             )
         if positions is None or keys <= positions:
             continue

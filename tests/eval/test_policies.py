@@ -207,7 +207,7 @@ def test_dense_goes_as_far_as_the_model_has_positions_of_one_kind(family, change
     assert nll.isfinite().all()
     remedy = "--tokens 65 stays" if loaded.positions == end else "texts shorter by 1"
     with pytest.raises(
-        UserError, match=f"position {end}, and m has positions of one kind only up to {end}; .*{remedy}"
+        UserError, match=f"position {end}, and m keeps its rotary frequencies only up to {end}; .*{remedy}"
     ):
         texts.check_positions(loaded, end + 1, [Dense()], within="--tokens 65 stays within")
     latency._check_model(loaded, end)

@@ -135,7 +135,7 @@ REFUSED = [
     ({"tasks__names": "[key_valu]"}, "there is no task 'key_valu'; did you mean key_value?"),
     ({"tasks__names": "[vt,vt]"}, "twice"),
     ({"tasks__begin": "[3]"}, "tasks.begin is [3] for 1 tasks"),
-    ({"text": None}, "niah_single_2: the haystack is taken from files of your own; give --text"),
+    ({"text": None}, "niah_single_2: the haystack is taken from your own files; give --text"),
     ({"validation_text": None}, "give --validation_text"),
     ({"tasks__names": "[vt]"}, "none of the tasks reads --text"),
     ({"text": "nowhere.txt"}, "--text nowhere.txt is not a file"),

@@ -48,7 +48,7 @@ def test_a_longer_run_is_the_run_that_it_would_have_been(data, short, tmp_path, 
     assert_same_run(short, whole, step=16)
 
     end = short / "until-step10"
-    assert f"what the run did after step 5 is kept in {end}" in capsys.readouterr().err
+    assert f"the run's checkpoints and numbers after step 5 are kept in {end}" in capsys.readouterr().err
     assert (end / "checkpoints" / "wandb.json").exists()
     assert not identity.exists(), "wandb takes no step twice, so the run gets another page"
     assert list(checkpoint_steps(end)) == [10]

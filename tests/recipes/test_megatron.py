@@ -143,7 +143,7 @@ def test_text_beside_megatron_data_is_read_if_it_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["lone.bin", "lone-00000-of-00001.bin", "lone*.bin"])
 def test_a_bin_without_its_index_is_not_sent_to_a_file_that_is_not_there(tmp_path, name):
     (tmp_path / name.replace("*", "")).write_bytes(b"\x01\x02")
-    with pytest.raises(UserError, match=r"is not text, and Megatron data only with lone\*?.idx beside it, .* missing"):
+    with pytest.raises(UserError, match=r"is not text; as Megatron data it needs lone\*?.idx beside it, .* missing"):
         LocalFiles([str(tmp_path / name)], "text")
     for gone in ("gone.bin", "gone.idx"):
         with pytest.raises(UserError, match=f"{gone} does not exist"):

@@ -83,7 +83,7 @@ def test_what_would_stop_the_job_stops_it(data, tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1_900_000}))
     assert main([*arguments(data, run), "--dry-run"]) == 2
-    assert "needs up to 2.0 MB for 4 checkpoints more, 1.9 MB are free" in capsys.readouterr().err
+    assert "needs up to 2.0 MB for 4 more checkpoints, 1.9 MB are free" in capsys.readouterr().err
     assert not run.exists()
 
 

@@ -184,7 +184,7 @@ def test_a_budget_that_holds_no_window_is_refused(budget, sinks):
                 "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
                 "max_position_embeddings": 15,
             },
-            "'llama' has positions of one kind only up to 14",
+            "'llama' keeps its rotary frequencies only up to 14",
         ),
     ],
 )

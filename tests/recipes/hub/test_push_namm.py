@@ -79,8 +79,9 @@ def test_each_revision_is_a_network_of_its_own(hub, push, namm):
     fingerprints = {name: memory.fingerprint for name, memory in loaded.items()}
     assert fingerprints["v1"] == fingerprints[first] == NAMM.from_pretrained(namm, llama).fingerprint
     assert fingerprints["main"] == fingerprints[None] == other.fingerprint
-    missing = "org/namm is neither a folder nor a reachable Hub repository with a NAMM at revision v2"
-    with pytest.raises(UserError, match=missing):
+    with pytest.raises(
+        UserError, match="org/namm is neither a folder nor a reachable Hub repository with a NAMM at revision v2"
+    ):
         NAMM.from_pretrained("org/namm", llama, revision="v2")
     shutil.rmtree(constants.HF_HUB_CACHE)
     hub.trouble("HEAD .*/namm.safetensors", meanwhile=lambda: upload(hub, "org/namm", namm))  # between its two files
@@ -164,7 +165,7 @@ def test_results_with_this_artefact_are_on_the_card(hub, push, namm):
         ("long prompt, namm, 256 tokens, question outside, on token", "0.7000", "–"),
     ]
     assert "ppl.json: sink-eval ppl measures no memory" in err
-    assert "of-another.json tells of other" in err
+    assert "of-another.json names other models" in err
     index = [metric for one in front_matter(card)["model-index"][0]["results"] for metric in one["metrics"]]
     assert [metric["value"] for metric in index] == [0.02, 0.02, 0.7]
 
