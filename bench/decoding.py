@@ -45,7 +45,7 @@ def rotating_attention(module, query, key, value, attention_mask, scaling=None, 
 
 
 def evict(cache: DynamicCache, start: int, recent: int) -> None:
-    """Evict after the forward, so a query sees one key more than is kept (design, decision 8)."""
+    """Evict after the forward, so a query sees one key more (DESIGN.md, "The budget includes the current token")."""
     for layer in cache.layers:
         if layer.keys.shape[2] > start + recent:
             layer.keys = torch.cat([layer.keys[:, :, :start], layer.keys[:, :, -recent:]], dim=2)

@@ -7,7 +7,7 @@ The baseline is the paper's evaluation of GPT-NeoX, rewritten from mit-han-lab/s
 feeds one token per step and caches unrotated keys. At every step it rotates every key of every layer by its place, and
 computes attention as baddbmm, mask, softmax, matmul. After the forward it cuts every layer's keys and values and joins
 them by `torch.cat`. Its progress bar and its log are left out. It keeps start + recent keys and lets each query see one
-more, so our budget is start + recent + 1 (design, decision 8).
+more, so our budget is start + recent + 1 (DESIGN.md, "The budget includes the current token").
 """
 
 from __future__ import annotations

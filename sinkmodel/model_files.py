@@ -1,7 +1,7 @@
 """Load models and tokenizers that other programs wrote: transformers folders and Hub repositories, and GGUF files.
 
-Untrusted files are only data (design, decision 11): weights are read as safetensors or GGUF, and code that comes with a
-model is never run. `loading` uses this module for such models.
+Untrusted files are only data (DESIGN.md, "Files from strangers are data"): weights are read as safetensors or GGUF,
+and code that comes with a model is never run. `loading` uses this module for such models.
 """
 
 from __future__ import annotations

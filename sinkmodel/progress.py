@@ -43,7 +43,7 @@ class Progress:
             if now - self.printed > 0.1:
                 self.printed = now
         else:
-            self.told = now
+            self.printed = now
             say(f"{self.task}: {line}")
 
     def close(self) -> None:

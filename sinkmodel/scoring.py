@@ -1,10 +1,10 @@
 """Streaming perplexity without a token-by-token loop: a banded forward in chunks gives the same numbers.
 
-    streaming_nll(model, documents, budget=256, sinks=1)    # S sinks and the C − S latest tokens (design, decision 7)
+    streaming_nll(model, documents, budget=256, sinks=1)    # S sinks and the C − S latest tokens
     dense_nll(model, documents)                             # every key so far, at its true position
 
 `sinkmodel.band` has the mathematics and the requirements on the model. This file cuts documents into chunks, and turns
-logits into losses.
+logits into losses (DESIGN.md, "Scoring is parallel and exact").
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ def check_trainable(model: PreTrainedModel, name: str, sequence: int = TRIAL_TOK
 def silence_dropout(model: nn.Module) -> None:
     """Set every dropout of a model to 0, in modules and configs, so that training draws no random numbers.
 
-    A resumed run is then exact without a saved random state (design, decision 5). The config keeps the dropout of a
-    classifier, which others may put on top of the model.
+    A resumed run is then exact without a saved random state (DESIGN.md, "Resume is exact"). The config keeps the
+    dropout of a classifier, which others may put on top of the model.
     """
     configs = [
         module.config for module in model.modules() if isinstance(getattr(module, "config", None), PretrainedConfig)

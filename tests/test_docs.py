@@ -148,6 +148,22 @@ def test_the_tour_of_the_code_names_what_is_there():
         assert names[0] in defined, f"{file} has no {names[0]}"
 
 
+def test_code_cites_decisions_that_are_there():
+    """Risk: a comment that cites a decision which has got another heading."""
+    _, _, design = (ROOT / "DESIGN.md").read_text(encoding="utf-8").partition("## Decisions")
+    headings = set(re.findall(r"^##+ (.*)$", design, re.MULTILINE))
+    cited = set()
+    for path in sorted(
+        path for folder in ("sinkmodel", "recipes", "eval", "bench", "tests") for path in (ROOT / folder).rglob("*.py")
+    ):
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        assert not re.search(r"design, decisions? \d", text), f"{path}: cite the heading of the decision"
+        here = set(re.findall(r'DESIGN\.md, "([^"]+)"', text))
+        assert here <= headings, path
+        cited |= here
+    assert len(cited) >= 8
+
+
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 

@@ -8,7 +8,7 @@
 Both (b) and (c) are called window attention, but they give very different results. The keys of (b) were computed when
 older tokens were still visible, and none of them belongs to a first token (streaming-llm issues #33 and #39; the latter
 asks for both in all results). `window-paper` and `sink-paper` are (b) and (d) with the paper's count of keys: its code
-evicts after the forward, so a query sees C + 1 keys (design, decision 8).
+evicts after the forward, so a query sees C + 1 keys (DESIGN.md, "The budget includes the current token").
 
 A new policy is one file with a subclass of `Policy`; no other file depends on how it decides. Methods that compress a
 prompt instead of streaming are memories (`sinkmodel.memories`).

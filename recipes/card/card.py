@@ -1,4 +1,4 @@
-"""The model card: the README.md of a model folder, generated from facts about the model, anew at every push.
+"""The model card: the README.md of a model folder, generated from facts about the model, again at every push.
 
     card = make_card(Path("models/sink"), repository="org/sink", run=Path("runs/sink"), report=Path("report"))
     card.write(Path("models/sink"))

@@ -19,7 +19,8 @@ def make_row(text: np.ndarray, sink_ids: list[int]) -> tuple[np.ndarray, np.ndar
     """Inputs and targets, each [T], from T + 1 text tokens x0 … xT.
 
     Without a sink, `[x0 … x(T-1)]` predicts `x1 … xT`. With n sinks the inputs are `[s1 … sn, x0 … x(T-n-1)]`. The last
-    sink predicts x0 and the sinks before it predict nothing, so that no sink is ever a target (design, decision 2).
+    sink predicts x0 and the sinks before it predict nothing, so that no sink is ever a target (DESIGN.md, "Twins
+    read the same text").
     """
     length, sinks = len(text) - 1, len(sink_ids)
     if sinks == 0:

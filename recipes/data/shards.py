@@ -8,7 +8,7 @@
     test.jsonl                 the held-out test documents as text, for any other tokenizer
 
 An end-of-text token follows each document. No shard holds a sink: the sink belongs to the model, and twins read the
-same text (design, decision 2).
+same text (DESIGN.md, "Twins read the same text").
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class FolderWriter:
     Args:
         settings: everything that the folder's bytes depend on; recorded in it.
         shard_tokens: number of tokens of a full shard.
-        progress: the result of `state_of`, to resume from; None begins anew.
+        progress: the result of `state_of`, to resume from; None starts from the beginning.
         ready: manifest entries of splits whose shards exist already, by name (`recipes.data.megatron`).
     """
 

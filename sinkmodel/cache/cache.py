@@ -5,10 +5,10 @@
     model.generate(ids, past_key_values=cache, max_new_tokens=64)
 
 It keeps S sinks and the W = C − S latest keys in C slots per layer and KV head, allocated once (StreamingLLM, section
-3.2; design, decisions 6 to 8). Window keys keep the rotation that the model gave them. Only the S sink keys are turned,
-always from their originals, so that their positions come right before the window. That costs O(S) work per step and
-adds no drift. From time to time positions are counted from a new origin, and window keys are turned once for that. So a
-key is turned at most once, and positions stay small however long the stream is.
+3.2; DESIGN.md, "Only sinks move"). Window keys keep the rotation that the model gave them. Only the S sink keys are
+turned, always from their originals, so that their positions come right before the window. That costs O(S) work per step
+and adds no drift. From time to time positions are counted from a new origin, and window keys are turned once for that.
+So a key is turned at most once, and positions stay small however long the stream is.
 
 This file has the settings, and the methods that transformers and the hook call. A forward goes through `hook`, which
 hands it over, `forward`, which runs it, `inputs`, which checks the input, `plan`, which decides, and `state` and
@@ -56,7 +56,7 @@ class StreamingCache(Cache):
             a plain sliding window.
         positions: "cache": sinks are right before the window (StreamingLLM). "text": every key is at its true distance.
         convention: "inclusive": a query sees C keys, its own included. "paper": C + 1, as in the paper's code, which
-            evicts after the forward (design, decision 8).
+            evicts after the forward (DESIGN.md, "The budget includes the current token").
 
     Each row is a stream of its own. Pads take no slot: a 2-D `attention_mask` marks them (left padding or any other),
     so each row has its own sinks. Pads must be masked in the forward that feeds them. A later mask that hides tokens

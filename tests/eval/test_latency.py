@@ -161,7 +161,7 @@ def test_a_long_stream_goes_on_to_its_end_and_keeps_nothing(monkeypatch):
 
 
 def test_rows_ratios_and_plot_come_with_every_budget(run, tmp_path, capsys):
-    """Guards the JSON of the design: one row a configuration, each ratio with its interval, and the tables."""
+    """Guards the JSON of DESIGN.md, "Commands": a row per configuration, ratios with intervals, and the tables."""
     code, out, err = measured(capsys, "--model", run, "--budgets", 24, 16, 24, "--tokens", 40,
                               "--json", tmp_path / "out.json")  # fmt: skip
     assert code == 0, err

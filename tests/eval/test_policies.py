@@ -111,7 +111,7 @@ def test_windows_go_through_the_model_together(monkeypatch):
 
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_the_papers_convention_lets_a_query_see_one_key_more(sinks):
-    """Guards decision 8: budget C in the paper's code is C + 1 in ours, at the same S."""
+    """Guards DESIGN.md, "The budget includes the current token": the paper's C is C + 1 in ours, at the same S."""
     model, ids = model_of("llama"), tokens(40)
     policy = Streaming("sink-paper", sinks, BUDGET, "paper")
     (nll,) = policy.score(model, [ids], 7, nothing)

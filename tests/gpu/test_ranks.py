@@ -14,7 +14,7 @@ GPUS = 2
 BOUND = 2e-3  # between losses in fp32: two ranks add in another order
 
 
-@pytest.mark.slow
+@pytest.mark.two_gpus
 def test_two_ranks_train_as_one_does(tmp_path):
     if torch.cuda.device_count() < sized(GPUS, 0):
         pytest.skip(f"NOT RUN: two ranks under NCCL; this machine has {torch.cuda.device_count()} GPU, it takes {GPUS}")

@@ -2,7 +2,7 @@
 
 Two models stream over the same text: the sink model with its own sinks, 1+(C−1), and a vanilla model with the four
 tokens that StreamingLLM keeps, 4+(C−4). The answer is about the paired difference of their losses on the tokens that
-have overflowed in both (design, decision 9): *equivalent*, *better*, *worse* or *undecided*
+have overflowed in both (DESIGN.md, "A claim has an interval"): *equivalent*, *better*, *worse* or *undecided*
 (`eval.measures.verdict.equivalence.decide`).
 
 One interval gives all four answers. It is two-sided at --level, so "equivalent" is two one-sided tests, each at
@@ -276,8 +276,7 @@ def _check_pair(sink: LoadedModel, vanilla: LoadedModel) -> None:
 
 def _check_length(documents: Documents, budget: int, these_texts: bool) -> None:
     """Raise UserError if the text is too short for an interval; warn if it is too little for an answer."""
-    from eval.measures.verdict.equivalence import BLOCKS, DOCUMENTS, enough, is_sample
-    from eval.measures.verdict.paired import no_sample
+    from eval.measures.verdict.equivalence import BLOCKS, DOCUMENTS, enough, is_sample, no_sample
 
     lengths = [max(0, len(ids) - 1 - budget) for ids in documents]
     if not enough(lengths, budget, these_texts):

@@ -34,7 +34,7 @@ COLUMNS = (
 class MetricsFile(Logger):
     """Writes one line per call, in full precision and at once. Every run has it; all other loggers are copies of it.
 
-    Lightning's CSVLogger starts its file anew on resume. This one drops only the lines after the step resumed from, so
+    Lightning's CSVLogger starts a new file on resume. This one drops only the lines after the step resumed from, so
     that a killed run leaves the same file as an uninterrupted one.
     """
 

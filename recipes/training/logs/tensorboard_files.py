@@ -11,7 +11,7 @@ FOLDER = "tensorboard"
 
 
 class TensorBoardFiles(Mirror):
-    """Written anew from `metrics.csv` at every start, so that the folder holds each step once.
+    """Written again from `metrics.csv` at every start, so that the folder holds each step once.
 
     `purge_step` makes a running TensorBoard forget the old curves. Steps are the optimiser's. TensorBoard has no other
     axis, so `tokens` is a curve of its own.
