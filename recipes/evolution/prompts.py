@@ -81,7 +81,7 @@ def check_length(config: EvolveConfig, loaded: LoadedModel) -> None:
     most = math.inf if loaded.positions is None else loaded.positions
     if length + sinks > most:
         raise UserError(
-            f"tasks.length {length} does not fit into the {most} positions of {loaded.name}, {sinks} of which are for "
+            f"tasks.length {length} does not fit into the {most} positions of {loaded.name}, {sinks} of them for "
             f"tokens in front of the text; use {most - sinks} or less"
         )
     if config.namm.interval >= length:

@@ -94,6 +94,18 @@ def test_every_row_is_the_loss_of_the_same_tokens(run, texts, tmp_path, capsys, 
     assert rows["dense"]["difference"] is None
 
 
+def test_few_documents_decide_nothing_about_others(run, texts, tmp_path, capsys):
+    """Whatever their interval says; but about these texts an answer is allowed."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"text": tiny.words(400, seed)}) + "\n" for seed in range(3)))
+    margin = ("--margin", 100, "--prompts", 4)
+    assert result(capsys, tmp_path, run, few, "--memories", "tova", *margin)["rows"][1]["answer"] == "undecided"
+    answered = result(capsys, tmp_path, run, few, "--memories", "tova", *margin, "--these-texts")["rows"][1]
+    assert answered["answer"] == "equivalent"
+    enough = result(capsys, tmp_path, run, texts, "--memories", "tova", "--margin", 100)["rows"][1]
+    assert enough["answer"] == "equivalent"
+
+
 def test_recompute_reads_its_window_again_for_each_token(run, texts, tmp_path, capsys):
     found = result(capsys, tmp_path, run, texts, "--memories", "recompute", "--stride", 1)
     loaded = load_model(str(run))

@@ -141,7 +141,7 @@ REFUSED = [
     ({"text": "nowhere.txt"}, "--text nowhere.txt is not a file"),
     ({"validation_text": "{text}"}, "is the same text as --text"),
     ({"validation_text": "{copy}"}, "is the same text as --text"),
-    ({"tasks__length": 1024}, "longer than the 1024 positions"),
+    ({"tasks__length": 1024}, "does not fit into the 1024 positions"),
     ({"namm__interval": 512}, "namm.interval 512 is not below tasks.length 460"),
     ({"tasks__length": 100}, "validation prompts: --tasks.length 100 is too short for niah_single_2"),
     ({"model": "nowhere"}, "nowhere"),

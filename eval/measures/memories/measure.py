@@ -18,7 +18,8 @@ import torch
 from eval.measures.memories.readers import Reader, Reading
 from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, share
-from eval.measures.verdict.equivalence import decide, interval
+from eval.measures.verdict.equivalence import answer_to, interval, is_sample, no_sample
+from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.progress import CountedProgress
 
@@ -75,6 +76,9 @@ def measure(
         most: prompts per document.
     """
     starts = places(documents, front, question, most)
+    lengths = [len(each) * question.after for each in starts]
+    if not question.these_texts and not is_sample(lengths):
+        say(f"warning: {no_sample(lengths)}; the answer will be undecided")
     total = sum(map(len, starts))
     readings: list[list[list[Reading]]] = [[[] for _ in documents] for _ in sides]  # side, document, prompt
     with CountedProgress("prompts × memories", "readings", total * len(sides)) as progress:
@@ -143,7 +147,7 @@ def against(scored: Sequence[torch.Tensor], dense: Sequence[Sequence[Reading]], 
         "low": found.low,
         "high": found.high,
         "stderr_difference": found.stderr,
-        "answer": decide(found, question.margin),
+        "answer": answer_to(found, question.margin, question.these_texts),
         "speaks_of": found.speaks_of,
     }
 

@@ -191,6 +191,27 @@ def decide(found: Interval, margin: float) -> Answer:
     return "undecided"
 
 
+def answer_to(found: Interval, margin: float, these_texts: bool) -> Answer:
+    """As `decide`; undecided if the question is about other texts, and the interval holds for these texts only."""
+    return decide(found, margin) if these_texts or found.speaks_of == "other texts" else "undecided"
+
+
+def no_sample(lengths: Sequence[int]) -> str:
+    """A message: why documents of these lengths cannot represent other texts, and what to do."""
+    used = [length for length in lengths if length]
+    weight = effective_documents(np.array(used, dtype=np.float64))
+    present = f"{len(used)} document{'s' if len(used) != 1 else ''}"
+    if weight < len(used) - 0.005:
+        present += f" of unequal length weigh as much as {math.floor(100 * weight) / 100:g} of one length"
+    more = 0
+    while not is_sample([*used, *[max(used)] * more]):
+        more += 1
+    return (
+        f"{present}, and an answer for other texts needs {DOCUMENTS}; give {more} more as long as the longest, or ask "
+        "about these alone with --these-texts"
+    )
+
+
 def more_tokens(found: Interval, margin: float) -> int | None:
     """How many more tokens of such text would give an answer, if the mean stayed the same; 0 if there is one already.
 

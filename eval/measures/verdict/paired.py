@@ -15,7 +15,6 @@ about `beside` tokens, from positions spread evenly over the texts:
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -27,14 +26,12 @@ import torch
 from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, mean
 from eval.measures.verdict.equivalence import (
-    DOCUMENTS,
     Interval,
     Series,
-    decide,
-    effective_documents,
+    answer_to,
     interval,
-    is_sample,
     more_tokens,
+    no_sample,
     over_runs,
 )
 from eval.policies.choice import BORROWED
@@ -210,27 +207,11 @@ def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
     found = over_runs(found, means)
     known = {name: value for name, value in vars(found).items() if name not in ("mean", "tokens")}
     known["speaks_of"] = found.speaks_of
+    answer = answer_to(found, question.margin, question.these_texts)
     if found.speaks_of == "these texts" and not question.these_texts:
         why = no_sample([len(series) for series in over])
-        return {**row, "answer": "undecided", **known, "more_tokens": None, "why": why, **one.more}
-    more = more_tokens(found, question.margin)
-    return {**row, "answer": decide(found, question.margin), **known, "more_tokens": more, **one.more}
-
-
-def no_sample(lengths: Sequence[int]) -> str:
-    """A message: why documents of these lengths cannot represent other texts, and what to do."""
-    used = [length for length in lengths if length]
-    weight = effective_documents(np.array(used, dtype=np.float64))
-    present = f"{len(used)} document{'s' if len(used) != 1 else ''}"
-    if weight < len(used) - 0.005:
-        present += f" of unequal length weigh as much as {math.floor(100 * weight) / 100:g} of one length"
-    more = 0
-    while not is_sample([*used, *[max(used)] * more]):
-        more += 1
-    return (
-        f"{present}, and an answer for other texts needs {DOCUMENTS}; give {more} more as long as the longest, or ask "
-        "about these alone with --these-texts"
-    )
+        return {**row, "answer": answer, **known, "more_tokens": None, "why": why, **one.more}
+    return {**row, "answer": answer, **known, "more_tokens": more_tokens(found, question.margin), **one.more}
 
 
 def stream_row(

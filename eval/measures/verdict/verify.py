@@ -276,8 +276,7 @@ def _check_pair(sink: LoadedModel, vanilla: LoadedModel) -> None:
 
 def _check_length(documents: Documents, budget: int, these_texts: bool) -> None:
     """Raise UserError if the text is too short for an interval; warn if it is too little for an answer."""
-    from eval.measures.verdict.equivalence import BLOCKS, DOCUMENTS, enough, is_sample
-    from eval.measures.verdict.paired import no_sample
+    from eval.measures.verdict.equivalence import BLOCKS, DOCUMENTS, enough, is_sample, no_sample
 
     lengths = [max(0, len(ids) - 1 - budget) for ids in documents]
     if not enough(lengths, budget, these_texts):
