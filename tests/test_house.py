@@ -95,7 +95,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(tmp_path, modul
     assert "Traceback" not in done.stderr
 
 
-OPENS, NOT_FILES = {"open", "read_text", "write_text", "fdopen"}, {"os", "Image", "split"}
+OPENS, NOT_FILES = {"open", "read_text", "write_text", "fdopen"}, {"os", "Image", "split", "tarfile"}
 
 
 def unnamed_encodings(path: Path) -> list[int]:

@@ -12,7 +12,7 @@ DOCUMENTS, WORDS = 24, 250
 PREPARE = ["--vocabulary_size=300", "--validation_fraction=0.1", "--test_fraction=0.5"]  # as the Makefile has it
 
 
-def write_text(file: Path) -> Path:
+def write_documents(file: Path) -> Path:
     """Documents of about the same length, so that the verdict on them is one on other texts too."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": tiny.words(WORDS, seed)}) + "\n" for seed in range(DOCUMENTS)]
@@ -21,4 +21,4 @@ def write_text(file: Path) -> Path:
 
 
 if __name__ == "__main__":
-    write_text(Path(sys.argv[1]))
+    write_documents(Path(sys.argv[1]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ def run_forward(
         while done < request.tokens.shape[1]:
             plan = _begin(state, request, done, with_mask)
             inputs = _inputs(cache, state, model, request, done, plan)
-            rows = 0 if compiling else plan.columns * len(state.seen)
-            # Keys are stored without gradients, so gradients would be wrong.
-            with torch.no_grad(), fast_products(rows=rows):
+            rows = plan.columns * len(state.seen)
+            products = nullcontext() if compiling else fast_products(rows=rows)  # the compiler must not try it
+            with torch.no_grad(), products:  # keys are stored without gradients, so gradients would be wrong
                 outputs.append(forward(model, **inputs))
             _commit(state, plan)
             done += plan.columns

@@ -172,7 +172,7 @@ def test_a_model_with_a_state_is_read_again_and_an_encoder_is_not():
     (nll,) = Recompute(0, BUDGET).score(model, [ids], 5, nothing)
     torch.testing.assert_close(nll, slow_recompute(model, ids, BUDGET, 0), atol=1e-4, rtol=0)
     Recompute(0, BUDGET).stream(model).feed(torch.tensor([ids]))
-    with pytest.raises(UserError, match="'mamba' does not go on"):
+    with pytest.raises(UserError, match="'mamba' does not continue"):
         Dense().stream(model)
     for start in (lambda p, m: p.stream(m), lambda p, m: p.score(m, [ids], 5, nothing)):
         for policy in (Recompute(0, BUDGET), Dense()):

@@ -259,7 +259,7 @@ def bad(tmp_path):
         (["--text", "BAD/none.txt"], "none.txt does not exist"),
         (["--text", "BAD/folder"], "folder is a folder"),
         (["--text", "BAD/book.pdf"], "book.pdf"),
-        (["--model", "BAD/none"], "none is no folder"),
+        (["--model", "BAD/none"], "none is not a folder"),
         (["--model", "BAD/folder"], "no config.json"),
         (["--json", "BAD/none/out.json"], "none does not exist"),
         (["--json", "BAD/folder"], "is a folder"),

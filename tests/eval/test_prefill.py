@@ -202,7 +202,9 @@ def test_a_prompt_that_does_not_fit_is_one_line():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     sides = [dense_side(), Side("h2o", 8, full)]
-    with pytest.raises(UserError, match="^h2o 8: a prompt of 20 tokens does not fit into the memory of cpu; take"):
+    with pytest.raises(
+        UserError, match="^h2o 8: a prompt of 20 tokens does not fit into the memory of cpu; use a shorter --length"
+    ):
         measure(LoadedModel(model, None, [], "m"), sides, 20, [1], 1, "prompt")
 
 

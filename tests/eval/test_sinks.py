@@ -423,7 +423,7 @@ def bad(tmp_path):
         (["--text", "BAD/short.txt"], "no document of .*short.txt has 20 tokens"),
         (["--text", "BAD/none.txt"], "none.txt does not exist"),
         (["--text", "BAD/short.txt", "BAD/short.txt"], "--text has .*short.txt twice"),
-        (["--model", "BAD/none"], "none is no folder"),
+        (["--model", "BAD/none"], "none is not a folder"),
         (["--json", "BAD/none/o.json"], "none does not exist"),
         (["--maps", "BAD/folder"], "folder already holds something else"),
         (["--maps", "BAD/short.txt/maps"], "maps cannot be made: .*short.txt is a file"),

@@ -569,7 +569,7 @@ def bad(tmp_path):
         (["--limit", 0], "--limit"),
         (["--batch-size", 0], "--batch-size"),
         (["--json", "BAD/none/out.json"], "none does not exist"),
-        (["--model", "BAD/none"], "none is no folder"),
+        (["--model", "BAD/none"], "none is not a folder"),
         (["--task", "piqa"], "unknown option --task; did you mean --tasks"),
     ],
 )

@@ -232,8 +232,8 @@ def test_logits_that_are_not_finite_are_not_a_perplexity():
     ("family", "changes", "says"),
     [
         ("Bert", {}, "'bert' lets a token see those that follow it"),
-        ("Mamba", MAMBA, r"'mamba' does not go on .* \(it forgets what came before\); .* recompute"),
-        ("Lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "'lfm2' does not go on"),
+        ("Mamba", MAMBA, r"'mamba' does not continue .* \(it forgets what came before\); .* recompute"),
+        ("Lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, "'lfm2' does not continue"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

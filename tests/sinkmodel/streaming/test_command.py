@@ -246,7 +246,7 @@ def test_ctrl_c_while_it_waits_for_a_pipe_saves_and_nothing_is_lost(model, tmp_p
     assert process.returncode == 130, said
     assert out == ""
     assert re.search(r"^sink-stream: \S+ tokens, .*cache 32/32, nll \d", said, re.MULTILINE)
-    assert f", {cut} bytes of this input; --restore" in said
+    assert f", {cut} bytes of this input; continue with --restore" in said
     assert "Traceback" not in said
     code, out, said = stream(TEXT[cut:], "--score", "--restore", saved)
     assert code == 0, said
@@ -481,8 +481,8 @@ def test_templates_that_cannot_be_streamed_are_named(model):
         (["--temperature", "0", "--top-k", "3"], "have no effect at temperature 0"),
         (["--top-p", "1.5"], "sampling settings"),
         (["--stop", ""], "stop string is empty"),
-        (["--score", "--top-k", "3"], "--score writes no text, so that --top-k does nothing"),
-        (["--score", "--chat"], "--score writes no text, so that --chat does nothing"),
+        (["--score", "--top-k", "3"], "--score writes no text, so --top-k has no effect"),
+        (["--score", "--chat"], "--score writes no text, so --chat has no effect"),
         (["--save", "none/here"], "--save none/here cannot be written"),
         (["--max-token", "3"], "did you mean --max-tokens"),
     ],

@@ -599,10 +599,10 @@ def test_a_stream_that_was_broken_off_within_a_step_says_so():
     ("source", "message"),
     [
         ([1, 2, VOCABULARY], f"the model has no id {VOCABULARY}, its ids are 0 to {VOCABULARY - 1}"),
-        ([1, -1], "the id -1"),
-        ([1] * 2 * BLOCK + [VOCABULARY], f"the id {VOCABULARY}"),
-        (torch.tensor([1, 99]), "the id 99"),
-        ([1, 2.5], "token ids, not 2.5"),
+        ([1, -1], "no id -1"),
+        ([1] * 2 * BLOCK + [VOCABULARY], f"no id {VOCABULARY}"),
+        (torch.tensor([1, 99]), "no id 99"),
+        ([1, 2.5], "not 2.5"),
         ([[1, 2]], r"not \[1, 2\]"),
         *((kind(b"\x01\x02"), "decode it first") for kind in (bytes, bytearray, memoryview)),
         ([1, True], "not True"),
@@ -639,7 +639,7 @@ def test_other_mistakes_are_named():
         Stream(model, budget=4, sinks=4)
     with pytest.raises(UserError, match="batch is 0"):
         Stream(model, batch=0)
-    with pytest.raises(UserError, match="the id 99"):
+    with pytest.raises(UserError, match="no id 99"):
         Stream(model, pinned=[99])
     empty = Stream(model, budget=BUDGET)
     for use in (empty.tokens, empty.text):
