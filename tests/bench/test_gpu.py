@@ -49,7 +49,8 @@ def test_a_measurement_that_fails_costs_no_other(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_evidence_is_made_from_one_file_and_is_one_small_archive(tmp_path, capfd):
-    text, archive, output = rehearsal.write_documents(tmp_path / "text.jsonl"), tmp_path / "data.tar.xz", tmp_path / "gpu"
+    text = rehearsal.write_documents(tmp_path / "text.jsonl")
+    archive, output = tmp_path / "data.tar.xz", tmp_path / "gpu"
     assert pack_main([str(archive), "--input", str(text), *rehearsal.PREPARE]) == 0
     assert evidence.main(["--data", str(archive), "--output", str(output)]) == 0
     assert "left: nothing" in capfd.readouterr().err
