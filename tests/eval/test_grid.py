@@ -208,7 +208,7 @@ def test_the_same_call_gives_the_same_bytes(runs, texts, tmp_path, capsys):
         ({"--models": ["={none1}"]}, "is not NAME=RUN,RUN"),
         ({"--models": ["a={none1}", "a={none2}"]}, "--models has a twice"),
         ({"--models": ["a={none1},{token1}"]}, "--models a mixes sinks: .* has none, .* has token ×1"),
-        ({"--models": ["a=nowhere"]}, "nowhere is no folder"),
+        ({"--models": ["a=nowhere"]}, "nowhere is not a folder"),
         ({"--sinks": [0, 12]}, "--budgets 12 does not hold --sinks 12"),
         ({"--budgets": [12, 300]}, "is shorter than the budget: .* --budgets is 300"),
         ({"--tokens": [21]}, "--tokens 21 does not overflow --budgets 20"),

@@ -48,10 +48,10 @@ def test_verify_takes_the_base_as_the_twin_of_every_row(base, rows, texts, tmp_p
     content = result(tmp_path, *words, base)
     assert [pair["vanilla"] for pair in content["pairs"]] == [str(base)] * 2
     assert content["verdict"]["runs"] == 2
-    assert "no twins" not in capsys.readouterr().err
+    assert "not twins" not in capsys.readouterr().err
     other = bases.save_base(tmp_path / "other", "qwen3", num_key_value_heads=2, head_dim=8, initializer_range=0.2)
     result(tmp_path, *words, other)
-    assert f"no twins: the first has a trained sink on another base, {base}" in capsys.readouterr().err
+    assert f"not twins: the first has a trained sink on another base, {base}" in capsys.readouterr().err
 
 
 def said(name: object, dtype: str = "float32") -> dict:

@@ -102,7 +102,7 @@ def test_what_the_run_itself_would_refuse_is_refused(data, tmp_path, capsys):
          "the train split has"),
         (data, {"model__vocabulary": 300}, "does not fit the model"),
         (data, {"training__strategy": "deepspeed_stage_0", "training__precision": "bf16"}, "is for fp32"),
-        (taken, {}, "the tokenizer has a token <|sink|> already"),
+        (taken, {}, "the tokenizer already has a token <|sink|>"),
     ]  # fmt: skip
     for folder, changes, message in cases:
         refused = []
