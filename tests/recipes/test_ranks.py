@@ -176,7 +176,7 @@ def test_a_signal_before_a_rank_can_note_it_waits_until_then(program, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("what_rank_1_does", "said_of_it"),
-    [("os._exit(7)", "own log; go on"), ("time.sleep(5)", "or they need longer than training.timeout")],
+    [("os._exit(7)", "own log why they ended; resume"), ("time.sleep(5)", "or they need longer than training.timeout")],
 )
 def test_a_rank_that_is_lost_while_the_run_starts_is_said(program, tmp_path, what_rank_1_does, said_of_it):
     """Risk: the others end in a traceback of gloo's, which says nothing of what to do."""
