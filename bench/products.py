@@ -91,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"products: this machine computes with {library()}")
+    print(f"products: this machine trains with {library()} and scores with {library(backward=False)}")
     print(compare("a training step", training(), options.rounds), flush=True)
     print(compare("scoring", scoring(options.model), options.rounds), flush=True)
 

@@ -15,27 +15,25 @@ what it does here, and nothing says that this is good.
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transfer import kept_of, parser_of, train
 from transformers import DecisionTransformerConfig, DecisionTransformerModel, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError
 from sinkmodel.memories import NAMM, TOVA, Dense, Memory
-from sinkmodel.memories.selection import EMPTY
-from sinkmodel.parser import OneLineParser, name_of, positive, whole
-from sinkmodel.progress import CountedProgress
+from sinkmodel.parser import positive
 
-EXAMPLE = "python examples/decision_maze.py --artefact runs/namm/best"
 FORWARD, LEFT, RIGHT = range(3)  # actions
 STATE = 3  # numbers of a state: whether the cue is left, whether it is right, whether the corridor ends here
 TOKENS = ("return", "state", "action")  # of a step, in this order
-RATE = 3e-3  # of learning
 SHORTEST = 4  # steps of an episode
 INTERVALS = 2.5  # tokens of an episode, in intervals of the NAMM, unless --steps says otherwise
 
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> int | None:
     torch.manual_seed(options.seed)
     policy = make_policy(steps, options.width)
     say(f"{steps} steps, {len(TOKENS) * steps} tokens; {sum(p.numel() for p in policy.parameters()):,} parameters")
-    train(policy, steps, options.updates, options.batch)
+    train(policy, options, (SHORTEST, steps), functools.partial(loss_of, policy, options.batch))
     cues = torch.tensor([LEFT, RIGHT]).repeat(-(-options.episodes // 2))[: options.episodes]
     memory = NAMM(policy, namm, parameters)
     dense, of_namm = play(policy, Dense(policy), cues, steps), play(policy, memory, cues, steps)
@@ -66,16 +64,9 @@ def main(argv: list[str]) -> int | None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser("decision_maze.py", "A NAMM in a Decision Transformer.", f"Example:\n  {EXAMPLE}")
-    parser.add_argument(
-        "--artefact", type=name_of, required=True, metavar="NAME", help="a folder that sink-evolve wrote, or a Hub name"
-    )
+    parser = parser_of("decision_maze.py", "A NAMM in a Decision Transformer.", updates=400, batch=32)
     parser.add_argument("--steps", type=positive, metavar="N", help="of an episode (default: by the NAMM's interval)")
-    parser.add_argument("--updates", type=positive, default=400, metavar="N", help="of the training (default: 400)")
-    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="episodes of an update (default: 32)")
     parser.add_argument("--episodes", type=positive, default=64, metavar="N", help="that are played (default: 64)")
-    parser.add_argument("--width", type=positive, default=64, metavar="N", help="of the model (default: 64)")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N")
     return parser.parse_args(argv)
 
 
@@ -176,24 +167,12 @@ def make_policy(steps: int, width: int) -> Policy:
     return Policy(config).eval()  # without dropout the modes are alike
 
 
-def train(policy: Policy, steps: int, updates: int, batch: int) -> None:
-    """Predict the action of each state. Episodes have all lengths, so that the first ones are learned fast."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.01)
-    with CountedProgress("training", "updates", updates) as progress:
-        for update in range(updates):
-            longest = SHORTEST + (steps - SHORTEST) * min(1.0, 2 * update / updates)
-            length = int(torch.randint(SHORTEST, int(longest) + 1, ()))
-            found = offline_episodes(batch, length)
-            tokens = policy.embed(found.states, found.actions, found.returns)
-            logits = policy(inputs_embeds=tokens).logits[:, 1::3]
-            losses = F.cross_entropy(logits.flatten(0, 1), found.actions.flatten(), reduction="none").view(batch, -1)
-            (losses[:, -1].mean() + losses[:, :-1].mean()).backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1.0, (update + 1) / 20) * (1 - update / updates)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.add(1)
+def loss_of(policy: Policy, batch: int, length: int) -> Tensor:
+    """The loss of the actions; the turn at the end weighs as much as all the others."""
+    found = offline_episodes(batch, length)
+    logits = policy(inputs_embeds=policy.embed(found.states, found.actions, found.returns)).logits[:, 1::3]
+    losses = F.cross_entropy(logits.flatten(0, 1), found.actions.flatten(), reduction="none").view(batch, -1)
+    return losses[:, -1].mean() + losses[:, :-1].mean()
 
 
 # --------------------------------------------------------------------------------------------------------- what it does
@@ -211,17 +190,6 @@ def play(policy: Policy, memory: Memory, cues: Tensor, steps: int) -> float:
         actions = policy(inputs_embeds=fed, past_key_values=memory).logits[:, -1].argmax(dim=-1)
         fed = policy.embed(states[:, step : step + 1], actions[:, None], wanted, step)[:, 2:]
     return (actions == cues).float().mean().item()
-
-
-def kept_of(memory: Memory) -> Tensor:
-    """1 for each token that is held and 0 for the others, [layers, rows, KV heads, tokens]."""
-    tokens = memory.columns
-    found = []
-    for layer in memory.layers:
-        positions = layer.held_positions().long()
-        kept = torch.zeros(*positions.shape[:2], tokens + 1)
-        found.append(kept.scatter_(2, positions.masked_fill(positions == EMPTY, tokens), 1.0)[..., :tokens])
-    return torch.stack(found)
 
 
 def report(dense: float, namm: float, tova: float, kept: Tensor, budget: int) -> str:

@@ -15,29 +15,27 @@ what it does here, and nothing says that this is good.
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transfer import kept_of, parser_of, train
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from examples.decision_maze import kept_of
 from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError
 from sinkmodel.memories import NAMM, Dense, Memory, SnapKV
-from sinkmodel.parser import OneLineParser, name_of, positive, whole
-from sinkmodel.progress import CountedProgress
+from sinkmodel.parser import positive
 
-EXAMPLE = "python examples/repeated_frames.py --artefact runs/namm/best"
 COLOURS = torch.tensor([[r, g, b] for r in (-1.0, 1.0) for g in (-1.0, 1.0) for b in (-1.0, 1.0)])
 ASK, IMAGE = len(COLOURS), len(COLOURS) + 1  # tokens after those of the colours
 SIDE, PATCH = 16, 4  # pixels
 PER_FRAME = (SIDE // PATCH) ** 2  # tokens
 INTERVALS = 3.5  # tokens of a video, in intervals of the NAMM, unless --frames says otherwise
 FEWEST = 4  # frames
-RATE = 3e-3  # of learning
 
 
 @command("repeated_frames")
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> int | None:
     torch.manual_seed(options.seed)
     model = make_model(frames, options.width)
     say(f"{frames} frames of {PER_FRAME} tokens; {sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, frames, options.updates, options.batch)
+    train(model, options, (FEWEST, frames), functools.partial(loss_of, model, options.batch))
     videos = make_videos(options.videos, frames)
     memory = NAMM(model, namm, parameters)
     dense, of_namm = answered(model, Dense(model), videos), answered(model, memory, videos)
@@ -67,16 +65,9 @@ def main(argv: list[str]) -> int | None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = OneLineParser("repeated_frames.py", "A NAMM in a vision-language model.", f"Example:\n  {EXAMPLE}")
-    parser.add_argument(
-        "--artefact", type=name_of, required=True, metavar="NAME", help="a folder that sink-evolve wrote, or a Hub name"
-    )
+    parser = parser_of("repeated_frames.py", "A NAMM in a vision-language model.", updates=300, batch=16)
     parser.add_argument("--frames", type=positive, metavar="N", help="of a video (default: by the NAMM's interval)")
-    parser.add_argument("--updates", type=positive, default=300, metavar="N", help="of the training (default: 300)")
-    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="videos of an update (default: 16)")
     parser.add_argument("--videos", type=positive, default=64, metavar="N", help="that are asked about (default: 64)")
-    parser.add_argument("--width", type=positive, default=64, metavar="N", help="of the model (default: 64)")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N")
     return parser.parse_args(argv)
 
 
@@ -147,21 +138,11 @@ def embedded(model: LlavaForConditionalGeneration, videos: Videos) -> Tensor:
     return torch.cat([features.view(B, T * PER_FRAME, -1), question], dim=1)
 
 
-def train(model: LlavaForConditionalGeneration, frames: int, updates: int, batch: int) -> None:
-    """Answer the question. Videos have all lengths, the short ones first."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    with CountedProgress("training", "updates", updates) as progress:
-        for update in range(updates):
-            longest = FEWEST + (frames - FEWEST) * min(1.0, 2 * update / updates)
-            videos = make_videos(batch, int(torch.randint(FEWEST, int(longest) + 1, ())))
-            logits = model(inputs_embeds=embedded(model, videos), use_cache=False, logits_to_keep=1).logits[:, -1]
-            F.cross_entropy(logits, videos.answers).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1.0, (update + 1) / 20) * (1 - update / updates)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.add(1)
+def loss_of(model: LlavaForConditionalGeneration, batch: int, frames: int) -> Tensor:
+    """The loss of the answers to the question."""
+    videos = make_videos(batch, frames)
+    logits = model(inputs_embeds=embedded(model, videos), use_cache=False, logits_to_keep=1).logits[:, -1]
+    return F.cross_entropy(logits, videos.answers)
 
 
 # --------------------------------------------------------------------------------------------------------- what it does

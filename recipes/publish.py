@@ -97,7 +97,7 @@ def push(options: argparse.Namespace) -> list[str]:
 
     from recipes.hub.folder import CardInput
     from recipes.hub.repository import Repository, several
-    from recipes.hub.troubles import HubAway, told
+    from recipes.hub.troubles import HubAway, as_user_errors
 
     try:
         validate_repo_id(options.repo)
@@ -109,7 +109,7 @@ def push(options: argparse.Namespace) -> list[str]:
     card = None if options.no_card else CardInput(options.run, options.report, tuple(options.results))
     one = push_model if options.run is None else push_run
     try:
-        with told(options.repo):
+        with as_user_errors(options.repo):
             if not hub_token() and not options.dry_run:
                 raise UserError(
                     f"no token for the Hub: run `hf auth login`, or export HF_TOKEN; it must be allowed to write to "

@@ -59,7 +59,7 @@ def command(name: str) -> Callable:
                 with _flushed():
                     return main(sys.argv[1:] if argv is None else argv) or 0
             except UserError as error:
-                say(f"{name}: {error}", always=error.heard)
+                say(f"{name}: {error}", always=error.any_rank)
                 return error.exit_code
             except KeyboardInterrupt:
                 say(f"{name}: interrupted")

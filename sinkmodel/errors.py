@@ -14,15 +14,15 @@ class UserError(Exception):
     """Wrong input. The message is one line: what is wrong, in which file or key, and the remedy.
 
     A command prints the message and exits with `exit_code` (default 2); in a library it is an ordinary exception. Of
-    several processes only rank 0 prints. `heard=True` prints from any rank, for errors that rank 0 may not see.
+    several processes only rank 0 prints. `any_rank=True` prints from any rank, for errors that rank 0 may not see.
     """
 
-    def __init__(self, message: str, exit_code: int = 2, heard: bool = False):
+    def __init__(self, message: str, exit_code: int = 2, any_rank: bool = False):
         # A DataLoader worker passes an error on as the text of its traceback, which ends with the message.
         message = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
         message = re.sub(r"\s*[\r\n]+\s*", " ", message.strip())  # blanks inside a line may belong to a file name
         super().__init__(redacted(message))
-        self.exit_code, self.heard = exit_code, heard
+        self.exit_code, self.any_rank = exit_code, any_rank
 
 
 def shell(*words: object) -> str:

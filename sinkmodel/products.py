@@ -3,19 +3,20 @@
     with fast_products():
         model(ids)        # large F.linear, forward and backward, and `matmul` of this module
 
-PyTorch sends them to MKL, which takes slow code on processors of other makers: 105 GFLOP/s on an AMD core on which
-oneDNN, a part of PyTorch too, reaches 240. Which of the two is faster is measured once in a process, in some 50 ms.
-The numbers are equal to rounding, about 1e-6. The environment variable SINKMODEL_PRODUCTS decides without measuring:
-`torch` for PyTorch's own, `onednn` for oneDNN; `auto` measures.
+PyTorch uses MKL for them. On some processors MKL does not use the widest instructions: on an AMD core it reached 105
+GFLOP/s, and oneDNN, which is also part of PyTorch, 240. On others MKL is as fast or faster. Which library is faster is
+measured once in a process, in about 50 ms; scoring and training are measured separately. The results are equal to
+rounding, about 1e-6. The environment variable SINKMODEL_PRODUCTS overrules the measurement: `torch` for PyTorch's own
+library, `onednn` for oneDNN, `auto` to measure.
 
 Torch 2.13 has no public way. `set_float32_matmul_precision` and `torch.backends.mkldnn` choose oneDNN for fp32 only
 with rounding to bf16 or tf32; inductor calls MKL, with freezing too; a product of `Tensor.to_mkldnn` copies its input
 and its output, and a convolution with a 1 × 1 filter is slow backward. So this calls the operator that inductor itself
 calls, `torch.ops.mkldnn._linear_pointwise`. It is private to torch (seen in 2.13): it is used only if it is there and
-gives the right numbers, and one import of this module is all that knows it.
+gives the right numbers, and no other module calls it.
 
-Nothing is done to a model: a `TorchFunctionMode` sees the calls of F.linear inside of the block, in this thread. It
-leaves alone what is small (a decoding step), not fp32, not on a CPU, under autocast, or of another class than Tensor.
+Models are not changed: a `TorchFunctionMode` intercepts the calls of F.linear in the block, in this thread. It passes
+on to PyTorch what is small (a decoding step), not fp32, not on a CPU, under autocast, or a subclass of Tensor.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -51,7 +52,7 @@ FAR = 1024  # numbers between the rows of a matrix, which a multiple of this put
 
 
 def asked() -> str:
-    """What SINKMODEL_PRODUCTS says. Raises UserError if that is none of the three, or oneDNN cannot be used here."""
+    """The value of SINKMODEL_PRODUCTS. Raises UserError if it is none of the three, or oneDNN cannot be used here."""
     wanted = os.environ.get(SWITCH, "").strip().lower() or AUTO
     if wanted not in (TORCH, ONEDNN, AUTO):
         raise UserError(f"{SWITCH} is {wanted!r} in the environment; set it to {AUTO}, {TORCH} or {ONEDNN}")
@@ -60,10 +61,15 @@ def asked() -> str:
     return wanted
 
 
-def library() -> str:
-    """`torch` or `onednn`: what SINKMODEL_PRODUCTS says, or else what is faster here. Raises UserError as `asked`."""
+def library(backward: bool = True) -> str:
+    """`torch` or `onednn`: what SINKMODEL_PRODUCTS names, or else the faster one here. Raises UserError as `asked`.
+
+    Args:
+        backward: whether gradients are computed too. oneDNN gains least in the gradient of a weight, so it may be the
+            faster one for scoring and not for training.
+    """
     wanted = asked()
-    return _faster() if wanted == AUTO else wanted
+    return _faster(backward) if wanted == AUTO else wanted
 
 
 @functools.cache
@@ -81,10 +87,10 @@ def usable() -> bool:
 
 
 @functools.cache
-def _faster() -> str:
-    """The library that takes less time of one core for the three products of a linear layer: the best of a few tries.
+def _faster(backward: bool) -> str:
+    """The library that takes less time of one core for a linear layer, or for its gradients too: best of a few tries.
 
-    Other programs on the core do not count: it is the time of this thread, where the system measures it finely.
+    If the system measures a thread's own time finely, that is taken, so that other programs do not disturb it.
     """
     if not usable():
         return TORCH
@@ -94,7 +100,7 @@ def _faster() -> str:
     torch.set_num_threads(1)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for pair in _products(*_example(256, 384, 1024)):
+            for pair in _products(*_example(256, 384, 1024))[: 3 if backward else 1]:
                 tries: tuple[list[float], list[float]] = ([], [])
                 for _ in range(5):  # the first one warms up
                     for product, times in zip(pair, tries):
@@ -187,7 +193,7 @@ def _through_onednn(input: Tensor, weight_NK: Tensor) -> bool:
     rows = input.numel() // max(1, input.shape[-1])
     if rows < ROWS or rows * weight_NK.numel() < WORK or torch.is_autocast_enabled("cpu"):
         return False
-    return (library() if chosen == AUTO else chosen) == ONEDNN
+    return (library(torch.is_grad_enabled()) if chosen == AUTO else chosen) == ONEDNN
 
 
 class _Linear(torch.autograd.Function):

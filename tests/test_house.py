@@ -37,6 +37,12 @@ def test_imports_run_downward_only(room):
         assert not imported(path) & FORBIDDEN[room], path
 
 
+def test_examples_run_from_a_clone_with_the_packages_installed():
+    """Risk: a script imports `examples` or `tests`, which are not in the wheel, and runs only for developers."""
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        assert not imported(path) & {"examples", "tests", "bench"}, path
+
+
 def test_every_module_says_first_what_it_is_for():
     for room in FORBIDDEN:
         for path in sorted((ROOT / room).rglob("*.py")):

@@ -2,9 +2,9 @@
 
     make bench-gpu [ONLY="mfu decoding scoring prefill-snapkv …"] [OUTPUT=runs/gpu] [REHEARSE=1]
 
-Each measurement leaves OUTPUT/NAME.json when it has ended; one that is there already is shown and not measured again.
-So a call that was stopped is resumed by the same call, and deleting a file measures it anew. One that fails costs no
-other: its error is printed, and the exit code is 1.
+Each measurement writes OUTPUT/NAME.json when it has ended. If that file exists, its result is printed and not measured
+again. So the same call resumes a call that was stopped, and deleting a file measures it again. If one
+fails, its error is printed, the others are still measured, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     for name in options.names:
         if name not in MEASUREMENTS:
-            raise UserError(f"there is no measurement {name!r}; choose of {', '.join(MEASUREMENTS)}")
+            raise UserError(f"there is no measurement {name!r}; choose among {', '.join(MEASUREMENTS)}")
     need_device()
     options.output.mkdir(parents=True, exist_ok=True)
     failed = [name for name in options.names or MEASUREMENTS if not shown(name, options.output / f"{name}.json")]

@@ -46,7 +46,7 @@ def compare(model: Any, budget: int, how: str) -> dict[str, Any]:
     if how == "eager":
         sides["DynamicCache"] = dynamic(model, run, budget)
     taken = alternate(sides, ROUNDS, warm_up=WARM_UP, device=DEVICE)
-    share = moving(cache) / (2 * budget)  # positions are counted anew once in 2C steps, of which none is timed
+    share = moving(cache) / (2 * budget)  # positions are renumbered once in 2C steps, none of which is timed
     taken["StreamingCache"] = [x + share for x in taken["StreamingCache"]]
     ms = {name: statistics.median(x) for name, x in taken.items()}
     fastest = min((name for name in ms if name != "StreamingCache"), key=lambda name: ms[name])
@@ -60,7 +60,7 @@ def compare(model: Any, budget: int, how: str) -> dict[str, Any]:
 
 
 def graphs(model: Any) -> Any:
-    """The compiled model. Each call is a step of its own for CUDA graphs, whose memory the next one takes over."""
+    """The compiled model. Each call is a step of its own for CUDA graphs; the next call reuses its memory."""
     compiled = torch.compile(model, **STEP)
 
     def run(**inputs: Any) -> Any:

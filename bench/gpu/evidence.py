@@ -2,10 +2,10 @@
 
     make evidence-gpu [DATA=evidence.tar.xz] [OUTPUT=runs/gpu] [REHEARSE=1]
 
-A call is a part: it does what is left, until its time is up, and the next call goes on from there. Training saves and
-stops when the time is up. An evaluation that is not done by then is broken off, and is the first of the next part. Each
-leaves a JSON file, and what has one is not done again. The exit code is 0 when nothing is left, and before that 75
-(EX_TEMPFAIL), which make takes for success; the last line of the output names what is left.
+A call is one part. It does what is left until its time is up, and the next call resumes there. When the time is up,
+training saves and stops, and an evaluation is interrupted; the next part begins it again. An evaluation that has its
+JSON file is not repeated. The exit code is 0 if nothing is left, and otherwise 75 (EX_TEMPFAIL), which make treats as
+success; the last line of the output names what is left.
 
 After every part OUTPUT/results.tar.xz holds all that is known so far: configs, metrics, results as JSON, the log of the
 parts. Checkpoints stay in OUTPUT/runs.
@@ -35,7 +35,7 @@ EXAMPLE = "example: python -m bench.gpu.evidence --data evidence.tar.xz --output
 KINDS = ("none", "token")
 UNFINISHED = 75
 STOPPED = 128 + signal.SIGUSR1
-LEAST = 20.0  # seconds: with less of a part left nothing new is begun
+LEAST = 20.0  # seconds: if less of a part is left, no new stage is begun
 SAVING = sized(45.0, 5.0)  # seconds of a part that training leaves for its checkpoint
 
 # RESULTS.md, "Pythia-160M's shape": 4,300 steps of 32,768 tokens, six minutes on an H100.
@@ -53,16 +53,16 @@ PIECES = sized(100, 2)  # of text, for sink-eval sinks
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the evidence: `run` returns a command's exit code, and `done` says whether it is needed at all."""
+    """A step of the evidence: `run` returns a command's exit code; `done` returns whether its result exists."""
 
     name: str
     run: Callable[[], int]
     done: Callable[[], bool]
-    saves: bool = False  # it stops at SIGUSR1 and continues; otherwise it is broken off and begins again
+    saves: bool = False  # it saves at SIGUSR1 and resumes; otherwise it is interrupted and begun again
 
 
 class TimeIsUp(BaseException):
-    """Raised in an evaluation; no `except Exception` on the way holds it up."""
+    """Raised in an evaluation. Not an Exception, so that no `except Exception` catches it."""
 
 
 def stages(data: Path, output: Path) -> list[Stage]:
@@ -103,10 +103,10 @@ def stages(data: Path, output: Path) -> list[Stage]:
 # ------------------------------------------------------------------------------------------------------------- a part
 
 
-def part(todo: list[Stage], seconds: float, log: Callable[[str], None]) -> int:
-    """Do what is left for as long as there is time. The exit code: 0, UNFINISHED, or that of a stage that failed."""
+def part(remaining: list[Stage], seconds: float, log: Callable[[str], None]) -> int:
+    """Run the remaining stages until the time is up. Returns 0, UNFINISHED, or the exit code of a stage that failed."""
     end, fresh = time.monotonic() + seconds, True
-    for stage in todo:
+    for stage in remaining:
         if stage.done():
             continue
         left = end - time.monotonic() - (SAVING if stage.saves else 0)
@@ -135,7 +135,7 @@ def part(todo: list[Stage], seconds: float, log: Callable[[str], None]) -> int:
 
 @contextlib.contextmanager
 def alarm(seconds: float, saves: bool) -> Iterator[None]:
-    """After so many seconds ask a training to save and stop; break anything else off."""
+    """After this many seconds, make a training save and stop, or raise TimeIsUp in anything else."""
 
     def ring(number: int, frame: object) -> None:
         if not saves:
@@ -188,10 +188,10 @@ def main(argv: list[str]) -> int:
         with journal.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%FT%TZ', time.gmtime())} {line} on {device_name()}\n")
 
-    todo = stages(data, output)
-    code = part(todo, end - time.monotonic(), log)
+    remaining = stages(data, output)
+    code = part(remaining, end - time.monotonic(), log)
     archive = collect(output)
-    left = [stage.name for stage in todo if not stage.done()]
+    left = [stage.name for stage in remaining if not stage.done()]
     say(f"wrote {archive}, {archive.stat().st_size / 1e3:,.0f} kB; left: {', '.join(left) or 'nothing'}")
     return code
 

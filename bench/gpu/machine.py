@@ -1,7 +1,7 @@
 """Where the GPU's tests and measurements run, and how large they are.
 
-A rehearsal (`REHEARSE=1`) runs the same lines on a CPU with tiny sizes. `sized` is the only place that knows of it, so
-that a script which was rehearsed has no line left that runs for the first time on a GPU, except in PyTorch's kernels.
+A rehearsal (`REHEARSE=1`) runs the same lines on a CPU with tiny sizes. Only `sized` reads it, so
+every line of a rehearsed script has run before it runs on a GPU, except for PyTorch's kernels.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def sized(on_gpu: T, in_rehearsal: T) -> T:
 
 DEVICE = sized("cuda", "cpu")
 DTYPE = sized("bfloat16", "float32")  # of models that are measured; a CPU is slow in half precision
-# Options of torch.compile for a decoding step. reduce-overhead records CUDA graphs; a rehearsal traces, no more.
+# Options of torch.compile for a decoding step. reduce-overhead records CUDA graphs; a rehearsal only traces.
 STEP: dict[str, Any] = sized({"mode": "reduce-overhead"}, {"backend": "eager"})
-# And for one function, such as flex_attention, in shapes of which there are few.
+# The same for a single function with few different shapes, such as flex_attention.
 KERNEL: dict[str, Any] = {"dynamic": False, **sized({}, {"backend": "aot_eager"})}
 
 
@@ -37,7 +37,7 @@ def shape_file(name: str) -> Path:
 
 
 def need_device() -> None:
-    """UserError if this is no rehearsal and torch sees no GPU."""
+    """Raise UserError if torch sees no GPU, unless this is a rehearsal."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "torch sees no GPU: install a build of torch for your driver, or give an environment that has one as "

@@ -25,7 +25,7 @@ HELD_OUT = "test.jsonl"
 
 
 def pack(folder: Path, archive: Path, name: str) -> None:
-    """Write `folder` as `name` into an .tar.xz, which is there whole or not at all."""
+    """Write `folder` as `name` into a .tar.xz; an interrupted call leaves no archive."""
     with atomic_file(archive) as aside, tarfile.open(aside, "w:xz") as tar:
         tar.add(folder, name)
 

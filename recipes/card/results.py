@@ -47,7 +47,7 @@ class Measured:
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def said(self) -> tuple[str, str]:
+    def cells(self) -> tuple[str, str]:
         """Value and interval as texts for a table."""
         form = "+.4f" if self.metric == "nll_difference" else ",.2f" if "perplexity" in self.metric else ".4f"
         value, *limits = (

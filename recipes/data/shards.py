@@ -43,7 +43,7 @@ class ForeignId(UserError):
     """A shard holds an id that is not in the vocabulary. Any rank prints it: it may be the only one to read the id."""
 
     def __init__(self, message: str):
-        super().__init__(message, heard=True)
+        super().__init__(message, any_rank=True)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from recipes.hub.plan import Head, Plan, compare, human_size
 from recipes.hub.revisions import MAIN
-from recipes.hub.troubles import Conflict, HubAway, may_pass, of_upload, status_of, told
+from recipes.hub.troubles import Conflict, HubAway, as_user_errors, may_pass, of_upload, status_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.secrets import redacted
@@ -26,7 +26,7 @@ LARGE = 1 << 20  # bytes; a file of this size or more is sent by itself, and log
 
 
 class Repository:
-    """The repository ORG/NAME. Errors of huggingface_hub pass through; `troubles.told` makes UserErrors of them."""
+    """The repository ORG/NAME. Errors of huggingface_hub pass through; use `troubles.as_user_errors` around calls."""
 
     def __init__(self, name: str):
         self.name, self.api = name, HfApi()
@@ -51,7 +51,7 @@ class Repository:
     def can_be_seen(self) -> bool:
         """Whether the repository can be read; if not, print the reason."""
         try:
-            with told(self.name):
+            with as_user_errors(self.name):
                 self.branches()
             return True
         except UserError as error:

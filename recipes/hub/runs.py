@@ -21,7 +21,7 @@ from recipes.hub.folder import CardInput, plan_of
 from recipes.hub.plan import human_size
 from recipes.hub.repository import Repository
 from recipes.hub.revisions import LIST, MAIN, branch_of, final_tag, listing
-from recipes.hub.troubles import HubAway, told
+from recipes.hub.troubles import HubAway, as_user_errors
 from sinkmodel.bounds import real
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, digest_of, read_checkpoint, weights_of
 from sinkmodel.console import say
@@ -105,7 +105,7 @@ class RunPush:
         """Push the present checkpoints, then wait for more."""
         steps = set(checkpoint_steps(self.run))
         try:
-            with told(self.repository.name):
+            with as_user_errors(self.repository.name):
                 if steps:
                     self._push_what_is_there()
         except HubAway as error:

@@ -28,7 +28,7 @@ class Conflict(UserError):
 
 
 @contextlib.contextmanager
-def told(repository: str) -> Iterator[None]:
+def as_user_errors(repository: str) -> Iterator[None]:
     """In the block, turn errors of huggingface_hub into UserErrors that name `repository`, ORG/NAME."""
     try:
         yield

@@ -113,7 +113,7 @@ def pretrain(config: PretrainConfig) -> int:
             try:
                 trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
             except UserError as error:
-                if not error.heard:  # all ranks raise it at the same step
+                if not error.any_rank:  # all ranks raise it at the same step
                     from_first(writer.finish)
                 raise
             from_first(writer.finish)  # the others wait: if a rank exited now, rank 0 would be killed during its save

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from eval.cli import main
-from eval.measures.verdict.training import not_seeds, not_twins, said_by
+from eval.measures.verdict.training import not_seeds, not_twins, training_of
 from sinkmodel import StreamingCache
 from sinkmodel.loading import load_base, load_model
 from tests import bases, tiny
@@ -55,7 +55,7 @@ def test_verify_takes_the_base_as_the_twin_of_every_row(base, rows, texts, tmp_p
 
 
 def said(name: object, dtype: str = "float32") -> dict:
-    return said_by(load_model(str(name), dtype))
+    return training_of(load_model(str(name), dtype))
 
 
 def test_the_base_is_no_twin_of_a_run_that_trained_all(base, rows, tmp_path):

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from transfer import kept_of
 from transformers import DecisionTransformerModel
 
 from examples.decision_maze import (
     LEFT,
     RIGHT,
-    kept_of,
     main,
     make_policy,
     offline_episodes,

@@ -9,7 +9,7 @@ from bench.gpu.machine import DEVICE, sized
 from sinkmodel.cache import StreamingCache
 from tests.models import build, tokens
 
-BUDGET, SINKS = sized(48, 16), 4  # of the model's 64 positions; anew counted every 2 × BUDGET tokens
+BUDGET, SINKS = sized(48, 16), 4  # of the model's 64 positions, which are renumbered every 2 × BUDGET tokens
 STEPS = 4 * BUDGET
 BOUND = 1e-3  # of logits between 1 and 10, fp32 on both sides
 

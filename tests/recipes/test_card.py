@@ -128,7 +128,7 @@ def test_a_grid_over_seeds_gives_the_loss_of_this_run_and_not_their_mean(run, tm
     (tmp_path / "grid.json").write_text(json.dumps(content))
     found = read_results([tmp_path / "grid.json"], lambda name: name == str(run))
     assert {one.value for one in found} == {math.exp(3.0)}
-    assert {one.said[1] for one in found} == {"–"}
+    assert {one.cells[1] for one in found} == {"–"}
 
 
 def test_a_verdict_over_several_pairs_of_runs_is_said_to_be_one(run, tmp_path):
@@ -162,9 +162,9 @@ def test_memories_and_long_prompts_stand_on_the_card(run, tmp_path):
     found = {one.what: one for one in read_results(files, lambda name: name == str(run))}
     assert found["perplexity, dense, 16 tokens after a prompt of 32"].value == pytest.approx(math.exp(3.0))
     worse = found["h2o 16 − dense, nats per token, 16 tokens after a prompt of 32, margin ±0.01: worse"]
-    assert (worse.metric, *worse.said) == ("nll_difference", "+0.1000", "95 %: [+0.0500, +0.1500]")
+    assert (worse.metric, *worse.cells) == ("nll_difference", "+0.1000", "95 %: [+0.0500, +0.1500]")
     task = found["long prompt, h2o 8, 256 tokens, question outside"]
-    assert (task.text, task.value, task.said[1]) == ("vt", 0.7, "–")
+    assert (task.text, task.value, task.cells[1]) == ("vt", 0.7, "–")
     assert len(found) == 5 + 2
     assert not read_results(files, lambda name: False)
 

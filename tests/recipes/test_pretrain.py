@@ -320,7 +320,10 @@ def test_bad_input_is_one_line_and_writes_nothing(data, undisturbed, tmp_path, c
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.ffn": 96}, "is a checkpoint of another shape: gpt_neox.layers.0.mlp.dense_4h_to_h.weight has (32, 64)"),
+        (
+            {"model.ffn": 96},
+            "dense_4h_to_h.weight has (32, 64), this model expects (32, 96); use the config that",
+        ),
         ({"sink.kind": "none"}, "was trained with SinkConfig(kind='token', count=1)"),
         ({"seed": 5}, "trained with data seed 1234, this run has 5"),
         ({"other data": True}, "trained with data fingerprint"),

@@ -42,14 +42,14 @@ def stated(run):
 
 def test_a_resumed_run_computes_as_it_did(data, tmp_path, monkeypatch, capsys, small):
     """Risk: another machine, or another measurement, resumes with other bits and without a word."""
-    monkeypatch.setattr(products, "_faster", lambda: ONEDNN)
+    monkeypatch.setattr(products, "_faster", lambda backward: ONEDNN)
     monkeypatch.setenv(SWITCH, "auto")
     whole, run = train(data, tmp_path / "whole", **SHORT), tmp_path / "run"
     assert stated(whole) == {2: ONEDNN, 4: ONEDNN}
     assert small[0] > 4 * 2 * 8 * 3, "forward and backward of 8 layers, and the loss's, of every micro-batch"
     shutil.copytree(whole, run)
     (run / "checkpoints" / "step4.ckpt").unlink()
-    monkeypatch.setattr(products, "_faster", lambda: TORCH)
+    monkeypatch.setattr(products, "_faster", lambda backward: TORCH)
     train(data, run, **SHORT)
     assert_same_run(run, whole, 4)
     assert "matrix products" not in capsys.readouterr().err

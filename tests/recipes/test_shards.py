@@ -284,5 +284,5 @@ def test_an_id_that_is_not_in_the_vocabulary_is_found_where_it_is(folder, dtype,
     split = open_split(folder, "train", verify="sizes")
     with pytest.raises(UserError, match=says) as caught:
         split.read(0, TOKENS)
-    assert caught.value.heard, "of several ranks one alone reads it"
+    assert caught.value.any_rank, "of several ranks one alone reads it"
     assert split.read(place + 1, 500).tolist() == list(range(place + 1, place + 501))

@@ -120,7 +120,7 @@ def test_what_stays_with_torch(taken, monkeypatch):
 def test_the_switch(taken, monkeypatch):
     """Risk: nobody can turn it off; or an enclosing choice, as that of a run, is measured away by what it calls."""
     layer, x = torch.nn.Linear(24, 24), torch.randn(32, 24)
-    monkeypatch.setattr(products, "_faster", lambda: pytest.fail("measured, though it is decided"))
+    monkeypatch.setattr(products, "_faster", lambda backward: pytest.fail("measured, though it is decided"))
     for switch, expected in (("torch", 0), ("onednn", 1)):
         monkeypatch.setenv(products.SWITCH, switch)
         taken.clear()
@@ -134,7 +134,7 @@ def test_the_switch(taken, monkeypatch):
     with fast_products():
         layer(x[:8])  # nothing large: nothing is measured
     for faster, expected in ((TORCH, 0), (ONEDNN, 1)):
-        monkeypatch.setattr(products, "_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(products, "_faster", lambda backward, faster=faster: faster)
         taken.clear()
         with fast_products():
             layer(x)
@@ -144,6 +144,20 @@ def test_the_switch(taken, monkeypatch):
         UserError, match="SINKMODEL_PRODUCTS is 'mkl' in the environment; set it to auto, torch or onednn"
     ):
         products.library()
+
+
+def test_scoring_has_a_choice_of_its_own(taken, monkeypatch):
+    """Risk: oneDNN's slow gradient of a weight decides for products that have no gradient."""
+    layer, x = torch.nn.Linear(24, 24), torch.randn(32, 24)
+    monkeypatch.setenv(products.SWITCH, "auto")
+    monkeypatch.setattr(products, "_faster", lambda backward: TORCH if backward else ONEDNN)
+    with fast_products():
+        layer(x)
+        assert not taken
+        with torch.no_grad():
+            layer(x)
+        assert len(taken) == 1
+    assert products.library() == TORCH
 
 
 def test_without_a_sound_operator_torch_computes(monkeypatch):
@@ -172,7 +186,7 @@ def test_measuring_leaves_random_numbers_and_threads_alone():
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     products._faster.cache_clear()
     with torch.inference_mode():
-        assert products._faster() in (TORCH, ONEDNN)
+        assert {products._faster(backward) for backward in (True, False)} <= {TORCH, ONEDNN}
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 

@@ -39,7 +39,7 @@ from sinkmodel.parser import name_of, positive, whole
 
 if TYPE_CHECKING:
     from eval.measures.verdict.paired import Documents
-    from eval.measures.verdict.training import Said
+    from eval.measures.verdict.training import Provenance
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = "Perplexity after overflow of models × S+W × budgets, with mean and interval over twin runs."
@@ -139,7 +139,7 @@ def _check(options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[
 
 def _look(
     options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]
-) -> tuple[dict[str, str], list[dict[str, Any]], Documents, dict[str, Said]]:
+) -> tuple[dict[str, str], list[dict[str, Any]], Documents, dict[str, Provenance]]:
     """Load every run once before any is scored.
 
     Returns the kind of each model's sink, a summary of the texts, their tokens without sinks, and the provenance of
@@ -147,13 +147,13 @@ def _look(
     model has too few positions.
     """
     from eval.measures.verdict.paired import streaming
-    from eval.measures.verdict.training import said_by
+    from eval.measures.verdict.training import training_of
 
     first: LoadedModel | None = None
     kinds: dict[str, str] = {}
     texts: list[dict[str, Any]] = []
     documents: Documents = []
-    provenances: dict[str, Said] = {}
+    provenances: dict[str, Provenance] = {}
     for name, runs in options.models:
         for one in runs:
             loaded = load(options, one)
@@ -171,7 +171,7 @@ def _look(
                     )
             check_same_tokens(first, loaded, options.text)
             check_positions(loaded, fed(documents), [streaming(max(sinks), budgets[-1])], "--budgets")
-            provenances[one] = said_by(loaded)
+            provenances[one] = training_of(loaded)
     return kinds, texts, documents, provenances
 
 

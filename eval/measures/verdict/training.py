@@ -17,7 +17,7 @@ from sinkmodel.progress import CountedProgress
 if TYPE_CHECKING:
     from sinkmodel.loading import LoadedModel
 
-Said = dict[str, Any]  # the provenance of a model, as `said_by` returns it
+Provenance = dict[str, Any]  # the provenance of a model, as `training_of` returns it
 HEAD = 64  # documents are compared by this many first tokens
 AT_ONCE = 1 << 20  # training documents compared together
 SIZES = {
@@ -31,7 +31,7 @@ SIZES = {
 }
 
 
-def said_by(loaded: LoadedModel) -> Said:
+def training_of(loaded: LoadedModel) -> Provenance:
     """The model's `name`, its `shape`, a fingerprint of its `weights` (only in fp32), and its provenance, if any."""
     import torch
 
@@ -54,7 +54,7 @@ def shape_of(config: Any) -> dict[str, Any]:
     return {**shape, "model type": config.model_type.removeprefix("sink_")}
 
 
-def not_twins(one: Said, other: Said) -> list[str]:
+def not_twins(one: Provenance, other: Provenance) -> list[str]:
     """The ways in which two models are not twins, as phrases. The first may have been trained from the second."""
     if one.get("parts", "all") != "all":
         same = _is_base(one, other)
@@ -68,7 +68,7 @@ def not_twins(one: Said, other: Said) -> list[str]:
     return ways if None in seeds or seeds[0] == seeds[1] else [*ways, "another seed"]
 
 
-def _is_base(one: Said, other: Said) -> bool | None:
+def _is_base(one: Provenance, other: Provenance) -> bool | None:
     """Whether the first was trained from the second; None if unknown: no fp32 weights, and another name or step."""
     base = one.get("base")
     if not isinstance(base, dict):
@@ -79,7 +79,7 @@ def _is_base(one: Said, other: Said) -> bool | None:
     return True if same_name and base["step"] in (None, other.get("step")) else None
 
 
-def not_seeds(runs: dict[str, Said]) -> list[str]:
+def not_seeds(runs: dict[str, Provenance]) -> list[str]:
     """Warnings if runs are not one model trained with several seeds."""
     warnings = []
     first = next(iter(runs))
@@ -93,7 +93,7 @@ def not_seeds(runs: dict[str, Said]) -> list[str]:
     return warnings
 
 
-def _seed(provenance: Said) -> int | None:
+def _seed(provenance: Provenance) -> int | None:
     """The seed of the training; None if it is unknown."""
     try:
         seed = provenance["config"]["seed"]
@@ -102,7 +102,7 @@ def _seed(provenance: Said) -> int | None:
     return seed if isinstance(seed, int) else None
 
 
-def _trained_unlike(one: Said, other: Said) -> list[str]:
+def _trained_unlike(one: Provenance, other: Provenance) -> list[str]:
     """The ways in which two models were trained differently, as phrases; what either provenance lacks is ignored."""
     checks = {
         "other training data": lambda provenance: provenance["data"]["fingerprint"],
@@ -122,7 +122,7 @@ def _trained_unlike(one: Said, other: Said) -> list[str]:
 
 
 def in_training(
-    models: dict[str, Said], texts: Sequence[dict[str, Any]], documents: Sequence[Sequence[int]]
+    models: dict[str, Provenance], texts: Sequence[dict[str, Any]], documents: Sequence[Sequence[int]]
 ) -> list[str]:
     """Warnings if a model was trained on the test text, or if that cannot be checked.
 

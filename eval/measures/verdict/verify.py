@@ -45,7 +45,7 @@ from sinkmodel.parser import name_of, positive, real, whole
 
 if TYPE_CHECKING:
     from eval.measures.verdict.paired import Documents, Side
-    from eval.measures.verdict.training import Said
+    from eval.measures.verdict.training import Provenance
     from sinkmodel.loading import LoadedModel
 
 DESCRIPTION = "Is one trained sink worth four borrowed ones? Exit code 0: equivalent or better; 1: worse or undecided."
@@ -201,18 +201,18 @@ def _check_names(sinks: Sequence[str], vanillas: Sequence[str]) -> None:
 
 def _look(
     options: argparse.Namespace, names: Sequence[tuple[str, str]]
-) -> tuple[tuple[Side, Side], list[dict[str, Any]], Documents, dict[str, Said]]:
+) -> tuple[tuple[Side, Side], list[dict[str, Any]], Documents, dict[str, Provenance]]:
     """Load and check every pair once before any is scored.
 
     The first pair is loaded last, so that it stays loaded. Returns it, a summary of the texts, their tokens without
     sinks, and the provenance of each model.
     """
     from eval.measures.verdict.paired import streaming
-    from eval.measures.verdict.training import said_by
+    from eval.measures.verdict.training import training_of
 
     texts: list[dict[str, Any]] = []
     documents: Documents = []
-    provenances: dict[str, Said] = {}
+    provenances: dict[str, Provenance] = {}
     alike: tuple[Side, Side] | None = None
     vanilla: Side | None = None
     for pair in reversed(names):
@@ -227,7 +227,7 @@ def _look(
             texts, documents = read_texts(vanilla.loaded, options.text, options.budget, options.tokens, None)
         for side in sides:
             check_positions(side.loaded, fed(documents), [streaming(side.sinks, options.budget)])
-            provenances[side.loaded.name] = said_by(side.loaded)
+            provenances[side.loaded.name] = training_of(side.loaded)
     _check_length(documents, options.budget, options.these_texts)
     return sides, texts, documents, provenances
 
@@ -290,7 +290,10 @@ def _check_length(documents: Documents, budget: int, these_texts: bool) -> None:
 
 
 def _warnings(
-    options: argparse.Namespace, provenances: dict[str, Said], texts: Sequence[dict[str, Any]], documents: Documents
+    options: argparse.Namespace,
+    provenances: dict[str, Provenance],
+    texts: Sequence[dict[str, Any]],
+    documents: Documents,
 ) -> list[str]:
     """Reasons not to trust the answer, from the models' provenance."""
     from eval.measures.verdict.training import in_training, not_seeds, not_twins

@@ -104,7 +104,7 @@ def join(world: World, timeout: float, device: str) -> None:
             f"rank {world.rank} of {world.size} on {socket.gethostname()} did not reach the others at {where} within "
             f"{timeout:.0f} s ({str(error).splitlines()[0]}); check that all of them started, and MASTER_ADDR",
             exit_code=1,
-            heard=True,
+            any_rank=True,
         ) from None
 
 
@@ -203,7 +203,7 @@ def others_may_be_lost() -> Iterator[None]:
             f"rank {dist.get_rank()} on {socket.gethostname()} has lost the others ({first}); see above or in their "
             f"own log why they ended{late if 'imed out' in first else ''}; resume with the same command",
             exit_code=1,
-            heard=True,
+            any_rank=True,
         ) from None
 
 

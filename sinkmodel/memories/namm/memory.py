@@ -167,7 +167,9 @@ class NAMM(Memory):
     ) -> tuple[Tensor, Any]:
         piece = self.piece
         assert piece is not None
-        plain = attention is ALL_ATTENTION_FUNCTIONS.get("sdpa") and kwargs.get("s_aux") is None
+        plain = attention is ALL_ATTENTION_FUNCTIONS.get("sdpa") and all(
+            kwargs.get(name) is None for name in ("s_aux", "softcap")
+        )
         self.at_once = plain and piece.valid_BN is None and len(list(self._alike(piece))) == 1
         return super().attend(attention, module, query, key, value, kwargs)
 
