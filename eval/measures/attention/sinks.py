@@ -1,9 +1,8 @@
 """`sink-eval sinks`: where attention goes, head by head; and at which of a run's checkpoints the sink appears.
 
-The sink metric is that of Gu et al. (arXiv 2410.10781): α_k is the mean over queries i ≥ k of A[i, k], and a head has a
-sink at k in a sequence if α_k > ε. The metric is reported for the first text token and for the model's own sink. If
-that is a column of the softmax, its α is the mean share that all queries give to it. `shares` computes the numbers,
-`sequences` selects the texts, and `sinkmodel.maps` extracts the attention maps.
+The sink metric is that of Gu et al. (arXiv 2410.10781); `sinkmodel.sink_metric` defines it. It is reported for the
+first text token and for the model's own sink. `shares` computes the numbers, `sequences` selects the texts, and
+`sinkmodel.maps` extracts the attention maps.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from sinkmodel.errors import UserError, not_finite
 from sinkmodel.files import atomic_folder, refuse_if_occupied
 from sinkmodel.parser import name_of, path_of, positive, share
 from sinkmodel.progress import CountedProgress
+from sinkmodel.sink_metric import BORN, EPSILON, LENGTH, born
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,6 @@ DESCRIPTION = "Where attention goes: the sink metric, norms, massive activations
 EXAMPLE = "sink-eval sinks --model runs/sink --text books-test.jsonl --maps runs/maps"
 SHORTEST = 2  # text tokens of a sequence: the first, and one that can attend to it
 TOKENS_AT_ONCE = 2048  # tokens of one forward; their hidden states are held for all layers
-BORN = 0.05  # share of heads with a sink above which the sink counts as born
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_argument(parser)
     parser.add_argument("--sequences", type=positive, default=100, metavar="N", help="pieces of text (default: 100)")
     parser.add_argument(
-        "--length", type=positive, default=64, metavar="T", help="tokens of each piece, including sinks (default: 64)"
+        "--length",
+        type=positive,
+        default=LENGTH,
+        metavar="T",
+        help=f"tokens of each piece, including sinks (default: {LENGTH})",
     )
     parser.add_argument(
-        "--epsilon", type=share, default=0.3, metavar="E", help="α above which a head has a sink (default: 0.3)"
+        "--epsilon",
+        type=share,
+        default=EPSILON,
+        metavar="E",
+        help=f"α above which a head has a sink (default: {EPSILON})",
     )
     parser.add_argument(
         "--maps",
@@ -219,7 +226,7 @@ def _run_checkpoints(
     sequences: list[list[int]],
 ) -> dict[str, Any]:
     """One row per checkpoint, with its layers and heads, and when the sink is born. `loaded`: the first checkpoint."""
-    from eval.measures.attention.shares import born, results
+    from eval.measures.attention.shares import results
 
     rows: list[dict[str, Any]] = []
     for i, (path, (step, tokens)) in enumerate(checkpoints.items(), 1):
