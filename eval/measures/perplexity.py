@@ -12,7 +12,6 @@ same, so that all rows are means over the same queries.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from eval.measures.texts import add_text_argument, check_files, check_positions,
 from eval.policies.choice import NAMES, check, choose
 from sinkmodel.errors import UserError
 from sinkmodel.parser import name_of, positive, whole
+from sinkmodel.perplexity import perplexity
 from sinkmodel.progress import CountedProgress
 from sinkmodel.sinks import kind_of
 
@@ -164,10 +164,6 @@ def measure(
         "peak_bytes": memory.peak(),
         "by_position": by_position([(first, part) for part in scored]),
     }
-
-
-def perplexity(nll: float | None) -> float | None:
-    return None if nll is None else math.exp(min(nll, 700.0))  # JSON has no infinity
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown

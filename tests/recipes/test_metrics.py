@@ -9,7 +9,6 @@ import torch
 from scipy.optimize import brentq
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.training.callbacks.metrics import ppl
 from recipes.training.logs.metrics_file import COLUMNS, MetricsFile
 from recipes.training.throughput import flops_per_token
 from sinkmodel.attention import CAUSAL
@@ -157,8 +156,3 @@ def test_a_run_of_an_earlier_version_keeps_its_old_columns(tmp_path):
     log.rewind(10)
     assert log.path.read_text().splitlines()[0] == ",".join([*COLUMNS, "sink_share", "sink_heads"])
     assert set(OF_SINKS) < set(COLUMNS)
-
-
-def test_perplexity_of_a_hopeless_loss_is_infinite_and_no_error():
-    assert ppl(1.0) == pytest.approx(math.e)
-    assert ppl(1000.0) == math.inf

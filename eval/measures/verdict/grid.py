@@ -226,8 +226,8 @@ def _row(
     documents: Documents,
     overflow: int,
 ) -> dict[str, Any]:
-    from eval.measures.perplexity import perplexity
     from eval.measures.verdict.paper import of_paper
+    from sinkmodel.perplexity import perplexity
 
     nll, low, high = over_runs([one["nll"] for one in runs])
     return {

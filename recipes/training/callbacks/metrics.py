@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -11,11 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from recipes.training.callbacks.health import Health
 from recipes.training.callbacks.steps import StepMeans, at_step_boundary
-
-
-def ppl(nll: float) -> float:
-    """exp(nll), or infinity if that overflows."""
-    return math.exp(nll) if nll < 700 else math.inf
+from sinkmodel.perplexity import perplexity
 
 
 class Metrics(Callback):
@@ -76,7 +71,7 @@ class Metrics(Callback):
         self.latest = {
             "tokens": step * self.tokens_per_step,
             "loss": loss,
-            "ppl": ppl(loss),
+            "ppl": perplexity(loss),
             "twin_loss": twin_loss,
             "lr": pl_module.schedule.lr(step - 1, pl_module.optimizer_settings.peak),
             "grad_norm": grad_norm,
