@@ -9,7 +9,7 @@ from pathlib import Path
 from tests import tiny
 
 DOCUMENTS, WORDS = 24, 250
-PREPARE = ["--vocabulary_size=300", "--validation_fraction=0.1", "--test_fraction=0.5"]  # as the Makefile has it
+PREPARE = ["--vocabulary-size=300", "--validation-fraction=0.1", "--test-fraction=0.5"]  # as the Makefile has it
 
 
 def write_documents(file: Path) -> Path:
