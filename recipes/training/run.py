@@ -188,9 +188,7 @@ def _see_folder(run: Path, patience: float = 15.0) -> None:
 def _introduce(setup: Setup, strategy: str, world: World, start: Path | None) -> None:
     run, config, model, plan, train = setup.run, setup.config, setup.begin.model, setup.plan, setup.train
     total, body = count_parameters(model)
-    say(
-        f"{setup.run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}"
-    )
+    say(f"{run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}")
     if config.model.start_from is not None:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         say(f"starting from {config.model.start_from}; {trained:,} parameters are trained ({config.training.parts})")

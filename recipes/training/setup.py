@@ -46,7 +46,7 @@ class Setup:
         return Path(self.config.output)
 
     def starting_point(self) -> Path | None:
-        """The checkpoint to resume from; None for a new run. Raises UserError if no checkpoint of the run can be used."""
+        """The checkpoint to resume from; None for a new run. Raises UserError if no checkpoint there can be used."""
         return from_first(lambda: starting_point(self.run, self.config))
 
     def check(self, start: Path | None) -> None:
