@@ -53,7 +53,7 @@ class _SinkInConfig:
         return json.dumps({**front, "hidden_size": WARNING, FIELDS: fields}, indent=2) + "\n"
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         fields = dict(config_dict)
         inner = fields.pop(FIELDS, {})
         return super().from_dict({**fields, **inner}, **kwargs)  # type: ignore[misc]

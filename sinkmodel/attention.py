@@ -173,7 +173,9 @@ class _Renormalised(torch.autograd.Function):
     """`y` of the module's docstring. The three kernels pass different values to their backward passes."""
 
     @staticmethod
-    def forward(ctx, q, k, v, score_BHT, causal, scale):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, score_BHT: Tensor, causal: bool, scale: float | None
+    ) -> Tensor:
         T = q.shape[2]
         if q.device.type == "cpu":
             out, lse, *rest = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -192,7 +194,7 @@ class _Renormalised(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, score_BHT, out, total_BHT, *random = ctx.saved_tensors
         causal, scale, beside = ctx.causal, ctx.scale, list(ctx.beside)
         for place, tensor in zip(ctx.random, random):

@@ -8,6 +8,7 @@ are computed in the forward pass, and the backward pass only scales them. Nothin
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class LossHead(nn.Linear):
         targets_N: torch.Tensor | None = None,
         rows_SD: torch.Tensor | None = None,
         first_row: int = 0,
-    ):
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, V]; with targets, the mean nll and nll [N] of `chunked_cross_entropy`, which has the same Args."""
         if targets_N is None:
             assert rows_SD is None, "rows are for the loss"
@@ -98,7 +99,18 @@ def chunked_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, rows_SD, targets_N, first_row, chunk, softmax, grad_enabled):
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        head_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        rows_SD: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        first_row: int,
+        chunk: int,
+        softmax: Callable[..., Any],
+        grad_enabled: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -154,7 +166,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return nll_N.sum() / count, nll_N
 
     @staticmethod
-    def backward(ctx, grad_mean, _):
+    def backward(ctx: Any, grad_mean: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [
             None if grad is None else (grad * grad_mean).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
