@@ -9,7 +9,7 @@ from sinkmodel.checks import check_bounds, choices_of, one_of
 from sinkmodel.errors import UserError
 
 IN_SOFTMAX = ("zero", "logit", "kv_bias")  # not tokens: one more column of every softmax, with value zero
-SINK_ATTENTION = "sinkmodel_sink"  # the attention of such a model (`sinkmodel.attention`), with the masks of `sdpa`
+SINK_ATTENTION = "sinkmodel_sink"  # the attention of such a model (`sinkmodel.softmax_sinks`), with the masks of `sdpa`
 Kind = Literal["none", "token", "zero", "logit", "kv_bias"]
 KINDS = choices_of(Kind)
 RESERVED_ROWS = 16  # vocabulary rows that no text token uses, in every model, so that twins have the same shapes

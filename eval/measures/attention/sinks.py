@@ -212,7 +212,7 @@ def own_key_norms(model: Any) -> list[float | None]:
     from sinkmodel.sinks import kind_of
 
     if kind_of(model.config) == "kv_bias":
-        from sinkmodel.architectures import attentions_of
+        from sinkmodel.softmax_sinks.architectures import attentions_of
 
         keys_GD: list[Any] = [module.sink for module in attentions_of(model)]
         return [key_GD.float().norm(dim=-1).mean().item() for key_GD in keys_GD]
