@@ -48,5 +48,11 @@ def check_bounds(
     )
     given = [(limit, holds, words) for limit, holds, words in bounds if limit is not None]
     if value is not None and not all(holds(value, limit) for limit, holds, _ in given):
-        wanted = " and ".join(f"{words} {limit}" for limit, _, words in given)
+        wanted = " and ".join(f"{words} {_written(limit)}" for limit, _, words in given)
         raise UserError(f"{name} is {value}; it must be {wanted}{f' {unit}' if unit else ''}")
+
+
+def _written(limit: float) -> str:
+    """A large power of two as `2^63`."""
+    power = isinstance(limit, int) and limit >= 1 << 20 and limit & (limit - 1) == 0
+    return f"2^{int(limit).bit_length() - 1}" if power else f"{limit}"

@@ -31,6 +31,7 @@ def test_choices_come_from_the_type():
         (0.0, {"above": 0, "unit": "seconds"}, "above 0 seconds"),
         (1.0, {"least": 0, "below": 1}, "at least 0 and below 1"),
         (17, {"least": 1, "most": 16}, "at least 1 and at most 16"),
+        (1 << 63, {"least": 0, "below": 1 << 63}, "at least 0 and below 2^63"),
         (math.inf, {"above": 0, "below": math.inf}, "above 0 and below inf"),
     ],
 )
