@@ -112,7 +112,7 @@ class Band(Cache):
 
         The first F columns of K are reserved; the window keys of all N queries follow. The reserved columns are for the
         sinks, followed by the model's sink in the softmax, if it has one (`softmax_sinks`), whose value is zero. In
-        these columns the key is zero and the additive bias is the score, so that one fused attention computes all of it.
+        these columns the key is zero and the additive bias is the score, so that one fused attention computes it all.
 
         The queries are computed in blocks of BLOCK. Each block reads the keys from the first one that it sees, so that
         little outside of the band is computed. Its F columns overwrite keys that only earlier blocks saw, and blocks of
