@@ -83,6 +83,15 @@ def options_of(command: str) -> frozenset[str]:
     return frozenset(OPTION.findall(told.getvalue()))
 
 
+def test_a_flag_has_hyphens_and_only_a_dotted_key_has_underscores():
+    """Risk: `--vocabulary_size` beside `--max-tokens` again (DESIGN.md, "Flags have hyphens")."""
+    questions = [f"sink-eval {name}" for name in importlib.import_module("eval.cli").MEASURES]
+    for command in (*SCRIPTS, *questions):
+        options = options_of(command)
+        assert not {option for option in options if "_" in option and "." not in option}, command
+        assert not {option for option in options if "-" in option[2:].strip("-.") and "." in option.strip(".")}, command
+
+
 def commands_on(page: Path) -> list[tuple[str, list[str]]]:
     """(`sink-x` or `sink-eval question`, its words) of each command in the code blocks of a page."""
     found = []
