@@ -117,7 +117,7 @@ def test_every_command_on_a_page_has_the_options_that_it_is_given(page):
 def test_commands_are_found_at_all():
     """Guards the test above against passing on nothing."""
     found = {command for page in PAGES for command, _ in commands_on(page)}
-    assert {f"sink-eval {name}" for name in importlib.import_module("eval.cli").MEASURES} <= found
+    assert {f"sink-eval {name}" for name in importlib.import_module("eval.cli").COMMANDS} <= found
     assert set(SCRIPTS) - {"sink-eval"} <= found
     assert "--budget" in options_of("sink-eval ppl")
     assert "--optimizer.lr" in options_of("sink-pretrain")
