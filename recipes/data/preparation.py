@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data import megatron
-from recipes.data.corpora import HubDataset, KingJames
 from recipes.data.corpus import Corpus
+from recipes.data.hub_dataset import HubDataset
 from recipes.data.local_files import LocalFiles
 from recipes.data.pipeline import PIECE, PREFIX, Place, beginning, cut, encode_units, make_units, split_of
 from recipes.data.settings import PrepareConfig
@@ -210,6 +210,8 @@ def _sources(config: PrepareConfig) -> list[Source]:
 def _dataset(config: PrepareConfig, split: str) -> Corpus:
     assert config.dataset is not None
     if config.dataset == "kjv":
+        from recipes.demo.king_james import KingJames
+
         return KingJames()
     return HubDataset(config.dataset, config.dataset_config, split, config.text_key)
 

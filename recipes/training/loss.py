@@ -100,17 +100,10 @@ def chunked_cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        head_VD: torch.Tensor,
-        bias_V: torch.Tensor | None,
-        rows_SD: torch.Tensor | None,
-        targets_N: torch.Tensor,
-        first_row: int,
-        chunk: int,
-        softmax: Callable[..., Any],
-        grad_enabled: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, bias_V: torch.Tensor | None,
+        rows_SD: torch.Tensor | None, targets_N: torch.Tensor, first_row: int, chunk: int,
+        softmax: Callable[..., Any], grad_enabled: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         wide = torch.promote_types(dtype, torch.float32)

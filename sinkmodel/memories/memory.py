@@ -294,15 +294,12 @@ class Memory(MemoryInterface):
         rows = (piece.end - piece.start) * len(self.seen)
         with torch.no_grad(), self.around(model), fast_products(rows=rows):
             output = forward(model, **inputs)
-        self._check_observed()
-        self.commit(piece)
-        self.torn = False
-        return output
-
-    def _check_observed(self) -> None:
         if self.attended < len(self.layers):
             self._begin()
             raise not_observed(self)
+        self.commit(piece)
+        self.torn = False
+        return output
 
     @contextmanager
     def around(self, model: Any) -> Iterator[None]:
