@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.corpus import Document, stamp
-from recipes.data.troubles import dataset_error
+from recipes.data.errors import dataset_error
 from sinkmodel.console import quiet
 from sinkmodel.errors import UserError
 from sinkmodel.secrets import hub_token

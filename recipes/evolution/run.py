@@ -30,7 +30,6 @@ from recipes.evolution.prompts import Prompts, check_length, read_prompts
 from recipes.evolution.settings import EvolveConfig, Score
 from recipes.evolution.trial import Trial, Validation, begin
 from recipes.training.callbacks.preemption import requeue
-from recipes.training.folder import git_commit
 from recipes.training.logs.build import refuse_what_is_not_installed
 from recipes.training.processes import signals
 from recipes.training.processes.ranks import (
@@ -42,6 +41,7 @@ from recipes.training.processes.ranks import (
     others_may_be_lost,
     refuse_unequal,
 )
+from recipes.training.run_folder import git_commit
 from sinkmodel.bases import weights_fingerprint
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, shell

@@ -40,7 +40,7 @@ class LossHead(nn.Linear):
         targets_N: torch.Tensor | None = None,
         rows_SD: torch.Tensor | None = None,
         first_row: int = 0,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> Any:
         """Logits [N, V]; with targets, the mean nll and nll [N] of `chunked_cross_entropy`, which has the same Args."""
         if targets_N is None:
             assert rows_SD is None, "rows are for the loss"
@@ -113,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants = [grad_enabled and x for x in ctx.needs_input_grad[:4]]
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants[0] else None
         grad_head_VD, grad_bias_V, grad_rows_SD = (
-            torch.zeros_like(x, dtype=wide) if wanted else None
+            torch.zeros_like(x, dtype=wide) if wanted and x is not None else None
             for x, wanted in zip((head_VD, bias_V, rows_SD), wants[1:])
         )
         with torch.autocast(device, enabled=False):

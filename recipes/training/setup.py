@@ -14,9 +14,9 @@ from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
 from recipes.data.shards import TokenSplit
 from recipes.training.base import OpenBase, Start, build_start, check_unchanged, moments_of, open_base, settle
-from recipes.training.folder import check_checkpoint, check_folder, starting_point
 from recipes.training.inputs import build_datamodule, open_data, open_tokenizer
 from recipes.training.processes.ranks import agree, from_first, refuse_unequal
+from recipes.training.run_folder import check_checkpoint, check_folder, starting_point
 from recipes.training.settings import PretrainConfig
 
 

@@ -130,7 +130,7 @@ TRANSFORMERS = [
             "sinkmodel/cache/forward.py",
             "sinkmodel/cache/inputs.py",
             CUSTOM,
-            "sinkmodel/maps.py",
+            "sinkmodel/attention_maps.py",
             "sinkmodel/memories/hooks.py",
             "sinkmodel/memories/admission.py",
             "sinkmodel/memories/memory.py",
@@ -246,7 +246,7 @@ TRANSFORMERS = [
     PrivatePart(
         "transformers",
         "transformers.models.llama.modeling_llama.LlamaAttention.layer_idx",
-        ("sinkmodel/maps.py", "sinkmodel/memories/hooks.py", "sinkmodel/memories/gemfilter.py"),
+        ("sinkmodel/attention_maps.py", "sinkmodel/memories/hooks.py", "sinkmodel/memories/gemfilter.py"),
         "the number of an attention module's layer; modules that have it and `is_causal` are the attention modules",
         check=lambda: (
             checks.tiny_llama().model.layers[0].self_attn.layer_idx == 0

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkmodel.maps import Seen
+from sinkmodel.attention_maps import Seen
 from sinkmodel.sink_metric import alpha, sink_alpha
 
 MEASURED = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
