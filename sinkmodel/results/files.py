@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json, write_json
@@ -21,6 +21,7 @@ KINDS: tuple[type[Result], ...] = (
     *(PerplexityResult, VerdictResult, GridResult, SinksResult, BirthResult, LinesResult, QuestionsResult),
     *(ZeroshotResult, LatencyResult, PrefillResult, MemoriesResult, LongContextResult),
 )
+R = TypeVar("R", bound=Result)
 COMMANDS = tuple(dict.fromkeys(kind.COMMAND for kind in KINDS))
 STAMP = ("command_line", "date", "versions")  # these come last in a file
 
@@ -44,6 +45,14 @@ def read_result(path: Path) -> Result:
         return result_of(read_json(path), path)
     except RecursionError:
         raise UserError(f"{path} is not a result of sink-eval --json: it is nested too deeply") from None
+
+
+def read_kind(path: Path, kind: type[R]) -> R:
+    """Like `read_result`, for one kind of result. Raises UserError if the file holds another kind."""
+    result = read_result(path)
+    if not isinstance(result, kind):
+        raise UserError(f"{path} is a result of sink-eval {result.COMMAND}; give one of sink-eval {kind.COMMAND}")
+    return result
 
 
 def result_of(content: Any, path: Path) -> Result:
