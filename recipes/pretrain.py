@@ -35,9 +35,9 @@ def run(argv: list[str]) -> int:
             if processes is not None or not several():
                 raise
         if processes is not None:
-            from recipes.training.rehearsal import rehearse
+            from recipes.training.dry_run import dry_run
 
-            return rehearse(config, processes or config.training.devices or 1)
+            return dry_run(config, processes or config.training.devices or 1)
         if several():
             from recipes.training.processes.ranks import agree_on_start
 

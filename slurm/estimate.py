@@ -25,12 +25,10 @@ from sinkmodel.parser import OneLineParser
 
 PARAMETERS, FLOPS_PER_TOKEN = 162_322_944, 0.969e9  # at rows of 2,048 tokens
 ROWS, SEQUENCE, STEPS = 1024, 2048, 143_000
-BUCKET, PEAK, MEMORY, HOST = (
-    25e6,
-    989e12,
-    2.5e12,
-    6e9,
-)  # bytes; FLOP/s of an H100 in bf16; its bytes/s; to pageable memory
+BUCKET = 25e6  # bytes
+PEAK = 989e12  # FLOP/s of an H100 in bf16
+MEMORY = 2.5e12  # bytes/s of an H100's memory
+HOST = 6e9  # bytes/s from a GPU to pageable memory of the host
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ import functools
 import importlib
 import importlib.util
 import io
-import json
 import re
 import shlex
 import subprocess
@@ -17,6 +16,9 @@ from pathlib import Path
 
 import pytest
 import tomllib
+
+from sinkmodel.results.files import write_result
+from sinkmodel.results.perplexity import PerplexityResult, PerplexityRow
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -81,6 +83,15 @@ def options_of(command: str) -> frozenset[str]:
     with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
         getattr(importlib.import_module(module), function)([*rest, "--help"])
     return frozenset(OPTION.findall(told.getvalue()))
+
+
+def test_a_flag_has_hyphens_and_only_a_dotted_key_has_underscores():
+    """Risk: `--vocabulary_size` beside `--max-tokens` again (DESIGN.md, "Flags have hyphens")."""
+    questions = [f"sink-eval {name}" for name in importlib.import_module("eval.cli").MEASURES]
+    for command in (*SCRIPTS, *questions):
+        options = options_of(command)
+        assert not {option for option in options if "_" in option and "." not in option}, command
+        assert not {option for option in options if "-" in option[2:].strip("-.") and "." in option.strip(".")}, command
 
 
 def commands_on(page: Path) -> list[tuple[str, list[str]]]:

@@ -77,7 +77,7 @@ def is_of_words(kind) -> bool:
 
 def keys_of_text(cls) -> set[str]:
     """The keys whose default is text or nothing."""
-    needed = ["--output=x", "--data.path=x"] if cls is PretrainConfig else ["--output=x", "--vocabulary_size=300"]
+    needed = ["--output=x", "--data.path=x"] if cls is PretrainConfig else ["--output=x", "--vocabulary-size=300"]
     config = load_config(cls, [*needed, *(["--input=x"] if cls is PrepareConfig else [])], "", "x")
     return {key for key, value in flatten(config).items() if value is None or isinstance(value, str)}
 

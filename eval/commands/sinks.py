@@ -16,11 +16,11 @@ from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_folder, refuse_if_occupied
 from sinkmodel.parser import path_of, positive, share
 from sinkmodel.results.attention import SHARES, Birth, BirthResult, Peak, Shares, Sinks, SinksResult
+from sinkmodel.sink_metric import BORN, EPSILON, LENGTH
 
 DESCRIPTION = "Where attention goes: the sink metric, norms, massive activations and maps; or when a sink is born."
 EXAMPLE = "sink-eval sinks --model runs/sink --text books-test.jsonl --maps runs/maps"
 SHORTEST = 2  # text tokens of a sequence: the first, and one that can attend to it
-BORN = 0.05  # share of heads with a sink above which the sink counts as born
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_text(parser)
     parser.add_argument("--sequences", type=positive, default=100, metavar="N", help="pieces of text (default: 100)")
     parser.add_argument(
-        "--length", type=positive, default=64, metavar="T", help="tokens of each piece, including sinks (default: 64)"
+        "--length",
+        type=positive,
+        default=LENGTH,
+        metavar="T",
+        help=f"tokens of each piece, including sinks (default: {LENGTH})",
     )
     parser.add_argument(
-        "--epsilon", type=share, default=0.3, metavar="E", help="α above which a head has a sink (default: 0.3)"
+        "--epsilon",
+        type=share,
+        default=EPSILON,
+        metavar="E",
+        help=f"α above which a head has a sink (default: {EPSILON})",
     )
     parser.add_argument(
         "--maps",

@@ -12,7 +12,6 @@ same, so that all rows are means over the same queries.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
 
@@ -24,6 +23,7 @@ from eval.policies.choice import choose
 from eval.policies.options import check_stride
 from eval.policies.policy import Policy
 from sinkmodel.loading import LoadedModel
+from sinkmodel.perplexity import perplexity
 from sinkmodel.progress import CountedProgress
 from sinkmodel.results.perplexity import PerplexityResult, PerplexityRow
 from sinkmodel.sinks import kind_of
@@ -92,7 +92,3 @@ def measure(
         peak_bytes=memory.peak(),
         by_position=by_position([(first, part) for part in scored]),
     )
-
-
-def perplexity(nll: float | None) -> float | None:
-    return None if nll is None else math.exp(min(nll, 700.0))  # JSON has no infinity

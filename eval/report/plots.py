@@ -27,6 +27,7 @@ from eval.report.charts import (
     ticks_at,
     tokens_axis,
 )
+from sinkmodel.perplexity import perplexity
 from sinkmodel.results.attention import LayerRow
 from sinkmodel.results.latency import LatencyResult, LatencyRow, StreamRow
 from sinkmodel.results.memories import MemoriesResult
@@ -83,7 +84,7 @@ def paint_positions(axis: Axes, content: PerplexityResult) -> None:
     for row in content.rows:
         name = stream_name(row)
         name = name if name not in lines else f"{row.policy} {name}"
-        lines[name] = [((first + last) / 2, _perplexity(nll)) for first, last, nll in row.by_position]
+        lines[name] = [((first + last) / 2, perplexity(nll)) for first, last, nll in row.by_position]
     draw_lines(axis, lines, markers=6)
     scale_values(axis, _values(lines))
     axis.set_ylabel("perplexity")
@@ -219,10 +220,6 @@ def _draw_times(axis: Axes, rows: Sequence[LatencyRow | StreamRow], x: str, line
             if known:
                 axis.plot(*zip(*known), ":", color=look(index)["color"], linewidth=0.8)
     axis.set_ylabel("ms per token (thin dots: p99)")
-
-
-def _perplexity(nll: float | None) -> float | None:
-    return None if nll is None else math.exp(min(nll, 700.0))
 
 
 def _values(lines: Lines) -> list[float]:

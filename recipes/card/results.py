@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import say
+from sinkmodel.perplexity import perplexity
 from sinkmodel.results.files import read_result
 from sinkmodel.results.memories import MemoriesResult, MemoryRow
 from sinkmodel.results.parts import PolicyFields, Result, Text
@@ -96,7 +97,7 @@ def read_results(paths: Sequence[Path], own: Own, readers: Mapping[type[Result],
         if kind not in readers:
             say(f"{path}: sink-eval {command} measures no memory; nothing of it is on the card")
             continue
-        of_file = [one for one in readers[kind](result, own) if math.isfinite(one.value)]
+        of_file = [one for one in readers[kind](result, own) if _known(one.value)]
         if not of_file:
             say(f"{path} names other models than this one: nothing of it is on the card")
         for one in of_file:
@@ -133,8 +134,8 @@ def _verify(result: VerdictResult, own: Own) -> Iterator[Measured]:
         more = {"answer": verdict.answer, "margin": result.margin, "tokens": verdict.tokens}
         more |= {} if verdict.speaks_of is None else {"speaks_of": verdict.speaks_of}
         what += f", margin ±{result.margin:g}: {verdict.answer}"
-        limits = (verdict.low, verdict.high, result.level)
-        yield Measured("nll_difference", what, *_text(result.texts), verdict.difference, *limits, more=more)
+        low, high, level = verdict.low, verdict.high, result.level
+        yield Measured("nll_difference", what, *_text(result.texts), verdict.difference, low, high, level, more)
     for row in result.rows:
         if own(row.run or {"sink": result.sink, "vanilla": result.vanilla}.get(row.model, "")):
             nll, stderr, tokens = row.nll_after_overflow, row.stderr_after_overflow, row.tokens_after_overflow
@@ -171,11 +172,11 @@ def _memory(result: MemoriesResult, row: MemoryRow) -> Iterator[Measured]:
         alone = ", on these texts alone" if row.speaks_of == THESE_TEXTS else ""
         answer = f", margin ±{result.margin:g}: {row.answer}" if row.answer else ""
         what = f"{row.label} − dense, nats per token, {after}{alone}{answer}"
-        limits = (row.low, row.high, result.level)
-        yield Measured("nll_difference", what, *_text(result.texts), row.difference, *limits, more=held)
+        low, high, level = row.low, row.high, result.level
+        yield Measured("nll_difference", what, *_text(result.texts), row.difference, low, high, level, held)
     elif row.nll is not None:
         what = f"perplexity, {row.label}, {after}"
-        yield Measured("perplexity", what, *_text(result.texts), _exp(row.nll), more=held)
+        yield Measured("perplexity", what, *_text(result.texts), perplexity(row.nll), more=held)
 
 
 def _longcontext(result: LongContextResult, own: Own) -> Iterator[Measured]:
@@ -247,10 +248,10 @@ def _perplexity(
     scored = f"tokens that overflow {overflow}"
     # Results over different numbers of tokens are different results.
     what = f"perplexity, {row.name}, {scored if tokens is None else f'{tokens:,} {scored}'}"
-    low, high = (None if end is None else _exp(end) for end in _around(nll, stderr))
+    low, high = (None if end is None else perplexity(end) for end in _around(nll, stderr))
     known = {"sinks": row.sinks, "window": row.window, "keys_seen": row.keys_seen}
     more = {"nll": _short(nll), **{key: value for key, value in known.items() if value is not None}}
-    yield Measured("perplexity", what, *_text(texts), _exp(nll), low, high, more=more)
+    yield Measured("perplexity", what, *_text(texts), perplexity(nll), low, high, more=more)
 
 
 def _around(value: float, stderr: float | None) -> tuple[float | None, float | None]:
@@ -262,8 +263,9 @@ def _text(texts: Sequence[Text]) -> tuple[str, str]:
     return ", ".join(Path(text.file).name for text in texts), "+".join(text.sha256[:16] for text in texts)
 
 
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
+def _known(value: float) -> bool:
+    """False for a number that is not finite, and for a perplexity that is too large to be computed."""
+    return math.isfinite(value) and value < perplexity(math.inf)
 
 
 def _short(value: float | None) -> float | None:

@@ -1,9 +1,8 @@
 """Where attention goes, head by head (`sink-eval sinks`); and at which of a run's checkpoints the sink appears.
 
-The sink metric is that of Gu et al. (arXiv 2410.10781): α_k is the mean over queries i ≥ k of A[i, k], and a head has a
-sink at k in a sequence if α_k > ε. The metric is reported for the first text token and for the model's own sink. If
-that is a column of the softmax, its α is the mean share that all queries give to it. `shares` computes the numbers,
-`sequences` selects the texts, and `sinkmodel.maps` extracts the attention maps.
+The sink metric is that of Gu et al. (arXiv 2410.10781); `sinkmodel.sink_metric` defines it. It is reported for the
+first text token and for the model's own sink. `shares` computes the numbers, `sequences` selects the texts, and
+`sinkmodel.maps` extracts the attention maps.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eval.measures.attention.sequences import read_sequences
-from eval.measures.attention.shares import Tally, born, results
+from eval.measures.attention.shares import Tally, results
 from eval.measures.loading import load
 from sinkmodel.architectures import attentions_of
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, find_checkpoint, read_checkpoint
@@ -34,6 +33,7 @@ from sinkmodel.results.attention import (
     SinksResult,
 )
 from sinkmodel.results.parts import Text
+from sinkmodel.sink_metric import born
 from sinkmodel.sinks import kind_of
 
 TOKENS_AT_ONCE = 2048  # tokens of one forward; their hidden states are held for all layers

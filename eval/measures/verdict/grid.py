@@ -17,7 +17,6 @@ import torch
 from scipy import stats
 
 from eval.measures.loading import load
-from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, mean
 from eval.measures.texts import check_positions, check_same_tokens, fed, read_texts
 from eval.measures.verdict.paired import Documents, Side, after, losses, streaming
@@ -26,6 +25,7 @@ from eval.measures.verdict.training import Provenance, in_training, not_seeds, t
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
+from sinkmodel.perplexity import perplexity
 from sinkmodel.results.parts import Text
 from sinkmodel.results.perplexity import GridResult, GridRow, GridRun
 from sinkmodel.sinks import kind_of

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, mean
 from eval.measures.verdict.equivalence import (
     Series,
@@ -40,6 +39,7 @@ from eval.policies.recompute import Recompute
 from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
+from sinkmodel.perplexity import perplexity
 from sinkmodel.progress import CountedProgress
 from sinkmodel.results.verdict import Comparison, VerdictRow
 
