@@ -67,6 +67,9 @@ class Peak:
     massive: bool | None = None
 
 
+PEAK = tuple(field.name for field in fields(Peak))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Norms:
     """Mean norms of keys and values at the sink, at the first text token, and at the rest."""

@@ -27,9 +27,6 @@ from sinkmodel.results.attention import (
     Birth,
     BirthResult,
     CheckpointRow,
-    Head,
-    LayerRow,
-    Overall,
     SinksResult,
 )
 from sinkmodel.results.parts import Text
@@ -50,7 +47,7 @@ def run(options: argparse.Namespace, shortest: int) -> tuple[SinksResult, list[d
     _check_model(loaded, options, shortest)
     texts, sequences = read_sequences(loaded, options.text, options.sequences, options.length)
     means = measure(loaded, sequences, options.epsilon, "sinks")
-    rows, overall, heads_by_place = _typed(results(means, len(loaded.sink_ids), own_key_norms(loaded.model)))
+    rows, overall, heads_by_place = results(means, len(loaded.sink_ids), own_key_norms(loaded.model))
     result = SinksResult(
         **_setting(loaded, options, texts, sequences), rows=rows, overall=overall, heads_by_place=heads_by_place
     )
@@ -88,12 +85,6 @@ def _setting(
         "device": str(loaded.model.device),
         "texts": texts,
     }
-
-
-def _typed(found: dict[str, Any]) -> tuple[list[LayerRow], Overall, list[float]]:
-    """What `results` returns: a row for each layer, all layers together, and the metric by position."""
-    rows = [LayerRow(**{**row, "heads": [Head(**head) for head in row["heads"]]}) for row in found["rows"]]
-    return rows, Overall(**found["overall"]), found["heads_by_place"]
 
 
 def _checkpoints(run: Path) -> dict[Path, tuple[int, int]]:
@@ -168,7 +159,7 @@ def _rows(
         if i > 1:
             loaded = load(options, str(path))
         means = measure(loaded, sequences, options.epsilon, f"{i}/{len(checkpoints)} step {step}")
-        layers, overall, places = _typed(results(means, len(loaded.sink_ids), own_key_norms(loaded.model)))
+        layers, overall, places = results(means, len(loaded.sink_ids), own_key_norms(loaded.model))
         rows.append(CheckpointRow(step=step, tokens=tokens, **vars(overall), heads_by_place=places, layers=layers))
     return rows
 
