@@ -54,8 +54,8 @@ def test_what_was_measured_goes_to_the_runs_own_page_and_its_lacking_curves_with
     (text,) = board.Tensors("verify/verify/text_summary")
     table = text.tensor_proto.string_val[0].decode()
     assert table.splitlines()[0] == (
-        "answer equivalent, speaks_of these texts, first sink 1+7, second vanilla 4+4, difference -0.0012, low -0.0052, "
-        "high 0.0028, tokens 12345"
+        "answer equivalent, speaks_of these texts, first sink 1+7, second vanilla 4+4, difference -0.0012, "
+        "low -0.0052, high 0.0028, tokens 12345"
     )
     assert table.splitlines()[-1].startswith("| vanilla | sink | sink 4+4 | 4 | 4 | 8 |")
     assert table.splitlines()[-1].endswith("| 3.1 |  | 0.01 |")
