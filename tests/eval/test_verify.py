@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -431,9 +430,11 @@ def test_one_vanilla_for_all_is_loaded_and_scored_once(runs, texts, tmp_path, ca
 
 
 def test_an_undecided_verdict_over_pairs_says_what_would_decide():
-    verdict = Verdict(first="a", second="b", tokens=9000, difference=0.0, answer="undecided", low=-1.0, high=1.0,
-                      level=0.95, documents=9, resampled="blocks", runs=3, stderr_runs=0.1, stderr_texts=0.2)  # fmt: skip
-    texts = in_words(replace(verdict, more_tokens=1234), 0.01)
+    verdict = Verdict(
+        first="a", second="b", tokens=9000, difference=0.0, answer="undecided", low=-1.0, high=1.0, level=0.95,
+        documents=9, resampled="blocks", runs=3, stderr_runs=0.1, stderr_texts=0.2,
+    )  # fmt: skip
+    texts = in_words(dataclasses.replace(verdict, more_tokens=1234), 0.01)
     assert "about 1,234 more tokens would decide" in texts
     assert texts.endswith("more texts would narrow it most")
     pairs = in_words(verdict, 0.01)
