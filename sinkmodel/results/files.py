@@ -77,7 +77,7 @@ def result_of(content: Any, path: Path) -> Result:
 
 
 def _kind_of(command: str, content: dict[str, Any]) -> type[Result]:
-    """The record of a command; two commands have two, which one entry tells apart."""
+    """The record of a command. Two commands have two records, which differ in one entry."""
     if command == SinksResult.COMMAND:
         return BirthResult if "born" in content else SinksResult
     if command == LinesResult.COMMAND:

@@ -52,6 +52,8 @@ class StreamRow(PolicyFields):
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyResult(Result):
+    """One model; `ratios` are between policies at one budget, `stream` has steps along a long stream."""
+
     COMMAND: ClassVar[str] = "latency"
 
     model: str
@@ -133,6 +135,8 @@ def tokens_or_never(value: float | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillResult(Result):
+    """One model; a row for each memory at each prompt length. `weights_bytes`: the bytes of its weights."""
+
     COMMAND: ClassVar[str] = "latency --prefill"
 
     model: str

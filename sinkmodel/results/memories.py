@@ -75,9 +75,12 @@ class Forgets:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoriesResult(Result):
-    """Attributes:
-    prompt: tokens of a prompt.
-    after: tokens after it that are scored.
+    """One model; a row for each memory at each budget, dense first.
+
+    Attributes:
+        prompt: tokens of a prompt.
+        after: tokens after it that are scored.
+        artefact: the name of the evolved network of namm.
     """
 
     COMMAND: ClassVar[str] = "memories"

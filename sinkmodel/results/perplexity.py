@@ -35,6 +35,8 @@ class PerplexityRow(PolicyFields):
 
 @dataclass(frozen=True, kw_only=True)
 class PerplexityResult(Result):
+    """One model on some texts; a row for each cache policy."""
+
     COMMAND: ClassVar[str] = "ppl"
 
     model: str
@@ -88,8 +90,10 @@ class GridRow(PolicyFields, _Model):
 
 @dataclass(frozen=True, kw_only=True)
 class GridResult(Result):
-    """Attributes:
-    models: the runs of each model, by its name.
+    """Models × S+W × budgets; a row for each combination.
+
+    Attributes:
+        models: the runs of each model, by its name.
     """
 
     COMMAND: ClassVar[str] = "grid"

@@ -13,6 +13,9 @@ A record is a frozen dataclass. The annotations of its fields are the form of th
 
 A field without a default must be in the object. A field with a default may be missing, since older versions did not
 write it. A field with `omitted()` is written only if it is not None. Entries that a record does not know are ignored.
+
+Fields are written in their order. If a record has several bases, those of the last base come first: a row that is to
+begin with the fields of `_Model` is a `class GridRow(PolicyFields, _Model)`.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ class ZeroshotRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroshotResult(Result):
+    """One model; a row for each metric of each task. `limit`: most questions of a task."""
+
     COMMAND: ClassVar[str] = "zeroshot"
 
     model: str
@@ -92,6 +94,8 @@ class LongContextRow:
 
 @dataclass(frozen=True, kw_only=True)
 class LongContextResult(Result):
+    """One model; a row for each memory at each budget, task and length."""
+
     COMMAND: ClassVar[str] = "longcontext"
 
     model: str

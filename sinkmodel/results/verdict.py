@@ -113,10 +113,12 @@ class VerdictRow(PolicyFields, _Role):
 
 @dataclass(frozen=True, kw_only=True)
 class VerdictResult(Result):
-    """Attributes:
-    sink: the names of the models with a sink, separated by commas.
-    vanilla: the names of the models without one.
-    beside: the comparisons within a model, which the verdict does not use.
+    """The verdict on pairs of models, and the comparisons within each model, which the verdict does not use.
+
+    Attributes:
+        sink: the names of the models with a sink, separated by commas.
+        vanilla: the names of the models without one.
+        pairs: the verdict of each pair alone.
     """
 
     COMMAND: ClassVar[str] = "verify"

@@ -77,7 +77,7 @@ def _measure(
 def _result(
     options: argparse.Namespace,
     loaded: LoadedModel,
-    texts: list[dict[str, Any]],
+    texts: list[Text],
     files: list[Text],
     rows: list[LongContextRow],
 ) -> LongContextResult:
@@ -90,7 +90,7 @@ def _result(
         floor_gain=FLOOR_GAIN,
         dtype=options.dtype,
         device=str(loaded.model.device),
-        texts=[Text(**text) for text in texts],
+        texts=texts,
         longbench=files,
         rows=rows,
     )
