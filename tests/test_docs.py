@@ -87,7 +87,7 @@ def options_of(command: str) -> frozenset[str]:
 
 def test_a_flag_has_hyphens_and_only_a_dotted_key_has_underscores():
     """Risk: `--vocabulary_size` beside `--max-tokens` again (DESIGN.md, "Flags have hyphens")."""
-    questions = [f"sink-eval {name}" for name in importlib.import_module("eval.cli").MEASURES]
+    questions = [f"sink-eval {name}" for name in importlib.import_module("eval.cli").COMMANDS]
     for command in (*SCRIPTS, *questions):
         options = options_of(command)
         assert not {option for option in options if "_" in option and "." not in option}, command
