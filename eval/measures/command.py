@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import put, say
 from sinkmodel.errors import UserError
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import path_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def check_output(option: str, path: Path | None) -> None:
 
 def load(options: argparse.Namespace, name: str | None = None) -> LoadedModel:
     """Load the model `name` (None: --model) in --dtype on --device; report the loading if it takes over 5 seconds."""
-    from sinkmodel.loading import load_model
+    with slow_imports():
+        from sinkmodel.loading import load_model
 
     name = options.model if name is None else name
     patience = threading.Timer(5.0, say, [f"loading {name}"])
