@@ -121,8 +121,8 @@ evidence-gpu: $(GPU_ENV) $(if $(REHEARSE),$(DATA))
 
 runs/rehearsal/data.tar.xz: $(GPU_ENV)
 	$(GPU_RUN) -m bench.gpu.rehearsal runs/rehearsal/text.jsonl
-	$(GPU_RUN) -m bench.gpu.pack $@ --input runs/rehearsal/text.jsonl --vocabulary_size=300 --validation_fraction=0.1 \
-	  --test_fraction=0.5
+	$(GPU_RUN) -m bench.gpu.pack $@ --input runs/rehearsal/text.jsonl --vocabulary-size=300 --validation-fraction=0.1 \
+	  --test-fraction=0.5
 
 clean:
 	rm -rf $(VENV) $(PLAIN) $(DEMO) build/docs runs/rehearsal

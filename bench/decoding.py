@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--compiled", type=int, nargs="*", default=[256, 1024], help="budgets with a compiled model")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--recompute_rounds", type=int, default=2, help="0 omits the recompute line")
+    parser.add_argument("--recompute-rounds", type=int, default=2, help="0 omits the recompute line")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -18,8 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench.made_up import prepared, tokenizer
 from sinkmodel.checkpoint import read_metrics
-from tests import tiny
 
 # Prints the bytes that autograd saves in the first step, and the peak of allocated bytes in the second step beyond
 # those at its beginning: by the count of PyTorch's allocator, without memory that the C library keeps.
@@ -77,12 +77,15 @@ def measure(words: list[str], output: Path) -> tuple[float, dict[str, int]]:
 
 
 def base(folder: Path) -> tuple[Path, Path]:
-    """A Llama of 29M parameters with the tokenizer of `tests.tiny`, and text in its tokens."""
-    from tests.bases import save_base
+    """A Llama of 29M parameters with the tokenizer of `bench.made_up`, and text in its tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
-    sizes |= {"intermediate_size": 1536, "max_position_embeddings": 1024, "rows": 8192}
-    return save_base(folder / "base", **sizes), tiny.prepared(folder / "data", train_words=20_000)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "vocab_size": 8192}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=1024)).save_pretrained(folder / "base")
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend(), **special).save_pretrained(folder / "base")
+    return folder / "base", prepared(folder / "data", train_words=20_000)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def resident_mb() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--one_by_one", type=int, default=50_000, help="tokens at the end, fed one by one")
+    parser.add_argument("--one-by-one", type=int, default=50_000, help="tokens at the end, fed one by one")
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--sinks", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)

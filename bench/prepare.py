@@ -27,7 +27,7 @@ from recipes.data.local_files import LocalFiles
 from recipes.data.tokenization import load_vocabulary, train_vocabulary
 
 BATCH = 64  # documents in a batch of the plain loop
-HELD_OUT = ["--validation_fraction", "0", "--test_fraction", "0"]
+HELD_OUT = ["--validation-fraction", "0", "--test-fraction", "0"]
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench.made_up import prepared
 from recipes.training.settings import STRATEGIES
 from sinkmodel.checkpoint import read_metrics
-from tests import tiny
 
 ROWS = 8  # rows of one process in a step
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES[1:], default=["ddp"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = tiny.prepared(Path(folder) / "data", train_words=20_000)
+        data = prepared(Path(folder) / "data", train_words=20_000)
         for strategy in options.strategies:
             one, two = [], []
             for i in range(options.rounds):

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench.made_up import prepared
 from recipes.config import load_config
 from recipes.pretrain import main as sink_pretrain
 from recipes.training.optimizer import build_optimizer
 from recipes.training.settings import PretrainConfig
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.models import build_model
-from tests import tiny
 
 
 def bare_loop(config: PretrainConfig, vocabulary: int, steps: int) -> float:
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = tiny.prepared(Path(folder) / "data", train_words=20_000)
+        data = prepared(Path(folder) / "data", train_words=20_000)
         argv = ["--config", "tiny", "--config", "sink-token", "--data.path", str(data)]
         argv += [f"--schedule.steps={options.steps}", "--validation.every=1000000", "--checkpoints.every=1000000"]
         argv += ["--model.vocabulary=2176"]

@@ -17,6 +17,7 @@ from sinkmodel.parser import VERSION, name_of, path_of
 
 T = TypeVar("T")
 WITHOUT_KEY = ("--help", "--version", "--print_config")  # options that are not keys of a config
+PLAIN = re.compile(r"(?<![\w-])--[a-z]+(?:_[a-z]+)+(?![\w.])")  # an option of several words, without a dot
 PathText = typing.Annotated[str, "path"]
 """The type of a key that is a path, or a name that may be one: `~` in it is the home folder."""
 TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
@@ -25,10 +26,12 @@ TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or fal
 def load_config(cls: type[T], argv: list[str], description: str, example: str) -> T:
     """Fill the dataclass `cls` from `--config` files (in order; shipped ones by name) and `--key value` (last wins).
 
+    `option_of` spells the options. Until 0.2 a plain one may also have underscores.
+
     Raises UserError for an unknown key (naming the most similar valid one), a wrong type, or a missing file.
     `--help` prints every key with its default and exits; `--version` prints the version and exits.
     """
-    argv = _resolve_config_files(argv)
+    argv = _resolve_config_files(_with_keys(cls, argv))
     _refuse_unknown_options(cls, argv)
     parser = jsonargparse.ArgumentParser(
         prog=example.partition(" ")[0],
@@ -53,6 +56,19 @@ def load_config(cls: type[T], argv: list[str], description: str, example: str) -
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
+def option_of(key: str) -> str:
+    """The option that sets a key (DESIGN.md, "Flags have hyphens"): a dotted key as in YAML, any other with hyphens."""
+    return "--" + (key if "." in key else key.replace("_", "-"))
+
+
+def _with_keys(cls: type, argv: list[str]) -> list[str]:
+    """The words, with each plain option spelled as its key, which is the option that jsonargparse knows."""
+    known = [*_keys(cls), "print_config"]
+    keys = {f"{option_of(key)}{end}": f"--{key}{end}" for key in known for end in ("", "+")}  # with + it adds to a list
+    words = [word.partition("=") for word in argv]
+    return [f"{keys.get(name, name)}{equals}{value}" for name, equals, value in words]
+
+
 def path_keys(cls: Any, prefix: str = "") -> list[str]:
     """The keys of type PathText, also as list items and in nested dataclasses."""
     keys: list[str] = []
@@ -71,7 +87,9 @@ def _holds_path(hint: Any) -> bool:
 def _refuse_empty(key: str, value: Any, default: Any) -> None:
     """Raises UserError for an empty path: it would mean the current folder, and comes from an unset shell variable."""
     if value != default and (value == [] or "" in (value if isinstance(value, list) else [value])):
-        raise UserError(f"{key} is empty; give a name, or leave --{key} out (is a variable of the shell not set?)")
+        raise UserError(
+            f"{key} is empty; give a name, or leave {option_of(key)} out (is a variable of the shell not set?)"
+        )
 
 
 def _expanded(value: Any) -> Any:
@@ -121,6 +139,9 @@ def find_config(name: str) -> Path:
 
 
 class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    def format_help(self) -> str:
+        return PLAIN.sub(lambda option: option[0].replace("_", "-"), super().format_help())
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
@@ -151,7 +172,7 @@ def _refuse_unknown_options(cls: type, argv: list[str]) -> None:
         if word.startswith("--") and not word.startswith("--config=") and word not in WITHOUT_KEY:
             option = word[2:].partition("=")[0].rstrip("+").removesuffix(".help")
             if option not in known and option not in {key.rpartition(".")[0] for key in known}:
-                remedy = _nearest(option, known, "--") or "; --help lists the keys"
+                remedy = _nearest(option, [option_of(key)[2:] for key in known], "--") or "; --help lists the keys"
                 raise UserError(f"unknown option --{option}{remedy}")
 
 

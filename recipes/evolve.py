@@ -14,7 +14,7 @@ same command again.
 
 To use N processes on this machine, add --compute.processes N. Under torchrun or srun, start one process per device."""
 EXAMPLE = (
-    "sink-evolve --model runs/recall --config namm --text books.jsonl.xz --validation_text others.jsonl.xz "
+    "sink-evolve --model runs/recall --config namm --text books.jsonl.xz --validation-text others.jsonl.xz "
     "--output runs/namm"
 )
 

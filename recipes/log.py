@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     from recipes.training.settings import PretrainConfig
     from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics
     from sinkmodel.locks import locked
+    from sinkmodel.sink_metric import OLD_DEFINITION, old_columns
 
     config = load_config(PretrainConfig, [f"--config={options.run / 'config.yaml'}"], DESCRIPTION, EXAMPLE)
     targets = options.to or [name for name in TARGETS if getattr(config.logging, name)]
@@ -64,6 +65,8 @@ def main(argv: list[str]) -> None:
     recipe = Recipe.from_dict(read_checkpoint(steps[max(steps)])["recipe"])
     with locked(options.run):
         metrics = read_metrics(options.run)
+        if old := old_columns(metrics[0] if metrics else ()):
+            say(f"{' and '.join(old)} of {options.run} have an {OLD_DEFINITION}")
         for mirror in build_mirrors(options.run, config, recipe.provenance, resuming=False):
             mirror.catch_up(metrics)
             mirror.try_to(lambda mirror=mirror: mirror.show(measured), "at what was measured")  # type: ignore[misc]

@@ -23,11 +23,12 @@ def main(argv: list[str]) -> int:
 
 
 def join_lists(
-    argv: list[str], options: tuple[str, ...] = ("--input", "--validation_input", "--test_input")
+    argv: list[str], options: tuple[str, ...] = ("--input", "--validation-input", "--test-input")
 ) -> list[str]:
     """`--input a b --input c` -> `--input=["a", "b", "c"]`, the form in which jsonargparse takes a list.
 
-    The word after --separator is joined to it with `=`, since it may look like an option, as `---` does.
+    Underscores in these options are read too, until 0.2. The word after --separator is joined to it with `=`, since it
+    may look like an option, as `---` does.
     """
     rest: list[str] = []
     lists: dict[str, list[str]] = {}
@@ -35,6 +36,8 @@ def join_lists(
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
         if name == "--separator":
             current = None
             separator = value if equals else next(words, None)

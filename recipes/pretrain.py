@@ -37,9 +37,9 @@ def run(argv: list[str]) -> int:
                 raise
         if processes is not None:
             with slow_imports():
-                from recipes.training.rehearsal import rehearse
+                from recipes.training.dry_run import dry_run
 
-            return rehearse(config, processes or config.training.devices or 1)
+            return dry_run(config, processes or config.training.devices or 1)
         if several():
             from recipes.training.processes.ranks import agree_on_start
 

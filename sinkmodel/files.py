@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,14 @@ def write_json(path: Path, content: Any) -> None:
 def json_bytes(content: Any) -> bytes:
     """JSON as UTF-8. Undecodable bytes of a file name are escaped, and read back as the same name."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a table as CSV; a number that was not measured (None) becomes an empty field."""
+    with atomic_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def read_json(path: Path) -> Any:

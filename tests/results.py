@@ -270,7 +270,7 @@ def write_run(folder: Path, name: str = "token") -> str:
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("seed: 1\n", encoding="utf-8")
     (run / "metrics.csv").write_text(
-        "step,tokens,loss,ppl,twin_loss,lr,grad_norm,sink_share,sink_heads,tokens_per_second,mfu,val_loss,val_ppl\n"
+        "step,tokens,loss,ppl,twin_loss,lr,grad_norm,sink_alpha,sink_metric,tokens_per_second,mfu,val_loss,val_ppl\n"
         "5,500,6.0,403,5.9,1e-3,1,0.1,0.0,100,0.1,,\n10,1000,5.0,148,4.9,1e-3,1,0.2,0.25,100,0.1,,\n"
         "10,1000,,,,,,,,,,5.5,244\n5,5",
         encoding="utf-8",

@@ -83,6 +83,15 @@ def options_of(command: str) -> frozenset[str]:
     return frozenset(OPTION.findall(told.getvalue()))
 
 
+def test_a_flag_has_hyphens_and_only_a_dotted_key_has_underscores():
+    """Risk: `--vocabulary_size` beside `--max-tokens` again (DESIGN.md, "Flags have hyphens")."""
+    questions = [f"sink-eval {name}" for name in importlib.import_module("eval.cli").MEASURES]
+    for command in (*SCRIPTS, *questions):
+        options = options_of(command)
+        assert not {option for option in options if "_" in option and "." not in option}, command
+        assert not {option for option in options if "-" in option[2:].strip("-.") and "." in option.strip(".")}, command
+
+
 def commands_on(page: Path) -> list[tuple[str, list[str]]]:
     """(`sink-x` or `sink-eval question`, its words) of each command in the code blocks of a page."""
     found = []
@@ -108,7 +117,7 @@ def test_every_command_on_a_page_has_the_options_that_it_is_given(page):
 def test_commands_are_found_at_all():
     """Guards the test above against passing on nothing."""
     found = {command for page in PAGES for command, _ in commands_on(page)}
-    assert {f"sink-eval {name}" for name in importlib.import_module("eval.cli").MEASURES} <= found
+    assert {f"sink-eval {name}" for name in importlib.import_module("eval.cli").COMMANDS} <= found
     assert set(SCRIPTS) - {"sink-eval"} <= found
     assert "--budget" in options_of("sink-eval ppl")
     assert "--optimizer.lr" in options_of("sink-pretrain")

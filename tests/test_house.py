@@ -43,6 +43,33 @@ def test_examples_run_from_a_clone_with_the_packages_installed():
         assert not imported(path) & {"examples", "tests", "bench"}, path
 
 
+def test_measurements_use_nothing_of_the_tests():
+    """Risk: a benchmark or an example runs only for developers, and changes with a test's helper."""
+    files = sorted(path for room in ("bench", "examples", "docs", "slurm") for path in (ROOT / room).rglob("*.py"))
+    assert len(files) >= 20
+    for path in files:
+        assert "tests" not in imported(path), path
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
+
+
+def long_functions(source: str) -> list[str]:
+    functions = (x for x in ast.walk(ast.parse(source)) if isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    return [f.name for f in functions if f.end_lineno - f.lineno + 1 > LONGEST_FUNCTION]
+
+
+def test_files_and_functions_stay_short():
+    """Risk: a file or a function that no reader can keep in mind."""
+    for path in sorted(
+        path for room in (*FORBIDDEN, "bench", "examples", "slurm", "docs") for path in (ROOT / room).rglob("*.py")
+    ):
+        source = path.read_text(encoding="utf-8")
+        assert source.count("\n") <= LONGEST_FILE, path
+        assert not long_functions(source), path
+    assert long_functions("def f():\n" + "    pass\n" * LONGEST_FUNCTION) == ["f"]
+
+
 def test_every_module_says_first_what_it_is_for():
     for room in FORBIDDEN:
         for path in sorted((ROOT / room).rglob("*.py")):

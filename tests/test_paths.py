@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.cli import MEASURES
+from eval.cli import COMMANDS as QUESTIONS
 from recipes.config import flatten, load_config, path_keys
 from recipes.data.settings import PrepareConfig
 from recipes.training.settings import PretrainConfig
@@ -37,7 +37,7 @@ MODULES = {
     "sink-stream": "sinkmodel.streaming.command",
     "million_tokens.py": "examples.million_tokens",
     "recall_text.py": "examples.recall_text",
-    **{f"sink-eval {name}": "eval.cli" for name in MEASURES},
+    **{f"sink-eval {name}": "eval.cli" for name in QUESTIONS},
 }
 
 
@@ -77,7 +77,7 @@ def is_of_words(kind) -> bool:
 
 def keys_of_text(cls) -> set[str]:
     """The keys whose default is text or nothing."""
-    needed = ["--output=x", "--data.path=x"] if cls is PretrainConfig else ["--output=x", "--vocabulary_size=300"]
+    needed = ["--output=x", "--data.path=x"] if cls is PretrainConfig else ["--output=x", "--vocabulary-size=300"]
     config = load_config(cls, [*needed, *(["--input=x"] if cls is PrepareConfig else [])], "", "x")
     return {key for key, value in flatten(config).items() if value is None or isinstance(value, str)}
 
@@ -104,7 +104,7 @@ def test_keys_are_expanded_in_yaml_and_on_the_command_line(tmp_path, monkeypatch
 
 
 def test_runs_in_a_list_are_expanded_one_by_one(monkeypatch):
-    from eval.measures.verdict.grid import _group
+    from eval.commands.grid import _group
 
     monkeypatch.setenv("HOME", "/h")
     assert _group("sink=~/a,~/b") == ("sink", ["/h/a", "/h/b"])

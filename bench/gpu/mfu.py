@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.machine import DEVICE, device_name, sized
+from bench.made_up import prepared
 from recipes.pretrain import main as sink_pretrain
 from sinkmodel.checkpoint import read_metrics
-from tests import tiny
 
 RECIPE = sized(
     "--config pythia-160m --config one-gpu --model.vocabulary 50304 --training.batch_tokens 524288",
@@ -28,7 +28,7 @@ WORDS = sized(200_000, 4000)
 
 def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        data, run = tiny.prepared(Path(folder) / "data", train_words=WORDS, validation_words=4000), Path(folder) / "run"
+        data, run = prepared(Path(folder) / "data", train_words=WORDS, validation_words=4000), Path(folder) / "run"
         argv = [*RECIPE, "--config=sink-token", f"--training.device={DEVICE}", f"--schedule.steps={STEPS}"]
         argv += [f"--logging.every={EVERY}", "--validation.every=1000000", "--validation.rows=1"]
         argv += ["--checkpoints.every=1000000", "--checkpoints.keep_every=0", "--checkpoints.early=false"]

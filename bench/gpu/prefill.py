@@ -14,7 +14,7 @@ import torch
 
 from bench.gpu.machine import DEVICE, DTYPE, device_name, free, shape_file, sized
 from eval.cli import main as sink_eval
-from eval.measures.prefill.prefill import NAMES
+from eval.commands.prefill import NAMES
 from eval.measures.shape import config_of, read_shape
 from sinkmodel.files import read_json
 from sinkmodel.memories import NAMM

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.made_up import prepared
 from bench.peers.gate import pin
 from bench.peers.turns import Spent, compared, cpu_seconds, peak_product, take_turns, workers
 from recipes.config import load_config
 from recipes.training.settings import PretrainConfig
 from recipes.training.throughput import flops_per_token
 from sinkmodel.models import build_model
-from tests import tiny
 
 VOCABULARY = 2176
 OURS, TRAINER, LITGPT = "sink-pretrain", "the Hugging Face Trainer", "litgpt"
@@ -35,7 +35,7 @@ OURS, TRAINER, LITGPT = "sink-pretrain", "the Hugging Face Trainer", "litgpt"
 
 def write_job(folder: Path, steps: int, compiled: bool) -> tuple[Path, dict[str, Any], float]:
     """Write prepared text and `job.json`, which all sides read. Returns its path, its content, and FLOP per token."""
-    data = tiny.prepared(folder / "data", train_words=20_000)
+    data = prepared(folder / "data", train_words=20_000)
     argv = ["--config", "tiny", "--config", "sink-none", "--data.path", str(data), "--output", str(folder / "run")]
     argv += [f"--model.vocabulary={VOCABULARY}", f"--logging.every={steps}", "--schedule.steps=1000000"]
     argv += [f"--{name}.every=1000000" for name in ("validation", "checkpoints")]

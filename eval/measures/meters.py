@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import resource
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 class PeakMemory:
@@ -21,8 +24,6 @@ class PeakMemory:
         self.device, self.forgets = device, True
         self.before = memory_now(device)
         if device.type == "cuda":
-            import torch
-
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
@@ -32,8 +33,6 @@ class PeakMemory:
 
     def peak(self) -> int:
         if self.device.type == "cuda":
-            import torch
-
             return torch.cuda.max_memory_allocated(self.device)
         kept = _status("VmHWM:")
         return _largest_so_far() if kept is None else kept
@@ -43,8 +42,6 @@ def memory_now(device: Any) -> int:
     """Bytes held: of the GPU's allocator, or the resident set of this process (its peak if /proc does not exist)."""
     _give_back()
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.memory_allocated(device)
     held = _status("VmRSS:")
     return _largest_so_far() if held is None else held
@@ -67,7 +64,5 @@ def _status(field: str) -> int | None:
 
 
 def _largest_so_far() -> int:
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sinkmodel.errors import UserError
+from sinkmodel.loading import LoadedModel
+from sinkmodel.models import transformers_config
 from sinkmodel.shapes import ModelShape
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
-    from sinkmodel.loading import LoadedModel
 
 
 def read_shape(path: Path) -> ModelShape:
     """The sizes under `model:` in a YAML file. Raises UserError if they are missing or are not those of a model."""
-    import yaml
-
     if not path.is_file():
         raise UserError(f"--shape {path} does not exist; give a .yaml such as configs/models/tiny.yaml")
     try:
@@ -31,18 +29,11 @@ def read_shape(path: Path) -> ModelShape:
 
 def config_of(shape: ModelShape) -> PretrainedConfig:
     """The transformers config of a shape. If the shape has no vocabulary size, the embedding has 50,304 rows."""
-    from sinkmodel.models import transformers_config
-
     return transformers_config(shape, shape.vocabulary or 50304)
 
 
 def load_shape(path: Path, dtype: str, device: str | None) -> LoadedModel:
     """A model of that shape, created on its device and in its dtype, so that no larger copy ever exists."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from sinkmodel.loading import LoadedModel
-
     config = config_of(read_shape(path))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "meta":

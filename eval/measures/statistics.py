@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import random
 from statistics import median
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 
 def mean(parts: list[Tensor]) -> float | None:

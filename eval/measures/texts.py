@@ -1,67 +1,21 @@
-"""The texts that a measure reads: their option, checks before anything is loaded, documents as token ids."""
+"""The texts that a measure reads, as token ids, and checks that a model can read them."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from eval.policies.policy import Policy, end_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.parser import path_of
-
-if TYPE_CHECKING:
-    from eval.policies.policy import Policy
-    from sinkmodel.loading import LoadedModel
-
-
-def add_text_argument(parser: argparse.ArgumentParser, *aliases: str, required: bool = True) -> None:
-    parser.add_argument(
-        "--text",
-        *aliases,
-        required=required,
-        nargs="+",
-        type=path_of,
-        metavar="FILE",
-        help=".txt is one document; .jsonl, .ndjson, .json lines and .parquet have one per row (also .gz, .xz, .zst)",
-    )
-
-
-def check_files(files: Sequence[Path]) -> None:
-    """Raise UserError if a file of --text does not exist or is given twice, before anything is loaded.
-
-    The same text under two names would count as two texts and make every interval too narrow.
-    """
-    from sinkmodel.files import sha256_of
-    from sinkmodel.text.documents import KINDS
-
-    for file in files:
-        if not file.is_file():
-            problem = "is a folder, not a file" if file.is_dir() else "does not exist"
-            raise UserError(f"{file} {problem}; --text takes {', '.join(KINDS)} files")
-    if twice := repeated(files):
-        raise UserError(f"--text has {twice} twice, which adds no text; give each file once")
-    known: dict[str, Path] = {}
-    sizes = [file.stat().st_size for file in files]
-    same_size = Counter(sizes)
-    for file, size in zip(files, sizes):
-        if same_size[size] > 1 and (same := known.setdefault(sha256_of(file), file)) is not file:
-            raise UserError(f"--text has {same} and {file}, which are the same text; give one of them")
-
-
-def repeated(names: Sequence[str | Path]) -> str | None:
-    """The first name of a file or folder that an earlier name already means, in any spelling; None if there is none."""
-    seen = set()
-    for name in names:
-        place = str(Path(name).resolve()) if Path(name).exists() else str(name)
-        if place in seen:
-            return str(name)
-        seen.add(place)
-    return None
+from sinkmodel.files import sha256_of
+from sinkmodel.loading import LoadedModel, encode
+from sinkmodel.sinks import sink_ids_of
+from sinkmodel.text import read_documents
+from sinkmodel.unused_rows import UNUSED
 
 
 def read_texts(
@@ -84,10 +38,6 @@ def read_texts(
         count: most documents of each file; None: all.
         option: the option that set `budget`, for messages.
     """
-    from sinkmodel.files import sha256_of
-    from sinkmodel.loading import encode
-    from sinkmodel.text import read_documents
-
     texts: list[dict[str, Any]] = []
     documents: list[Sequence[int]] = []
     for file in files:
@@ -122,11 +72,6 @@ def read_texts(
 
 def check_same_tokens(one: LoadedModel, other: LoadedModel, files: Sequence[Path]) -> None:
     """Raise UserError unless two models encode text as the same ids, sinks aside: losses are compared by token."""
-    from sinkmodel.loading import encode
-    from sinkmodel.sinks import sink_ids_of
-    from sinkmodel.text import read_documents
-    from sinkmodel.unused_rows import UNUSED
-
     vocabularies = []
     for loaded in (one, other):
         sinks = sink_ids_of(loaded.model.config)
@@ -156,8 +101,6 @@ def check_positions(
         option: the option that sets the budget, for messages.
         within: how the user can keep the stream within the positions, for messages about dense.
     """
-    from eval.policies.policy import end_of
-
     end = end_of(loaded.model)
     positions = end if loaded.positions is None else loaded.positions
     for policy in policies:

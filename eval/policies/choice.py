@@ -1,27 +1,13 @@
-"""The policies that can be named on the command line, and their choice for the rows of a table."""
+"""The policies of a table, chosen by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from sinkmodel.errors import UserError
-
-if TYPE_CHECKING:
-    from eval.policies.policy import Policy
-
-NAMES = ("dense", "window", "window-paper", "recompute", "sink", "sink-paper")
-BORROWED = 4  # leading tokens that StreamingLLM keeps for a model without a sink
-
-
-def check(sinks: Sequence[int], budget: int, option: str = "--budget") -> None:
-    """Raise UserError if the budget does not hold the sinks and the current token."""
-    for count in sinks:
-        if budget < count + 1:
-            raise UserError(
-                f"{option} {budget} does not hold --sinks {count} and the current token; "
-                f"make the budget at least {count + 1} or the sinks fewer"
-            )
+from eval.policies.dense import Dense
+from eval.policies.policy import Policy
+from eval.policies.recompute import Recompute
+from eval.policies.streaming import Streaming
 
 
 def choose(
@@ -36,10 +22,6 @@ def choose(
         front: number of the model's own sink tokens, which recompute keeps in front of every window.
         stride: queries that a window of recompute scores.
     """
-    from eval.policies.dense import Dense
-    from eval.policies.recompute import Recompute
-    from eval.policies.streaming import Streaming
-
     explicit, names = names is not None, names or ("window", "sink")
     rows: list[Policy] = []
     for name in dict.fromkeys(names):

@@ -27,6 +27,7 @@ from eval.report.charts import (
     ticks_at,
     tokens_axis,
 )
+from sinkmodel.perplexity import perplexity
 
 Lines = dict[str, list[tuple[float, "float | None"]]]
 DODGE = 0.025  # shift between lines, as a fraction of a step of the x axis, so that their intervals do not overlap
@@ -75,7 +76,7 @@ def paint_positions(axis: Axes, content: dict[str, Any]) -> None:
     for row in content["rows"]:
         name = stream_name(row)
         name = name if name not in lines else f"{row['policy']} {name}"
-        lines[name] = [((first + last) / 2, _perplexity(nll)) for first, last, nll in row["by_position"]]
+        lines[name] = [((first + last) / 2, perplexity(nll)) for first, last, nll in row["by_position"]]
     draw_lines(axis, lines, markers=6)
     scale_values(axis, _values(lines))
     axis.set_ylabel("perplexity")
@@ -208,10 +209,6 @@ def _draw_times(axis: Axes, rows: Sequence[dict[str, Any]], x: str, line: str) -
             if known:
                 axis.plot(*zip(*known), ":", color=look(index)["color"], linewidth=0.8)
     axis.set_ylabel("ms per token (thin dots: p99)")
-
-
-def _perplexity(nll: float | None) -> float | None:
-    return None if nll is None else math.exp(min(nll, 700.0))
 
 
 def _values(lines: Lines) -> list[float]:

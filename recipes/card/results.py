@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json
+from sinkmodel.perplexity import perplexity
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -96,7 +97,7 @@ def read_results(paths: Sequence[Path], own: Own, readers: Mapping[str, Reader] 
         if not isinstance(command, str) or command not in READERS:
             raise UserError(f"{path} is not a result of sink-eval --json: its command is {command!r}")
         try:
-            of_file = [one for one in readers[command](content, own) if math.isfinite(one.value)]
+            of_file = [one for one in readers[command](content, own) if _known(one.value)]
         except (LookupError, TypeError, ValueError, AttributeError):
             raise UserError(f"{path} is not what sink-eval {command} --json writes; measure it again") from None
         if not of_file:
@@ -169,7 +170,7 @@ def _memories(content: dict[str, Any], own: Own) -> Iterator[Measured]:
         held = {} if row.get("bytes_held") is None else {"bytes_held": _short(row["bytes_held"])}
         if row["difference"] is None:
             what = f"perplexity, {row['label']}, {after}"
-            yield Measured("perplexity", what, *_text(content), _exp(row["nll"]), more=held)
+            yield Measured("perplexity", what, *_text(content), perplexity(row["nll"]), more=held)
             continue
         alone = ", on these texts alone" if row.get("speaks_of") == "these texts" else ""
         answer = f", margin ±{content['margin']:g}: {row['answer']}" if row["answer"] else ""
@@ -231,11 +232,11 @@ def _perplexity(
     count = row.get("tokens_after_overflow")  # results over different numbers of tokens are different results
     scored = f"tokens that overflow {overflow or content['budget']}"
     what = f"perplexity, {label}, {scored if count is None else f'{count:,} {scored}'}"
-    low, high = (None, None) if stderr is None else (_exp(nll - 1.96 * stderr), _exp(nll + 1.96 * stderr))
+    low, high = (None, None) if stderr is None else (perplexity(nll - 1.96 * stderr), perplexity(nll + 1.96 * stderr))
     more = {"nll": _short(nll)} | {
         key: row[key] for key in ("sinks", "window", "keys_seen") if row.get(key) is not None
     }
-    yield Measured("perplexity", what, *_text(content), _exp(nll), low, high, more=more)
+    yield Measured("perplexity", what, *_text(content), perplexity(nll), low, high, more=more)
 
 
 def _text(content: dict[str, Any]) -> tuple[str, str]:
@@ -243,8 +244,9 @@ def _text(content: dict[str, Any]) -> tuple[str, str]:
     return ", ".join(Path(text["file"]).name for text in texts), "+".join(text["sha256"][:16] for text in texts)
 
 
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
+def _known(value: float) -> bool:
+    """False for a number that is not finite, and for a perplexity that is too large to be computed."""
+    return math.isfinite(value) and value < perplexity(math.inf)
 
 
 def _short(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from recipes.card.facts import Facts, Point
+from sinkmodel.sink_metric import COLUMNS, OLD_COLUMNS
 
 Describe = Callable[[dict[str, Any]], str]
 
@@ -20,8 +21,10 @@ def training_rows(facts: Facts) -> list[tuple[str, str]]:
     points = facts.points
     measured = {
         "seconds": training_seconds(points),
-        **{name: last_of(points, name) for name in ("twin_loss", "val_loss", "sink_share", "sink_heads")},
+        **{name: last_of(points, name) for name in ("twin_loss", "val_loss", *COLUMNS)},
     }
+    if measured["sink_alpha"] is None:  # a run of an earlier version, which was not resumed by this one
+        measured |= {name: last_of(points, name) for name in OLD_COLUMNS}
     return known(TRAINING, facts.training) + known(MEASURED, measured)
 
 
@@ -181,6 +184,5 @@ MEASURED: list[tuple[str, Describe]] = [
     ("time in training steps", lambda m: duration(m["seconds"])),
     ("training loss at the end", lambda m: f"{m['twin_loss']:.4f} nats per token"),
     ("held-out loss at the end", lambda m: f"{m['val_loss']:.4f} nats per token"),
-    ("share of attention on the first place", lambda m: f"{m['sink_share']:.3f}"),
-    ("share of heads with a sink there", lambda m: f"{m['sink_heads']:.3f}"),
+    *((label, lambda m, name=name: f"{m[name]:.3f}") for name, label in {**COLUMNS, **OLD_COLUMNS}.items()),
 ]

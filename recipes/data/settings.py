@@ -69,7 +69,7 @@ class PrepareConfig:
             raise UserError("give either --input FILE… or --dataset NAME; --help shows examples")
         if (self.tokenizer is None) == (self.vocabulary_size is None):
             raise UserError(
-                "give either --tokenizer (a tokenizer.json or a model) or --vocabulary_size to train one here"
+                "give either --tokenizer (a tokenizer.json or a model) or --vocabulary-size to train one here"
             )
         if self.vocabulary_size is not None and self.vocabulary_size < SMALLEST_VOCABULARY:
             raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.config import dump_config, flatten
+from recipes.config import dump_config, flatten, option_of
 from recipes.evolution.settings import EvolveConfig
 from recipes.training.folder import as_options, saved_config
 from sinkmodel.errors import UserError
@@ -123,10 +123,10 @@ def check_same_inputs(run: Path, state: State, host: str, files: dict[str, list[
             f"{run} holds a run on a model with other weights than {config.model}; give the same model (of a training "
             "run the same checkpoint), or choose another --output"
         )
-    for option, digests in files.items():
-        if state.files.get(option) != digests:
+    for key, digests in files.items():
+        if state.files.get(key) != digests:
             raise UserError(
-                f"{run} holds a run with other files for --{option}; give those, or choose another --output"
+                f"{run} holds a run with other files for {option_of(key)}; give those, or choose another --output"
             )
     if len(state.fitness) > config.generations:
         raise UserError(

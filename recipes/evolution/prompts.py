@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from recipes.config import option_of
 from recipes.evolution.settings import EvolveConfig
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
@@ -56,18 +57,18 @@ class Prompts:
 
 def read_prompts(config: EvolveConfig) -> Prompts:
     """Read the texts. Raises UserError if two files have the same content, in one option or in both."""
-    options = {"text": config.texts, "validation_text": config.validation_texts}
-    files = {option: [sha256_of(path) for path in paths] for option, paths in options.items()}
+    texts = {"text": config.texts, "validation_text": config.validation_texts}
+    files = {key: [sha256_of(path) for path in paths] for key, paths in texts.items()}
     known: dict[str, tuple[str, Path]] = {}
-    for option, paths in options.items():
-        for path, digest in zip(paths, files[option]):
+    for key, paths in texts.items():
+        for path, digest in zip(paths, files[key]):
             if digest in known:
                 other, where = known[digest]
                 raise UserError(
-                    f"--{option} {path} is the same text as --{other} {where}; give each file once: training text "
-                    "cannot be used for validation"
+                    f"{option_of(key)} {path} is the same text as {option_of(other)} {where}; give each file once: "
+                    "training text cannot be used for validation"
                 )
-            known[digest] = option, path
+            known[digest] = key, path
     return Prompts(config, _read(config.texts), _read(config.validation_texts), files)
 
 

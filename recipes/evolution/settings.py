@@ -9,7 +9,7 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes.config import PathText
+from recipes.config import PathText, option_of
 from recipes.training.settings import CopySettings
 from sinkmodel.errors import UserError
 from sinkmodel.tasks import own_text, ruler
@@ -221,14 +221,16 @@ class EvolveConfig:
 
     def _check_texts(self) -> None:
         needy = [name for name in self.tasks.names if TASKS[name].needs_text]
-        for option, files in (("text", self.texts), ("validation_text", self.validation_texts)):
+        for key, files in (("text", self.texts), ("validation_text", self.validation_texts)):
             if needy and not files:
-                raise UserError(f"{', '.join(needy)}: the haystack is taken from your own files; give --{option}")
+                raise UserError(f"{', '.join(needy)}: the haystack is taken from your own files; give {option_of(key)}")
             if files and not needy:
-                raise UserError(f"none of the tasks reads --{option}; leave it out, or add a task such as verbatim")
+                raise UserError(
+                    f"none of the tasks reads {option_of(key)}; leave it out, or add a task such as verbatim"
+                )
             for file in files:
                 if not file.is_file():
-                    raise UserError(f"--{option} {file} is not a file; give a .txt, .jsonl or .parquet file")
+                    raise UserError(f"{option_of(key)} {file} is not a file; give a .txt, .jsonl or .parquet file")
 
     @property
     def texts(self) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from recipes.config import dump_config, flatten
+from recipes.config import dump_config, flatten, option_of
 from recipes.data.datamodule import TextDataModule
 from recipes.data.shards import TokenSplit, read_manifest
 from recipes.training.processes.ranks import World
@@ -144,7 +144,7 @@ def _jump(run: Path, config: PretrainConfig, step: int, before: ScheduleSettings
 def as_options(values: dict[str, Any]) -> str:
     """The values as `--key value …`, quoted so that a user can copy them to the command line."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
-    return shell(*(word for key, text in texts.items() for word in (f"--{key}", text)))
+    return shell(*(word for key, text in texts.items() for word in (option_of(key), text)))
 
 
 def check_checkpoint(path: Path, model: torch.nn.Module, datamodule: TextDataModule, wanted: SinkConfig) -> None:

@@ -26,7 +26,7 @@ def open_data(config: PretrainConfig, verify: str) -> tuple[TokenSplit, TokenSpl
         say(
             f"the validation split of {folder} has {validation.tokens:,} tokens, less than one row of data.sequence = "
             f"{sequence:,}: no validation loss is measured; for one, hold out more text with sink-prepare "
-            "(--validation_fraction, --validation_input), or take a shorter data.sequence"
+            "(--validation-fraction, --validation-input), or take a shorter data.sequence"
         )
         return train, None
     return train, validation

@@ -20,9 +20,9 @@ from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import OptimizerSettings
 from sinkmodel.bases import SinkEmbedding
 from sinkmodel.checkpoint import Recipe
-from sinkmodel.maps import Seen, watch
 from sinkmodel.models import head_of
 from sinkmodel.products import TORCH, fast_products
+from sinkmodel.sink_metric import measure_sink
 
 
 class SinkLanguageModel(LightningModule):
@@ -159,36 +159,16 @@ class SinkLanguageModel(LightningModule):
         """The parameters that are trained, by their names in a checkpoint."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def sink_share(self, inputs_T: torch.Tensor) -> torch.Tensor:
-        """`sink_share` of this model. All ranks must call it: if weights are sharded, each layer is gathered."""
+    def measure_sink(self, inputs_T: torch.Tensor) -> torch.Tensor:
+        """`sinkmodel.sink_metric.measure_sink` of this model on one row.
+
+        It is a forward pass of its own, so that the training step keeps its fast kernel and compiled graph. All ranks
+        must call it: if weights are sharded, each layer is gathered.
+        """
         if not hasattr(self, "unshard"):
-            return sink_share(self.model, inputs_T, self.sinks)
+            return measure_sink(self.model, inputs_T[None], self.sinks)
         self.unshard()  # FSDP2: the weights outside the layers are gathered in this module's forward, not called here
         try:
-            return sink_share(self.model, inputs_T, self.sinks)
+            return measure_sink(self.model, inputs_T[None], self.sinks)
         finally:
             self.reshard()
-
-
-PLACES = 64  # T of Gu et al.
-BORN = 0.3  # ε of Gu et al.: a head whose share is above it has a sink
-
-
-def sink_share(model: PreTrainedModel, inputs_T: torch.Tensor, sinks: int) -> torch.Tensor:
-    """Share of attention that goes to the sinks, and share of heads with more than BORN: [2], on the device.
-
-    The sinks are the tokens in front, or the sink in the softmax, or the first token of a model that has no sink. The
-    row is cut to PLACES tokens, and a head's share is the mean over the queries after the sinks (the sink metric of Gu
-    et al., arXiv 2410.10781, on one sequence). It is computed in a forward pass of its own, so that the training step
-    keeps its fast kernel and compiled graph.
-    """
-    first = max(1, sinks)
-    shares: list[torch.Tensor] = []
-
-    def see(seen: Seen) -> None:
-        to_sink_BHT = seen.weights_BHTT[..., :first].sum(-1) if seen.sink_BHT is None else seen.sink_BHT
-        shares.append(to_sink_BHT[0, :, first:].mean(-1))
-
-    watch(model, inputs_T[None, :PLACES], see)
-    share_LH = torch.stack(shares)
-    return torch.stack([share_LH.mean(), (share_LH > BORN).float().mean()])

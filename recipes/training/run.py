@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 
-from recipes.config import flatten
-from recipes.data.datamodule import BatchPlan, plan_batches
 from recipes.data.shards import TokenSplit
-from recipes.training.base import OpenBase, build_start, check_unchanged, moments_of, open_base, settle
-from recipes.training.callbacks.preemption import requeue
-from recipes.training.folder import check_checkpoint, check_folder, provenance_of, starting_point, write_folder
-from recipes.training.inputs import build_datamodule, open_data, open_tokenizer
+from recipes.training.callbacks.preemption import StopOnSignal, requeue
+from recipes.training.folder import provenance_of, write_folder
 from recipes.training.logs.build import refuse_what_is_not_installed
 from recipes.training.module import SinkLanguageModel
 from recipes.training.processes import signals
@@ -28,10 +25,10 @@ from recipes.training.processes.ranks import (
     from_first,
     join,
     others_may_be_lost,
-    refuse_unequal,
 )
 from recipes.training.processes.strategies import resolve_strategy
 from recipes.training.settings import PretrainConfig
+from recipes.training.setup import Setup, set_up
 from recipes.training.trainer import build_trainer
 from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import Recipe, read_checkpoint
@@ -53,70 +50,17 @@ def pretrain(config: PretrainConfig) -> int:
     strategy = agree(lambda: resolve_strategy(config.training, world))
     if strategy != "one":
         join(world, config.training.timeout, config.training.device)
-    run, steps = Path(config.output), config.schedule.steps
     verify = config.data.verify if world.local_rank == 0 else "sizes"  # one rank of each node compares checksums
-    train, validation = agree(lambda: open_data(config, verify))
-    base = agree(lambda: open_base(config))
-    config = agree(lambda: settle(config, base, train))
-    _refuse_unequal_ranks(config, train, base)
-    text = open_tokenizer(config, train)
-    plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, world.size)
-    from_first(lambda: check_folder(run, config))
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
-    begin = agree(lambda: build_start(config, base, text))
-    datamodule = agree(lambda: build_datamodule(config, train, validation, begin.front, plan))
-    moments = agree(lambda: moments_of(config, base, begin.model))
+    setup = set_up(config, world.size, verify)
+    run, steps = setup.run, setup.config.schedule.steps
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run)))
         agree(lambda: _see_folder(run))
-        start = from_first(lambda: starting_point(run, config))
+        start = setup.starting_point()
         if start == run / "checkpoints" / f"step{steps}.ckpt":
             say(f"{run} is complete: {steps} of {steps} steps; {_export(run)}")
             return 0
-        model, record = begin.model, begin.base
-        model.set_attn_implementation(CAUSAL)
-        if start is not None:
-            agree(lambda: check_unchanged(base, start))
-            agree(lambda: check_checkpoint(start, model, datamodule, config.sink))
-        products = from_first(lambda: _products(config, start))
-        agree(lambda: _refuse_no_onednn(products))
-        provenance = provenance_of(config, train, world, start, products)
-        module = SinkLanguageModel(
-            model,
-            len(begin.front),
-            config.optimizer,
-            config.schedule,
-            recipe=lambda step: Recipe(
-                model.config.to_dict(),
-                config.sink,
-                begin.text,
-                step,
-                step * config.training.batch_tokens,
-                provenance,
-                record,
-                config.training.parts,
-                begin.generation,
-            ),
-            head_chunk=config.training.head_chunk,
-            compile_model=config.training.compile,
-            products=products,
-            embedding=begin.embedding,
-            moments=moments,
-        )
-        from_first(lambda: write_folder(run, config, start))
-        total, body = count_parameters(model)
-        shown = {**provenance, "parameters": total, "parameters_without_embeddings": body}
-        trainer, stop, writer = build_trainer(run, config, strategy, world, plan, module, datamodule, start, shown)
-        _introduce(run, config, strategy, world, model, train, plan, start)
-        with others_may_be_lost():
-            try:
-                trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-            except UserError as error:
-                if not error.any_rank:  # all ranks raise it at the same step
-                    from_first(writer.finish)
-                raise
-            from_first(writer.finish)  # the others wait: if a rank exited now, rank 0 would be killed during its save
+        trainer, stop = _train(setup, world, strategy, start)
     if stop.agreed is not None and trainer.global_step < steps:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; resume with the same command, or with:")
         say(f"  {shell('sink-pretrain', '--config', run / 'config.yaml')}")
@@ -125,6 +69,57 @@ def pretrain(config: PretrainConfig) -> int:
         return 128 + stop.agreed
     say(f"trained {steps} steps; {_export(run)}")
     return 0
+
+
+def _train(setup: Setup, world: World, strategy: str, start: Path | None) -> tuple[Trainer, StopOnSignal]:
+    """Train until the last step or a signal. Returns the trainer, and the callback that knows the signal."""
+    config, model = setup.config, setup.begin.model
+    model.set_attn_implementation(CAUSAL)
+    setup.check(start)
+    products = from_first(lambda: _products(config, start))
+    agree(lambda: _refuse_no_onednn(products))
+    provenance = provenance_of(config, setup.train, world, start, products)
+    module = _module(setup, products, provenance)
+    from_first(lambda: write_folder(setup.run, config, start))
+    total, body = count_parameters(model)
+    shown = {**provenance, "parameters": total, "parameters_without_embeddings": body}
+    trainer, stop, writer = build_trainer(setup, strategy, world, module, start, shown)
+    _introduce(setup, strategy, world, start)
+    with others_may_be_lost():
+        try:
+            trainer.fit(module, datamodule=setup.datamodule, ckpt_path=start, weights_only=True)
+        except UserError as error:
+            if not error.any_rank:  # all ranks raise it at the same step
+                from_first(writer.finish)
+            raise
+        from_first(writer.finish)  # the others wait: if a rank exited now, rank 0 would be killed during its save
+    return trainer, stop
+
+
+def _module(setup: Setup, products: str, provenance: dict[str, Any]) -> SinkLanguageModel:
+    config, begin = setup.config, setup.begin
+    return SinkLanguageModel(
+        begin.model,
+        len(begin.front),
+        config.optimizer,
+        config.schedule,
+        recipe=lambda step: Recipe(
+            begin.model.config.to_dict(),
+            config.sink,
+            begin.text,
+            step,
+            step * config.training.batch_tokens,
+            provenance,
+            begin.base,
+            config.training.parts,
+            begin.generation,
+        ),
+        head_chunk=config.training.head_chunk,
+        compile_model=config.training.compile,
+        products=products,
+        embedding=begin.embedding,
+        moments=setup.moments,
+    )
 
 
 def _export(run: Path) -> str:
@@ -177,21 +172,6 @@ def _refuse_no_onednn(products: str) -> None:
         raise UserError(f"rank 0 uses matrix products of oneDNN, which this rank's torch lacks; set {SWITCH}={TORCH}")
 
 
-def _refuse_unequal_ranks(config: PretrainConfig, train: TokenSplit, base: OpenBase | None) -> None:
-    """UserError if ranks differ. Only the path of the data, how it is checked, and threads may differ between nodes."""
-    of_a_node = ("data.path", "data.verify", "training.threads")
-    common = {key: value for key, value in flatten(config).items() if key not in of_a_node}
-    refuse_unequal(
-        {
-            **common,
-            "the fingerprint of the data": train.fingerprint,
-            "the fingerprint of model.start_from": None if base is None else base.record.fingerprint,
-            "the version of torch": torch.__version__,
-        },
-        "start all of them with the same command, the same files and the same environment",
-    )
-
-
 def _see_folder(run: Path, patience: float = 15.0) -> None:
     """Raises UserError on a rank that does not see the run folder after `patience` seconds, as network file systems
     may show it late."""
@@ -205,18 +185,12 @@ def _see_folder(run: Path, patience: float = 15.0) -> None:
         time.sleep(0.2)
 
 
-def _introduce(
-    run: Path,
-    config: PretrainConfig,
-    strategy: str,
-    world: World,
-    model: Any,
-    train: TokenSplit,
-    plan: BatchPlan,
-    start: Path | None,
-) -> None:
+def _introduce(setup: Setup, strategy: str, world: World, start: Path | None) -> None:
+    run, config, model, plan, train = setup.run, setup.config, setup.begin.model, setup.plan, setup.train
     total, body = count_parameters(model)
-    say(f"{run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}")
+    say(
+        f"{setup.run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}"
+    )
     if config.model.start_from is not None:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         say(f"starting from {config.model.start_from}; {trained:,} parameters are trained ({config.training.parts})")

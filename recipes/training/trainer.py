@@ -44,9 +44,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
-from recipes.data.datamodule import BatchPlan, TextDataModule
 from recipes.training.callbacks.checkpoints import BackgroundCheckpointIO, Checkpoints
 from recipes.training.callbacks.health import Health
 from recipes.training.callbacks.metrics import Metrics
@@ -60,60 +59,38 @@ from recipes.training.module import SinkLanguageModel
 from recipes.training.processes.ranks import World, agree, from_first
 from recipes.training.processes.strategies import build_strategy
 from recipes.training.settings import PretrainConfig
+from recipes.training.setup import Setup
 from recipes.training.throughput import flops_per_token, peak_flops
 from sinkmodel.checkpoint import Recipe, read_checkpoint
 from sinkmodel.products import fast_products
 
 
 def build_trainer(
-    run: Path,
-    config: PretrainConfig,
+    setup: Setup,
     strategy: str,
     world: World,
-    plan: BatchPlan,
     module: SinkLanguageModel,
-    datamodule: TextDataModule,
     start: Path | None,
     provenance: dict[str, Any],
 ) -> tuple[Trainer, StopOnSignal, BackgroundCheckpointIO]:
     """This rank's trainer, the callback that knows whether the run was asked to stop, and the checkpoint writer."""
+    config, run = setup.config, setup.run
     on_gpu, half = config.training.device == "cuda", config.training.precision == "bf16"
     _quieten()
-    steps = config.schedule.steps
-    writer = BackgroundCheckpointIO()
-    means, stop = StepMeans(), StopOnSignal(writer)
-    watchdog = Watchdog(run, config.training.timeout)
-    health = Health(run, means, datamodule.rows_of, config.logging.spike)
-    metrics = Metrics(
-        means,
-        health,
-        config.logging.every,
-        config.training.batch_tokens,
-        flops_per_token(module.model, config.data.sequence),
-        from_first(lambda: _peak_flops(config, half, module.products)),
-    )
     step = 0 if start is None else _step_of(start)
     loggers = agree(lambda: build_loggers(run, config, provenance, step) if world.rank == 0 else [])
+    writer = BackgroundCheckpointIO()
+    stop = StopOnSignal(writer)
     trainer = Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         strategy=build_strategy(strategy, world, config.training, config.optimizer.clip),
         devices=world.local_size,
         num_nodes=world.nodes,
         precision="bf16-mixed" if half else "32-true",
-        max_steps=steps,
+        max_steps=config.schedule.steps,
         max_epochs=1,  # one endless epoch; recipes.data.order counts the epochs of the data
-        accumulate_grad_batches=plan.accumulation,
-        # The order matters: a step is logged before its checkpoint is written.
-        callbacks=[
-            watchdog,
-            stop,
-            means,
-            health,
-            metrics,
-            Progress(metrics, steps),
-            Validation(config.validation.every, metrics, watchdog),
-            Checkpoints(run, config, writer, health),
-        ],
+        accumulate_grad_batches=setup.plan.accumulation,
+        callbacks=_callbacks(setup, module, stop, writer),
         logger=loggers,
         plugins=[writer, LightningEnvironment() if strategy == "one" else TorchElasticEnvironment()],
         default_root_dir=run,
@@ -129,8 +106,36 @@ def build_trainer(
     return trainer, stop, writer
 
 
-def _peak_flops(config: PretrainConfig, half: bool, products: str) -> float:
+def _callbacks(
+    setup: Setup, module: SinkLanguageModel, stop: StopOnSignal, writer: BackgroundCheckpointIO
+) -> list[Callback]:
+    """In the order of the timeline above: a step is logged before its checkpoint is written."""
+    config, run = setup.config, setup.run
+    watchdog, means = Watchdog(run, config.training.timeout), StepMeans()
+    health = Health(run, means, setup.datamodule.rows_of, config.logging.spike)
+    metrics = Metrics(
+        means,
+        health,
+        config.logging.every,
+        config.training.batch_tokens,
+        flops_per_token(module.model, config.data.sequence),
+        from_first(lambda: _peak_flops(config, module.products)),
+    )
+    return [
+        watchdog,
+        stop,
+        means,
+        health,
+        metrics,
+        Progress(metrics, config.schedule.steps),
+        Validation(config.validation.every, metrics, watchdog),
+        Checkpoints(run, config, writer, health),
+    ]
+
+
+def _peak_flops(config: PretrainConfig, products: str) -> float:
     """Peak FLOP/s of one device, measured with the run's library of matrix products."""
+    half = config.training.precision == "bf16"
     with fast_products(products):
         return peak_flops(torch.device(config.training.device), torch.bfloat16 if half else torch.float32)
 

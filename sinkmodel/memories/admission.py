@@ -1,4 +1,4 @@
-"""Check the input of a forward with a memory, before anything is written."""
+"""Check the input of a forward with a memory, and what is asked of it, before anything is written."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Reader(Protocol):
 
     config: Any
     columns: int
+    ended: bool
     seen: list[int]
     kept: list[int]
     even: bool
@@ -70,6 +71,41 @@ def admit(
         check_ids(traits.vocabulary, tokens)
     _check_end(memory, tokens.shape[1], traits)
     return request_of(name, tokens, valid_BT, inputs, model), traits
+
+
+def check_open(memory: Reader) -> None:
+    """Raise UserError if the prompt of a memory has ended."""
+    if memory.ended:
+        raise UserError(f"{memory.name} has compressed a prompt and cannot read a second one; reset() it for another")
+    if memory.torn:
+        raise UserError(f"an earlier forward of this {memory.name} was interrupted while it was writing; reset() it")
+
+
+def check_can_end(memory: Reader) -> None:
+    """Raise UserError if there is no prompt that could be compressed now."""
+    check_open(memory)
+    if not memory.columns:
+        raise UserError(f"{memory.name} has read no prompt; feed one first")
+    if memory.traits is None:
+        raise UserError(f"this {memory.name} was restored and its model has not run yet; feed the next token instead")
+    if memory.model is not None and memory.model() is None:
+        raise UserError(f"the model that this {memory.name} read with no longer exists; reset() it for another")
+
+
+def check_dtype(memory: Reader, held: torch.dtype, new: torch.dtype) -> None:
+    """Raise UserError if keys come in another dtype than those that are held."""
+    if new != held:
+        raise UserError(
+            f"this {memory.name} holds keys in {held} but got {new}; keep the model's dtype and autocast as they "
+            "were, or reset() it"
+        )
+
+
+def not_observed(memory: Reader) -> UserError:
+    return UserError(
+        f"model type {memory.config.model_type!r} does not send its attention through transformers' "
+        f"AttentionInterface in every layer, so {memory.name} cannot see it; use a StreamingCache"
+    )
 
 
 def _check_left_padded(memory: Reader, valid_BT: Tensor | None) -> None:

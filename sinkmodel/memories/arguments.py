@@ -32,3 +32,20 @@ def one_of(name: str, value: Any, choices: Any) -> Any:
     if value not in get_args(choices):
         raise UserError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
     return value
+
+
+def check_room(name: str, budget: Any, compression_ratio: float | None, sinks: int, window: int) -> int | None:
+    """The budget of a memory as an int. Raises UserError unless it has a budget or a ratio, and room for both ends."""
+    if (budget is None) == (compression_ratio is None):
+        raise UserError(f"give {name} a budget or a compression_ratio, one of the two")
+    if compression_ratio is not None and not 0 <= compression_ratio < 1:
+        raise UserError(f"compression_ratio is {compression_ratio}; it is at least 0 and below 1")
+    if budget is None:
+        return None
+    budget = whole(budget, "budget", 1)
+    if budget < sinks + window:
+        raise UserError(
+            f"a budget of {budget} does not hold {sinks} sinks and a window of {window}; make it at least "
+            f"{sinks + window}"
+        )
+    return budget

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sinkmodel.cache.inputs import Request
 from sinkmodel.errors import UserError
+from sinkmodel.memories.admission import check_can_end
 from sinkmodel.memories.arguments import odd, one_of, whole
 from sinkmodel.memories.hooks import alone
 from sinkmodel.memories.layer import MemoryLayer
@@ -143,7 +144,7 @@ class GemFilter(Memory):
         return request
 
     def end_prompt(self) -> None:
-        self._check_can_end()
+        check_can_end(self)
         assert self.model is not None
         tokens = self._prompt()
         name = "input_ids" if tokens.dim() == 2 else "inputs_embeds"

@@ -66,6 +66,24 @@ def attention_modules(model: Any) -> dict[int, Any]:
     return {module.layer_idx: module for module in found}
 
 
+class _Ungrouped:
+    """A wrapper of an attention module whose query heads do not share keys."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def grouped_as(module: Any, query_BHND: Tensor, keys_BGKD: Tensor) -> Any:
+    """The module for its attention function; if each query head has its own set of keys, one that shares none."""
+    apart = keys_BGKD.shape[1] == query_BHND.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
+    return _Ungrouped(module) if apart else module
+
+
 def _observed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:

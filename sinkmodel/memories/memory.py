@@ -29,14 +29,14 @@ from torch import Tensor
 from sinkmodel.cache.hook import install_hook, uncompiled
 from sinkmodel.cache.inputs import MASKLESS, Request, joined, piece_of
 from sinkmodel.errors import UserError
-from sinkmodel.memories.admission import admit
-from sinkmodel.memories.arguments import one_of, whole
-from sinkmodel.memories.hooks import alone, attention_modules, observed
+from sinkmodel.memories.admission import admit, check_can_end, check_dtype, check_open, not_observed
+from sinkmodel.memories.arguments import check_room, one_of, whole
+from sinkmodel.memories.hooks import alone, attention_modules, grouped_as, observed
 from sinkmodel.memories.interface import MemoryInterface
 from sinkmodel.memories.layer import SPARE, MemoryLayer
 from sinkmodel.memories.observation import Observation
 from sinkmodel.memories.pieces import Implementation, Piece, lengths, next_piece, ranks
-from sinkmodel.memories.selection import EMPTY, best, force
+from sinkmodel.memories.selection import EMPTY, best, budgets_by_ratio, force
 from sinkmodel.model_support import check_config
 from sinkmodel.probe import Traits, sample_of
 from sinkmodel.products import fast_products
@@ -83,17 +83,9 @@ class Memory(MemoryInterface):
     ):
         model_or_config, config = config, getattr(config, "config", config)
         self.config = config.get_text_config()
-        if (budget is None) == (compression_ratio is None):
-            raise UserError(f"give {self.name} a budget or a compression_ratio, one of the two")
-        if compression_ratio is not None and not 0 <= compression_ratio < 1:
-            raise UserError(f"compression_ratio is {compression_ratio}; it is at least 0 and below 1")
-        self.budget, self.compression_ratio = None if budget is None else whole(budget, "budget", 1), compression_ratio
         self.sinks, self.window = whole(sinks, "sinks", 0), whole(window, "window", 0)
-        if self.budget is not None and self.budget < self.sinks + self.window:
-            raise UserError(
-                f"a budget of {self.budget} does not hold {self.sinks} sinks and a window of {self.window}; make it at "
-                f"least {self.sinks + self.window}"
-            )
+        self.budget = check_room(self.name, budget, compression_ratio, self.sinks, self.window)
+        self.compression_ratio = compression_ratio
         self.positions = one_of("positions", positions, Positions)
         check_config(self.config, 1, True)
         super().__init__(layers=[MemoryLayer() for _ in range(self.config.num_hidden_layers)])
@@ -175,14 +167,14 @@ class Memory(MemoryInterface):
 
         Raises UserError if a prompt has been compressed already, or if as many columns have been read already.
         """
-        self._check_open()
+        check_open(self)
         if columns <= self.columns:
             raise UserError(f"{self.name} has read {self.columns} columns, and the prompt should end with {columns}")
         self.expected = columns
 
     def end_prompt(self) -> None:
         """Compress what has been read. Raises UserError if nothing was read, or if it is compressed already."""
-        self._check_can_end()
+        check_can_end(self)
         self.budgets = self._budgets(self.seen)
         self.torn = True
         for layer in self.layers:
@@ -190,33 +182,11 @@ class Memory(MemoryInterface):
         self._note_end()
         self.torn = False
 
-    def _check_can_end(self) -> None:
-        self._check_open()
-        if not self.columns:
-            raise UserError(f"{self.name} has read no prompt; feed one first")
-        if self.traits is None:
-            raise UserError(f"this {self.name} was restored and its model has not run yet; feed the next token instead")
-        if self.model is not None and self.model() is None:
-            raise UserError(f"the model that this {self.name} read with no longer exists; reset() it for another")
-
-    def _check_open(self) -> None:
-        if self.ended:
-            raise UserError(f"{self.name} has compressed a prompt and cannot read a second one; reset() it for another")
-        if self.torn:
-            raise UserError(f"an earlier forward of this {self.name} was interrupted while it was writing; reset() it")
-
     def _budgets(self, seen: list[int]) -> list[int]:
         if self.budget is not None:
             return [self.budget] * len(seen)
         assert self.compression_ratio is not None
-        budgets = [max(1, int(n * (1 - self.compression_ratio))) for n in seen]
-        for row, (n, budget) in enumerate(zip(seen, budgets)):
-            if budget < min(n, self.sinks + self.window):
-                raise UserError(
-                    f"compression_ratio {self.compression_ratio} keeps {budget} of the {n} tokens of row {row}, fewer "
-                    f"than {self.sinks} sinks and a window of {self.window}; choose a lower one"
-                )
-        return budgets
+        return budgets_by_ratio(seen, self.compression_ratio, self.sinks, self.window)
 
     def _compress(self, layer: MemoryLayer, seen: list[int]) -> None:
         """Keep the best slots of a layer. `seen` is the number of tokens of each row."""
@@ -331,10 +301,7 @@ class Memory(MemoryInterface):
     def _check_observed(self) -> None:
         if self.attended < len(self.layers):
             self._begin()
-            raise UserError(
-                f"model type {self.config.model_type!r} does not send its attention through transformers' "
-                f"AttentionInterface in every layer, so {self.name} cannot see it; use a StreamingCache"
-            )
+            raise not_observed(self)
 
     @contextmanager
     def around(self, model: Any) -> Iterator[None]:
@@ -369,11 +336,7 @@ class Memory(MemoryInterface):
             )
         value_states = value_states.to(key_states.dtype)  # under autocast the values may have another dtype
         if layer.keys is not None:
-            if key_states.dtype != layer.keys.dtype:
-                raise UserError(
-                    f"this {self.name} holds keys in {layer.keys.dtype} but got {key_states.dtype}; keep the "
-                    "model's dtype and autocast as they were, or reset() it"
-                )
+            check_dtype(self, layer.keys.dtype, key_states.dtype)
             apart = layer.keys.shape[1] // key_states.shape[1]
             if apart > 1:  # each query head holds its own set
                 key_states, value_states = (x.repeat_interleave(apart, dim=1) for x in (key_states, value_states))
@@ -417,9 +380,8 @@ class Memory(MemoryInterface):
         self, attention: Callable[..., Any], layer: MemoryLayer, seen: Observation, mask: Tensor | None, kwargs: Any
     ) -> tuple[Tensor, Any]:
         """The output of `attention` for the input in `seen`. Also calls `observe`, if the method needs it."""
-        module, query, key = seen.module, seen.query_BHND, seen.keys_BGKD
-        apart = key.shape[1] == query.shape[1] and getattr(module, "num_key_value_groups", 1) > 1
-        output = attention(_Ungrouped(module) if apart else module, query, key, seen.values_BGKV, mask, **kwargs)
+        query, key = seen.query_BHND, seen.keys_BGKD
+        output = attention(grouped_as(seen.module, query, key), query, key, seen.values_BGKV, mask, **kwargs)
         if self.observes:
             self.observe(layer, seen)
         return output
@@ -436,15 +398,3 @@ class Memory(MemoryInterface):
             layer.drop_one(forced.argmin(dim=-1))
         else:
             layer.keep(*best(self._forced(layer, piece.seen), self.budgets))
-
-
-class _Ungrouped:
-    """A wrapper of an attention module whose query heads do not share keys."""
-
-    num_key_value_groups = 1
-
-    def __init__(self, module: Any):
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)

@@ -11,11 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinkmodel.errors import UserError
+
 JoiningRule = Literal["mean", "max", "sum"]
 GroupRule = Literal["mean", "max", "sum", "as_published"]
 Pooling = Literal["max", "avg"]
 
 EMPTY = -1  # the position of a slot that holds no token
+
+
+def budgets_by_ratio(seen: list[int], ratio: float, sinks: int, window: int) -> list[int]:
+    """Slots of each row with `seen` tokens, of which the share `ratio` is evicted.
+
+    Raises UserError if a row would keep fewer than its sinks and its window.
+    """
+    budgets = [max(1, int(n * (1 - ratio))) for n in seen]
+    for row, (n, budget) in enumerate(zip(seen, budgets)):
+        if budget < min(n, sinks + window):
+            raise UserError(
+                f"compression_ratio {ratio} keeps {budget} of the {n} tokens of row {row}, fewer than {sinks} sinks "
+                f"and a window of {window}; choose a lower one"
+            )
+    return budgets
 
 
 def pool(scores: Tensor, kernel: int, pooling: Pooling) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import threading
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError, shell
 from sinkmodel.imports import slow_imports
+from sinkmodel.perplexity import perplexity
 from sinkmodel.streaming.options import BUDGET, NAME, parse
 from sinkmodel.streaming.terminal import Interrupts, Status, TextPipe, ask, write
 
@@ -92,7 +92,7 @@ class Session:
             raise UserError("there is nothing to score: a loss needs at least two tokens of text; pipe more in")
         if self.scored:
             mean = self.nll / self.scored
-            put(f"tokens {self.scored} nll {mean:.6f} ppl {math.exp(min(mean, 700.0)):.6g}")
+            put(f"tokens {self.scored} nll {mean:.6f} ppl {perplexity(mean):.6g}")
 
     def continue_input(self) -> None:
         """Read all of the input, then continue it."""

@@ -201,7 +201,7 @@ class DocumentReader:
             kind = {bool: "a truth value", list: "a list", dict: "an object"}.get(type(text), "a number")
             raise UserError(
                 f"{where}: the key '{self.text_key}' holds {kind}, not text; change it, or give sink-prepare the key "
-                "of the text as --text_key"
+                "of the text as --text-key"
             )
         return text
 
@@ -215,4 +215,4 @@ class DocumentReader:
         self._rows_read = 1.0
 
     def _remedy(self) -> str:
-        return f"rename the text to '{self.text_key}', or give sink-prepare its name as --text_key"
+        return f"rename the text to '{self.text_key}', or give sink-prepare its name as --text-key"

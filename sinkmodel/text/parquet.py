@@ -68,7 +68,7 @@ def _texts(path: Path, values: Any, column: str, first_row: int) -> list[str | N
             except TypeError:
                 raise UserError(
                     f"{path}: row {row} of the column '{column}' holds {values.type}, not text; write it as text, or "
-                    "give sink-prepare the column of the text as --text_key"
+                    "give sink-prepare the column of the text as --text-key"
                 ) from None
         raise
 

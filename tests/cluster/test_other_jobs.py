@@ -67,7 +67,7 @@ def test_prepare_makes_shards_that_pretrain_reads(cluster, tmp_path):
     texts = [tmp_path / f"{name}.txt" for name in ("first", "second", "held out")]
     for seed, path in enumerate(texts):
         path.write_text(tiny.words(2000, seed))
-    words = ["--input", *map(str, texts[:2]), "--validation_input", str(texts[2]), "--vocabulary_size", "300"]
+    words = ["--input", *map(str, texts[:2]), "--validation-input", str(texts[2]), "--vocabulary-size", "300"]
     cluster.finish(cluster.submit("prepare.sbatch", [*words, "--output", str(tmp_path / "shards")]))
     splits = json.loads((tmp_path / "shards" / "manifest.json").read_text())["splits"]
     assert splits["train"]["documents"] == 2

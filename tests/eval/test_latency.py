@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eval.cli import main
+from eval.commands.latency import POINTS
 from eval.measures import latency, timing
 from eval.measures.statistics import paired_ratio, quantile
 from eval.policies.choice import choose
@@ -195,7 +196,7 @@ def test_a_stream_and_a_plot_are_made(run, tmp_path, capsys):
     assert code == 0, err
     result = json.loads((tmp_path / "out.json").read_text())
     places = [(row["label"], row["seen"]) for row in result["stream"]]
-    assert len(set(places)) == len(places) == 2 * latency.POINTS
+    assert len(set(places)) == len(places) == 2 * POINTS
     assert {("sink 2+14", 16), ("window 0+16", 300 - 9)} <= set(places)
     assert "tokens seen" in out
     assert "291" in out

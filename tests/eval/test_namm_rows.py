@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from eval.cli import main
+from eval.measures.memories.choice import check_decides, check_namm, namm_rows
 from eval.measures.memories.controls import namm_makers
 from eval.measures.memories.forgotten import Forgotten, kinds_of, pieces_of
-from eval.measures.memories.options import check_decides, check_namm, namm_rows
 from eval.report.forms import FORMS, mismatch
 from sinkmodel.errors import UserError
 from sinkmodel.memories import NAMM

@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from eval.cli import main
+from eval.commands.prefill import SLACK, report_growth
 from eval.measures.prefill import measure as measuring
 from eval.measures.prefill import prefill
 from eval.measures.prefill.crossover import Times, crossover, crossover_interval, total
 from eval.measures.prefill.measure import Side, dense_side, measure
 from eval.measures.shape import config_of, load_shape, read_shape
 from eval.measures.timing import BLOCK, Tokens
+from eval.wording import crossover_range, tokens_or_never
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.memories import make_memory
@@ -267,18 +269,18 @@ def test_dense_is_plain_transformers():
 def test_a_report_is_made_of_what_is_never(capsys):
     """Guards "never" against being read as "not measured", in the table and in the report."""
     pair = {"rounds": 5, "low": 12, "high": None}
-    assert prefill.crossover_range(pair) == "[12, never]"
-    assert prefill.crossover_range({**pair, "low": None}) == "never"
-    assert prefill.crossover_range({**pair, "rounds": 4}) == "–"
-    assert prefill.tokens_or_never(1234.0) == "1,234"
+    assert crossover_range(pair) == "[12, never]"
+    assert crossover_range({**pair, "low": None}) == "never"
+    assert crossover_range({**pair, "rounds": 4}) == "–"
+    assert tokens_or_never(1234.0) == "1,234"
 
 
 def test_a_process_that_has_kept_more_is_reported(capsys):
     """Guards a memory that holds on to the prompt: what the process does not give back is reported in a line."""
-    row = {"label": "snapkv 8", "length": 64, "bytes_held": 2**20, "bytes_grown": 2**20 + prefill.SLACK}
-    prefill.report_growth([row])
+    row = {"label": "snapkv 8", "length": 64, "bytes_held": 2**20, "bytes_grown": 2**20 + SLACK}
+    report_growth([row])
     assert capsys.readouterr().err == ""
-    prefill.report_growth([{**row, "bytes_grown": 2**26}])
+    report_growth([{**row, "bytes_grown": 2**26}])
     assert (
         "snapkv 8: after the prompt of 64 tokens the process has kept 63 MiB more than the memory holds"
         in capsys.readouterr().err

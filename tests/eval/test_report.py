@@ -110,6 +110,20 @@ def test_every_figure_has_its_picture_its_numbers_and_words_for_who_cannot_see_i
     assert all(alt and len(alt) > 20 for alt in page.alts)
 
 
+def test_a_run_of_an_earlier_version_shows_that_its_sink_metric_has_the_old_definition(tmp_path):
+    """Risk: old and new numbers on one line of a figure, as if they were one metric."""
+    runs = [results.write_run(tmp_path, name) for name in ("old", "new")]
+    metrics = tmp_path / "old" / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("sink_alpha,sink_metric", "sink_share,sink_heads"))
+    output = report(tmp_path, "--run", *runs)
+    header, old, *_ = (output / "figures" / "training.csv").read_text().splitlines()
+    assert header == "run,step,tokens,twin_loss,val_loss,sink_alpha,sink_metric,sink_share,sink_heads"
+    assert old == "old,5,500,5.9,,,,0.1,0"
+    text = (output / "report.md").read_text(encoding="utf-8")
+    assert "share of heads with a sink (old definition)" in text
+    assert "Runs of earlier versions have an old definition: a mean over the queries after the sinks" in text
+
+
 def test_numbers_beside_a_figure_are_those_that_were_given(whole):
     training = rows_of(whole / "figures" / "training.csv")
     assert [tuple(row.values()) for row in training if row["run"] == "token"] == [

@@ -15,11 +15,12 @@ import torch
 from eval.cli import main
 from eval.measures.attention import sinks as command
 from eval.measures.attention.sequences import in_turns, pieces, read_sequences
-from eval.measures.attention.shares import Tally, alpha, born, largest, layer_sums, results, shares
+from eval.measures.attention.shares import Tally, largest, layer_sums, results, shares
 from sinkmodel.architectures import attentions_of
 from sinkmodel.errors import UserError
 from sinkmodel.loading import encode, load_model
 from sinkmodel.maps import Seen, watch
+from sinkmodel.sink_metric import alpha, born, measure_sink
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
 from tests.models import build, tokens
@@ -154,6 +155,19 @@ def test_batches_of_any_size_give_the_same_means():
     for name, value in means[0].items():
         torch.testing.assert_close(means[1][name], value, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(means[0]["weight"], weights.mean(0)[:, :16, :16].double())
+
+
+@pytest.mark.parametrize(("name", "sinks"), [("llama", 0), ("llama", 2), ("llama-logit", 0)])
+def test_a_run_logs_the_metric_that_this_command_measures(name, sinks):
+    """Risk: one name with two definitions, in metrics.csv and in the result of `sink-eval sinks`."""
+    model, ids_BT = build(name), torch.tensor([tokens(64)])
+    tally = Tally(sinks, 0.3)
+    output = watch(model, ids_BT, tally.see, output_hidden_states=True)
+    tally.end_batch(1, output.hidden_states[:-1])
+    overall = results(tally.means(), sinks, [None, None])["overall"]
+    target = "first" if overall["sink_alpha"] is None else "sink"
+    expected = [overall[f"{target}_alpha"], overall[f"{target}_heads"]]
+    assert measure_sink(model, ids_BT, sinks).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_sink_is_born_where_it_stays():

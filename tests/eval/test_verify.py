@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from eval.cli import main
-from eval.measures.command import command_line
+from eval.commands.output import command_line
+from eval.commands.verify import in_words
 from eval.measures.statistics import block_stderr
 from eval.measures.verdict.equivalence import interval, is_sample, no_sample
 from eval.measures.verdict.paired import spread
 from eval.measures.verdict.training import HEAD, trained_on
-from eval.measures.verdict.verify import in_words
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.export import export
 from sinkmodel.loading import encode, load_model

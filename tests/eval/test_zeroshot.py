@@ -20,10 +20,12 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 
 from eval.cli import main
+from eval.commands.zeroshot import choose
 from eval.measures.harness import zeroshot
 from eval.measures.harness.adapter import SinkLM, windows
 from eval.measures.harness.files import in_memory
-from eval.measures.harness.tasks import PAPER, choose, load_tasks, paper_accuracy
+from eval.measures.harness.paper import PAPER, paper_accuracy
+from eval.measures.harness.tasks import load_tasks
 from sinkmodel.errors import UserError
 from sinkmodel.loading import encode, load_model
 from sinkmodel.models import transformers_config

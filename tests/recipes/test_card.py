@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -246,6 +247,17 @@ def test_a_gguf_file_in_the_folder_is_named(model):
     text = card_of(model)
     assert "llama-cli --model tiny-f16.gguf" in text
     assert "--format gguf" not in text
+
+
+def test_a_run_of_an_earlier_version_has_its_sink_metric_by_the_old_definition():
+    old = {"step": 5.0, "sink_share": 0.25, "sink_heads": 0.5}
+    facts = SimpleNamespace(training={}, points=[old])
+    assert rows.training_rows(facts) == [
+        ("share of attention on the sink (old definition)", "0.250"),
+        ("share of heads with a sink (old definition)", "0.500"),
+    ]
+    resumed = SimpleNamespace(training={}, points=[old, {"step": 10.0, "sink_alpha": 0.125, "sink_metric": 0.75}])
+    assert rows.training_rows(resumed) == [("α of the sink", "0.125"), ("share of heads with a sink", "0.750")]
 
 
 def test_time_is_that_of_the_steps_in_metrics_csv():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes.config import dump_config, find_config, load_config, shipped_configs
+from recipes.data.settings import PrepareConfig
 from recipes.training.settings import PretrainConfig
 from sinkmodel.errors import UserError
 
@@ -29,6 +30,38 @@ def test_what_is_typed_wins_wherever_it_stands_and_an_empty_file_says_nothing(tm
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     config = load("--seed", "5", "--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "empty.yaml"))
     assert config.seed == 5
+
+
+def test_plain_options_have_hyphens_and_are_still_read_with_underscores(capsys):
+    """Risk: a script of an earlier version stops, or the old spelling is shown to a reader of --help."""
+    for spelling in ("vocabulary_size", "vocabulary-size"):
+        argv = ["--input", '["a.txt"]', f"--{spelling}=300", "--output", "x"]
+        config = load_config(PrepareConfig, argv, "Prepare.", "sink-prepare")
+        assert (config.vocabulary_size, config.input) == (300, ["a.txt"])
+    added = [
+        "--input",
+        "a.txt",
+        "--tokenizer",
+        "t",
+        "--output",
+        "x",
+        "--validation-input",
+        "v",
+        "--validation-input+",
+        "w",
+    ]
+    assert load_config(PrepareConfig, added, "Prepare.", "sink-prepare").validation_input == ["v", "w"]
+    with pytest.raises(UserError) as error:
+        load_config(PrepareConfig, ["--vocabulary-sizes", "3"], "Prepare.", "sink-prepare")
+    assert str(error.value) == "unknown option --vocabulary-sizes; did you mean '--vocabulary-size'?"
+    with pytest.raises(SystemExit):
+        load_config(PretrainConfig, ["--help"], "Train.", "sink-pretrain")
+    text = capsys.readouterr().out
+    assert "--print-config" in text
+    assert "--training.batch_tokens" in text
+    with pytest.raises(SystemExit):
+        load("--config", "tiny", "--print-config")
+    assert "batch_tokens:" in capsys.readouterr().out
 
 
 def test_the_place_of_a_wrong_value_is_where_it_stands(tmp_path):

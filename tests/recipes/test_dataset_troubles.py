@@ -136,7 +136,7 @@ def test_damage_is_named_with_its_file_and_never_to_be_tried_again(tmp_path, cas
 def test_a_folder_without_data_is_one_line(tmp_path, capsys, logged):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "README.md").write_text("hi")
-    argv = ["--dataset", str(tmp_path / "set"), "--vocabulary_size", "300", "--output", str(tmp_path / "out")]
+    argv = ["--dataset", str(tmp_path / "set"), "--vocabulary-size", "300", "--output", str(tmp_path / "out")]
     assert prepare.main(argv) == 2
     assert "doesn't contain any data files" in capsys.readouterr().err
     assert not logged

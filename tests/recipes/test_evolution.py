@@ -136,7 +136,7 @@ REFUSED = [
     ({"tasks__names": "[vt,vt]"}, "twice"),
     ({"tasks__begin": "[3]"}, "tasks.begin is [3] for 1 tasks"),
     ({"text": None}, "niah_single_2: the haystack is taken from your own files; give --text"),
-    ({"validation_text": None}, "give --validation_text"),
+    ({"validation_text": None}, "give --validation-text"),
     ({"tasks__names": "[vt]"}, "none of the tasks reads --text"),
     ({"text": "nowhere.txt"}, "--text nowhere.txt is not a file"),
     ({"validation_text": "{text}"}, "is the same text as --text"),

@@ -26,7 +26,7 @@ def prepare(tmp_path):
 
     def start(*more):
         argv = ["--input", str(tmp_path / "long.txt"), "--output", str(tmp_path / "out"), "--workers", "2"]
-        argv += ["--validation_fraction", "0", "--test_fraction", "0"]
+        argv += ["--validation-fraction", "0", "--test-fraction", "0"]
         started.append(
             subprocess.Popen(
                 [sys.executable, "-m", "recipes.prepare", *argv, *more],
@@ -94,7 +94,7 @@ def interrupt(process, everyone, when):
 @pytest.mark.parametrize("seconds", [0.05, 0.15, 1.5])
 def test_while_a_tokenizer_is_trained(prepare, tmp_path, everyone, seconds):
     """Risk: Rust holds the main thread, so Ctrl-C waits until the tokenizer is trained; a traceback of a process."""
-    process = prepare("--vocabulary_size", "8192")
+    process = prepare("--vocabulary-size", "8192")
     assert "training a byte-level BPE" in process.stderr.readline()
     assert interrupt(process, everyone, lambda: workers(process, seconds)) == "sink-prepare: interrupted\n"
     assert not (tmp_path / "out").exists()

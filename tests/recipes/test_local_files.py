@@ -13,7 +13,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.text import read_documents
 from tests.recipes.corpus import make_texts, tree, write_lines, write_tokenizer
 
-ALL = ["--workers", "1", "--shard_tokens", "5000", "--validation_fraction", "0", "--test_fraction", "0"]
+ALL = ["--workers", "1", "--shard-tokens", "5000", "--validation-fraction", "0", "--test-fraction", "0"]
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_parts_without_text_add_nothing_and_are_counted(tmp_path, parts, small_u
 def test_a_corpus_without_any_text_is_an_error(tmp_path, parts, capsys):
     for name in parts:
         (tmp_path / "in" / name).write_text("\n" if name < "p3" else "")
-    for more in ((), ("--validation_input", str(tmp_path / "in" / "p0.jsonl"))):
+    for more in ((), ("--validation-input", str(tmp_path / "in" / "p0.jsonl"))):
         names = (str(tmp_path / "in"),) if not more else (str(tmp_path / "good.jsonl"),)
         write_lines(tmp_path / "good.jsonl", ["text"] * 5)
         assert run(tmp_path, "out", *names, more=more) == 2
@@ -196,7 +196,7 @@ def test_a_separator_makes_documents_of_one_text_file(tmp_path, small_units, cap
     assert "stories.txt is read as one document" in capsys.readouterr().err
     assert open_split(tmp_path / "one", "train").documents == 1
     option = ("--separator", "<|endoftext|>")
-    assert run(tmp_path, "whole", more=(*option, "--test_fraction", "0.3")) == 0
+    assert run(tmp_path, "whole", more=(*option, "--test-fraction", "0.3")) == 0
     assert "is read as one document" not in capsys.readouterr().err
     kept = list(read_documents(tmp_path / "whole" / "test.jsonl"))
     assert 0 < len(kept) < 30
@@ -210,8 +210,8 @@ def test_a_separator_makes_documents_of_one_text_file(tmp_path, small_units, cap
             write(self, encoded)
 
         patched.setattr(writing.FolderWriter, "write", interrupt)
-        assert run(tmp_path, more=(*option, "--test_fraction", "0.3")) == 130
-    assert run(tmp_path, more=(*option, "--test_fraction", "0.3")) == 0
+        assert run(tmp_path, more=(*option, "--test-fraction", "0.3")) == 130
+    assert run(tmp_path, more=(*option, "--test-fraction", "0.3")) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert sum(manifest(tmp_path / "out")["splits"][name]["documents"] for name in ("train", "test")) == 30
 

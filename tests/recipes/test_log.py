@@ -67,11 +67,16 @@ def test_what_was_measured_goes_to_the_runs_own_page_and_its_lacking_curves_with
     assert "wandb has" in capsys.readouterr().err
 
 
-def test_a_run_without_a_line_yet_is_logged(data, tmp_path, measured, capsys):
+def test_a_run_without_a_line_yet_is_logged_and_one_of_an_earlier_version(data, tmp_path, measured, capsys):
     run = train(data, tmp_path / "run", schedule__steps=2, logging__every=5, validation__every=1000, validation__rows=1)
-    (run / "metrics.csv").write_text((run / "metrics.csv").read_text().splitlines()[0] + "\n")
+    header = (run / "metrics.csv").read_text().splitlines()[0]
+    (run / "metrics.csv").write_text(header + "\n")
     assert log(["--run", str(run), "--to", "tensorboard", *measured]) == 0
     assert "up to step 0" in capsys.readouterr().err
+    (run / "metrics.csv").write_text("step,loss,sink_share,sink_heads\n1,0.5,0.1,0.2\n")
+    assert log(["--run", str(run), "--to", "tensorboard"]) == 0
+    expected = f"sink_share and sink_heads of {run} have an old definition: a mean over the queries after the sinks"
+    assert expected in capsys.readouterr().err
 
 
 def test_what_cannot_be_logged_is_one_line(data, tmp_path, measured, capsys):

@@ -109,7 +109,7 @@ def test_tensorboard_has_each_step_once_after_a_resume_and_what_was_logged_befor
         train(data, run, logging__tensorboard=True)
         assert points(run) == expected_points(run)
         assert len(list((run / "tensorboard").iterdir())) == 1
-    assert {"loss", "sink_share", "val_loss", "mfu", "tokens"} <= points(run).keys()
+    assert {"loss", "sink_metric", "val_loss", "mfu", "tokens"} <= points(run).keys()
     assert [step for step, _ in points(run)["loss"]] == list(range(5, 41, 5))
 
 

@@ -68,7 +68,7 @@ def test_held_out_text_may_stand_beside_the_rows(tmp_path):
     write_pair(tmp_path)
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
     text = write_lines(tmp_path / "v.jsonl", make_texts(3, 500))
-    argv = ["--input", str(tmp_path / "document.idx"), "--validation_input", str(text), "--workers", "1"]
+    argv = ["--input", str(tmp_path / "document.idx"), "--validation-input", str(text), "--workers", "1"]
     assert prepare.main([*argv, "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out")]) == 0
     assert open_split(tmp_path / "out", "train").row_tokens == ROW
     validation = open_split(tmp_path / "out", "validation")

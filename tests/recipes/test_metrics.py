@@ -9,14 +9,14 @@ import torch
 from scipy.optimize import brentq
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.training.callbacks.metrics import ppl
 from recipes.training.logs.metrics_file import COLUMNS, MetricsFile
-from recipes.training.module import sink_share
 from recipes.training.throughput import flops_per_token
 from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.models import build_model
 from sinkmodel.shapes import ModelShape
+from sinkmodel.sink_metric import COLUMNS as OF_SINKS
+from sinkmodel.sink_metric import measure_sink
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from tests import tiny
 from tests.recipes.runs import train
@@ -70,17 +70,18 @@ def even_model(sink: SinkConfig | None = None):
     return model
 
 
-def test_share_of_an_even_spread():
-    model, row = even_model(), torch.randint(0, 300, (70,))  # cut to 64
-    even = sum(1 / (i + 1) for i in range(1, 64)) / 63
-    for sinks, share in ((0, even), (1, even), (2, sum(2 / (i + 1) for i in range(2, 64)) / 62)):
-        assert sink_share(model, row, sinks).tolist() == pytest.approx([share, 0], rel=1e-5)
+@pytest.mark.parametrize("sinks", [0, 1, 2])
+def test_the_sink_of_an_even_spread(sinks):
+    """The query at the sink counts (Gu et al.); of several sinks the largest α counts, which is that of the first."""
+    model, row_1T = even_model(), torch.randint(0, 300, (1, 70))  # cut to 64
+    even = sum(1 / (i + 1) for i in range(64)) / 64
+    assert measure_sink(model, row_1T, sinks).tolist() == pytest.approx([even, 0], rel=1e-5)
     assert model.config._attn_implementation == "sdpa", "training goes on with its fast kernel"
 
 
 @pytest.mark.parametrize("kind", IN_SOFTMAX)
-def test_share_of_a_sink_in_the_softmax_is_that_of_the_sink_and_not_of_the_first_token(kind):
-    model, row = even_model(SinkConfig(kind)), torch.randint(0, 300, (64,))
+def test_a_sink_in_the_softmax_counts_and_not_the_first_token(kind):
+    model, row_1T = even_model(SinkConfig(kind)), torch.randint(0, 300, (1, 64))
     model.set_attn_implementation(CAUSAL)
     for layer in model.gpt_neox.layers:  # every key scores 6 · 0.5 / √8, over the dimensions that RoPE leaves alone
         queries, keys, _ = layer.attention.query_key_value.bias.data.view(4, 3, 8).unbind(1)
@@ -90,23 +91,23 @@ def test_share_of_a_sink_in_the_softmax_is_that_of_the_sink_and_not_of_the_first
             layer.attention.sink.data[..., :2] = {"logit": -0.3, "kv_bias": 0}[kind]
     key = 6 * 0.5 / math.sqrt(8)
     sink = {"zero": 0, "logit": -0.3, "kv_bias": 6 * -0.3 / math.sqrt(8)}[kind]
-    share = sum(1 / (1 + (i + 1) * math.exp(key - sink)) for i in range(1, 64)) / 63
-    assert sink_share(model, row, sinks=0).tolist() == pytest.approx([share, 0], rel=1e-5)
+    share = sum(1 / (1 + (i + 1) * math.exp(key - sink)) for i in range(64)) / 64
+    assert measure_sink(model, row_1T, sinks=0).tolist() == pytest.approx([share, 0], rel=1e-5)
     assert model.config._attn_implementation == CAUSAL
 
 
 def test_heads_whose_sink_takes_more_than_three_tenths_are_counted():
-    """Three of eight: a logit for each, by which the mean share of the sink is just above 0.3, or just below."""
-    model, row = even_model(SinkConfig("logit")), torch.randint(0, 300, (64,))
+    """Three of eight: a logit for each, by which the α of the sink is just above 0.3, or just below."""
+    model, row_1T = even_model(SinkConfig("logit")), torch.randint(0, 300, (1, 64))
     shares = torch.tensor([[0.31, 0.29, 0.9, 0.01], [0.29, 0.5, 0.1, 0.2]])
-    queries = torch.arange(1, 64)
+    queries = torch.arange(64)
 
     def share_of(logit: float) -> float:
         return (math.exp(logit) / (math.exp(logit) + queries + 1)).mean().item()
 
     for layer, wanted in zip(model.gpt_neox.layers, shares.tolist()):
         layer.attention.sink.data = torch.tensor([brentq(lambda x, w=w: share_of(x) - w, -20, 20) for w in wanted])
-    assert sink_share(model, row, sinks=0).tolist() == pytest.approx([shares.mean().item(), 3 / 8], rel=1e-4)
+    assert measure_sink(model, row_1T, sinks=0).tolist() == pytest.approx([shares.mean().item(), 3 / 8], rel=1e-4)
 
 
 def test_flops_of_pythia_160m():
@@ -139,6 +140,19 @@ def test_metrics_file_drops_what_a_resume_will_write_again(tmp_path):
     assert log.path.read_text().splitlines()[0] == ",".join(COLUMNS)
 
 
-def test_perplexity_of_a_hopeless_loss_is_infinite_and_no_error():
-    assert ppl(1.0) == pytest.approx(math.e)
-    assert ppl(1000.0) == math.inf
+def test_a_run_of_an_earlier_version_keeps_its_old_columns(tmp_path):
+    """Risk: a resume of it fails at a column that it does not know, or fills it with numbers of another definition."""
+    log = MetricsFile(tmp_path / "metrics.csv")
+    log.path.write_text("step,loss,sink_share,sink_heads\n5,0.5,0.1,0.25\n")
+    log.rewind(5)
+    log.log_metrics({"loss": 0.25, "sink_alpha": 0.3, "sink_metric": 0.5}, 10)
+    old, new = read_metrics(log.path.parent)
+    assert (old["loss"], old["sink_share"], old["sink_heads"], old["sink_alpha"], old["sink_metric"]) == (
+        *("0.5", "0.1", "0.25", "", ""),
+    )
+    assert (new["loss"], new["sink_share"], new["sink_heads"], new["sink_alpha"], new["sink_metric"]) == (
+        *("0.25", "", "", "0.3", "0.5"),
+    )
+    log.rewind(10)
+    assert log.path.read_text().splitlines()[0] == ",".join([*COLUMNS, "sink_share", "sink_heads"])
+    assert set(OF_SINKS) < set(COLUMNS)

@@ -60,8 +60,8 @@ def corpus(tmp_path):
 
 def arguments(tmp_path, output="out", *more):
     argv = ["--input", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--output", str(tmp_path / output)]
-    argv += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1", "--shard_tokens", "20000"]
-    return [*argv, "--validation_fraction", "0.1", "--test_fraction", "0.1", *more]
+    argv += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1", "--shard-tokens", "20000"]
+    return [*argv, "--validation-fraction", "0.1", "--test-fraction", "0.1", *more]
 
 
 def test_every_document_is_in_its_split_once_in_order_and_ended(tmp_path, corpus):
@@ -108,7 +108,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path, corpus, tr
     argv = arguments(tmp_path, "killed")
     if trained:
         at = argv.index("--tokenizer")
-        argv[at : at + 2] = ["--vocabulary_size", "400"]
+        argv[at : at + 2] = ["--vocabulary-size", "400"]
     whole = [word if word != str(tmp_path / "killed") else str(tmp_path / "whole") for word in argv]
     assert prepare.main(whole) == 0
     draw = np.random.default_rng(trained)
@@ -460,8 +460,8 @@ def test_a_sink_in_the_text_is_text(tmp_path):
 
 def test_held_out_files_are_held_out_whole(tmp_path, corpus):
     write_lines(tmp_path / "v.jsonl", make_texts(4, 100, seed=8))
-    argv = arguments(tmp_path, "out", "--validation_input", str(tmp_path / "v.jsonl"))
-    del argv[argv.index("--validation_fraction") : argv.index("--validation_fraction") + 2]
+    argv = arguments(tmp_path, "out", "--validation-input", str(tmp_path / "v.jsonl"))
+    del argv[argv.index("--validation-fraction") : argv.index("--validation-fraction") + 2]
     assert prepare.main(argv) == 0
     assert open_split(tmp_path / "out", "validation").documents == 4
     assert open_split(tmp_path / "out", "train").documents + open_split(tmp_path / "out", "test").documents == 301
@@ -472,7 +472,7 @@ def test_an_empty_validation_split_is_said_in_one_line(tmp_path, capsys):
     write_lines(tmp_path / "b.jsonl", make_texts(2, 300))
     write_tokenizer(tmp_path / "tokenizer.json")
     argv = arguments(tmp_path)
-    argv[argv.index("--validation_fraction") + 1] = argv[argv.index("--test_fraction") + 1] = "0.001"
+    argv[argv.index("--validation-fraction") + 1] = argv[argv.index("--test-fraction") + 1] = "0.001"
     assert prepare.main(argv) == 0
     assert "the validation split got no document; raise validation_fraction" in capsys.readouterr().err
 
@@ -484,15 +484,15 @@ def test_a_split_shorter_than_a_usual_row_is_said(tmp_path, split, capsys):
     for name, size in sizes.items():
         write_lines(tmp_path / f"{name}.jsonl", make_texts(1, size))
     write_tokenizer(tmp_path / "tokenizer.json")
-    argv = ["--input", str(tmp_path / "train.jsonl"), "--validation_input", str(tmp_path / "validation.jsonl")]
-    argv += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--test_fraction", "0", "--output", str(tmp_path / "out")]
+    argv = ["--input", str(tmp_path / "train.jsonl"), "--validation-input", str(tmp_path / "validation.jsonl")]
+    argv += ["--tokenizer", str(tmp_path / "tokenizer.json"), "--test-fraction", "0", "--output", str(tmp_path / "out")]
     assert prepare.main(argv) == 0
     assert open_split(tmp_path / "out", split).tokens <= 2048
     (line,) = capsys.readouterr().err.splitlines()
     remedy = {"train": "give more text", "validation": "give more validation_input"}[split]
     assert re.match(rf"sink-prepare: the {split} split has \d+ .* less than one row of .* = 2,048; {remedy}, or", line)
     if split == "validation":  # what is advised must be possible
-        argv[argv.index("--validation_input") : argv.index("--validation_input") + 2] = ["--validation_fraction", "0.5"]
+        argv[argv.index("--validation-input") : argv.index("--validation-input") + 2] = ["--validation-fraction", "0.5"]
         argv[argv.index("--input") + 1] = str(tmp_path / "short.jsonl")
         write_lines(tmp_path / "short.jsonl", make_texts(8, 300))
         assert prepare.main([*argv, "--output", str(tmp_path / "shared")]) == 0
@@ -530,34 +530,34 @@ def test_the_tokenizer_of_a_model_encodes_text_alone(tmp_path, corpus):
 WRONG = {
     "no input": ([], "give either --input FILE… or --dataset NAME"),
     "no tokenizer": (["--input", "a.txt"], "give either --tokenizer"),
-    "both": (["--input", "a.txt", "--dataset", "kjv", "--vocabulary_size", "400"], "give either --input"),
-    "tiny vocabulary": (["--input", "a.txt", "--vocabulary_size", "100"], "at least 258"),
-    "fraction": (["--input", "a.txt", "--vocabulary_size", "400", "--test_fraction", "1.5"], "test_fraction is 1.5"),
+    "both": (["--input", "a.txt", "--dataset", "kjv", "--vocabulary-size", "400"], "give either --input"),
+    "tiny vocabulary": (["--input", "a.txt", "--vocabulary-size", "100"], "at least 258"),
+    "fraction": (["--input", "a.txt", "--vocabulary-size", "400", "--test-fraction", "1.5"], "test_fraction is 1.5"),
     "nothing left": (
-        ["--input", "a.txt", "--vocabulary_size", "400", "--test_fraction", "0.5", "--validation_fraction", "0.5"],
+        ["--input", "a.txt", "--vocabulary-size", "400", "--test-fraction", "0.5", "--validation-fraction", "0.5"],
         "leave nothing to train on",
     ),
     "two validations": (
-        ["--input", "a.txt", "--vocabulary_size", "400", "--validation_fraction", "0.1", "--validation_input", "v.txt"],
+        ["--input", "a.txt", "--vocabulary-size", "400", "--validation-fraction", "0.1", "--validation-input", "v.txt"],
         "give one of validation_fraction, validation_input",
     ),
-    "workers": (["--input", "a.txt", "--vocabulary_size", "400", "--workers", "0"], "workers is 0"),
-    "wrong type": (["--input", "a.txt", "--vocabulary_size", "many"], "vocabulary_size"),
+    "workers": (["--input", "a.txt", "--vocabulary-size", "400", "--workers", "0"], "workers is 0"),
+    "wrong type": (["--input", "a.txt", "--vocabulary-size", "many"], "vocabulary_size"),
     "unknown": (["--imput", "a.txt"], "did you mean '--input'?"),
-    "missing file": (["--input", "nowhere.txt", "--vocabulary_size", "400"], "nowhere.txt does not exist"),
-    "same text": (["--input", "a.txt", "--test_input", "a.txt", "--vocabulary_size", "400"], "is given as input and"),
-    "an unset variable": (["--input", "", "--vocabulary_size", "400"], "input is empty; give a name"),
-    "one of two unset": (["--input", "a.txt", "", "--vocabulary_size", "400"], "input is empty; give a name"),
-    "nothing given": (["--input", "--vocabulary_size", "400"], "input is empty; give a name"),
-    "nothing after =": (["--input=", "--vocabulary_size", "400"], "input is empty; give a name"),
+    "missing file": (["--input", "nowhere.txt", "--vocabulary-size", "400"], "nowhere.txt does not exist"),
+    "same text": (["--input", "a.txt", "--test-input", "a.txt", "--vocabulary-size", "400"], "is given as input and"),
+    "an unset variable": (["--input", "", "--vocabulary-size", "400"], "input is empty; give a name"),
+    "one of two unset": (["--input", "a.txt", "", "--vocabulary-size", "400"], "input is empty; give a name"),
+    "nothing given": (["--input", "--vocabulary-size", "400"], "input is empty; give a name"),
+    "nothing after =": (["--input=", "--vocabulary-size", "400"], "input is empty; give a name"),
     "no validation name": (
-        ["--input", "a.txt", "--validation_input", "", "--vocabulary_size", "400"],
-        "validation_input is empty; give a name, or leave --validation_input out",
+        ["--input", "a.txt", "--validation-input", "", "--vocabulary-size", "400"],
+        "validation_input is empty; give a name, or leave --validation-input out",
     ),
-    "no test name": (["--input", "a.txt", "--test_input=", "--vocabulary_size", "400"], "test_input is empty"),
-    "no data set": (["--dataset", "", "--vocabulary_size", "400"], "dataset is empty"),
+    "no test name": (["--input", "a.txt", "--test-input=", "--vocabulary-size", "400"], "test_input is empty"),
+    "no data set": (["--dataset", "", "--vocabulary-size", "400"], "dataset is empty"),
     "no tokenizer name": (["--input", "a.txt", "--tokenizer", ""], "tokenizer is empty"),
-    "index": (["--input", "a.idx", "--vocabulary_size", "400"], "give the --tokenizer that they were made with"),
+    "index": (["--input", "a.idx", "--vocabulary-size", "400"], "give the --tokenizer that they were made with"),
 }
 
 
@@ -623,7 +623,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, kind):
         else:
             source = write_lines(tmp_path / f"{size}.jsonl", [part[i : i + 5000] for i in range(0, 10**6, 5000)] * size)
         argv = ["--input", str(source), "--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1"]
-        argv += ["--output", str(tmp_path / f"out{size}"), "--validation_fraction", "0", "--test_fraction", "0"]
+        argv += ["--output", str(tmp_path / f"out{size}"), "--validation-fraction", "0", "--test-fraction", "0"]
         run = subprocess.run([sys.executable, str(script), *argv], capture_output=True, text=True, check=True)
         peaks.append([int(kilobytes) / 1024 for kilobytes in run.stdout.splitlines()[-1].split()])
     (parent, worker), (parent_5, worker_5) = peaks

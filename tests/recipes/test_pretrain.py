@@ -46,7 +46,7 @@ def test_the_run_learns_and_logs_what_it_did(undisturbed):
     for row in trained:
         assert float(row["ppl"]) == pytest.approx(math.exp(float(row["loss"])))
         assert int(row["tokens"]) == int(row["step"]) * 512
-        assert 0 < float(row["sink_share"]) < 1
+        assert 0 < float(row["sink_alpha"]) < 1
         assert float(row["grad_norm"]) > 0
         assert float(row["tokens_per_second"]) > 0
         assert 0 < float(row["mfu"]) < 1

@@ -53,15 +53,15 @@ def test_rows_hold_text_alone_and_losses_are_over_the_same_targets(runs):
 
 
 @pytest.mark.parametrize("kind", IN_SOFTMAX)
-def test_the_share_of_the_sink_is_logged(runs, kind):
+def test_the_sink_metric_is_logged(runs, kind):
     """At the start all scores are about zero: an even spread over the sink and the tokens so far."""
     first, *_ = (row for row in read_metrics(runs[kind]) if row["loss"])
-    even = sum(1 / (i + 2) for i in range(1, 64)) / 63
-    assert float(first["sink_share"]) == pytest.approx(even, rel=0.2)
+    even = sum(1 / (i + 2) for i in range(64)) / 64
+    assert float(first["sink_alpha"]) == pytest.approx(even, rel=0.2)
     for row in read_metrics(runs[kind]):
         if row["loss"]:
-            assert 0 < float(row["sink_share"]) < 1
-            assert (8 * float(row["sink_heads"])).is_integer()  # of two layers with four heads
+            assert 0 < float(row["sink_alpha"]) < 1
+            assert (8 * float(row["sink_metric"])).is_integer()  # of two layers with four heads
 
 
 @pytest.mark.parametrize("kind", IN_SOFTMAX)

@@ -139,7 +139,7 @@ def test_a_result_that_cannot_be_written_is_still_shown(place):
     """The other way round: no room for the file, a table on the screen."""
     from argparse import Namespace
 
-    from eval.measures.command import give_result
+    from eval.commands.output import give_result
 
     shown = []
     options = Namespace(json=place / "text.txt" / "x.json", command_line="")

@@ -78,7 +78,7 @@ def test_a_token_that_no_header_can_hold_is_one_line_without_it(tmp_path, monkey
     out = str(tmp_path / "out")
     for words in (
         ["--input", str(tmp_path / "a.txt"), "--tokenizer", "org/name"],
-        ["--dataset", "org/name", "--vocabulary_size=300"],
+        ["--dataset", "org/name", "--vocabulary-size=300"],
     ):
         assert prepare([*words, "--output", out]) == 2
         err = capsys.readouterr().err

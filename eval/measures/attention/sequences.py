@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-
-if TYPE_CHECKING:
-    from sinkmodel.loading import LoadedModel
+from sinkmodel.files import sha256_of
+from sinkmodel.loading import LoadedModel, encode
+from sinkmodel.text import read_documents
 
 Item = TypeVar("Item")
 
@@ -30,9 +30,6 @@ def read_sequences(
     Each sequence begins with the model's sinks. Raises UserError if no document has `length` tokens. If there are fewer
     than `count` sequences, this is reported.
     """
-    from sinkmodel.files import sha256_of
-    from sinkmodel.loading import encode
-    from sinkmodel.text import read_documents
 
     def long_enough(file: Path) -> Iterator[tuple[Path, str]]:
         return ((file, text) for text in read_documents(file) if len(encode(loaded, text, length)) == length)

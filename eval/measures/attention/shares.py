@@ -1,8 +1,6 @@
 """Where attention goes, in numbers: statistics of each layer's attention maps, summed over sequences.
 
-`alpha` is the sink metric of Gu et al. (arXiv 2410.10781, section 3.2): the mean attention that key k gets from the
-queries at k and after it. A head has a sink at k if α_k > ε. The share of such (sequence, layer, head) is their
-Sink_k^ε.
+α and the sink metric are those of `sinkmodel.sink_metric`: a head has a sink at key k if α_k > ε.
 
 A target is a place that may be a sink. `sink` is the model's own sink: tokens in front of the text, or a column of the
 softmax. `first` is the first text token. Shares are means over the queries after the first text token, since each of
@@ -21,18 +19,13 @@ import torch
 from torch import Tensor
 
 from sinkmodel.maps import Seen
+from sinkmodel.sink_metric import alpha, sink_alpha
 
 MEASURED = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
 PEAK = ("largest", "largest_place", "largest_dimension", "median", "times_median", "massive")
 PLACES = 10  # first positions for which the metric is reported one by one, as Gu et al.'s own code prints it
 MAP = 16  # positions of an averaged map, as in StreamingLLM's Figures 2 and 7
 MASSIVE = 100.0, 1000.0  # Sun et al. (arXiv 2402.17762): above this value, and above this many times the median
-
-
-def alpha(weights_BHTT: Tensor) -> Tensor:
-    """α_k [B, H, T]: the mean over queries i ≥ k of A[i, k], including the query at k."""
-    T = weights_BHTT.shape[-1]
-    return weights_BHTT.sum(-2) / torch.arange(T, 0, -1, device=weights_BHTT.device)
 
 
 def shares(weights_BHTT: Tensor, sink_BHT: Tensor | None, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,15 +48,13 @@ def layer_sums(seen: Seen, sinks: int, epsilon: float) -> dict[str, Tensor]:
 
     The entries: sink_alpha, first_alpha [H]; sink_heads, first_heads [H], the number of sequences with α > ε;
     sink_share, first_share, rest_share [H]; heads_by_place [H, T]; key_norm, value_norm [T], means over G; score,
-    weight [H, P, P]; and for a sink in the softmax sink_score, sink_weight [H, P]. With several sink tokens, the
-    largest α counts.
+    weight [H, P, P]; and for a sink in the softmax sink_score, sink_weight [H, P].
     """
     alpha_BHT = alpha(seen.weights_BHTT)
     targets = {"first": alpha_BHT[..., sinks]}
-    if seen.sink_BHT is not None:
-        targets["sink"] = seen.sink_BHT.mean(-1)
-    elif sinks:
-        targets["sink"] = alpha_BHT[..., :sinks].amax(-1)
+    own_BH = sink_alpha(seen, alpha_BHT, sinks)
+    if own_BH is not None:
+        targets["sink"] = own_BH
     sums = {}
     for name, alpha_BH in targets.items():
         sums[f"{name}_alpha"] = alpha_BH.sum(0)
@@ -171,13 +162,3 @@ def layer_row(layer: int, mean: dict[str, Tensor], sinks: int, own_key: float | 
 def _mean(values: list[Any]) -> float | None:
     """The mean, or None if any value is None."""
     return None if None in values else sum(values) / len(values)
-
-
-def born(shares_by_step: Sequence[tuple[int, float]], threshold: float) -> int | None:
-    """The first step from which every share is above the threshold; None if the last share is not."""
-    step = None
-    for at, share in reversed(shares_by_step):
-        if not share > threshold:
-            break
-        step = at
-    return step

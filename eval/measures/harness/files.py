@@ -16,6 +16,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from sinkmodel.errors import UserError
 from sinkmodel.text.json_lines import Row
 
@@ -42,8 +44,6 @@ def in_memory(rows: list[Row]) -> dict[str, Any]:
     """The part of a task's config that makes these rows its questions, without a copy on disk."""
 
     def dataset(**_: Any) -> dict[str, Any]:
-        from datasets import Dataset
-
         return {"test": Dataset.from_list(rows)}
 
     return {"custom_dataset": dataset, "test_split": "test"}

@@ -1,4 +1,4 @@
-"""Tasks by name: lm-eval's own, which include the paper's seven, or one for each .jsonl file of a folder.
+"""Loads tasks by name: lm-eval's own, which include the paper's seven, or one for each .jsonl file of a folder.
 
 FOLDER/NAME.jsonl is the task NAME. If NAME is one of the paper's seven, the file holds unchanged rows of that task's
 data set, and lm-eval's task is used with its prompts and metrics. Any other file is read by `files`. A name without a
@@ -12,68 +12,18 @@ import difflib
 import io
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
+from lm_eval.api.task import ConfigurableTask
+
 from eval.measures.harness.files import in_memory, task_config
+from eval.measures.harness.paper import PAPER
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.secrets import hub_token
 from sinkmodel.text.json_lines import Row, read_json_lines
-from sinkmodel.text.search import find_json_lines, name_without_suffixes
-
-
-@dataclass(frozen=True)
-class PaperTask:
-    """A task of StreamingLLM's Table 4: zero-shot accuracy of its 160M models, trained with 0, 1 and 2 sink tokens."""
-
-    folder: str  # its folder in lm-eval
-    keys: str  # the keys of a row of its data set
-    questions: int  # the size of the split that lm-eval uses
-    accuracy: tuple[float, float, float]
-
-
-# The paper names neither lm-eval's version nor the metric; its numbers are near EleutherAI's "acc" for Pythia-160M.
-PAPER = {
-    "arc_challenge": PaperTask("arc", "question choices answerKey", 1172, (0.186, 0.196, 0.187)),
-    "arc_easy": PaperTask("arc", "question choices answerKey", 2376, (0.452, 0.456, 0.456)),
-    "hellaswag": PaperTask("hellaswag", "activity_label ctx_a ctx_b endings label", 10042, (0.294, 0.298, 0.296)),
-    "lambada_openai": PaperTask("lambada", "text", 5153, (0.396, 0.399, 0.375)),
-    "openbookqa": PaperTask("openbookqa", "question_stem choices answerKey", 500, (0.160, 0.166, 0.158)),
-    "piqa": PaperTask("piqa", "goal sol1 sol2 label", 1838, (0.622, 0.626, 0.643)),
-    "winogrande": PaperTask("winogrande", "sentence option1 option2 answer", 1267, (0.501, 0.508, 0.504)),
-}
-
-
-def paper_accuracy(task: str, metric: str, questions: int, sinks: int) -> float | None:
-    """The paper's accuracy for `sinks` sink tokens; None if it has none for this metric and number of questions."""
-    known = PAPER.get(task)
-    if known is None or metric != "acc" or questions != known.questions or sinks >= len(known.accuracy):
-        return None
-    return known.accuracy[sinks]
-
-
-def choose(tasks: list[str] | None, folder: Path | None) -> tuple[list[str], dict[str, Path]]:
-    """The names of the tasks in order, with "paper" expanded, and the files of those that have one."""
-    files: dict[str, Path] = {}
-    if folder is not None:
-        if not folder.is_dir():
-            raise UserError(f"--data {folder} is not a folder; give one with a file NAME.jsonl for each task")
-        there = find_json_lines(folder)
-        files = {name_without_suffixes(path): path for path in there.files}
-        if there.left_out:
-            say(f"{folder}: left out because they are not JSON lines: {there.summary()}")
-        if not files:
-            raise UserError(f"--data {folder} has no .jsonl file in it; put a file NAME.jsonl there for each task")
-    elif tasks is None:
-        raise UserError(
-            "no task is named; give --tasks, such as --tasks paper, or --data with a folder of .jsonl files"
-        )
-    if tasks is None:
-        return list(files), files
-    names = list(dict.fromkeys(name for task in tasks for name in (PAPER if task == "paper" else [task])))
-    return names, {name: files[name] for name in names if name in files}
 
 
 def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
@@ -86,8 +36,6 @@ def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
         if not of_task:
             raise UserError(f"{files[name]} has no rows; give at least one, or remove the file from the folder")
     ours = {name: task_config(path, rows[name]) for name, path in files.items() if name not in PAPER}
-    from lm_eval.api.task import ConfigurableTask
-
     manager = _manager([name for name in names if name not in ours])
     tasks: dict[str, Any] = {}
     for name in names:
@@ -110,8 +58,6 @@ def load_tasks(names: list[str], files: dict[str, Path]) -> dict[str, Any]:
 
 def _manager(names: list[str]) -> Any:
     """lm-eval's index of tasks: only the paper's folders if these are enough, else all 14,000 (half a minute)."""
-    import lm_eval.tasks
-
     root = Path(lm_eval.tasks.__file__).parent
     if all(name in PAPER for name in names):
         folders = [str(root / folder) for folder in sorted({PAPER[name].folder for name in names})]

@@ -1,4 +1,4 @@
-"""`sink-eval zeroshot`: tasks of lm-eval, with the model's sink tokens in front of every window exactly once.
+"""Tasks of lm-eval, with the model's sink tokens in front of every window exactly once (`sink-eval zeroshot`).
 
 If the model has sink tokens, every task is run twice: with lm-eval's own HFLM ("stock"), and with the adapter, which
 puts the sinks in front (`harness.adapter` explains the difference). If it has none, the adapter would change nothing,
@@ -12,67 +12,48 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from eval.measures.command import (
-    MODEL_HELP,
-    add_common_arguments,
-    check_output,
-    give_result,
-    load,
-    new_table,
-    number,
-    show,
-)
-from eval.measures.harness.tasks import PAPER, choose, load_tasks, paper_accuracy, quiet
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from transformers import set_seed
+
+from eval.measures.harness.adapter import SinkLM
+from eval.measures.harness.paper import paper_accuracy
+from eval.measures.harness.tasks import load_tasks, quiet
+from eval.measures.loading import load
+from eval.measures.verdict.paper import PYTHIA_160M, model_of
+from eval.measures.verdict.training import shape_of
 from sinkmodel.errors import UserError, not_finite
-from sinkmodel.parser import name_of, path_of, positive
+from sinkmodel.files import sha256_of
+from sinkmodel.loading import LoadedModel
 from sinkmodel.progress import Progress
+from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
-if TYPE_CHECKING:
-    from sinkmodel.loading import LoadedModel
-
-DESCRIPTION = "Zero-shot tasks of lm-eval, with exactly one set of sinks in front, compared to stock lm-eval."
-EXAMPLE = "sink-eval zeroshot --model models/sink --tasks paper"
 RESAMPLES = 1000  # of a bootstrap; lm-eval's 100,000 take minutes and change only the third digit
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (metric, filter) -> value, standard error
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        metavar="TASK",
-        help=f"names of lm-eval's tasks or groups, or of files in --data; paper: {', '.join(PAPER)} (default: all "
-        "files in --data)",
-    )
-    parser.add_argument(
-        "--data",
-        type=path_of,
-        metavar="FOLDER",
-        help="folder in which NAME.jsonl is the task NAME: unchanged rows of a paper's task of that name, or rows with "
-        "question, choices, answer; or context, continuation; or text",
-    )
-    parser.add_argument(
-        "--limit", type=positive, metavar="N", help="use the first N questions of each task (default: all)"
-    )
-    parser.add_argument(
-        "--batch-size", type=positive, default=4, metavar="N", help="windows in one forward; changes only the speed"
-    )
-    add_common_arguments(parser)
+def run(
+    options: argparse.Namespace,
+    names: list[str],
+    files: dict[str, Path],
+    give: Callable[[dict[str, Any], str], None],
+) -> None:
+    """Pass the result and the model's sink in words to `give`, also if a later task fails, or after Ctrl-C.
 
-
-def run(options: argparse.Namespace) -> None:
-    check_output("--json", options.json)
-    names, files = choose(options.tasks, options.data)
-    import lm_eval  # noqa: F401  fails before anything is read if lm-eval is not installed
-
+    Args:
+        options: those of `eval.commands.zeroshot`.
+        names: names of the tasks, in order.
+        files: the files of the tasks that have one.
+        give: called once, unless no task was finished.
+    """
     tasks = load_tasks(names, files)
     loaded = load(options)
     models = language_models(loaded, options.batch_size)
@@ -86,18 +67,13 @@ def run(options: argparse.Namespace) -> None:
             for way, lm in models.items():
                 scores[way], questions = answer(lm, name, task, options.limit, f"{i}/{len(tasks)} {name}, {way}")
             rows += rows_of(loaded, name, questions, scores)
-    finally:  # keep the finished tasks if a later one fails, or after Ctrl-C
+    finally:
         if rows:
-            content = result(loaded, options, files, rows)
-            give_result(options, content, lambda: print_table(loaded, options, rows))
+            give(result(loaded, options, files, rows), _sink_in_words(loaded))
 
 
 def language_models(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:
     """lm-eval's wrappers of the model: "stock", and also "adapter" if the model has sink tokens."""
-    from lm_eval.models.huggingface import HFLM
-
-    from eval.measures.harness.adapter import SinkLM
-
     if loaded.tokenizer.bos_token_id is None and loaded.tokenizer.eos_token_id is None:
         raise UserError(
             f"{loaded.name}: its tokenizer has neither a bos nor an eos token, and lm-eval needs one to score the "
@@ -112,8 +88,6 @@ def language_models(loaded: LoadedModel, batch_size: int) -> dict[str, Any]:
 
 def check_room(name: str, task: Any, lm: Any, sinks: int) -> None:
     """Raise UserError if the tokens that a task generates leave no positions for its prompt."""
-    from lm_eval.models.utils import normalize_gen_kwargs
-
     if task.OUTPUT_TYPE != "generate_until":
         return
     tokens = normalize_gen_kwargs(task.config.generation_kwargs, lm.max_gen_toks)["max_gen_toks"]
@@ -153,9 +127,6 @@ def check_requests(name: str, task: Any, lm: Any, limit: int | None) -> None:
 
 def answer(lm: Any, name: str, task: Any, limit: int | None, label: str) -> tuple[Scores, int]:
     """Run a task zero-shot with `lm`; returns its scores and its number of questions."""
-    from lm_eval.evaluator import evaluate
-    from transformers import set_seed
-
     set_seed(0)  # for a task that samples
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's bootstrap: forking a process that runs torch may hang
     try:
@@ -201,10 +172,6 @@ def watched(model: Any, task: Any, label: str) -> Iterator[None]:
 
 def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Scores]) -> list[dict[str, Any]]:
     """One result row per metric of a task."""
-    from eval.measures.verdict.paper import PYTHIA_160M, model_of
-    from eval.measures.verdict.training import shape_of
-    from sinkmodel.sinks import IN_SOFTMAX, kind_of
-
     config = loaded.model.config
     as_in_paper = model_of(shape_of(config)) == PYTHIA_160M and kind_of(config) not in IN_SOFTMAX
     rows = []
@@ -226,35 +193,9 @@ def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Sc
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------ what is shown
-
-
-def print_table(loaded: LoadedModel, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    count = len(loaded.sink_ids)
-    in_front = " ".join(loaded.borrowed) or f"{count} sink token{'s' * (count > 1)}"
-    sinks = f"{in_front} in front" if count else "no sink token: adapter = stock"
-    table = new_table(
-        f"{options.model}, {options.dtype}, {sinks}",
-        "±: standard error over questions; paper: StreamingLLM's Table 4, 160M model with as many sink tokens",
-        ["task", "metric"],
-        ["questions", "stock", "±", "adapter", "±", "paper"],
-    )
-    for row in rows:
-        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
-        keys = ("stock", "stock_stderr", "adapter", "adapter_stderr")
-        numbers = [
-            *(number(row[key], ".4g" if row[key] and row[key] >= 1 else ".4f") for key in keys),
-            number(row["paper"], ".3f"),
-        ]
-        table.add_row(row["task"], metric, f"{row['questions']:,}", *numbers)
-    show(table)
-
-
 def result(
     loaded: LoadedModel, options: argparse.Namespace, files: dict[str, Path], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    from sinkmodel.files import sha256_of
-
     return {
         "command": "zeroshot",
         "model": options.model,
@@ -267,3 +208,9 @@ def result(
         "files": [{"task": name, "file": str(path), "sha256": sha256_of(path)} for name, path in files.items()],
         "rows": rows,
     }
+
+
+def _sink_in_words(loaded: LoadedModel) -> str:
+    count = len(loaded.sink_ids)
+    in_front = " ".join(loaded.borrowed) or f"{count} sink token{'s' * (count > 1)}"
+    return f"{in_front} in front" if count else "no sink token: adapter = stock"

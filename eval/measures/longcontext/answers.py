@@ -12,20 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from eval.measures.streams.answers import rank_of_first
 from sinkmodel.errors import not_finite
+from sinkmodel.loading import LoadedModel
 from sinkmodel.scoring import nll_of
 from sinkmodel.tasks.generation import NextToken
 from sinkmodel.tasks.samples import Metric
 from sinkmodel.tasks.tokens import Asked, Reading
-
-if TYPE_CHECKING:
-    from sinkmodel.loading import LoadedModel
 
 Place = Literal["inside", "outside"]  # whether the question is in the compressed prompt
 PLACES: tuple[Place, ...] = ("outside", "inside")

@@ -19,18 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eval.measures.longcontext.metrics import METRICS, of_first_line
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.files import sha256_of
+from sinkmodel.loading import LoadedModel
 from sinkmodel.tasks.cells import Cell, OnSample
 from sinkmodel.tasks.samples import Metric, Question, Sample, Setting
 from sinkmodel.tasks.tokens import in_tokens_cut
 from sinkmodel.text.json_lines import Row, read_json_lines
-
-if TYPE_CHECKING:
-    from sinkmodel.loading import LoadedModel
 
 STORY = "using a single phrase if possible. Do not provide any explanation.\n\n"
 ONLY = "Only give me the answer and do not output any other words."
@@ -175,8 +174,6 @@ def read_longbench(files: Sequence[Path], limit: int) -> tuple[dict[str, list[Ro
 
     Raises UserError that names the line of a row that is not in LongBench's format.
     """
-    from sinkmodel.files import sha256_of
-
     rows: dict[str, list[Row]] = {}
     taken = []
     for file in files:

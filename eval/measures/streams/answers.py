@@ -10,22 +10,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.measures.statistics import block_stderr, by_position, mean
+from eval.measures.streams.lines import Query
 from eval.measures.streams.questions import BETWEEN, Asked
+from eval.policies.policy import Policy, Stream
 from sinkmodel.errors import UserError
-from sinkmodel.loading import encode
+from sinkmodel.loading import LoadedModel, encode
 from sinkmodel.progress import CountedProgress
 from sinkmodel.scoring import nll_of
-
-if TYPE_CHECKING:
-    from eval.measures.streams.lines import Query
-    from eval.policies.policy import Policy, Stream
-    from sinkmodel.loading import LoadedModel
 
 BINS = 20  # along a stream
 

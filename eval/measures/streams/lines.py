@@ -23,12 +23,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sinkmodel.errors import UserError
-
-if TYPE_CHECKING:
-    from sinkmodel.loading import LoadedModel
+from sinkmodel.loading import LoadedModel
 
 HEADER = "Below is a record of lines I want you to remember.\n"
 NUMBERS = range(10_000, 100_000, 7)  # contents are drawn from these: enough for a sample, and quick to tokenize

@@ -12,13 +12,11 @@ import random
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sinkmodel.errors import UserError
+from sinkmodel.loading import LoadedModel, encode
 from sinkmodel.text.json_lines import Row, read_json_lines
-
-if TYPE_CHECKING:
-    from sinkmodel.loading import LoadedModel
 
 NAMES = "Anna Ben Clara David Emma Frank Grace Henry Julia Kate Leo Mary Nick Peter Rose Sam Tom Will"
 COLOURS = "red blue green yellow black white brown pink grey purple orange golden"
@@ -110,8 +108,6 @@ def _a(word: str) -> str:
 
 def in_tokens(loaded: LoadedModel, question: Question) -> Asked:
     """The question as lm-eval writes ARC: `Question: …`, `Answer:`, and the tokens that each choice adds to these."""
-    from sinkmodel.loading import encode
-
     text = f"Question: {question.text}\nAnswer:"
     prompt = encode(loaded, text)
     choices = [encode(loaded, f"{text} {choice}")[len(prompt) :] for choice in question.choices]

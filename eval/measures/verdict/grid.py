@@ -1,4 +1,4 @@
-"""`sink-eval grid`: models × S+W × budgets, with seeds as an axis: StreamingLLM's Tables 2, 3 and 6 in one run.
+"""Perplexities of models × S+W × budgets (`sink-eval grid`): StreamingLLM's Tables 2, 3 and 6 in one run.
 
 A model is a group of twin runs that differ only in their seeds. Each number is the mean over the runs, with Student's t
 interval over them; it holds for other runs on these texts, not for other texts. All numbers of a grid are means over
@@ -11,78 +11,28 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from eval.measures.command import (
-    MODEL_HELP,
-    add_common_arguments,
-    check_output,
-    give_result,
-    load,
-    new_table,
-    number,
-    show,
-)
-from eval.measures.texts import (
-    add_text_argument,
-    check_files,
-    check_positions,
-    check_same_tokens,
-    fed,
-    read_texts,
-    repeated,
-)
-from eval.policies.choice import check
+import torch
+from scipy import stats
+
+from eval.measures.loading import load
+from eval.measures.statistics import block_stderr, mean
+from eval.measures.texts import check_positions, check_same_tokens, fed, read_texts
+from eval.measures.verdict.paired import Documents, Side, after, losses, streaming
+from eval.measures.verdict.paper import of_paper
+from eval.measures.verdict.training import Provenance, in_training, not_seeds, training_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
-from sinkmodel.parser import name_of, positive, whole
+from sinkmodel.loading import LoadedModel
+from sinkmodel.perplexity import perplexity
+from sinkmodel.sinks import kind_of
 
-if TYPE_CHECKING:
-    from eval.measures.verdict.paired import Documents
-    from eval.measures.verdict.training import Provenance
-    from sinkmodel.loading import LoadedModel
-
-DESCRIPTION = "Perplexity after overflow of models × S+W × budgets, with mean and interval over twin runs."
-EXAMPLE = (
-    "sink-eval grid --models none=runs/none-1,runs/none-2 token=runs/token-1,runs/token-2 --sinks 0 1 4 "
-    "--budgets 64 256 --text books-test.jsonl"
-)
 LEVEL = 0.95
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models",
-        required=True,
-        nargs="+",
-        type=_group,
-        metavar="NAME=RUN,RUN…",
-        help=f"a name and its twin runs, trained with different seeds; or one run without a name: {MODEL_HELP}",
-    )
-    parser.add_argument(
-        "--sinks", type=whole, nargs="+", default=[0, 1, 2, 4], metavar="S", help="first keys that are never evicted"
-    )
-    parser.add_argument(
-        "--budgets",
-        type=positive,
-        nargs="+",
-        default=[64, 128, 256],
-        metavar="C",
-        help="keys a query sees, including the sinks (default: 64 128 256)",
-    )
-    add_text_argument(parser, "--texts")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="text tokens of each document (default: all)")
-    parser.add_argument(
-        "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes only the speed"
-    )
-    add_common_arguments(parser)
-
-
-def run(options: argparse.Namespace) -> None:
-    sinks, budgets = list(dict.fromkeys(options.sinks)), sorted(set(options.budgets))
-    _check(options, sinks, budgets)
-    from eval.measures.verdict.training import in_training, not_seeds
-
+def run(options: argparse.Namespace, sinks: list[int], budgets: list[int]) -> dict[str, Any]:
+    """The result. `options` are those of `eval.commands.grid`; `budgets` are in increasing order."""
     kinds, texts, documents, provenances = _look(options, sinks, budgets)
     warnings = [
         *(warning for _, runs in options.models for warning in not_seeds({one: provenances[one] for one in runs})),
@@ -96,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
         for name, of_model in scored.items()
         for policy, runs in of_model.items()
     ]
-    content = {
+    return {
         "command": "grid",
         "models": dict(options.models),
         "budgets": budgets,
@@ -108,33 +58,6 @@ def run(options: argparse.Namespace) -> None:
         "warnings": warnings,
         "rows": rows,
     }
-    give_result(options, content, lambda: print_table(content))
-
-
-def _group(text: str) -> tuple[str, list[str]]:
-    """Parse a value of --models: `name=run,run`, or one run, which is its own name."""
-    name, equals, listed = text.partition("=")
-    runs = [name_of(run) for run in (listed.split(",") if equals else [text])]
-    if not name or not all(runs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RUN,RUN…")
-    if repeated(runs):
-        raise argparse.ArgumentTypeError(f"{text!r} has a run twice, which is not another seed")
-    return name, runs
-
-
-# ---------------------------------------------------------------------------------------------------- what is checked
-
-
-def _check(options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]) -> None:
-    check(sinks, budgets[0], "--budgets")
-    if twice := repeated([name for name, _ in options.models]):
-        raise UserError(f"--models has {twice} twice; give all its runs at once, as {twice}=RUN,RUN")
-    if options.tokens is not None and options.tokens <= budgets[-1] + 1:
-        raise UserError(
-            f"--tokens {options.tokens} does not overflow --budgets {budgets[-1]}; raise one or lower the other"
-        )
-    check_files(options.text)
-    check_output("--json", options.json)
 
 
 def _look(
@@ -146,9 +69,6 @@ def _look(
     each run. Raises UserError if runs of one model have different sinks, if models have different tokenizers, or if a
     model has too few positions.
     """
-    from eval.measures.verdict.paired import streaming
-    from eval.measures.verdict.training import training_of
-
     first: LoadedModel | None = None
     kinds: dict[str, str] = {}
     texts: list[dict[str, Any]] = []
@@ -177,8 +97,6 @@ def _look(
 
 def _kind(loaded: LoadedModel) -> str:
     """The kind of sink, named as in `paper`; `none` for a vanilla or third-party model."""
-    from sinkmodel.sinks import kind_of
-
     kind = kind_of(loaded.model.config)
     return f"token ×{len(loaded.sink_ids)}" if kind == "token" else kind
 
@@ -195,11 +113,6 @@ def _score(
     options: argparse.Namespace,
 ) -> dict[Any, list[dict[str, Any]]]:
     """For each policy, the mean loss of each run. Only one model is in memory at a time."""
-    import torch
-
-    from eval.measures.statistics import block_stderr, mean
-    from eval.measures.verdict.paired import Side, after, losses, streaming
-
     policies = [streaming(count, budget) for budget in budgets for count in sinks]
     by_policy: dict[Any, list[dict[str, Any]]] = {policy: [] for policy in policies}
     for place, one in enumerate(runs, 1):
@@ -226,9 +139,6 @@ def _row(
     documents: Documents,
     overflow: int,
 ) -> dict[str, Any]:
-    from eval.measures.perplexity import perplexity
-    from eval.measures.verdict.paper import of_paper
-
     nll, low, high = over_runs([one["nll"] for one in runs])
     return {
         "model": name,
@@ -249,46 +159,9 @@ def _row(
 
 def over_runs(values: Sequence[float], level: float = LEVEL) -> tuple[float, float | None, float | None]:
     """The mean over runs, and the ends of Student's interval for other such runs; both ends are None for one run."""
-    from scipy import stats
-
     center = math.fsum(values) / len(values)
     if len(values) < 2:
         return center, None, None
     stderr = math.sqrt(math.fsum((x - center) ** 2 for x in values) / (len(values) - 1) / len(values))
     reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * stderr
     return center, center - reach, center + reach
-
-
-# ------------------------------------------------------------------------------------------------------ what is shown
-
-
-def print_table(content: dict[str, Any]) -> None:
-    """One line per model and budget, one column per S; below a line the paper's numbers, if it has them."""
-    caption = (
-        f"S+: the first S keys and the latest C − S; [{100 * content['level']:g} % interval for other runs on these "
-        "texts]"
-    )
-    if any(row["paper_ppl"] for row in content["rows"]):
-        caption += (
-            "; paper: StreamingLLM, Tables 2, 3 and 6, on another text (PG-19): compare the pattern, not the numbers"
-        )
-    table = new_table(
-        f"perplexity over tokens that have overflowed {content['budgets'][-1]}, {content['dtype']}",
-        caption,
-        ["model", "sink"],
-        ["runs", "C", *(f"{count}+" for count in content["sinks"])],
-    )
-    for name, runs in content["models"].items():
-        for budget in content["budgets"]:
-            rows = [row for row in content["rows"] if (row["model"], row["budget"]) == (name, budget)]
-            table.add_row(name, rows[0]["sink"], str(len(runs)), str(budget), *map(_cell, rows))
-            papers = [row["paper_ppl"] for row in rows]
-            if any(papers):
-                numbers = [number(ppl, ",.2f") for ppl in papers]
-                table.add_row("  paper", rows[0]["sink"], "1", str(budget), *numbers, style="dim")
-    show(table)
-
-
-def _cell(row: dict[str, Any]) -> str:
-    cell = f"{row['ppl_after_overflow']:,.2f}"
-    return cell if row["ppl_low"] is None else f"{cell} [{row['ppl_low']:,.2f}, {row['ppl_high']:,.2f}]"

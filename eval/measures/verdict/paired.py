@@ -18,12 +18,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from eval.measures.perplexity import perplexity
 from eval.measures.statistics import block_stderr, mean
 from eval.measures.verdict.equivalence import (
     Interval,
@@ -34,17 +33,15 @@ from eval.measures.verdict.equivalence import (
     no_sample,
     over_runs,
 )
-from eval.policies.choice import BORROWED
 from eval.policies.dense import Dense
-from eval.policies.policy import end_of
+from eval.policies.options import BORROWED
+from eval.policies.policy import Policy, end_of
 from eval.policies.recompute import Recompute
 from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
+from sinkmodel.loading import LoadedModel
+from sinkmodel.perplexity import perplexity
 from sinkmodel.progress import CountedProgress
-
-if TYPE_CHECKING:
-    from eval.policies.policy import Policy
-    from sinkmodel.loading import LoadedModel
 
 Documents = Sequence[Sequence[int]]  # text tokens without sinks
 SHARE = 16  # a recomputed window scores the last 1 / SHARE of its queries

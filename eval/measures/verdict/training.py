@@ -6,16 +6,19 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+
+from sinkmodel.bases import weights_fingerprint
 from sinkmodel.bounds import held, real
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
 from sinkmodel.fingerprint import fingerprint_of
+from sinkmodel.loading import LoadedModel
 from sinkmodel.progress import CountedProgress
-
-if TYPE_CHECKING:
-    from sinkmodel.loading import LoadedModel
+from sinkmodel.provenance import read_provenance
 
 Provenance = dict[str, Any]  # the provenance of a model, as `training_of` returns it
 HEAD = 64  # documents are compared by this many first tokens
@@ -33,11 +36,6 @@ SIZES = {
 
 def training_of(loaded: LoadedModel) -> Provenance:
     """The model's `name`, its `shape`, a fingerprint of its `weights` (only in fp32), and its provenance, if any."""
-    import torch
-
-    from sinkmodel.bases import weights_fingerprint
-    from sinkmodel.provenance import read_provenance
-
     in_full = loaded.model.dtype == torch.float32
     weights = {"weights": weights_fingerprint(loaded.model)} if in_full else {}
     shape = shape_of(loaded.model.config)
@@ -154,8 +152,6 @@ def trained_on(provenance: dict[str, Any], documents: Sequence[Sequence[int]]) -
     Returns None if this cannot be checked: the prepared folder has moved, the checksums of its shards show other data,
     or its shards do not record the beginnings of documents.
     """
-    import numpy as np
-
     try:
         folder = Path(provenance["config"]["data"]["path"])
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -197,8 +193,6 @@ def _sha256(file: Path, size: int, changed: int) -> str:
 
 def _beginnings(ids: Any, starts: Any, heads: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
     """Yield those of `heads` that occur at one of `starts` in a shard; compares one token at a time, for all starts."""
-    import numpy as np
-
     for length in sorted({len(head) for head in heads}):
         wanted = np.array([head for head in heads if len(head) == length])
         for first in range(0, len(starts), AT_ONCE):

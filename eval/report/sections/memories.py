@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from eval.measures.prefill.prefill import crossover_range, tokens_or_never
 from eval.report.blocks import Chart, Section, Table, between, figure, short_names
 from eval.report.charts import panel, shown
 from eval.report.inputs import Inputs
 from eval.report.plots import paint_heads, paint_kept, paint_memories
+from eval.wording import crossover_range, tokens_or_never
 
 MEBIBYTE = 2**20
 

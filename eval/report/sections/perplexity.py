@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 from eval.report.blocks import Chart, Note, Section, Table, between, figure, short_names, stream_name
 from eval.report.charts import panel, shown, ticks_at
 from eval.report.inputs import Inputs
 from eval.report.plots import paint_budgets, paint_positions
+from sinkmodel.perplexity import perplexity
 
 Points = list[tuple[float, "float | None", "float | None", "float | None"]]  # x, perplexity, its interval
 
@@ -139,10 +139,10 @@ def positions(inputs: Inputs) -> Section | None:
                     str(content["budget"]),
                     figure(row["tokens"], ",.0f"),
                     figure(row["nll"], ".4f"),
-                    figure(_perplexity(row["nll"])),
+                    figure(perplexity(row["nll"])),
                     figure(row["nll_after_overflow"], ".4f"),
                     figure(row["stderr_after_overflow"], ".4f"),
-                    figure(_perplexity(row["nll_after_overflow"])),
+                    figure(perplexity(row["nll_after_overflow"])),
                 ]
                 for content in found
                 for row in content["rows"]
@@ -156,7 +156,7 @@ def positions(inputs: Inputs) -> Section | None:
 
 
 def _total(row: dict[str, Any]) -> Points:
-    return [(0, _perplexity(row["nll"]), None, None)]
+    return [(0, perplexity(row["nll"]), None, None)]
 
 
 def _paint_positions(axis: Any, content: dict[str, Any], title: str) -> None:
@@ -181,7 +181,7 @@ def budgets(inputs: Inputs) -> Section | None:
                 nll, stderr = row["nll_after_overflow"], row["stderr_after_overflow"]
                 low, high = (None if None in (nll, stderr) else nll + side * 1.96 * stderr for side in (-1, 1))
                 policy = f"{row['sinks']}+" if row["policy"] in ("sink", "window") else row["policy"]
-                point = (content["budget"], *map(_perplexity, (nll, low, high)))
+                point = (content["budget"], *map(perplexity, (nll, low, high)))
                 lines.setdefault(policy, []).append(point)
                 numbers.append([name, policy, *point])
         alt = f"{names[name]}: perplexity after overflow over the budget; {extremes(lines)}"
@@ -190,7 +190,3 @@ def budgets(inputs: Inputs) -> Section | None:
     caption = "Bars: ± 1.96 standard errors. The number of a budget is over its own queries after overflow."
     chart = Chart("perplexity-by-budget", panels, header, numbers, caption)
     return Section("budgets", "Perplexity against budget", [chart])
-
-
-def _perplexity(nll: float | None) -> float | None:
-    return None if nll is None else math.exp(min(nll, 700.0))

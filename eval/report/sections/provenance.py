@@ -54,10 +54,8 @@ def no_verdict() -> Section:
 
 
 def _example(command: str | None) -> str:
-    from eval.cli import MEASURES
-
     assert command is not None
-    return importlib.import_module(MEASURES[command]).EXAMPLE
+    return importlib.import_module(f"eval.commands.{command}").EXAMPLE
 
 
 def section(inputs: Inputs) -> Section:

@@ -9,8 +9,9 @@ from eval.report.blocks import Chart, Section, Table, figure
 from eval.report.charts import panel
 from eval.report.inputs import Inputs, Run
 from eval.report.plots import paint_losses, paint_over_tokens
+from sinkmodel.sink_metric import COLUMNS, OLD_COLUMNS, OLD_DEFINITION
 
-COLUMNS = ("step", "tokens", "twin_loss", "val_loss", "sink_share", "sink_heads")
+OF_LOSS = ("step", "tokens", "twin_loss", "val_loss")
 
 
 def section(inputs: Inputs) -> Section | None:
@@ -20,27 +21,29 @@ def section(inputs: Inputs) -> Section | None:
     training, validation = ({run.name: _line(run, of) for run in runs} for of in ("twin_loss", "val_loss"))
     alt = "Loss over tokens, training and held out; at the end " + "; ".join(map(_end, runs))
     panels = [panel(alt, functools.partial(paint_losses, training=training, validation=validation))]
-    for column, label in (
-        ("sink_share", "share of attention on position 0"),
-        ("sink_heads", "share of heads with a sink"),
-    ):
+    of_sinks = {}
+    for column, label in {**COLUMNS, **OLD_COLUMNS}.items():
         lines = {run.name: line for run in runs if (line := _line(run, column))}
         if lines:
+            of_sinks[column] = label
             ends = "; ".join(f"{name} {figure(line[-1][1], '.3f')}" for name, line in lines.items())
             alt = f"{label[0].upper()}{label[1:]} over tokens; at the end {ends}"
             panels.append(panel(alt, functools.partial(paint_over_tokens, lines=lines, label=label)))
-    numbers = [[run.name, *(_written(point.get(column)) for column in COLUMNS)] for run in runs for point in run.points]
+    columns = [*OF_LOSS, *of_sinks]
+    numbers = [[run.name, *(_written(point.get(column)) for column in columns)] for run in runs for point in run.points]
     caption = "Loss of the twins on the targets that both have."
-    chart = Chart("training", panels, ["run", *COLUMNS], numbers, caption)
+    if of_sinks.keys() & OLD_COLUMNS:
+        caption += f" Runs of earlier versions have an {OLD_DEFINITION}."
+    chart = Chart("training", panels, ["run", *columns], numbers, caption)
     table = Table(
-        ["run", "steps", "tokens", "training loss", "held-out loss", "attention on position 0", "heads with a sink"],
+        ["run", "steps", "tokens", "training loss", "held-out loss", *of_sinks.values()],
         [
             [
                 run.name,
                 f"{max(point['step'] or 0 for point in run.points):,.0f}",
                 f"{max(point['tokens'] or 0 for point in run.points):,.0f}",
                 *(figure(_last(run, column), ".4f") for column in ("twin_loss", "val_loss")),
-                *(figure(_last(run, column), ".3f") for column in ("sink_share", "sink_heads")),
+                *(figure(_last(run, column), ".3f") for column in of_sinks),
             ]
             for run in runs
         ],

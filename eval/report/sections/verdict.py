@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from eval.measures.verdict.verify import answer_cell, each_pair
 from eval.report.blocks import Chart, Note, Section, Table, between, figure, short_names, stream_name
 from eval.report.charts import SIZE, panel
 from eval.report.inputs import Inputs
 from eval.report.plots import paint_intervals
+from eval.wording import answer_cell, each_pair
 
 TITLE = "The verdict"
 TONES = {"equivalent": "good", "better": "good", "worse": "bad", "undecided": "open"}

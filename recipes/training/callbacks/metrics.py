@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -11,11 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from recipes.training.callbacks.health import Health
 from recipes.training.callbacks.steps import StepMeans, at_step_boundary
-
-
-def ppl(nll: float) -> float:
-    """exp(nll), or infinity if that overflows."""
-    return math.exp(nll) if nll < 700 else math.inf
+from sinkmodel.perplexity import perplexity
 
 
 class Metrics(Callback):
@@ -67,8 +62,8 @@ class Metrics(Callback):
         """Log a line. No other method of this class waits for the device."""
         step = trainer.global_step
         self.health.look(trainer)
-        sinks = pl_module.sink_share(trainer.datamodule.first_row_of(step).to(pl_module.device))
-        loss, twin_loss, grad_norm, share, heads = torch.stack(
+        sinks = pl_module.measure_sink(trainer.datamodule.first_row_of(step).to(pl_module.device))
+        loss, twin_loss, grad_norm, sink_alpha, sink_metric = torch.stack(
             [*(self.sums / self.steps), self.means.grad_norm, *sinks]
         ).tolist()
         seconds = time.perf_counter() - self.clock
@@ -76,12 +71,12 @@ class Metrics(Callback):
         self.latest = {
             "tokens": step * self.tokens_per_step,
             "loss": loss,
-            "ppl": ppl(loss),
+            "ppl": perplexity(loss),
             "twin_loss": twin_loss,
             "lr": pl_module.schedule.lr(step - 1, pl_module.optimizer_settings.peak),
             "grad_norm": grad_norm,
-            "sink_share": share,
-            "sink_heads": heads,
+            "sink_alpha": sink_alpha,
+            "sink_metric": sink_metric,
             "tokens_per_second": speed,
             "mfu": speed * self.flops_per_token / (self.peak_flops * trainer.world_size),
         }

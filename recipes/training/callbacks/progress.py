@@ -48,7 +48,7 @@ class Progress(EndsWithTheRun):
         left = (time.monotonic() - self.start) / (step - self.first_step) * (self.steps - step)
         return (
             f"step {step}/{self.steps}  loss {line['loss']:.4f}  ppl {line['ppl']:.2f}  lr {line['lr']:.2e}  "
-            f"|g| {line['grad_norm']:.2f}  sink {line['sink_share']:.3f}  "
+            f"|g| {line['grad_norm']:.2f}  sink α {line['sink_alpha']:.3f}  "
             f"{line['tokens_per_second']:,.0f} tokens/s  mfu {line['mfu']:.1%}  {left / 60:.1f} min left"
         )
 

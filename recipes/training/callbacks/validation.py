@@ -12,11 +12,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-from recipes.training.callbacks.metrics import Metrics, ppl
+from recipes.training.callbacks.metrics import Metrics
 from recipes.training.callbacks.steps import at_step_boundary
 from recipes.training.callbacks.watchdog import Watchdog
 from recipes.training.processes.ranks import mean
 from sinkmodel.console import say
+from sinkmodel.perplexity import perplexity
 
 
 class Validation(Callback):
@@ -44,8 +45,8 @@ class Validation(Callback):
         loss = mean(total).item() * trainer.world_size / trainer.datamodule.validation_rows
         tokens = trainer.global_step * self.metrics.tokens_per_step
         for logger in trainer.loggers:
-            logger.log_metrics({"tokens": tokens, "val_loss": loss, "val_ppl": ppl(loss)}, trainer.global_step)
+            logger.log_metrics({"tokens": tokens, "val_loss": loss, "val_ppl": perplexity(loss)}, trainer.global_step)
         if trainer.is_global_zero:
             with tqdm.external_write_mode(file=sys.stderr):  # hides the bar while the line is printed
-                say(f"step {trainer.global_step}: validation loss {loss:.4f}, ppl {ppl(loss):.2f}")
+                say(f"step {trainer.global_step}: validation loss {loss:.4f}, ppl {perplexity(loss):.2f}")
         self.metrics.exclude(time.perf_counter() - start)

@@ -67,7 +67,7 @@ def refuse_what_is_not_installed(logging: CopySettings) -> None:
             )
 
 
-def rehearse(config: PretrainConfig) -> str:
+def describe_loggers(config: PretrainConfig) -> str:
     """A text for `--dry-run` that names the run's loggers. Raises UserError if `build_loggers` would."""
     refuse_what_is_not_installed(config.logging)
     loggers = ["metrics.csv"]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.files import atomic_file
+from sinkmodel.sink_metric import old_columns
 
 COLUMNS = (
     "step",
@@ -22,8 +23,8 @@ COLUMNS = (
     "twin_loss",
     "lr",
     "grad_norm",
-    "sink_share",
-    "sink_heads",
+    "sink_alpha",
+    "sink_metric",
     "tokens_per_second",
     "mfu",
     "val_loss",
@@ -52,8 +53,13 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Keep only the complete lines up to `step`: a line that a kill cut short is dropped too."""
+        """Keep only the complete lines up to `step`: a line that a kill cut short is dropped too.
+
+        The columns of an earlier version stay, after ours, and are empty from here on.
+        """
         lines = [row for row in read_metrics(self.path.parent) if int(row["step"]) <= step]
+        if lines:
+            self.columns = (*self.columns, *old_columns(name for name in lines[0] if name not in self.columns))
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, self.columns, lineterminator="\n")
         writer.writeheader()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 
 import pytest
 
+from eval.measures.longcontext import longcontext
+from eval.measures.memories import choice
 from sinkmodel.loading import load_model
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
@@ -48,4 +49,7 @@ def book(tmp_path_factory):
 @pytest.fixture
 def memories(monkeypatch):
     """Stand-ins in the place of `sinkmodel.memories`."""
-    monkeypatch.setitem(sys.modules, "sinkmodel.memories", standins.module())
+    for name, stand_in in vars(standins.module()).items():
+        for user in (longcontext, choice):
+            if hasattr(user, name) and not name.startswith("__"):
+                monkeypatch.setattr(user, name, stand_in)

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from eval.cli import main
+from eval.measures.longcontext import longcontext as command
 from eval.measures.longcontext import measure as module
 from eval.report.forms import FORMS, mismatch
 
@@ -145,14 +146,14 @@ def test_groups_lengths_and_defaults(run, no_floor, tmp_path, capsys):
 
 def test_what_is_measured_outlives_a_cell_that_fails(run, no_floor, tmp_path, monkeypatch, capsys):
     """Risk: hours lost with an error in the last cell."""
-    of_cell = module.measure_cell
+    of_cell = command.measure_cell
 
     def failing(reader, cell, *rest):
         if cell.task == KEYS:
             raise KeyboardInterrupt
         return of_cell(reader, cell, *rest)
 
-    monkeypatch.setattr(module, "measure_cell", failing)
+    monkeypatch.setattr(command, "measure_cell", failing)
     code, out, _ = longcontext(
         capsys, "--model", run, *SMALL, "--tasks", "niah_single_1", KEYS, "--json", tmp_path / "o.json"
     )

@@ -10,15 +10,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from recipes.data.datamodule import plan_batches
-from recipes.training.base import build_start, check_unchanged, moments_of, open_base, settle
-from recipes.training.folder import check_checkpoint, check_folder, starting_point
-from recipes.training.inputs import build_datamodule, open_data, open_tokenizer
-from recipes.training.logs.build import rehearse as rehearse_logging
+from recipes.training.logs.build import describe_loggers
 from recipes.training.loss import LossHead
 from recipes.training.processes.ranks import World
 from recipes.training.processes.strategies import resolve_strategy
 from recipes.training.settings import PretrainConfig
+from recipes.training.setup import set_up
 from recipes.training.throughput import PEAKS, flops_per_token
 from sinkmodel.attention import CAUSAL
 from sinkmodel.checkpoint import checkpoint_steps
@@ -31,30 +28,20 @@ ASSUMED_GPU, ASSUMED_MFU = "H100", 0.40  # well-tuned trainers of this size reac
 BYTES_PER_PARAMETER = 12  # in a checkpoint: weight and two moments in fp32
 
 
-def rehearse(config: PretrainConfig, processes: int) -> int:
+def dry_run(config: PretrainConfig, processes: int) -> int:
     """Check everything and print what the run will need, without training or writing. Returns the exit code, 0.
 
     Raises UserError for whatever would stop the run: data, tokenizer, strategy, batch arithmetic on `processes`, run
     folder, checkpoint to resume from, disk space. A missing GPU is not an error here.
     """
-    run, data = Path(config.output), Path(config.data.path)
+    data = Path(config.data.path)
     resolve_strategy(replace(config.training, precision=_precision(config)), World(size=processes))
-    train, validation = open_data(config, config.data.verify)
-    base = open_base(config)
-    config = settle(config, base, train)
-    text = open_tokenizer(config, train)
-    plan = plan_batches(config.training.batch_tokens, config.data.sequence, config.training.micro_rows, processes)
-    begin = build_start(config, base, text)
-    model = begin.model
-    datamodule = build_datamodule(config, train, validation, begin.front, plan)
-    moments_of(config, base, model)
-    check_folder(run, config)
-    logging = rehearse_logging(config)
-    start = starting_point(run, config) if run.exists() else None
-    if start is not None:
-        check_unchanged(base, start)
-        check_checkpoint(start, model, datamodule, config.sink)
-    layout = datamodule.samples.layout
+    setup = set_up(config, processes, config.data.verify)
+    config, run, model, train, plan = setup.config, setup.run, setup.begin.model, setup.train, setup.plan
+    logging = describe_loggers(config)
+    start = setup.starting_point() if run.exists() else None
+    setup.check(start)
+    layout = setup.datamodule.samples.layout
     total, body = count_parameters(model)
     steps, tokens = config.schedule.steps, config.schedule.steps * config.training.batch_tokens
     size = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) * BYTES_PER_PARAMETER

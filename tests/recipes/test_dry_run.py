@@ -124,7 +124,7 @@ def test_a_validation_split_without_a_row_stops_neither(tmp_path, capsys):
     assert re.match(
         rf"the validation split of {data} has \d+ tokens, less than one row of data.sequence = 64", lines[0]
     )
-    assert "--validation_fraction" in lines[0]
+    assert "--validation-fraction" in lines[0]
     assert set(lines) == {lines[0]}
     assert not any(row["val_loss"] for row in read_metrics(tmp_path / "run"))
 

@@ -1,0 +1,9 @@
+"""The names of the memories that the commands measure."""
+
+from __future__ import annotations
+
+PUBLISHED = "snapkv-as-published"
+NAMM = "namm"
+STREAMS = ("window", "sink", "recompute")
+ALONE = ("snapkv", "h2o", "tova", "expected-attention", "gemfilter")
+NAMES = ("dense", *STREAMS, *ALONE, PUBLISHED, NAMM)

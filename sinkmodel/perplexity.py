@@ -1,0 +1,17 @@
+"""Perplexity, from a mean loss in nats per token."""
+
+from __future__ import annotations
+
+import math
+from typing import overload
+
+LARGEST = 700.0  # nats: the exponential of a little more is no float, and JSON has no infinity
+
+
+@overload
+def perplexity(nll: float) -> float: ...
+@overload
+def perplexity(nll: float | None) -> float | None: ...
+def perplexity(nll: float | None) -> float | None:
+    """exp(nll), which is always finite: beyond LARGEST nats it stays at exp(LARGEST). None stays None."""
+    return None if nll is None else math.exp(min(nll, LARGEST))
