@@ -38,7 +38,9 @@ class GatedLoader(torch.utils.data.DataLoader):
 
 
 class Rows(DataModule):
-    def connect(self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None, **more: Any) -> None:
+    def connect(
+        self, tokenizer: Any = None, batch_size: int = 1, max_seq_length: int | None = None, **more: Any
+    ) -> None:
         self.batch_size = batch_size
 
     def train_dataloader(self) -> torch.utils.data.DataLoader:

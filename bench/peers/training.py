@@ -89,7 +89,7 @@ def report(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--litgpt", metavar="PYTHON", help="Python of an environment with litgpt; without, it is left out")
+    parser.add_argument("--litgpt", metavar="PYTHON", help="Python of an environment with litgpt (default: without)")
     parser.add_argument("--steps", type=int, default=10, help="optimiser steps of a block")
     parser.add_argument("--rounds", type=int, default=9, help="blocks of each side; five or more have an interval")
     parser.add_argument("--compiled", action="store_true", help="every side compiles its model")
