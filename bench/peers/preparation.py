@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench.peers.gate import pin
-from bench.peers.turns import ROOT, Block, Spent, compared, cpu_seconds, take_turns
+from bench.peers.turns import Block, Spent, compared, cpu_seconds, run, take_turns
 from bench.prepare import BATCH, HELD_OUT, take_texts, write_lines
 from recipes.data.tokenization import train_vocabulary
 
@@ -74,21 +70,6 @@ def commands(tokenizer: Path) -> dict[str, Callable[[Path, Path], list[str]]]:
         return lambda source, output: [sys.executable, "-c", text, str(source), str(tokenizer), str(output)]
 
     return {OURS: ours, MAP: program(MAP_PROGRAM), ALONE: program(ALONE_PROGRAM)}
-
-
-def run(command: list[str]) -> Spent:
-    """Run a process to its end: its time and that of its children."""
-    before, wall = children_seconds(), time.perf_counter()
-    env = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=env)
-    if done.returncode:
-        raise RuntimeError(f"{command[:3]} ended with code {done.returncode}:\n{done.stderr}")
-    return Spent(children_seconds() - before, time.perf_counter() - wall)
-
-
-def children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def block_of(command: Callable[[Path, Path], list[str]], folder: Path) -> Block:
