@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     for module, command in MODULES.items():
         on, off = spent[f"{module}, on"], spent[f"{module}, off"]
         print(
-            f"start-up: the imports of {command} ({cpu_seconds(off):.2f} s of CPU time) are {compared(off, on)} as with "
-            f"the garbage collector on ({cpu_seconds(on):.2f} s)"
+            f"start-up: the imports of {command} ({cpu_seconds(off):.2f} s of CPU time) are {compared(off, on)} as "
+            f"with the garbage collector on ({cpu_seconds(on):.2f} s)"
         )
     print(f"start-up: importing Lightning alone, collector on: {cpu_seconds(spent['Lightning']):.2f} s of CPU time")
 

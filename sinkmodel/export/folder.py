@@ -20,7 +20,13 @@ from sinkmodel.provenance import PROVENANCE
 from sinkmodel.sinks import IN_SOFTMAX
 from sinkmodel.tokenizer import save_tokenizer
 
-OWN = ("gpt_neox", "llama", "sink_gpt_neox", "sink_llama")  # what `build_model` makes
+# What `build_model` makes, with the weights that transformers names otherwise in a file than in the model.
+OWN: dict[str, dict[str, str]] = {
+    "gpt_neox": {"lm_head.weight": "embed_out.weight"},
+    "llama": {},
+    "sink_gpt_neox": {},
+    "sink_llama": {},
+}
 SHARD = "50GB"  # the size from which `save_pretrained` writes several files
 
 
@@ -72,16 +78,16 @@ def save_own(model: PreTrainedModel, folder: Path) -> None:
     """Write what `save_pretrained` writes, for a GPT-NeoX or Llama that we built ourselves.
 
     `save_pretrained` compiles the patterns by which transformers renames the weights of all families, and imports
-    DeepSpeed if that is installed. In an export of 162M parameters that was nearly half of the CPU time. Files of our
-    models keep the names and shapes of their weights.
+    DeepSpeed if that is installed. In an export of 162M parameters that was nearly half of the CPU time.
     """
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    renamed = OWN[model.config.model_type]
     weights: dict[int, tuple[str, Tensor]] = {}
-    for name, weight in model.state_dict().items():
-        weights.setdefault(weight.data_ptr(), (name, weight))  # of a tied head only the embedding is written
+    for name, weight in model.state_dict().items():  # of a tied head only the embedding is written
+        weights.setdefault(weight.data_ptr(), (renamed.get(name, name), weight))
     save_torch_state_dict(dict(weights.values()), folder, max_shard_size=SHARD)
 
 

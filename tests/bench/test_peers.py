@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -12,6 +13,14 @@ from bench.peers import decoding, preparation, training
 from bench.peers.turns import Spent, Worker, compared, take_turns, timed
 
 GATED = "from bench.peers.gate import Gate\ngate = Gate(3)\n"
+
+
+@pytest.fixture(autouse=True)
+def cores():
+    """A bench pins its process to a core; the other tests get all of theirs back."""
+    before = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, before)
 
 
 def test_sides_take_turns_and_neither_is_always_first():
