@@ -8,17 +8,17 @@ One SVG for light and dark pages. The same numbers give the same bytes.
 from __future__ import annotations
 
 import io
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.report.charts import GRID, STYLE, draw_lines, inline, plain, scale_values
+from sinkmodel.results.files import read_kind
+from sinkmodel.results.perplexity import PerplexityResult
 
 MERGED = 2  # bins of the result per point, since single ones are noisy
 # The report's colours (eval/report/templates/page.css). `inline` leaves colours to the page, which here is the picture.
@@ -33,7 +33,7 @@ keys: dense rises beyond 256 trained positions, all caches stay level, with a si
 
 def main(folder: Path, output: Path) -> None:
     files = {name: folder / f"{name}.json" for name in ("smollm2", "smollm2-sink", "vanilla", "sink")}
-    results = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    results = {name: read_kind(file, PerplexityResult) for name, file in files.items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.7), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -57,12 +57,17 @@ def main(folder: Path, output: Path) -> None:
     output.write_text(f"{head}>{COLOURS}{rest}\n", encoding="utf-8")
 
 
-def line_of(content: dict[str, Any], policy: str, sinks: int) -> list[tuple[float, float | None]]:
+def line_of(result: PerplexityResult, policy: str, sinks: int) -> list[tuple[float, float | None]]:
     """(place, perplexity) points of one row, with MERGED bins per point."""
-    (row,) = [row for row in content["rows"] if (row["policy"], row["sinks"]) == (policy, sinks)]
-    bins = row["by_position"]
+    (row,) = [row for row in result.rows if (row.policy, row.sinks) == (policy, sinks)]
+    bins = row.by_position
     groups = [bins[start : start + MERGED] for start in range(0, len(bins), MERGED)]
-    return [((g[0][0] + g[-1][1]) / 2, math.exp(sum(nll for *_, nll in g) / len(g))) for g in groups]
+    points: list[tuple[float, float | None]] = []
+    for group in groups:
+        losses = [nll for *_, nll in group if nll is not None]
+        place = (group[0][0] + group[-1][1]) / 2
+        points.append((place, math.exp(sum(losses) / len(losses)) if losses else None))
+    return points
 
 
 def paint(axis: Axes, title: str, budget: int, lines: dict[str, list[tuple[float, float | None]]]) -> None:

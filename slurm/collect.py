@@ -9,15 +9,16 @@ Example: python slurm/collect.py runs/sink/ppl
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from pathlib import Path
 
 from sinkmodel.console import command, say
 from sinkmodel.errors import UserError
-from sinkmodel.files import atomic_file, read_json
+from sinkmodel.files import atomic_file, write_csv
 from sinkmodel.parser import path_of
+from sinkmodel.results.files import read_kind
+from sinkmodel.results.perplexity import PerplexityResult, PerplexityRow
 
 COLUMNS = ("policy", "sinks", "window", "budget", "documents", "tokens")
 NUMBERS = ("nll", "nll_after_overflow", "ppl", "ppl_after_overflow", "stderr")
@@ -35,23 +36,26 @@ def collect(folder: Path) -> int:
         seen = results(folder)
         if not seen:
             raise UserError(f"{folder} holds no step*.json; give the folder that slurm/eval.sbatch wrote")
-        rows = [{"step": step, **row} for step, path in seen.items() for row in read_json(path)["rows"]]
-        with atomic_file(folder / "table.csv") as aside, aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ("step", *COLUMNS, *NUMBERS), extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = [(step, row) for step, path in seen.items() for row in read_kind(path, PerplexityResult).rows]
+        cells = [[step, *(getattr(row, name) for name in (*COLUMNS, *NUMBERS))] for step, row in rows]
+        write_csv(folder / "table.csv", ("step", *COLUMNS, *NUMBERS), cells)
         with atomic_file(folder / "table.md") as aside:
             aside.write_text(markdown(rows), encoding="utf-8")
         if results(folder).keys() == seen.keys():
             return len(seen)
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[tuple[int, PerplexityRow]]) -> str:
     lines = [["step", *COLUMNS, *NUMBERS], ["--:"] * (1 + len(COLUMNS) + len(NUMBERS))]
-    for row in rows:
-        words = [str(row["step"]), *(str(row.get(name, "")) for name in COLUMNS)]
-        lines.append(words + ["" if row.get(name) is None else f"{row[name]:.4f}" for name in NUMBERS])
+    for step, row in rows:
+        words = [str(step), *(_cell(getattr(row, name)) for name in COLUMNS)]
+        numbers = [getattr(row, name) for name in NUMBERS]
+        lines.append(words + ["" if number is None else f"{number:.4f}" for number in numbers])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: str | float | None) -> str:
+    return "" if value is None else str(value)
 
 
 @command("collect.py")

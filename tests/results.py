@@ -149,7 +149,7 @@ def latency() -> dict[str, Any]:
     times = {"ms_per_token": 1.5, "ms_per_token_p99": 2.5}
     ratio = {"value": 1.1, "low": 1.0, "high": 1.2}
     rows = [{**policy(s, c), **times, "peak_bytes": 2**28} for c in (8, 16) for s in (0, 1)]
-    stream = [{"label": "sink 1+7", "seen": seen, **times, **ratio, "resident_bytes": 2**28} for seen in (8, 1000)]
+    stream = [{**policy(1), "seen": seen, **times, **ratio, "resident_bytes": 2**28} for seen in (8, 1000)]
     ratios = [{"ratio": "window/sink", "budget": 8, "rounds": 16, **ratio}]
     head = {"command": "latency", "model": "runs/token", "dtype": "float32", "device": "cpu", "threads": 1}
     return {**head, "rows": rows, "ratios": ratios, "stream": stream, **WHEN}

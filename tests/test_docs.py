@@ -8,7 +8,6 @@ import functools
 import importlib
 import importlib.util
 import io
-import json
 import re
 import shlex
 import subprocess
@@ -17,6 +16,9 @@ from pathlib import Path
 
 import pytest
 import tomllib
+
+from sinkmodel.results.files import write_result
+from sinkmodel.results.perplexity import PerplexityResult, PerplexityRow
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -176,16 +178,18 @@ def test_code_cites_decisions_that_are_there():
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def demo_result(policies: list[tuple[str, int]], level: float) -> dict:
-    bins = [[32 * i, 32 * i + 31, level + 0.1 * (i % 3)] for i in range(16)]
-    return {"rows": [{"policy": name, "sinks": sinks, "by_position": bins} for name, sinks in policies]}
+def demo_result(policies: list[tuple[str, int]], bins: list[tuple[int, int, float]]) -> PerplexityResult:
+    losses = dict.fromkeys(("tokens", "nll", "nll_after_overflow", "stderr_after_overflow"))
+    rows = [PerplexityRow(policy=name, sinks=s, window=None, **losses, by_position=bins) for name, s in policies]
+    return PerplexityResult(model="m", budget=256, rows=rows)
 
 
 def test_the_picture_of_the_readme_is_made_from_the_results_of_the_demo(tmp_path):
     picture = script("docs/picture.py")
     policies = [("dense", 0), ("window", 0), ("sink", 1), ("sink", 4)]
     for name, level in (("smollm2", 2.0), ("smollm2-sink", 1.9), ("vanilla", 4.0), ("sink", 4.1)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(demo_result(policies, level)))
+        bins = [(32 * i, 32 * i + 31, level + 0.1 * (i % 3)) for i in range(16)]
+        write_result(tmp_path / f"{name}.json", demo_result(policies, bins))
     picture.main(tmp_path, tmp_path / "one.svg")
     picture.main(tmp_path, tmp_path / "two.svg")
     made = (tmp_path / "one.svg").read_text(encoding="utf-8")
@@ -201,8 +205,8 @@ def test_the_picture_of_the_readme_is_made_from_the_results_of_the_demo(tmp_path
 
 
 def test_bins_of_a_picture_are_means_of_losses_and_not_of_perplexities():
-    row = {"policy": "sink", "sinks": 1, "by_position": [[0, 1, 1.0], [2, 3, 3.0], [4, 5, 2.0]]}
-    points = script("docs/picture.py").line_of({"rows": [row]}, "sink", 1)
+    result = demo_result([("sink", 1)], [(0, 1, 1.0), (2, 3, 3.0), (4, 5, 2.0)])
+    points = script("docs/picture.py").line_of(result, "sink", 1)
     assert points == [(1.5, pytest.approx(2.718281828**2)), (4.5, pytest.approx(2.718281828**2))]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from eval.commands import options as shared
 from eval.commands.checks import check_files, check_outputs, repeated
@@ -13,6 +12,7 @@ from eval.commands.tables import new_table, number, show
 from eval.policies.options import check
 from sinkmodel.errors import UserError
 from sinkmodel.parser import name_of
+from sinkmodel.results.perplexity import GridResult, GridRow
 
 DESCRIPTION = "Perplexity after overflow of models × S+W × budgets, with mean and interval over twin runs."
 EXAMPLE = (
@@ -54,8 +54,8 @@ def run(options: argparse.Namespace) -> None:
     _check(options, sinks, budgets)
     from eval.measures.verdict import grid
 
-    content = grid.run(options, sinks, budgets)
-    give_result(options, content, lambda: print_table(content))
+    result = grid.run(options, sinks, budgets)
+    give_result(options, result, lambda: print_table(result))
 
 
 def _check(options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]) -> None:
@@ -73,33 +73,32 @@ def _check(options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def print_table(content: dict[str, Any]) -> None:
+def print_table(result: GridResult) -> None:
     """One line per model and budget, one column per S; below a line the paper's numbers, if it has them."""
     caption = (
-        f"S+: the first S keys and the latest C − S; [{100 * content['level']:g} % interval for other runs on these "
-        "texts]"
+        f"S+: the first S keys and the latest C − S; [{100 * result.level:g} % interval for other runs on these texts]"
     )
-    if any(row["paper_ppl"] for row in content["rows"]):
+    if any(row.paper_ppl for row in result.rows):
         caption += (
             "; paper: StreamingLLM, Tables 2, 3 and 6, on another text (PG-19): compare the pattern, not the numbers"
         )
     table = new_table(
-        f"perplexity over tokens that have overflowed {content['budgets'][-1]}, {content['dtype']}",
+        f"perplexity over tokens that have overflowed {result.budgets[-1]}, {result.dtype}",
         caption,
         ["model", "sink"],
-        ["runs", "C", *(f"{count}+" for count in content["sinks"])],
+        ["runs", "C", *(f"{count}+" for count in result.sinks)],
     )
-    for name, runs in content["models"].items():
-        for budget in content["budgets"]:
-            rows = [row for row in content["rows"] if (row["model"], row["budget"]) == (name, budget)]
-            table.add_row(name, rows[0]["sink"], str(len(runs)), str(budget), *map(_cell, rows))
-            papers = [row["paper_ppl"] for row in rows]
+    for name, runs in result.models.items():
+        for budget in result.budgets:
+            rows = [row for row in result.rows if (row.model, row.budget) == (name, budget)]
+            table.add_row(name, rows[0].sink, str(len(runs)), str(budget), *map(_cell, rows))
+            papers = [row.paper_ppl for row in rows]
             if any(papers):
                 numbers = [number(ppl, ",.2f") for ppl in papers]
-                table.add_row("  paper", rows[0]["sink"], "1", str(budget), *numbers, style="dim")
+                table.add_row("  paper", rows[0].sink, "1", str(budget), *numbers, style="dim")
     show(table)
 
 
-def _cell(row: dict[str, Any]) -> str:
-    cell = f"{row['ppl_after_overflow']:,.2f}"
-    return cell if row["ppl_low"] is None else f"{cell} [{row['ppl_low']:,.2f}, {row['ppl_high']:,.2f}]"
+def _cell(row: GridRow) -> str:
+    cell = f"{row.ppl_after_overflow:,.2f}"
+    return cell if row.ppl_low is None else f"{cell} [{row.ppl_low:,.2f}, {row.ppl_high:,.2f}]"

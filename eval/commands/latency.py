@@ -12,12 +12,13 @@ from eval.commands import options as shared
 from eval.commands import prefill
 from eval.commands.checks import check_outputs, check_plot
 from eval.commands.output import give_result
-from eval.commands.tables import interval_of, keys_seen, new_table, show
+from eval.commands.tables import interval_of, keys_seen, mebibytes, new_table, show
 from eval.policies.options import check
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 from sinkmodel.parser import path_of, positive
+from sinkmodel.results.latency import LatencyResult, Ratio, StreamRow
 
 DESCRIPTION = (
     "Milliseconds and memory of a decoding step under each cache policy, once the cache is full.\n"
@@ -86,11 +87,11 @@ def run(options: argparse.Namespace) -> None:
 
     if options.plot is not None:  # before the measurement, since matplotlib may be missing
         from eval.report.plots import draw_latency
-    content = latency.run(options, POINTS)
-    give_result(options, content, lambda: print_tables(content))
+    result = latency.run(options, POINTS)
+    give_result(options, result, lambda: print_tables(result))
     if options.plot is not None:
         with atomic_file(options.plot) as aside:
-            draw_latency(aside, content)
+            draw_latency(aside, result)
         say(f"wrote {options.plot}")
 
 
@@ -134,50 +135,53 @@ def _check(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def print_tables(content: dict[str, Any]) -> None:
+def print_tables(result: LatencyResult) -> None:
     table = new_table(
-        f"{content['model']}, {content['dtype']}, {content['device']}, {content['threads']} threads",
+        f"{result.model}, {result.dtype}, {result.device}, {result.threads} threads",
         "dense: a growing cache that holds as many keys, cut back after each step; recompute: reads as many tokens "
         "again for each token; ms: median; p99: of fewer than 100 steps the slowest; peak: of the process, including "
         "the model",
         ["policy"],
         ["keys seen", "tokens", "ms/token", "p99", "peak MiB"],
     )
-    for row in content["rows"]:
+    for row in result.rows:
         table.add_row(
-            row["label"],
+            row.label,
             keys_seen(row),
-            str(row["tokens"]),
-            *(f"{row[key]:,.2f}" for key in ("ms_per_token", "ms_per_token_p99")),
-            f"{row['peak_bytes'] / 2**20:,.0f}",
+            str(row.tokens),
+            *(f"{getattr(row, key):,.2f}" for key in ("ms_per_token", "ms_per_token_p99")),
+            mebibytes(row.peak_bytes, ",.0f"),
         )
     show(table)
-    if content["ratios"]:
-        caption = "median over rounds in which the two sides took turns; [95 % interval by bootstrap over the rounds]"
-        table = new_table("ratios of ms/token", caption, ["ratio"], ["keys seen", "rounds", "×", "interval"])
-        for row in content["ratios"]:
-            table.add_row(
-                row["ratio"],
-                str(row["budget"]),
-                str(row["rounds"]),
-                f"{row['value']:.2f}",
-                interval_of(row["low"], row["high"]),
-            )
-        show(table)
-    if content["stream"]:
-        table = new_table(
-            "along a stream",
-            "× new: ms/token relative to a stream of the same policy that has just filled its cache, measured in turns",
-            ["policy"],
-            ["tokens seen", "ms/token", "p99", "× new", "interval", "process MiB"],
+    if result.ratios:
+        _print_ratios(result.ratios)
+    if result.stream:
+        _print_stream(result.stream)
+
+
+def _print_ratios(ratios: list[Ratio]) -> None:
+    caption = "median over rounds in which the two sides took turns; [95 % interval by bootstrap over the rounds]"
+    table = new_table("ratios of ms/token", caption, ["ratio"], ["keys seen", "rounds", "×", "interval"])
+    for one in ratios:
+        interval = interval_of(one.low, one.high)
+        table.add_row(one.ratio, str(one.budget), str(one.rounds), f"{one.value:.2f}", interval)
+    show(table)
+
+
+def _print_stream(stream: list[StreamRow]) -> None:
+    table = new_table(
+        "along a stream",
+        "× new: ms/token relative to a stream of the same policy that has just filled its cache, measured in turns",
+        ["policy"],
+        ["tokens seen", "ms/token", "p99", "× new", "interval", "process MiB"],
+    )
+    for row in stream:
+        table.add_row(
+            row.label,
+            f"{row.seen:,}",
+            *(f"{getattr(row, key):,.2f}" for key in ("ms_per_token", "ms_per_token_p99")),
+            f"{row.value:.2f}",
+            interval_of(row.low, row.high),
+            mebibytes(row.resident_bytes, ",.1f"),
         )
-        for row in content["stream"]:
-            table.add_row(
-                row["label"],
-                f"{row['seen']:,}",
-                *(f"{row[key]:,.2f}" for key in ("ms_per_token", "ms_per_token_p99")),
-                f"{row['value']:.2f}",
-                interval_of(row["low"], row["high"]),
-                f"{row['resident_bytes'] / 2**20:,.1f}",
-            )
-        show(table)
+    show(table)

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from eval.commands import options as shared
 from eval.commands.checks import check_files, check_outputs, check_two_names, repeated
 from eval.commands.output import give_result
-from eval.commands.tables import new_table, number, show
+from eval.commands.tables import mebibytes, new_table, number, percent, show
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import write_csv
 from sinkmodel.parser import path_of, positive, whole
+from sinkmodel.results.schema import to_json
+from sinkmodel.results.tasks import LongContextResult, LongContextRow
 
 DESCRIPTION = "What memories still know of a long prompt: RULER, tasks from your own text, LongBench files."
 EXAMPLE = (
@@ -89,15 +90,15 @@ def run(options: argparse.Namespace) -> None:
     _check(options)
     from eval.measures.longcontext import longcontext
 
-    longcontext.run(options, lambda content: _give(options, content))
+    longcontext.run(options, lambda result: _give(options, result))
 
 
-def _give(options: argparse.Namespace, content: dict[str, Any]) -> None:
+def _give(options: argparse.Namespace, result: LongContextResult) -> None:
     if options.csv is not None:
-        flat = [{key: value for key, value in row.items() if key != "by_context"} for row in content["rows"]]
+        flat = [{key: value for key, value in to_json(row).items() if key != "by_context"} for row in result.rows]
         write_csv(options.csv, list(flat[0]), [list(row.values()) for row in flat])
         say(f"wrote {options.csv}")
-    give_result(options, content, lambda: print_table(content))
+    give_result(options, result, lambda: print_table(result))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -113,39 +114,39 @@ def _check(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def print_table(content: dict[str, Any]) -> None:
+def print_table(result: LongContextResult) -> None:
     table = new_table(
-        f"{content['model']}, {content['dtype']}: up to {content['samples']} contexts per task, the question "
-        f"{content['question']} the compressed prompt",
+        f"{result.model}, {result.dtype}: up to {result.samples} contexts per task, the question "
+        f"{result.question} the compressed prompt",
         "score: % of the answers found in the greedy generation, or LongBench's metric; nats: per token of the right "
-        f"answer; rank: of the right answer among itself and up to {content['distractors']} wrong ones; − dense: "
-        f"paired by context, [{100 * content['level']:g} % interval for other contexts]; gain: nats that the context "
-        f"saves dense; floor: dense scores below {100 * content['floor_score']:g} % and gains less than "
-        f"{content['floor_gain']:g} nat, so the other memories were not run; kept: share of dense's keys and values",
+        f"answer; rank: of the right answer among itself and up to {result.distractors} wrong ones; − dense: "
+        f"paired by context, [{percent(result.level, 'g')} % interval for other contexts]; gain: nats that the context "
+        f"saves dense; floor: dense scores below {percent(result.floor_score, 'g')} % and gains less than "
+        f"{result.floor_gain:g} nat, so the other memories were not run; kept: share of dense's keys and values",
         ["task", "memory"],
         ["tokens", "score", "− dense", "nats", "− dense", "rank", "held MiB", "kept %"],
     )
-    several = len({row["length"] for row in content["rows"]}) > 1
-    for row in content["rows"]:
-        is_dense = row["memory"] == "dense"
-        name = f"{row['task']} {row['length']}" if several else row["task"]
+    several = len({row.length for row in result.rows}) > 1
+    for row in result.rows:
+        is_dense = row.memory == "dense"
+        name = f"{row.task} {row.length}" if several else row.task
         table.add_row(
             name if is_dense else "",
-            row["label"],
-            f"{row['prompt_tokens']:,.0f}",
-            number(_times(row["score"], 100), ".1f"),
-            "floor" if row["floor"] else _difference(row, "score", "+.1f", 100),
-            number(row["nll"], ".2f"),
-            f"gain {row['gain']:.2f}" if is_dense else _difference(row, "nll", "+.2f"),
-            number(row["rank"], ".2f"),
-            number(_times(row["bytes_held"], 2**-20), ".2f"),
-            number(_times(row["kept_share"], 100), ".0f"),
+            row.label,
+            f"{row.prompt_tokens:,.0f}",
+            percent(row.score, ".1f"),
+            "floor" if row.floor else _difference(row, "score", "+.1f", 100),
+            number(row.nll, ".2f"),
+            f"gain {row.gain:.2f}" if is_dense else _difference(row, "nll", "+.2f"),
+            number(row.rank, ".2f"),
+            mebibytes(row.bytes_held, ".2f"),
+            percent(row.kept_share, ".0f"),
         )
     show(table)
 
 
-def _difference(row: dict[str, Any], name: str, form: str, unit: float = 1) -> str:
-    difference, low, high = (_times(row[f"{name}_{part}"], unit) for part in ("difference", "low", "high"))
+def _difference(row: LongContextRow, name: str, form: str, unit: float = 1) -> str:
+    difference, low, high = (_times(getattr(row, f"{name}_{part}"), unit) for part in ("difference", "low", "high"))
     if difference is None:
         return ""
     return f"{difference:{form}}" if low is None else f"{difference:{form}} [{low:{form}}, {high:{form}}]"

@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from eval.commands import options as shared
 from eval.commands.checks import check_files, check_outputs, check_plot
 from eval.commands.output import give_result
-from eval.commands.tables import new_table, number, show
+from eval.commands.tables import mebibytes, new_table, number, percent, show
 from eval.measures.memories.names import ALONE, NAMES
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, write_csv
 from sinkmodel.parser import positive, real
+from sinkmodel.results.memories import AgeShare, Forgets, KindShare, MemoriesResult
+from sinkmodel.results.schema import to_json
 
 DESCRIPTION = "What KV memories cost on the same prompts: nats against dense with intervals, bytes, times."
 EXAMPLE = (
@@ -64,15 +65,15 @@ def run(options: argparse.Namespace) -> None:
 
     if options.plot is not None:  # before the measurement, since matplotlib may be missing
         from eval.report.plots import draw_memories
-    content = memories.run(options)
+    result = memories.run(options)
     if options.csv is not None:
-        rows = content["rows"]
+        rows = list(map(to_json, result.rows))
         write_csv(options.csv, list(rows[0]), [list(row.values()) for row in rows])
         say(f"wrote {options.csv}")
-    give_result(options, content, lambda: print_table(content))
+    give_result(options, result, lambda: print_table(result))
     if options.plot is not None:
         with atomic_file(options.plot) as aside:
-            draw_memories(aside, content)
+            draw_memories(aside, result)
         say(f"wrote {options.plot}")
 
 
@@ -90,42 +91,42 @@ def _check(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def print_table(content: dict[str, Any]) -> None:
-    rows = content["rows"]
-    lengths = f"{rows[0]['prompts']} prompts of {content['prompt']} tokens, then {content['continue']} scored"
+def print_table(result: MemoriesResult) -> None:
+    rows = result.rows
+    lengths = f"{rows[0].prompts} prompts of {result.prompt} tokens, then {result.after} scored"
     table = new_table(
-        f"{content['model']}, {content['dtype']}: {lengths}",
-        f"difference: to dense, in nats per token, {100 * content['level']:g} % interval over texts, equivalent within "
-        f"±{content['margin']:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
+        f"{result.model}, {result.dtype}: {lengths}",
+        f"difference: to dense, in nats per token, {100 * result.level:g} % interval over texts, equivalent within "
+        f"±{result.margin:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
         "%: share of dense's; ×: ratio to dense's time, median over prompts on which all took turns",
         ["memory"],
         ["tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "kept %", "prefill ×", "decode ×"],
     )
     for row in rows:
-        interval = "–" if row["low"] is None else f"[{row['low']:+.4f}, {row['high']:+.4f}]"
+        interval = "–" if row.low is None else f"[{row.low:+.4f}, {row.high:+.4f}]"
         table.add_row(
-            row["label"],
-            f"{row['tokens']:,}",
-            f"{row['nll']:.4f}",
-            number(row["difference"], "+.4f"),
+            row.label,
+            f"{row.tokens:,}",
+            f"{row.nll:.4f}",
+            number(row.difference, "+.4f"),
             interval,
-            row["answer"] or "–",
-            *(number(row[key] and row[key] / 2**20, ",.1f") for key in ("bytes_held", "bytes_kept")),
-            number(row["kept_share"] and 100 * row["kept_share"], ".0f"),
-            *(number(row[key], ".2f") for key in ("prefill_ratio", "decode_ratio")),
+            row.answer or "–",
+            *(mebibytes(size, ",.1f") for size in (row.bytes_held, row.bytes_kept)),
+            percent(row.kept_share, ".0f"),
+            *(number(getattr(row, key), ".2f") for key in ("prefill_ratio", "decode_ratio")),
         )
     show(table)
-    if "forgets" in content:
-        print_forgotten(content["forgets"])
+    if result.forgets is not None:
+        print_forgotten(result.forgets)
 
 
-def print_forgotten(forgets: dict[str, Any]) -> None:
+def print_forgotten(forgets: Forgets) -> None:
     caption = "kept %: share of the tokens, as a mean over layers and KV heads; age: number of tokens after a token"
     table = new_table(
-        f"kept by namm at the end of {forgets['prompts']} prompts", caption, ["tokens"], ["number", "kept %"]
+        f"kept by namm at the end of {forgets.prompts} prompts", caption, ["tokens"], ["number", "kept %"]
     )
-    rows = [(row["kind"], row) for row in forgets["kinds"]]
-    rows += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
+    rows: list[tuple[str, KindShare | AgeShare]] = [(row.kind, row) for row in forgets.kinds]
+    rows += [(f"age from {row.start:,}", row) for row in forgets.ages]
     for name, row in rows:
-        table.add_row(name, f"{row['tokens']:,}", f"{100 * row['kept_share']:.1f}")
+        table.add_row(name, f"{row.tokens:,}", percent(row.kept_share, ".1f"))
     show(table)

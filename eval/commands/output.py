@@ -1,4 +1,4 @@
-"""The files that a command writes: the result as JSON with its command line, and tables as CSV."""
+"""The result file of a command: JSON with the command line, the date and the versions."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ import datetime
 import platform
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
-from typing import Any
 
 from sinkmodel.console import say
-from sinkmodel.files import write_json
+from sinkmodel.results.files import write_result
+from sinkmodel.results.parts import Result
 from sinkmodel.secrets import redacted
 
 OUTPUTS = ("--json", "--csv", "--maps", "--plot")  # options for output paths; each takes one value
 PACKAGES = ("torch", "transformers")  # packages whose versions a result records
 
 
-def give_result(options: argparse.Namespace, content: dict[str, Any], show_tables: Callable[[], None]) -> None:
+def give_result(options: argparse.Namespace, result: Result, show_tables: Callable[[], None]) -> None:
     """Write the result file, then print the tables. The tables are printed even if the file cannot be written."""
     try:
-        write_result(options, content)
+        _write(options, result)
     finally:
         show_tables()
 
 
-def write_result(options: argparse.Namespace, content: dict[str, Any]) -> None:
+def _write(options: argparse.Namespace, result: Result) -> None:
     """Write the result as JSON to --json, if given, and add the command line, the date and the versions."""
     if options.json is None:
         return
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     typed = redacted(options.command_line)
-    write_json(options.json, {**content, "command_line": typed, "date": date, "versions": versions})
+    write_result(options.json, replace(result, command_line=typed, date=date, versions=versions))
     say(f"wrote {options.json}")
 
 

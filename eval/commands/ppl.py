@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from eval.commands import options as shared
 from eval.commands.checks import check_files, check_outputs
 from eval.commands.output import give_result
-from eval.commands.tables import keys_seen, new_table, number, show
+from eval.commands.tables import keys_seen, mebibytes, new_table, number, show
 from eval.policies.options import NAMES, check, check_stride
 from sinkmodel.errors import UserError
 from sinkmodel.parser import positive
+from sinkmodel.results.perplexity import PerplexityResult
 
 DESCRIPTION = "Perplexity of a model on text under streaming caches, exactly as token by token but in chunks."
 EXAMPLE = "sink-eval ppl --model runs/sink --text book.txt --budget 256 --sinks 0 1 2 4 --policies dense window sink"
@@ -52,28 +52,28 @@ def run(options: argparse.Namespace) -> None:
     check_outputs(options)
     from eval.measures import perplexity
 
-    content, sink = perplexity.run(options)
-    give_result(options, content, lambda: print_table(content, sink))
+    result, sink = perplexity.run(options)
+    give_result(options, result, lambda: print_table(result, sink))
 
 
-def print_table(content: dict[str, Any], sink: str) -> None:
+def print_table(result: PerplexityResult, sink: str) -> None:
     table = new_table(
-        f"{content['model']}, {content['dtype']}, {sink}",
+        f"{result.model}, {result.dtype}, {sink}",
         "≥C: queries at positions ≥ C, after the first eviction; ±: standard error over blocks of C tokens",
         ["policy"],
         ["keys seen", "texts", "tokens", "nll", "±", "ppl", "nll ≥C", "± ≥C", "ppl ≥C", "tokens/s", "peak MiB"],
     )
-    for row in content["rows"]:
+    for row in result.rows:
         table.add_row(
-            row["label"],
+            row.label,
             keys_seen(row),
-            str(row["documents"]),
-            f"{row['tokens']:,}",
-            *(number(row[key], "0.4f") for key in ("nll", "stderr")),
-            number(row["ppl"], ",.2f"),
-            *(number(row[key], "0.4f") for key in ("nll_after_overflow", "stderr_after_overflow")),
-            number(row["ppl_after_overflow"], ",.2f"),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['peak_bytes'] / 2**20:,.0f}",
+            str(row.documents),
+            f"{row.tokens:,}",
+            *(number(getattr(row, key), "0.4f") for key in ("nll", "stderr")),
+            number(row.ppl, ",.2f"),
+            *(number(getattr(row, key), "0.4f") for key in ("nll_after_overflow", "stderr_after_overflow")),
+            number(row.ppl_after_overflow, ",.2f"),
+            f"{row.tokens_per_second:,.0f}",
+            mebibytes(row.peak_bytes, ",.0f"),
         )
     show(table)

@@ -11,13 +11,14 @@ from typing import Any
 from eval.commands import options as shared
 from eval.commands.checks import check_outputs, check_two_names
 from eval.commands.output import give_result
-from eval.commands.tables import interval_of, new_table, number, show
+from eval.commands.tables import interval_of, mebibytes, new_table, number, percent, show
 from eval.measures.memories.names import ALONE, NAMM, PUBLISHED
-from eval.wording import crossover_range, tokens_or_never
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import write_csv
 from sinkmodel.parser import positive
+from sinkmodel.results.latency import Crossover, PrefillResult, PrefillRow, tokens_or_never
+from sinkmodel.results.schema import to_json
 
 NAMES = ("dense", *ALONE, PUBLISHED, NAMM)
 BUDGETS = [1024]
@@ -70,21 +71,21 @@ def run(options: argparse.Namespace) -> None:
     _check(options)
     from eval.measures.prefill import prefill
 
-    content = prefill.run(options)
+    result = prefill.run(options)
     if options.csv is not None:
-        flat = list(map(flat_row, content["rows"]))
+        flat = list(map(flat_row, result.rows))
         write_csv(options.csv, list(flat[0]), [list(row.values()) for row in flat])
         say(f"wrote {options.csv}")
-    give_result(options, content, lambda: print_tables(content))
+    give_result(options, result, lambda: print_tables(result))
 
 
-def flat_row(row: dict[str, Any]) -> dict[str, Any]:
+def flat_row(row: PrefillRow) -> dict[str, Any]:
     """A row without lists, for CSV: the values of an answer have the answer's length at the end of their names."""
-    alone = {key: value for key, value in row.items() if key != "answers"}
-    of_answers = {
-        f"{key}_{part['answer']}": value for part in row["answers"] for key, value in part.items() if key != "answer"
-    }
-    return {**alone, **of_answers}
+    flat = to_json(row)
+    for part in flat.pop("answers"):
+        answer = part.pop("answer")
+        flat |= {f"{key}_{answer}": value for key, value in part.items()}
+    return flat
 
 
 # ---------------------------------------------------------------------------------------------------- what is checked
@@ -109,26 +110,27 @@ def _check(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def print_tables(content: dict[str, Any]) -> None:
-    head = f"{content['model']}, {content['dtype']}, {content['device']}, {content['threads']} threads"
-    for length in dict.fromkeys(row["length"] for row in content["rows"]):
-        rows = [row for row in content["rows"] if row["length"] == length]
-        _print_prompt(f"{head}: a prompt of {length:,} tokens", rows, content["weights_bytes"])
+def print_tables(result: PrefillResult) -> None:
+    head = f"{result.model}, {result.dtype}, {result.device}, {result.threads} threads"
+    for length in dict.fromkeys(row.length for row in result.rows):
+        rows = [row for row in result.rows if row.length == length]
+        _print_prompt(f"{head}: a prompt of {length:,} tokens", rows, result.weights_bytes)
         _print_answers(rows)
-        _print_crossovers([pair for pair in content["crossovers"] if pair["length"] == length])
-    report_growth(content["rows"])
+        _print_crossovers([pair for pair in result.crossovers if pair.length == length])
+    report_growth(result.rows)
 
 
-def report_growth(rows: list[dict[str, Any]]) -> None:
+def report_growth(rows: list[PrefillRow]) -> None:
     """Report each memory after which the process has kept clearly more bytes than the memory holds."""
     for row in rows:
-        if row["bytes_grown"] > 1.01 * row["bytes_held"] + SLACK:
-            more = (row["bytes_grown"] - row["bytes_held"]) / 2**20
-            prompt = f"the prompt of {row['length']:,} tokens"
-            say(f"{row['label']}: after {prompt} the process has kept {more:,.0f} MiB more than the memory holds")
+        grown, held = row.bytes_grown or 0, row.bytes_held or 0
+        if grown > 1.01 * held + SLACK:
+            more = (grown - held) / 2**20
+            prompt = f"the prompt of {row.length:,} tokens"
+            say(f"{row.label}: after {prompt} the process has kept {more:,.0f} MiB more than the memory holds")
 
 
-def _print_prompt(title: str, rows: list[dict[str, Any]], weights: int) -> None:
+def _print_prompt(title: str, rows: list[PrefillRow], weights: int) -> None:
     table = new_table(
         title,
         "ms to the first token: median; × dense: ratio to dense, median over rounds in which all took turns [95 % "
@@ -140,19 +142,20 @@ def _print_prompt(title: str, rows: list[dict[str, Any]], weights: int) -> None:
     )
     for row in rows:
         table.add_row(
-            row["label"],
-            f"{row['ttft_ms']:,.1f}",
-            number(row["ttft_ratio"], ".2f"),
-            interval_of(row["ttft_low"], row["ttft_high"]),
-            f"{row['peak_bytes'] / 2**20:,.0f}",
-            *(f"{row[key] / 2**20:,.1f}" for key in ("reading_bytes", "bytes_held")),
-            f"{100 * row['kept_share']:.0f}",
-            f"{row['bytes_grown'] / 2**20:,.1f}",
+            row.label,
+            f"{row.ttft_ms:,.1f}",
+            number(row.ttft_ratio, ".2f"),
+            interval_of(row.ttft_low, row.ttft_high),
+            mebibytes(row.peak_bytes, ",.0f"),
+            mebibytes(row.reading_bytes, ",.1f"),
+            mebibytes(row.bytes_held, ",.1f"),
+            percent(row.kept_share, ".0f"),
+            mebibytes(row.bytes_grown, ",.1f"),
         )
     show(table)
 
 
-def _print_answers(rows: list[dict[str, Any]]) -> None:
+def _print_answers(rows: list[PrefillRow]) -> None:
     table = new_table(
         "answers",
         "ms/step: of a step at the end of such an answer; total: to its last token, with step costs interpolated "
@@ -161,21 +164,21 @@ def _print_answers(rows: list[dict[str, Any]]) -> None:
         ["answer", "ms/step", "× dense", "interval", "total s", "× dense", "interval"],
     )
     for row in rows:
-        for part in row["answers"]:
+        for part in row.answers:
             table.add_row(
-                row["label"],
-                f"{part['answer']:,}",
-                f"{part['step_ms']:,.2f}",
-                number(part["step_ratio"], ".2f"),
-                interval_of(part["step_low"], part["step_high"]),
-                f"{part['total_ms'] / 1000:,.2f}",
-                number(part["total_ratio"], ".2f"),
-                interval_of(part["total_low"], part["total_high"]),
+                row.label,
+                f"{part.answer:,}",
+                f"{part.step_ms:,.2f}",
+                number(part.step_ratio, ".2f"),
+                interval_of(part.step_low, part.step_high),
+                number(part.total_ms and part.total_ms / 1000, ",.2f"),
+                number(part.total_ratio, ".2f"),
+                interval_of(part.total_low, part.total_high),
             )
     show(table)
 
 
-def _print_crossovers(pairs: list[dict[str, Any]]) -> None:
+def _print_crossovers(pairs: list[Crossover]) -> None:
     table = new_table(
         "who is ahead",
         "falls behind at: the shortest answer, in tokens, that takes the first one longer than the other; never: its "
@@ -185,5 +188,5 @@ def _print_crossovers(pairs: list[dict[str, Any]]) -> None:
         ["falls behind at", "interval"],
     )
     for pair in pairs:
-        table.add_row(pair["first"], pair["second"], tokens_or_never(pair["crossover"]), crossover_range(pair))
+        table.add_row(pair.first, pair.second, tokens_or_never(pair.crossover), pair.interval)
     show(table)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from eval.commands import options as shared
 from eval.commands.checks import check_files, check_outputs
@@ -16,12 +15,12 @@ from sinkmodel.console import put, say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_folder, refuse_if_occupied
 from sinkmodel.parser import path_of, positive, share
+from sinkmodel.results.attention import SHARES, Birth, BirthResult, Peak, Shares, Sinks, SinksResult
 from sinkmodel.sink_metric import BORN, EPSILON, LENGTH
 
 DESCRIPTION = "Where attention goes: the sink metric, norms, massive activations and maps; or when a sink is born."
 EXAMPLE = "sink-eval sinks --model runs/sink --text books-test.jsonl --maps runs/maps"
 SHORTEST = 2  # text tokens of a sequence: the first, and one that can attend to it
-MEASURED = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,14 +85,14 @@ def run(options: argparse.Namespace) -> None:
     if options.maps is not None:  # before the measurement, since matplotlib may be missing
         from eval.report.maps import papers_heads, write_maps
     if options.checkpoints:
-        content = sinks.over_checkpoints(options, SHORTEST, BORN if options.born is None else options.born)
-        give_result(options, content, lambda: print_checkpoints(content))
+        birth = sinks.over_checkpoints(options, SHORTEST, BORN if options.born is None else options.born)
+        give_result(options, birth, lambda: print_checkpoints(birth))
         return
-    content, means = sinks.run(options, SHORTEST)
-    give_result(options, content, lambda: print_layers(content))
+    result, means = sinks.run(options, SHORTEST)
+    give_result(options, result, lambda: print_layers(result))
     if options.maps is not None:
         with atomic_folder(options.maps) as aside:
-            write_maps(aside, means, options.heads or papers_heads(len(means)), len(content["sink_ids"]))
+            write_maps(aside, means, options.heads or papers_heads(len(means)), len(result.sink_ids))
         say(f"wrote {options.maps / 'maps.png'} and maps.csv")
 
 
@@ -121,58 +120,59 @@ def _columns(has_sink: bool) -> list[str]:
     return [*names, *(f"→ {target}" for target in (*targets, "rest"))]
 
 
-def _cells(row: dict[str, Any], has_sink: bool) -> list[str]:
-    names = [name for name in MEASURED if has_sink or not name.startswith("sink")]
-    return [number(row[name], "0.1%" if name.endswith("heads") else "0.3f") for name in names]
+def _cells(row: Shares, has_sink: bool) -> list[str]:
+    names = [name for name in SHARES if has_sink or not name.startswith("sink")]
+    return [number(row.shares[name], "0.1%" if name.endswith("heads") else "0.3f") for name in names]
 
 
-def _peak(row: dict[str, Any]) -> list[str]:
-    location = f"{row['largest_place']}, {row['largest_dimension']}"
-    return [f"{row['largest']:,.1f}", location, number(row["times_median"], ",.0f") + "!" * row["massive"]]
+def _peak(row: Peak) -> list[str]:
+    location = f"{row.largest_place}, {row.largest_dimension}"
+    return [f"{row.largest:,.1f}", location, number(row.times_median, ",.0f") + "!" * bool(row.massive)]
 
 
-def _caption(content: dict[str, Any]) -> str:
+def _caption(result: Sinks) -> str:
     return (
-        f"α: mean over queries i ≥ k of A(i, k); heads: share of heads with α above {content['epsilon']:g}; →: share "
+        f"α: mean over queries i ≥ k of A(i, k); heads: share of heads with α above {result.epsilon:g}; →: share "
         "of attention of the queries after the first text token; |k|, |v|: norms; |h|: largest activation that a layer "
         "reads, its position and dimension, and its ratio to the median (!: massive, after Sun et al.)"
     )
 
 
-def _title(content: dict[str, Any]) -> str:
-    return f"{content['model']}, {content['dtype']}, {content['sequences']} sequences of {content['length']} tokens"
+def _title(result: Sinks) -> str:
+    return f"{result.model}, {result.dtype}, {result.sequences} sequences of {result.length} tokens"
 
 
-def print_layers(content: dict[str, Any]) -> None:
-    has_sink = content["overall"]["sink_alpha"] is not None
+def print_layers(result: SinksResult) -> None:
+    assert result.overall is not None
+    has_sink = result.overall.sink_alpha is not None
     at = "sink" if has_sink else "first"
     norms = [f"|k| {at}", "rest", f"|v| {at}", "rest"]
     columns = [*_columns(has_sink), *norms, "|h|", "at", "× med."]
-    table = new_table(_title(content), _caption(content), ["layer"], columns)
-    for row in content["rows"]:
-        values = [row[f"{name}_{part}"] for name in ("key_norm", "value_norm") for part in (at, "rest")]
-        table.add_row(str(row["layer"]), *_cells(row, has_sink), *(number(x, "0.2f") for x in values), *_peak(row))
+    table = new_table(_title(result), _caption(result), ["layer"], columns)
+    for row in result.rows:
+        values = [getattr(row, f"{name}_{part}") for name in ("key_norm", "value_norm") for part in (at, "rest")]
+        table.add_row(str(row.layer), *_cells(row, has_sink), *(number(x, "0.2f") for x in values), *_peak(row))
     table.add_section()
-    table.add_row("all", *_cells(content["overall"], has_sink), *[""] * len(norms), *_peak(content["overall"]))
+    table.add_row("all", *_cells(result.overall, has_sink), *[""] * len(norms), *_peak(result.overall))
     show(table)
 
 
-def print_checkpoints(content: dict[str, Any]) -> None:
-    has_sink = content["rows"][0]["sink_alpha"] is not None
+def print_checkpoints(result: BirthResult) -> None:
+    has_sink = result.rows[0].sink_alpha is not None
     columns = ["tokens", *_columns(has_sink), "|h|", "at", "× med."]
-    table = new_table(_title(content), _caption(content), ["step"], columns)
-    for row in content["rows"]:
-        table.add_row(str(row["step"]), f"{row['tokens']:,}", *_cells(row, has_sink), *_peak(row))
+    table = new_table(_title(result), _caption(result), ["step"], columns)
+    for row in result.rows:
+        table.add_row(str(row.step), f"{row.tokens:,}", *_cells(row, has_sink), *_peak(row))
     show(table)
-    put(birth_notice(content["born"], content["rows"][0]["step"]))
+    put(birth_notice(result.born, result.rows[0].step))
 
 
-def birth_notice(birth: dict[str, Any], first_step: int) -> str:
-    target = "the first text token" if birth["target"] == "first" else "the model's sink"
-    criterion = f"more than {birth['threshold']:.0%} of heads with a sink at {target}"
-    if birth["step"] is None:
+def birth_notice(birth: Birth, first_step: int) -> str:
+    target = "the first text token" if birth.target == "first" else "the model's sink"
+    criterion = f"more than {birth.threshold:.0%} of heads with a sink at {target}"
+    if birth.step is None:
         return f"no sink is born: the last checkpoint does not have {criterion}"
-    when = f"step {birth['step']} ({birth['tokens']:,} tokens)"
-    if birth["step"] == first_step:
+    when = f"step {birth.step} ({birth.tokens:,} tokens)"
+    if birth.step == first_step:
         return f"the sink is there at the first checkpoint, {when}, and stays: {criterion}"
     return f"the sink is born at {when}: from then on every checkpoint has {criterion}"

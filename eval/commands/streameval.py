@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from eval.commands import options as shared
 from eval.commands.checks import check_outputs
@@ -15,6 +14,7 @@ from eval.commands.tables import keys_seen, new_table, number, show, span
 from eval.policies.options import BORROWED, NAMES, check
 from sinkmodel.errors import UserError
 from sinkmodel.parser import path_of, positive, whole
+from sinkmodel.results.streams import LinesResult, QuestionsResult, StreamEvalResult
 
 DESCRIPTION = "What a stream remembers: StreamEval's lines by distance, and questions answered one after the other."
 EXAMPLE = "sink-eval streameval --model runs/sink --budgets 256 512 --distances 5 10 20 --samples 10 --queries 20"
@@ -78,9 +78,8 @@ def run(options: argparse.Namespace) -> None:
     check_outputs(options)
     from eval.measures.streams import streameval
 
-    content = streameval.run(options)
-    show_table = print_lines if options.task == "lines" else print_questions
-    give_result(options, content, lambda: show_table(options, content))
+    result = streameval.run(options)
+    give_result(options, result, lambda: print_table(options, result))
 
 
 def _settle_task(options: argparse.Namespace) -> None:
@@ -102,51 +101,58 @@ def _settle_task(options: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def print_lines(options: argparse.Namespace, content: dict[str, Any]) -> None:
-    tokens = span(content["line_tokens_least"], content["line_tokens_most"])
+def print_table(options: argparse.Namespace, result: StreamEvalResult) -> None:
+    if isinstance(result, LinesResult):
+        print_lines(options, result)
+    elif isinstance(result, QuestionsResult):
+        print_questions(options, result)
+
+
+def print_lines(options: argparse.Namespace, result: LinesResult) -> None:
+    tokens, distractors = span(result.line_tokens_least, result.line_tokens_most), result.distractors or 0
     table = new_table(
-        f"{options.model}, {options.dtype}: {content['samples']} samples × {content['queries']} queries, one every "
-        f"{content['every']} lines of {tokens} tokens",
+        f"{options.model}, {options.dtype}: {result.samples} samples × {result.queries} queries, one every "
+        f"{result.every} lines of {tokens} tokens",
         "back: from the line asked for to the end of the answer; kept: share of queries whose line stays whole in the "
-        f"cache until then; accuracy: greedy decoding gives the answer of {content['answer_tokens']} tokens; nats: of "
-        f"the answer; rank: of the answer among itself and {content['distractors']} other numbers of the stream, by "
-        f"chance {content['distractors'] / 2 + 1:g}; "
+        f"cache until then; accuracy: greedy decoding gives the answer of {result.answer_tokens} tokens; nats: of "
+        f"the answer; rank: of the answer among itself and {distractors} other numbers of the stream, by "
+        f"chance {distractors / 2 + 1:g}; "
         "±: standard error over samples",
         ["policy"],
         ["keys seen", "lines back", "tokens back", "kept", "accuracy", "±", "nats", "±", "rank", "±", "tokens/s"],
     )
-    for row in content["rows"]:
+    for row in result.rows:
         table.add_row(
-            row["label"],
+            row.label,
             keys_seen(row),
-            str(row["distance"]),
-            span(row["tokens_back_least"], row["tokens_back_most"]),
-            f"{row['kept']:.0%}",
-            *(number(row[key], ".4f") for key in ("accuracy", "accuracy_stderr")),
-            *(number(row[key], ".3f") for key in ("nll", "nll_stderr", "rank", "rank_stderr")),
-            f"{row['tokens_per_second']:,.0f}",
+            str(row.distance),
+            span(row.tokens_back_least, row.tokens_back_most),
+            number(row.kept, ".0%"),
+            *(number(getattr(row, key), ".4f") for key in ("accuracy", "accuracy_stderr")),
+            *(number(getattr(row, key), ".3f") for key in ("nll", "nll_stderr", "rank", "rank_stderr")),
+            f"{row.tokens_per_second:,.0f}",
         )
     show(table)
 
 
-def print_questions(options: argparse.Namespace, content: dict[str, Any]) -> None:
+def print_questions(options: argparse.Namespace, result: QuestionsResult) -> None:
     table = new_table(
-        f"{options.model}, {options.dtype}: {content['questions']} questions, {options.file or 'made up'}",
+        f"{options.model}, {options.dtype}: {result.questions} questions, {options.file or 'made up'}",
         "one-shot: each question in an empty cache; the others: one after the other in one stream, each followed by "
         "its right answer; accuracy: of the choice with the highest log-likelihood per character; − one-shot: paired "
         "by question; nats: of the right choice; ±: standard error over questions",
         ["policy"],
         ["keys seen", "tokens", "accuracy", "±", "− one-shot", "±", "nats", "±", "tokens/s"],
     )
-    for row in content["rows"]:
+    for row in result.rows:
         table.add_row(
-            row["label"],
+            row.label,
             keys_seen(row),
-            f"{row['tokens']:,}",
-            *(number(row[key], ".4f") for key in ("accuracy", "accuracy_stderr")),
-            number(row["difference"], "+.4f"),
-            number(row["difference_stderr"], ".4f"),
-            *(number(row[key], ".3f") for key in ("nll", "nll_stderr")),
-            f"{row['tokens_per_second']:,.0f}",
+            f"{row.tokens:,}",
+            *(number(getattr(row, key), ".4f") for key in ("accuracy", "accuracy_stderr")),
+            number(row.difference, "+.4f"),
+            number(row.difference_stderr, ".4f"),
+            *(number(getattr(row, key), ".3f") for key in ("nll", "nll_stderr")),
+            f"{row.tokens_per_second:,.0f}",
         )
     show(table)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sinkmodel.console import put
+from sinkmodel.results.parts import PolicyFields
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,12 +41,21 @@ def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def keys_seen(row: dict[str, Any]) -> str:
+def mebibytes(value: float | None, form: str) -> str:
+    return number(None if value is None else value / 2**20, form)
+
+
+def percent(share: float | None, form: str) -> str:
+    return number(None if share is None else 100 * share, form)
+
+
+def keys_seen(row: PolicyFields) -> str:
     """How many keys a query saw: one number, or a range if each window scores several queries."""
-    return span(row.get("keys_seen_least", row["keys_seen"]), row["keys_seen"])
+    most = row.keys_seen or 0
+    return span(row.keys_seen_least or most, most)
 
 
-def span(least: int, most: int) -> str:
+def span(least: float | None, most: float | None) -> str:
     return f"{most}" if least == most else f"{least}–{most}"
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from eval.commands import options as shared
 from eval.commands.checks import check_files, check_outputs, repeated
 from eval.commands.output import give_result
-from eval.commands.tables import new_table, number, show
+from eval.commands.tables import new_table, number, percent, show
 from eval.policies.options import BORROWED, check
-from eval.wording import answer_cell, each_pair
 from sinkmodel.console import put
 from sinkmodel.errors import UserError
 from sinkmodel.parser import name_of, positive, real
+from sinkmodel.results.verdict import Comparison, VerdictResult
 
 DESCRIPTION = "Is one trained sink worth four borrowed ones? Exit code 0: equivalent or better; 1: worse or undecided."
 EXAMPLE = (
@@ -93,9 +92,9 @@ def run(options: argparse.Namespace) -> int:
     check_outputs(options)
     from eval.measures.verdict import verify
 
-    content = verify.run(options)
-    give_result(options, content, lambda: print_tables(content))
-    return 0 if content["verdict"]["answer"] in ("equivalent", "better") else 1
+    result = verify.run(options)
+    give_result(options, result, lambda: print_tables(result))
+    return 0 if result.verdict.answer in ("equivalent", "better") else 1
 
 
 def _check_names(sinks: Sequence[str], vanillas: Sequence[str]) -> None:
@@ -111,64 +110,64 @@ def _check_names(sinks: Sequence[str], vanillas: Sequence[str]) -> None:
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def print_tables(content: dict[str, Any]) -> None:
-    verdict = content["verdict"]
+def print_tables(result: VerdictResult) -> None:
+    verdict = result.verdict
     table = new_table(
-        f"C = {content['budget']}, {content['dtype']}, after overflow",
+        f"C = {result.budget}, {result.dtype}, after overflow",
         "±: standard error over blocks of C tokens",
         ["model", "run", "policy"],
         ["keys seen", "texts", "tokens", "nll ≥C", "± ≥C", "ppl ≥C"],
     )
-    for row in content["rows"]:
+    for row in result.rows:
         table.add_row(
-            row["model"],
-            row["run"],
-            row["label"],
-            str(row["keys_seen"]),
-            str(row["documents"]),
-            f"{row['tokens_after_overflow']:,}",
-            *(number(row[key], "0.4f") for key in ("nll_after_overflow", "stderr_after_overflow")),
-            number(row["ppl_after_overflow"], ",.2f"),
+            row.model,
+            row.run,
+            row.label,
+            str(row.keys_seen),
+            str(row.documents),
+            f"{row.tokens_after_overflow:,}",
+            *(number(getattr(row, key), "0.4f") for key in ("nll_after_overflow", "stderr_after_overflow")),
+            number(row.ppl_after_overflow, ",.2f"),
         )
     show(table)
     table = new_table(
-        f"paired differences in nats per token, {100 * content['level']:g} % intervals"
-        + (f", over {verdict['runs']} pairs of runs" if verdict["runs"] > 1 else ""),
-        f"first − second: below zero the first has the lower loss; equivalent: within ±{content['margin']:g}; "
+        f"paired differences in nats per token, {100 * result.level:g} % intervals"
+        + (f", over {verdict.runs} pairs of runs" if verdict.runs > 1 else ""),
+        f"first − second: below zero the first has the lower loss; equivalent: within ±{result.margin:g}; "
         "recompute and dense: at positions spread over the texts",
         ["model", "first", "second"],
         ["tokens", "difference", "interval", "answer"],
     )
-    for row in [verdict, *each_pair(content), *content["comparisons"]]:
+    for one in (verdict, *result.each_pair, *result.comparisons):
         table.add_row(
-            row["model"],
-            row["first"],
-            row["second"],
-            f"{row['tokens']:,}",
-            number(row["difference"], "+.4f"),
-            f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["low"] is not None else "–",
-            answer_cell(row),
+            one.model,
+            one.first,
+            one.second,
+            f"{one.tokens:,}",
+            number(one.difference, "+.4f"),
+            f"[{one.low:+.4f}, {one.high:+.4f}]" if one.low is not None else "–",
+            one.answer_cell,
         )
     show(table)
-    put(in_words(verdict, content["margin"]))
+    put(in_words(verdict, result.margin))
 
 
-def in_words(verdict: dict[str, Any], margin: float) -> str:
+def in_words(verdict: Comparison, margin: float) -> str:
     """The verdict in a few sentences."""
     text = (
-        f"{verdict['answer']}: {verdict['first']} − {verdict['second']} = {verdict['difference']:+.4f} nats per token, "
-        f"{100 * verdict['level']:g} % interval [{verdict['low']:+.4f}, {verdict['high']:+.4f}], margin ±{margin:g}"
+        f"{verdict.answer}: {verdict.first} − {verdict.second} = {verdict.difference:+.4f} nats per token, "
+        f"{percent(verdict.level, 'g')} % interval [{verdict.low:+.4f}, {verdict.high:+.4f}], margin ±{margin:g}"
     )
-    if verdict.get("why"):
-        text += f"\n{verdict['why']}"
-    if verdict["resampled"] == "blocks":
+    if verdict.why:
+        text += f"\n{verdict.why}"
+    if verdict.resampled == "blocks":
         text += "\nthe interval holds for these texts, not for others"
-    if verdict["more_tokens"]:
-        text += f"\nabout {verdict['more_tokens']:,} more tokens would decide, if the difference stayed the same"
-    if verdict["runs"] == 1:
+    if verdict.more_tokens:
+        text += f"\nabout {verdict.more_tokens:,} more tokens would decide, if the difference stayed the same"
+    if verdict.runs == 1:
         return f"{text}\nit holds for these two runs; twins of other seeds may differ by more: give several of each"
-    runs, texts = verdict["stderr_runs"], verdict["stderr_texts"]
-    text += f"\nof {verdict['runs']} pairs of runs; standard error over runs {runs:.4f}, over texts {texts:.4f}: "
-    if verdict["more_tokens"] is None and not verdict.get("why"):
+    runs, texts = verdict.stderr_runs or 0.0, verdict.stderr_texts or 0.0
+    text += f"\nof {verdict.runs} pairs of runs; standard error over runs {runs:.4f}, over texts {texts:.4f}: "
+    if verdict.more_tokens is None and not verdict.why:
         return f"{text}no amount of text decides this, more pairs of runs would"
     return f"{text}more {'pairs' if runs > texts else 'texts'} would narrow it most"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from eval.commands import options as shared
 from eval.commands.checks import check_outputs
@@ -17,6 +16,7 @@ from eval.measures.harness.paper import PAPER
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.parser import path_of, positive
+from sinkmodel.results.tasks import ZeroshotResult
 from sinkmodel.text.search import find_json_lines, name_without_suffixes
 
 DESCRIPTION = "Zero-shot tasks of lm-eval, with exactly one set of sinks in front, compared to stock lm-eval."
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         options,
         names,
         files,
-        lambda content, sink: give_result(options, content, lambda: print_table(content, sink)),
+        lambda result, sink: give_result(options, result, lambda: print_table(result, sink)),
     )
 
 
@@ -83,19 +83,16 @@ def choose(tasks: list[str] | None, folder: Path | None) -> tuple[list[str], dic
     return names, {name: files[name] for name in names if name in files}
 
 
-def print_table(content: dict[str, Any], sink: str) -> None:
+def print_table(result: ZeroshotResult, sink: str) -> None:
     table = new_table(
-        f"{content['model']}, {content['dtype']}, {sink}",
+        f"{result.model}, {result.dtype}, {sink}",
         "±: standard error over questions; paper: StreamingLLM's Table 4, 160M model with as many sink tokens",
         ["task", "metric"],
         ["questions", "stock", "±", "adapter", "±", "paper"],
     )
-    for row in content["rows"]:
-        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
-        keys = ("stock", "stock_stderr", "adapter", "adapter_stderr")
-        numbers = [
-            *(number(row[key], ".4g" if row[key] and row[key] >= 1 else ".4f") for key in keys),
-            number(row["paper"], ".3f"),
-        ]
-        table.add_row(row["task"], metric, f"{row['questions']:,}", *numbers)
+    for row in result.rows:
+        metric = row.metric if row.filter == "none" else f"{row.metric}, {row.filter}"
+        values = (row.stock, row.stock_stderr, row.adapter, row.adapter_stderr)
+        numbers = [number(value, ".4g" if value and value >= 1 else ".4f") for value in values]
+        table.add_row(row.task, metric, f"{row.questions:,}", *numbers, number(row.paper, ".3f"))
     show(table)

@@ -13,7 +13,6 @@ so every query sees C keys. There is one stream of random tokens, since the cost
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 
@@ -27,10 +26,11 @@ from eval.policies.policy import end_of, refuse_narrower_window
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
+from sinkmodel.results.latency import LatencyResult, LatencyRow, Ratio, StreamRow
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
 
-def run(options: argparse.Namespace, points: int) -> dict[str, Any]:
+def run(options: argparse.Namespace, points: int) -> LatencyResult:
     """The result.
 
     Args:
@@ -48,28 +48,27 @@ def run(options: argparse.Namespace, points: int) -> dict[str, Any]:
         budget: choose(options.policies, [sinks], budget, front) for budget in sorted(set(options.budgets))
     }
     _check_model(loaded, max(configurations))
-    rows: list[dict[str, Any]] = []
-    ratios: list[dict[str, Any]] = []
+    rows: list[LatencyRow] = []
+    ratios: list[Ratio] = []
     for index, (budget, policies) in enumerate(configurations.items(), 1):
         label = f"{index}/{len(configurations)} budget {budget}"
         new_rows, new_ratios = measure(loaded, policies, budget, options.tokens, label)
         rows, ratios = rows + new_rows, ratios + new_ratios
-    stream: list[dict[str, Any]] = []
+    stream: list[StreamRow] = []
     if options.stream_length is not None:
         for budget, policies in configurations.items():
             for policy in policies:
                 if policy.name in ("window", "sink"):
                     stream += along_stream(loaded, policy, budget, options.stream_length, points, options.tokens)
-    return {
-        "command": "latency",
-        "model": loaded.name,
-        "dtype": options.dtype,
-        "device": device_name(loaded),
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-        "ratios": ratios,
-        "stream": stream,
-    }
+    return LatencyResult(
+        model=loaded.name,
+        dtype=options.dtype,
+        device=device_name(loaded),
+        threads=torch.get_num_threads(),
+        rows=rows,
+        ratios=ratios,
+        stream=stream,
+    )
 
 
 def _check_model(loaded: LoadedModel, budget: int) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from eval.measures.loading import load
 from eval.measures.meters import PeakMemory
@@ -26,10 +25,11 @@ from eval.policies.policy import Policy
 from sinkmodel.loading import LoadedModel
 from sinkmodel.perplexity import perplexity
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.perplexity import PerplexityResult, PerplexityRow
 from sinkmodel.sinks import kind_of
 
 
-def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def run(options: argparse.Namespace) -> tuple[PerplexityResult, str]:
     """The result, and the model's sink in words. `options` are those of `eval.commands.ppl`."""
     loaded = load(options)
     sinks = len(loaded.sink_ids)
@@ -42,18 +42,17 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         measure(loaded, documents, policy, options.budget, options.chunk, f"{i}/{len(policies)} {policy.label}")
         for i, policy in enumerate(policies, 1)
     ]
-    content = {
-        "command": "ppl",
-        "model": options.model,
-        "sink_ids": loaded.sink_ids,
-        "budget": options.budget,
-        "chunk": options.chunk,
-        "dtype": options.dtype,
-        "device": str(loaded.model.device),
-        "texts": texts,
-        "rows": rows,
-    }
-    return content, _sink_in_words(loaded)
+    result = PerplexityResult(
+        model=options.model,
+        sink_ids=loaded.sink_ids,
+        budget=options.budget,
+        chunk=options.chunk,
+        dtype=options.dtype,
+        device=str(loaded.model.device),
+        texts=texts,
+        rows=rows,
+    )
+    return result, _sink_in_words(loaded)
 
 
 def _sink_in_words(loaded: LoadedModel) -> str:
@@ -64,7 +63,7 @@ def _sink_in_words(loaded: LoadedModel) -> str:
 
 def measure(
     loaded: LoadedModel, documents: Sequence[Sequence[int]], policy: Policy, budget: int, chunk: int, label: str
-) -> dict[str, Any]:
+) -> PerplexityRow:
     """One row of the table, and of `rows` in the JSON result."""
     sinks = len(loaded.sink_ids)
     longest = max(len(ids) for ids in documents) - 1
@@ -78,18 +77,18 @@ def measure(
     after = [nll[max(first, budget) :] for nll in losses]
     nll, nll_after = mean(scored), mean(after)
     assert nll is not None, "a document that fills the budget has at least one token to score"
-    return {
-        **policy.row(longest),
-        "documents": len(documents),
-        "tokens": sum(map(len, scored)),
-        "tokens_after_overflow": sum(map(len, after)),
-        "nll": nll,
-        "nll_after_overflow": nll_after,
-        "ppl": perplexity(nll),
-        "ppl_after_overflow": perplexity(nll_after),
-        "stderr": block_stderr(scored, budget),
-        "stderr_after_overflow": block_stderr(after, budget),
-        "tokens_per_second": sum(len(nll) for nll in losses) / seconds,
-        "peak_bytes": memory.peak(),
-        "by_position": by_position([(first, part) for part in scored]),
-    }
+    return PerplexityRow(
+        **vars(policy.row(longest)),
+        documents=len(documents),
+        tokens=sum(map(len, scored)),
+        tokens_after_overflow=sum(map(len, after)),
+        nll=nll,
+        nll_after_overflow=nll_after,
+        ppl=perplexity(nll),
+        ppl_after_overflow=perplexity(nll_after),
+        stderr=block_stderr(scored, budget),
+        stderr_after_overflow=block_stderr(after, budget),
+        tokens_per_second=sum(len(nll) for nll in losses) / seconds,
+        peak_bytes=memory.peak(),
+        by_position=by_position([(first, part) for part in scored]),
+    )

@@ -28,19 +28,19 @@ def block_stderr(parts: list[Tensor], block: int) -> float | None:
     return math.sqrt(sum((m - center) ** 2 for m in means) / (len(means) - 1) / len(means))
 
 
-def by_position(parts: list[tuple[int, Tensor]], bins: int = 64) -> list[list[float]]:
-    """Mean loss along the text as [first position, last position, mean], in at most `bins` bins of equal width.
+def by_position(parts: list[tuple[int, Tensor]], bins: int = 64) -> list[tuple[int, int, float | None]]:
+    """Mean loss along the text as (first position, last position, mean), in at most `bins` bins of equal width.
 
     Each part is (position of its first query, losses of consecutive queries). Positions count from 0, sinks included.
     """
     end = max((first + len(losses) for first, losses in parts), default=0)
     width = max(1, -(-end // bins))
-    rows = []
+    rows: list[tuple[int, int, float | None]] = []
     for low in range(0, end, width):
         inside = [losses[max(0, low - first) : max(0, low + width - first)] for first, losses in parts]
         value = mean(inside)
         if value is not None:
-            rows.append([low, min(low + width, end) - 1, value])
+            rows.append((low, min(low + width, end) - 1, value))
     return rows
 
 

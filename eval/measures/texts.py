@@ -6,13 +6,13 @@ import sys
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.policies.policy import Policy, end_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
 from sinkmodel.loading import LoadedModel, encode
+from sinkmodel.results.parts import Text
 from sinkmodel.sinks import sink_ids_of
 from sinkmodel.text import read_documents
 from sinkmodel.unused_rows import UNUSED
@@ -25,7 +25,7 @@ def read_texts(
     tokens: int | None,
     count: int | None,
     option: str = "--budget",
-) -> tuple[list[dict[str, Any]], list[Sequence[int]]]:
+) -> tuple[list[Text], list[Sequence[int]]]:
     """Read the documents of all files and encode them.
 
     Returns, for each file, a summary of what was used of it; and the token ids of all documents, after the sinks. A
@@ -38,7 +38,7 @@ def read_texts(
         count: most documents of each file; None: all.
         option: the option that set `budget`, for messages.
     """
-    texts: list[dict[str, Any]] = []
+    texts: list[Text] = []
     documents: list[Sequence[int]] = []
     for file in files:
         taken = kept = too_short = cut = longest = 0
@@ -66,7 +66,7 @@ def read_texts(
             say(f"{file}: {cut} of {taken} documents have fewer than --tokens {tokens}; scored with what they have")
         if count is not None and taken < count:
             say(f"{file}: {taken} documents, fewer than --documents {count}")
-        texts.append({"file": str(file), "sha256": sha256_of(file), "documents": taken, "tokens": kept})
+        texts.append(Text(file=str(file), sha256=sha256_of(file), documents=taken, tokens=kept))
     return texts, documents
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -24,6 +24,7 @@ from eval.policies.policy import CachedStream, Policy, Stream
 from eval.policies.recompute import Recompute
 from sinkmodel.loading import LoadedModel
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.latency import LatencyRow, Ratio, StreamRow
 
 RATIOS = (("recompute", "sink"), ("sink", "dense"))
 FED = 4096  # tokens of a long stream that are drawn at once
@@ -32,7 +33,7 @@ BLOCK = 8  # timed steps of a side in a round; recompute takes one, which is lon
 
 def measure(
     loaded: LoadedModel, policies: list[Policy], budget: int, tokens: int, label: str
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[LatencyRow], list[Ratio]]:
     """Measure the policies at one budget; returns result rows and ratios."""
     model, sink_ids, peaks, sides = loaded.model, loaded.sink_ids, [], []
     rounds = -(-tokens // BLOCK)
@@ -46,12 +47,12 @@ def measure(
             progress.add(1)
         alternate(sides, Tokens(model, sink_ids), rounds, progress.add)
     rows = [
-        {**side.policy.row(budget), "budget": budget, **times(side), "peak_bytes": peak}
+        LatencyRow(**vars(replace(side.policy.row(budget), budget=budget)), **times(side), peak_bytes=peak)
         for side, peak in zip(sides, peaks)
     ]
     by_name = {side.policy.name: side for side in sides}
     ratios = [
-        {"budget": budget, **ratio(by_name[above], by_name[below])}
+        Ratio(budget=budget, **ratio(by_name[above], by_name[below]))
         for above, below in RATIOS
         if above in by_name and below in by_name
     ]
@@ -60,7 +61,7 @@ def measure(
 
 def along_stream(
     loaded: LoadedModel, policy: Policy, budget: int, length: int, points: int, tokens: int
-) -> list[dict[str, Any]]:
+) -> list[StreamRow]:
     """One row for each of `points` positions of a stream: its steps there, in turns with a stream that has just filled.
 
     `seen` in a row is the number of tokens fed before its steps. The tokens between the positions are fed in pieces and
@@ -84,9 +85,10 @@ def along_stream(
             alternate([old, new], ids, rounds, lambda _: None)
             seen += timed
             progress.add(timed)
-            row = {**policy.row(budget), "seen": place, **times(old), **ratio(old, new), "ratio": f"{place}/{budget}"}
+            taken = {**times(old), **ratio(old, new), "ratio": f"{place}/{budget}"}
             del new
-            rows.append({**row, "resident_bytes": memory_now(model.device)})
+            held = memory_now(model.device)
+            rows.append(StreamRow(**vars(policy.row(budget)), seen=place, **taken, resident_bytes=held))
     return rows
 
 

@@ -28,6 +28,7 @@ from transformers import Cache
 from sinkmodel.errors import UserError
 from sinkmodel.model_support import own_window
 from sinkmodel.probe import frequencies
+from sinkmodel.results.parts import PolicyFields
 
 PIECE = 256  # tokens of a long `feed` in one forward
 # Names of position tables in transformers, learned or sinusoidal.
@@ -72,19 +73,19 @@ class Policy(ABC):
         """The most keys that a query sees, including its own, in a stream of `longest` fed tokens."""
         return longest if self.budget is None else min(longest, self.budget)
 
-    def row(self, longest: int) -> dict[str, Any]:
-        """The entries of a result row that describe its policy."""
-        return {
-            "policy": self.name,
-            "label": self.label,
-            "sinks": self.sinks,
-            "window": self.window,
-            "budget": self.budget,
-            "keys_seen": self.keys_seen(longest),
-            "needs": self.needs,
-            "keeps": self.keeps,
-            "positions": self.positions,
-        }
+    def row(self, longest: int) -> PolicyFields:
+        """The fields of a result row that describe its policy, for a stream of `longest` fed tokens."""
+        return PolicyFields(
+            policy=self.name,
+            label=self.label,
+            sinks=self.sinks,
+            window=self.window,
+            budget=self.budget,
+            keys_seen=self.keys_seen(longest),
+            needs=self.needs,
+            keeps=self.keeps,
+            positions=self.positions,
+        )
 
 
 class Stream(ABC):

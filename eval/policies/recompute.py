@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from eval.policies.policy import Policy, Stream, refuse_narrower_window
 from sinkmodel.errors import not_finite
 from sinkmodel.products import fast_products
+from sinkmodel.results.parts import PolicyFields
 from sinkmodel.scoring import check_decoder, nll_of
 
 TOKENS_AT_ONCE = 8192  # tokens of all windows in one forward
@@ -44,11 +45,11 @@ class Recompute(Policy):
     def label(self) -> str:
         return super().label if self.stride == 1 else f"{super().label}, stride {self.stride}"
 
-    def row(self, longest: int) -> dict[str, Any]:
+    def row(self, longest: int) -> PolicyFields:
         """Adds the stride, and the fewest keys that a query sees once tokens have left the window."""
         most = self.keys_seen(longest)
         least = min(most, self.budget - self.stride + 1)
-        return {**super().row(longest), "stride": self.stride, "keys_seen_least": least}
+        return replace(super().row(longest), stride=self.stride, keys_seen_least=least)
 
     def score(
         self, model: Any, documents: Sequence[Sequence[int]], chunk: int, on_chunk: Callable[[int], None]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from sinkmodel.results.parts import PolicyFields
+
 LONGEST = 30  # most characters of a name in a figure
 
 
@@ -78,11 +80,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return {name: short if list(last.values()).count(short) == 1 else name for name, short in last.items()}
 
 
-def stream_name(row: dict[str, Any]) -> str:
+def stream_name(row: PolicyFields) -> str:
     """S+W for window and sink; for other policies the label, or the name in results of older versions without label."""
-    if row["policy"] in ("window", "sink"):
-        return f"{row['sinks']}+{row['window']}"
-    return row.get("label") or row["policy"]
+    if row.policy in ("window", "sink"):
+        return f"{row.sinks}+{row.window}"
+    return row.label or row.policy
 
 
 def figure(value: float | None, form: str = ",.2f") -> str:

@@ -7,29 +7,35 @@ not have the form that a command writes raises a UserError that names the place.
 from __future__ import annotations
 
 import csv
+import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eval.report.blocks import short_names
-from eval.report.forms import EVERY, FORMS, clean, mismatch
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json, sha256_of
+from sinkmodel.results.files import result_of
+from sinkmodel.results.parts import Result
+from sinkmodel.secrets import redacted
 
+BAD_LETTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # \t and \n are allowed
+R = TypeVar("R", bound=Result)
 MAP_COLUMNS = ["layer", "head", "query", "key", "logit", "weight"]
 
 
 @dataclass(frozen=True)
-class Result:
+class ResultFile:
     path: Path
     sha256: str
-    content: dict[str, Any]
+    content: Result
 
     @property
     def command(self) -> str:
-        return self.content["command"]
+        return self.content.COMMAND
 
 
 @dataclass(frozen=True)
@@ -50,12 +56,12 @@ class Maps:
 @dataclass(frozen=True)
 class Inputs:
     runs: list[Run] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
+    results: list[ResultFile] = field(default_factory=list)
     maps: list[Maps] = field(default_factory=list)
 
-    def of(self, command: str) -> list[dict[str, Any]]:
-        """The contents of the files of one command, in the given order."""
-        return [result.content for result in self.results if result.command == command]
+    def of(self, kind: type[R]) -> list[R]:
+        """The results of one kind, in the given order."""
+        return [file.content for file in self.results if isinstance(file.content, kind)]
 
 
 def once(paths: Sequence[Path]) -> list[Path]:
@@ -69,22 +75,28 @@ def once(paths: Sequence[Path]) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def read_result(path: Path) -> Result:
+def read_result_file(path: Path) -> ResultFile:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file that a command of sink-eval wrote with --json")
     try:
-        content = clean(read_json(path))
+        content = result_of(clean(read_json(path)), path)
     except RecursionError:
         raise UserError(f"{path} is not a result of sink-eval --json: it is nested too deeply") from None
-    command = content.get("command") if isinstance(content, dict) else None
-    if not isinstance(command, str) or command not in FORMS:
-        known = ", ".join(FORMS)
-        raise UserError(f"{path} is not a result of sink-eval --json: its command is {command!r}, not one of {known}")
-    if found := mismatch({**EVERY, **FORMS[command]}, content):
-        raise UserError(f"{path} is not what sink-eval {command} --json writes: {found}; measure it again")
-    if not content["rows"]:
-        raise UserError(f"{path} has no rows: nothing was measured; measure it again with sink-eval {command}")
-    return Result(path, sha256_of(path), content)
+    return ResultFile(path, sha256_of(path), content)
+
+
+def clean(value: Any) -> Any:
+    """JSON that is safe for a page: NaN and infinity become None, control characters become U+FFFD.
+
+    Credentials in addresses are redacted.
+    """
+    if isinstance(value, dict):
+        return {clean(key): clean(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [clean(inner) for inner in value]
+    if isinstance(value, str):
+        return redacted(BAD_LETTERS.sub("\ufffd", value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --------------------------------------------------------------------------------------------------------------- runs

@@ -28,21 +28,29 @@ from eval.report.charts import (
     tokens_axis,
 )
 from sinkmodel.perplexity import perplexity
+from sinkmodel.results.attention import LayerRow
+from sinkmodel.results.latency import LatencyResult, LatencyRow, StreamRow
+from sinkmodel.results.memories import MemoriesResult
+from sinkmodel.results.perplexity import PerplexityResult
+from sinkmodel.results.verdict import Comparison
 
 Lines = dict[str, list[tuple[float, "float | None"]]]
 DODGE = 0.025  # shift between lines, as a fraction of a step of the x axis, so that their intervals do not overlap
 SHADE: dict[str, Any] = {"color": COLOURS[5], "alpha": 0.22, "linewidth": 0}
 
 
-def paint_intervals(axis: Axes, rows: Sequence[dict[str, Any]], margin: float) -> None:
+def paint_intervals(axis: Axes, rows: Sequence[tuple[str, Comparison]], margin: float) -> None:
     """Paired differences as intervals, with the ±margin shaded; the first interval is the verdict and thicker."""
     axis.axvspan(-margin, margin, **SHADE)
     axis.axvline(0, color=GRID, linewidth=0.8)
-    for place, row in enumerate(rows):
+    for place, (name, row) in enumerate(rows):
         colour, thick = (INK, 3.2) if place == 0 else (COLOURS[0], 1.6)
-        axis.plot([row["low"], row["high"]], [-place, -place], color=colour, linewidth=thick, solid_capstyle="butt")
-        axis.plot([row["difference"]], [-place], MARKERS[3 if place == 0 else 0], color=colour, markersize=6)
-        label = shown(row["name"], 2 * LONGEST) + ("" if place else ": the verdict")
+        assert row.low is not None
+        assert row.high is not None
+        assert row.difference is not None
+        axis.plot([row.low, row.high], [-place, -place], color=colour, linewidth=thick, solid_capstyle="butt")
+        axis.plot([row.difference], [-place], MARKERS[3 if place == 0 else 0], color=colour, markersize=6)
+        label = shown(name, 2 * LONGEST) + ("" if place else ": the verdict")
         axis.annotate(label, (0.01, -place), xycoords=("axes fraction", "data"), xytext=(0, 8), fontsize=8.5,
                       textcoords="offset points", fontweight="normal" if place else "bold")  # fmt: skip
     axis.set_ylim(-len(rows) + 0.5, 0.75)
@@ -70,23 +78,23 @@ def paint_over_tokens(axis: Axes, lines: Lines, label: str) -> None:
     axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # a marker at zero is not cut off
 
 
-def paint_positions(axis: Axes, content: dict[str, Any]) -> None:
+def paint_positions(axis: Axes, content: PerplexityResult) -> None:
     """Perplexity by position in the stream, one line per policy; positions after the first eviction are shaded."""
     lines: Lines = {}
-    for row in content["rows"]:
+    for row in content.rows:
         name = stream_name(row)
-        name = name if name not in lines else f"{row['policy']} {name}"
-        lines[name] = [((first + last) / 2, perplexity(nll)) for first, last, nll in row["by_position"]]
+        name = name if name not in lines else f"{row.policy} {name}"
+        lines[name] = [((first + last) / 2, perplexity(nll)) for first, last, nll in row.by_position]
     draw_lines(axis, lines, markers=6)
     scale_values(axis, _values(lines))
     axis.set_ylabel("perplexity")
-    end = max((last for row in content["rows"] for _, last, _ in row["by_position"]), default=0)
-    if end > content["budget"]:
-        axis.axvspan(content["budget"], end, color=GRID, alpha=0.1, linewidth=0)
-        axis.axvline(content["budget"], color=INK, linestyle=":", linewidth=1)
+    end = max((last for row in content.rows for _, last, _ in row.by_position), default=0)
+    if end > content.budget:
+        axis.axvspan(content.budget, end, color=GRID, alpha=0.1, linewidth=0)
+        axis.axvline(content.budget, color=INK, linestyle=":", linewidth=1)
         axis.annotate(
             "overflow: keys are evicted →",
-            (content["budget"], 1),
+            (content.budget, 1),
             xycoords=("data", "axes fraction"),
             xytext=(4, -1),
             textcoords="offset points",
@@ -126,12 +134,12 @@ def paint_heads(axis: Axes, layers: Sequence[Sequence[float | None]], head: str 
     axis.spines[:].set_visible(False)
 
 
-def paint_layers(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def paint_layers(axis: Axes, rows: Sequence[LayerRow]) -> None:
     """The shares of attention on the sink, the first text token and all the rest, by layer."""
-    kinds = [kind for kind in ("sink", "first", "rest") if any(row[f"{kind}_share"] is not None for row in rows)]
-    draw_lines(axis, {f"on {kind}": [(row["layer"], row[f"{kind}_share"]) for row in rows] for kind in kinds})
+    kinds = [kind for kind in ("sink", "first", "rest") if any(row.shares[f"{kind}_share"] is not None for row in rows)]
+    draw_lines(axis, {f"on {kind}": [(row.layer, row.shares[f"{kind}_share"]) for row in rows] for kind in kinds})
     axis.set(xlabel="layer", ylabel="share of attention", ylim=(-0.03, 1.03))
-    axis.set_xticks([row["layer"] for row in rows][:: -(-len(rows) // 12)])
+    axis.set_xticks([row.layer for row in rows][:: -(-len(rows) // 12)])
 
 
 def paint_births(
@@ -164,32 +172,32 @@ def paint_scores(axis: Axes, tasks: Sequence[str], scores: dict[str, list[tuple[
     axis.set_xlabel("accuracy (± one standard error)")
 
 
-def paint_latency(axis: Axes, content: dict[str, Any]) -> None:
+def paint_latency(axis: Axes, content: LatencyResult) -> None:
     """Milliseconds per token over the budget, one line per policy, with p99 dotted above it."""
-    rows = content["rows"]
+    rows = content.rows
     _draw_times(axis, rows, "budget", "policy")
     axis.set_xlabel("keys that a query sees")
-    scale_values(axis, [row["ms_per_token"] for row in rows if row["ms_per_token"] is not None])
-    ticks_at(axis, sorted({row["budget"] for row in rows}))
+    scale_values(axis, [row.ms_per_token for row in rows if row.ms_per_token is not None])
+    ticks_at(axis, sorted({row.budget for row in rows}))
 
 
-def paint_stream(axis: Axes, content: dict[str, Any]) -> None:
+def paint_stream(axis: Axes, content: LatencyResult) -> None:
     """Milliseconds per token along one stream; the y axis begins at zero."""
-    _draw_times(axis, content["stream"], "seen", "label")
+    _draw_times(axis, content.stream, "seen", "label")
     tokens_axis(axis)
     axis.set_xlabel("tokens seen")
     axis.set_ylim(bottom=0)
 
 
-def draw_latency(path: Path, content: dict[str, Any]) -> None:
+def draw_latency(path: Path, content: LatencyResult) -> None:
     """The figure of `sink-eval latency --plot`: a step over budgets and, if measured, along a stream."""
-    panels = 1 + bool(content["stream"])
+    panels = 1 + bool(content.stream)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0] * panels, SIZE[1] + 0.4), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
         paint_latency(axes[0], content)
-        axes[0].set_title(f"A decoding step, {shown(Path(content['model']).name)}")
-        if content["stream"]:
+        axes[0].set_title(f"A decoding step, {shown(Path(content.model).name)}")
+        if content.stream:
             paint_stream(axes[1], content)
             axes[1].set_title("Along a stream")
         for axis in axes:
@@ -197,10 +205,13 @@ def draw_latency(path: Path, content: dict[str, Any]) -> None:
         figure.savefig(path, dpi=130, format="png", facecolor="white")
 
 
-def _draw_times(axis: Axes, rows: Sequence[dict[str, Any]], x: str, line: str) -> None:
-    names = list(dict.fromkeys(row[line] for row in rows))
+def _draw_times(axis: Axes, rows: Sequence[LatencyRow | StreamRow], x: str, line: str) -> None:
+    names = list(dict.fromkeys(getattr(row, line) for row in rows))
     for form in ("ms_per_token", "ms_per_token_p99"):
-        lines = {name: [(row[x], row[form]) for row in rows if row[line] == name] for name in names}
+        lines = {
+            name: [(getattr(row, x), getattr(row, form)) for row in rows if getattr(row, line) == name]
+            for name in names
+        }
         if form == "ms_per_token":
             draw_lines(axis, lines)
             continue
@@ -215,21 +226,23 @@ def _values(lines: Lines) -> list[float]:
     return [y for points in lines.values() for _, y in points if y is not None]
 
 
-def paint_memories(axis: Axes, content: dict[str, Any]) -> None:
+def paint_memories(axis: Axes, content: MemoriesResult) -> None:
     """Nats per token over bytes held, one line per memory; dense's loss is a horizontal line."""
-    rows = [row for row in content["rows"] if row["bytes_held"] and row["nll"] is not None]
+    known = [
+        (row.memory, row.bytes_held / 2**20, row.nll) for row in content.rows if row.bytes_held and row.nll is not None
+    ]
     lines: Lines = {
-        name: sorted((row["bytes_held"] / 2**20, row["nll"]) for row in rows if row["memory"] == name)
-        for name in dict.fromkeys(row["memory"] for row in rows)
+        name: sorted((size, nll) for memory, size, nll in known if memory == name)
+        for name in dict.fromkeys(memory for memory, *_ in known)
     }
     draw_lines(axis, lines)
-    if rows:
-        axis.axhline(rows[0]["nll"], color=GRID, linewidth=0.8)  # dense
-        sizes = [row["bytes_held"] / 2**20 for row in rows]
+    if known:
+        axis.axhline(known[0][2], color=GRID, linewidth=0.8)  # dense
+        sizes = [size for _, size, _ in known]
         first, last = math.floor(math.log2(min(sizes))), math.ceil(math.log2(max(sizes)))
         ticks_at(axis, [2.0**power for power in range(first, last + 1)])
-    axis.set_xlabel(f"MiB held after {content['prompt']} tokens of prompt")
-    axis.set_ylabel(f"nats per token over the next {content['continue']}")
+    axis.set_xlabel(f"MiB held after {content.prompt} tokens of prompt")
+    axis.set_ylabel(f"nats per token over the next {content.after}")
 
 
 def paint_kept(axis: Axes, names: Sequence[str], shares: Sequence[float | None], mean: float | None) -> None:
@@ -249,12 +262,12 @@ def paint_kept(axis: Axes, names: Sequence[str], shares: Sequence[float | None],
     axis.set_xlabel("% kept (dotted: of all tokens)")
 
 
-def draw_memories(path: Path, content: dict[str, Any]) -> None:
+def draw_memories(path: Path, content: MemoriesResult) -> None:
     """The figure of `sink-eval memories --plot`."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0], SIZE[1] + 0.4), layout="constrained")
         axis = figure.subplots()
         paint_memories(axis, content)
-        axis.set_title(f"Memories, {shown(Path(content['model']).name)}")
+        axis.set_title(f"Memories, {shown(Path(content.model).name)}")
         axis.legend()
         figure.savefig(path, dpi=130, format="png", facecolor="white")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.report.blocks import Chart, Section
-from eval.report.inputs import Inputs, once, read_maps, read_result, read_runs
+from eval.report.inputs import Inputs, once, read_maps, read_result_file, read_runs
 from eval.report.page import html, markdown
 from eval.report.sections import attention, memories, perplexity, provenance, tasks, training, verdict
 from sinkmodel.console import say
@@ -23,7 +23,7 @@ from sinkmodel.files import atomic_folder, write_csv
 def write_report(output: Path, runs: Sequence[Path], results: Sequence[Path], maps: Sequence[Path]) -> None:
     """Write the report into a new folder. Raises UserError for an invalid file before anything is drawn."""
     runs, results, maps = map(once, (runs, results, maps))
-    inputs = Inputs(read_runs(runs), list(map(read_result, results)), list(map(read_maps, maps)))
+    inputs = Inputs(read_runs(runs), list(map(read_result_file, results)), list(map(read_maps, maps)))
     sections = make_sections(inputs)
     with atomic_folder(output) as folder:
         (folder / "figures").mkdir()

@@ -9,14 +9,17 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import say
-from sinkmodel.errors import UserError
-from sinkmodel.files import read_json
 from sinkmodel.perplexity import perplexity
+from sinkmodel.results.files import read_result
+from sinkmodel.results.memories import MemoriesResult, MemoryRow
+from sinkmodel.results.parts import PolicyFields, Result, Text
+from sinkmodel.results.perplexity import GridResult, PerplexityResult
+from sinkmodel.results.tasks import LongContextResult, LongContextRow, ZeroshotResult
+from sinkmodel.results.verdict import THESE_TEXTS, VerdictResult
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-IN_REPORT_ALONE = ("sinks", "streameval", "latency", "latency --prefill")
 NAMM = "namm"  # the row of a NAMM; those of its controls are called namm-random and so on
 Own = Callable[[str], bool]  # returns whether a model's name in a result means this model
 
@@ -72,34 +75,29 @@ class Measured:
         )
 
 
-Reader = Callable[[dict[str, Any], Own], Iterator[Measured]]
+Read = Callable[[Any, Own], Iterator[Measured]]  # arguments: a result, and which names mean this model
 
 
-def read_results(paths: Sequence[Path], own: Own, readers: Mapping[str, Reader] | None = None) -> list[Measured]:
+def read_results(paths: Sequence[Path], own: Own, readers: Mapping[type[Result], Read] | None = None) -> list[Measured]:
     """The numbers of this model in the files, each once. Prints a line for a file that holds only other models.
 
     Args:
-        readers: by command; None: `READERS`, those of a model.
+        readers: by kind of result; None: `READERS`, those of a model.
 
     Raises UserError for a file that `sink-eval --json` did not write.
     """
     readers = READERS if readers is None else readers
     found: dict[tuple[str, ...], Measured] = {}
     for path in paths:
-        content = read_json(path)
-        command = content.get("command") if isinstance(content, dict) else None
-        if command in READERS and command not in readers:
-            say(f"{path}: sink-eval {command} measures no memory; nothing of it is on the card")
-            continue
-        if command in IN_REPORT_ALONE:
+        result = read_result(path)
+        kind, command = type(result), result.COMMAND
+        if kind not in READERS:
             say(f"{path}: results of sink-eval {command} are shown only in a report; give it to sink-eval report")
             continue
-        if not isinstance(command, str) or command not in READERS:
-            raise UserError(f"{path} is not a result of sink-eval --json: its command is {command!r}")
-        try:
-            of_file = [one for one in readers[command](content, own) if _known(one.value)]
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{path} is not what sink-eval {command} --json writes; measure it again") from None
+        if kind not in readers:
+            say(f"{path}: sink-eval {command} measures no memory; nothing of it is on the card")
+            continue
+        of_file = [one for one in readers[kind](result, own) if _known(one.value)]
         if not of_file:
             say(f"{path} names other models than this one: nothing of it is on the card")
         for one in of_file:
@@ -110,138 +108,159 @@ def read_results(paths: Sequence[Path], own: Own, readers: Mapping[str, Reader] 
 # --------------------------------------------------------------------------------------------------------- each command
 
 
-def _ppl(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    if own(content["model"]):
-        for row in content["rows"]:
-            yield from _perplexity(content, row, row["nll_after_overflow"], row["stderr_after_overflow"])
+def _ppl(result: PerplexityResult, own: Own) -> Iterator[Measured]:
+    if own(result.model):
+        for row in result.rows:
+            nll, stderr, tokens = row.nll_after_overflow, row.stderr_after_overflow, row.tokens_after_overflow
+            yield from _perplexity(result.texts, row, nll, stderr, tokens, result.budget)
 
 
-def _grid(content: dict[str, Any], own: Own) -> Iterator[Measured]:
+def _grid(result: GridResult, own: Own) -> Iterator[Measured]:
     """The losses of this run alone, not the mean over runs with several seeds."""
-    for row in content["rows"]:
-        for run in row["runs"]:
-            if own(run["run"]):
-                yield from _perplexity(content, row, run.get("nll"), run.get("stderr"), max(content["budgets"]))
+    for row in result.rows:
+        for run in row.runs:
+            if own(run.run):
+                tokens = row.tokens_after_overflow
+                yield from _perplexity(result.texts, row, run.nll, run.stderr, tokens, max(result.budgets))
 
 
-def _verify(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    verdict = content["verdict"]
-    pairs = content.get("pairs") or [content]  # results of older versions have one pair and no `pairs`
-    if any(own(pair["sink"]) for pair in pairs) and verdict["difference"] is not None:
-        what = f"{verdict['first']} − {verdict['second']}, nats per token after overflow"
-        alone = verdict.get("speaks_of") == "these texts"
-        what += ", on these texts alone" if alone else ""
-        what += f", over {len(pairs)} pairs of runs" if len(pairs) > 1 else ""
-        limits = {"low": verdict["low"], "high": verdict["high"], "level": content["level"]}
-        more = {"answer": verdict["answer"], "margin": content["margin"], "tokens": verdict["tokens"]}
-        more |= {"speaks_of": verdict["speaks_of"]} if "speaks_of" in verdict else {}
-        what += f", margin ±{content['margin']:g}: {verdict['answer']}"
-        yield Measured("nll_difference", what, *_text(content), verdict["difference"], **limits, more=more)
-    for row in content["rows"]:
-        if own(row["run"] if "run" in row else content[row["model"]]):
-            yield from _perplexity(content, row, row["nll_after_overflow"], row["stderr_after_overflow"])
+def _verify(result: VerdictResult, own: Own) -> Iterator[Measured]:
+    verdict = result.verdict
+    names = [pair.sink for pair in result.pairs] or [result.sink]  # older files have one pair and no `pairs`
+    if any(map(own, names)) and verdict.difference is not None:
+        what = f"{verdict.first} − {verdict.second}, nats per token after overflow"
+        what += ", on these texts alone" if verdict.speaks_of == THESE_TEXTS else ""
+        what += f", over {len(names)} pairs of runs" if len(names) > 1 else ""
+        more = {"answer": verdict.answer, "margin": result.margin, "tokens": verdict.tokens}
+        more |= {} if verdict.speaks_of is None else {"speaks_of": verdict.speaks_of}
+        what += f", margin ±{result.margin:g}: {verdict.answer}"
+        low, high, level = verdict.low, verdict.high, result.level
+        yield Measured("nll_difference", what, *_text(result.texts), verdict.difference, low, high, level, more)
+    for row in result.rows:
+        if own(row.run or {"sink": result.sink, "vanilla": result.vanilla}.get(row.model, "")):
+            nll, stderr, tokens = row.nll_after_overflow, row.stderr_after_overflow, row.tokens_after_overflow
+            yield from _perplexity(result.texts, row, nll, stderr, tokens, result.budget)
 
 
-def _zeroshot(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    if not own(content["model"]):
+def _zeroshot(result: ZeroshotResult, own: Own) -> Iterator[Measured]:
+    if not own(result.model):
         return
-    files = {file["task"]: file["sha256"][:16] for file in content.get("files", ())}
-    for row in content["rows"]:
-        if row["adapter"] is None:
+    files = {file.task: file.sha256[:16] for file in result.files}
+    for row in result.rows:
+        if row.adapter is None:
             continue
-        of_filter = "" if row["filter"] == "none" else f", {row['filter']}"
-        limit = f", the first {row['questions']} questions" if content.get("limit") else ""
-        low, high = (
-            None if row["adapter_stderr"] is None else row["adapter"] + side * row["adapter_stderr"]
-            for side in (-1.96, 1.96)
-        )
-        metric = {"acc": "accuracy"}.get(row["metric"], row["metric"])
-        what = f"{row['metric']}{of_filter}, zero-shot{limit}"
-        more = {"questions": row["questions"]}
-        yield Measured(metric, what, row["task"], files.get(row["task"]), row["adapter"], low, high, more=more)
+        of_filter = "" if row.filter == "none" else f", {row.filter}"
+        limit = f", the first {row.questions} questions" if result.limit else ""
+        metric = {"acc": "accuracy"}.get(row.metric, row.metric)
+        what = f"{row.metric}{of_filter}, zero-shot{limit}"
+        limits = _around(row.adapter, row.adapter_stderr)
+        more = {"questions": row.questions}
+        yield Measured(metric, what, row.task, files.get(row.task), row.adapter, *limits, more=more)
 
 
-def _memories(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    """The perplexity of dense, and each memory's difference to dense."""
-    if not own(content["model"]):
+def _memories(result: MemoriesResult, own: Own) -> Iterator[Measured]:
+    if own(result.model):
+        for row in result.rows:
+            yield from _memory(result, row)
+
+
+def _memory(result: MemoriesResult, row: MemoryRow) -> Iterator[Measured]:
+    """The perplexity of dense, or a memory's difference to dense."""
+    after = f"{result.after:,} tokens after a prompt of {result.prompt:,}"
+    held = {} if row.bytes_held is None else {"bytes_held": _short(row.bytes_held)}
+    if row.difference is not None:
+        alone = ", on these texts alone" if row.speaks_of == THESE_TEXTS else ""
+        answer = f", margin ±{result.margin:g}: {row.answer}" if row.answer else ""
+        what = f"{row.label} − dense, nats per token, {after}{alone}{answer}"
+        low, high, level = row.low, row.high, result.level
+        yield Measured("nll_difference", what, *_text(result.texts), row.difference, low, high, level, held)
+    elif row.nll is not None:
+        what = f"perplexity, {row.label}, {after}"
+        yield Measured("perplexity", what, *_text(result.texts), perplexity(row.nll), more=held)
+
+
+def _longcontext(result: LongContextResult, own: Own) -> Iterator[Measured]:
+    if own(result.model):
+        for row in result.rows:
+            yield from _task(row)
+
+
+def _task(row: LongContextRow) -> Iterator[Measured]:
+    """The score of a cell, unless it is at the floor."""
+    if row.floor or row.score is None:
         return
-    after = f"{content['continue']:,} tokens after a prompt of {content['prompt']:,}"
-    for row in content["rows"]:
-        held = {} if row.get("bytes_held") is None else {"bytes_held": _short(row["bytes_held"])}
-        if row["difference"] is None:
-            what = f"perplexity, {row['label']}, {after}"
-            yield Measured("perplexity", what, *_text(content), perplexity(row["nll"]), more=held)
-            continue
-        alone = ", on these texts alone" if row.get("speaks_of") == "these texts" else ""
-        answer = f", margin ±{content['margin']:g}: {row['answer']}" if row["answer"] else ""
-        what = f"{row['label']} − dense, nats per token, {after}{alone}{answer}"
-        limits = {"low": row["low"], "high": row["high"], "level": content["level"]}
-        yield Measured("nll_difference", what, *_text(content), row["difference"], **limits, more=held)
+    what = f"long prompt, {row.label}, {row.length:,} tokens, question {row.question}"
+    more = {} if row.contexts is None else {"contexts": row.contexts}
+    limits = _around(row.score, row.score_stderr)
+    yield Measured(row.metric or "score", what, row.task, None, row.score, *limits, more=more)
 
 
-def _longcontext(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-    """Scores of the cells that are not at the floor."""
-    if not own(content["model"]):
-        return
-    for row in content["rows"]:
-        if row["floor"] or row["score"] is None:
-            continue
-        stderr = row.get("score_stderr")
-        low, high = (None if stderr is None else row["score"] + side * stderr for side in (-1.96, 1.96))
-        what = f"long prompt, {row['label']}, {row['length']:,} tokens, question {row['question']}"
-        more = {} if row.get("contexts") is None else {"contexts": row["contexts"]}
-        yield Measured(row.get("metric", "score"), what, row["task"], None, row["score"], low, high, more=more)
+def _memories_of_namm(result: MemoriesResult, own: Own) -> Iterator[Measured]:
+    """The rows of a NAMM and its controls; `own` gets the name of the artefact."""
+    if result.artefact is not None and own(result.artefact):
+        for row in filter(_is_of_namm, result.rows):
+            for one in _memory(result, row):
+                yield replace(one, what=f"{one.what}{_on(result.model, row.kept_share)}")
 
 
-def _of_namm(read: Reader) -> Reader:
-    """Of a command with memories the rows of a NAMM and its controls; `own` gets the name of the artefact."""
-
-    def of_namm(content: dict[str, Any], own: Own) -> Iterator[Measured]:
-        if content.get("artefact") is None or not own(content["artefact"]):
-            return
-        for row in content["rows"]:
-            if row["label"].partition("-")[0] != NAMM:
-                continue
-            kept = row.get("kept_share")
-            share = "" if kept is None else f", {100 * kept:.0f} % kept"
-            for one in read({**content, "rows": [row]}, lambda name: True):
-                yield replace(one, what=f"{one.what}, on {PurePath(content['model']).name}{share}")
-
-    return of_namm
+def _longcontext_of_namm(result: LongContextResult, own: Own) -> Iterator[Measured]:
+    """The rows of a NAMM and its controls; `own` gets the name of the artefact."""
+    if result.artefact is not None and own(result.artefact):
+        for row in filter(_is_of_namm, result.rows):
+            for one in _task(row):
+                yield replace(one, what=f"{one.what}{_on(result.model, row.kept_share)}")
 
 
-READERS: dict[str, Reader] = {
-    "verify": _verify,
-    "grid": _grid,
-    "ppl": _ppl,
-    "zeroshot": _zeroshot,
-    "memories": _memories,
-    "longcontext": _longcontext,
+def _is_of_namm(row: MemoryRow | LongContextRow) -> bool:
+    return row.label.partition("-")[0] == NAMM
+
+
+def _on(model: str, kept: float | None) -> str:
+    share = "" if kept is None else f", {100 * kept:.0f} % kept"
+    return f", on {PurePath(model).name}{share}"
+
+
+READERS: dict[type[Result], Read] = {
+    VerdictResult: _verify,
+    GridResult: _grid,
+    PerplexityResult: _ppl,
+    ZeroshotResult: _zeroshot,
+    MemoriesResult: _memories,
+    LongContextResult: _longcontext,
 }
-NAMM_READERS = {name: _of_namm(READERS[name]) for name in ("memories", "longcontext")}
+NAMM_READERS: dict[type[Result], Read] = {
+    MemoriesResult: _memories_of_namm,
+    LongContextResult: _longcontext_of_namm,
+}
 
 
 def _perplexity(
-    content: dict[str, Any], row: dict[str, Any], nll: float | None, stderr: float | None, overflow: int | None = None
+    texts: Sequence[Text],
+    row: PolicyFields,
+    nll: float | None,
+    stderr: float | None,
+    tokens: int | None,
+    overflow: int,
 ) -> Iterator[Measured]:
-    """exp(nll) and exp(nll ± 1.96 standard errors), over tokens after place `overflow` (None: the budget)."""
+    """exp(nll) and exp(nll ± 1.96 standard errors), over the `tokens` tokens after place `overflow`."""
     if nll is None:
         return
-    split = "" if row.get("window") is None else f" {row['sinks']}+{row['window']}"
-    label = row.get("label") or row["policy"] + split  # results of older versions have no label
-    count = row.get("tokens_after_overflow")  # results over different numbers of tokens are different results
-    scored = f"tokens that overflow {overflow or content['budget']}"
-    what = f"perplexity, {label}, {scored if count is None else f'{count:,} {scored}'}"
-    low, high = (None, None) if stderr is None else (perplexity(nll - 1.96 * stderr), perplexity(nll + 1.96 * stderr))
-    more = {"nll": _short(nll)} | {
-        key: row[key] for key in ("sinks", "window", "keys_seen") if row.get(key) is not None
-    }
-    yield Measured("perplexity", what, *_text(content), perplexity(nll), low, high, more=more)
+    scored = f"tokens that overflow {overflow}"
+    # Results over different numbers of tokens are different results.
+    what = f"perplexity, {row.name}, {scored if tokens is None else f'{tokens:,} {scored}'}"
+    low, high = (None if end is None else perplexity(end) for end in _around(nll, stderr))
+    known = {"sinks": row.sinks, "window": row.window, "keys_seen": row.keys_seen}
+    more = {"nll": _short(nll), **{key: value for key, value in known.items() if value is not None}}
+    yield Measured("perplexity", what, *_text(texts), perplexity(nll), low, high, more=more)
 
 
-def _text(content: dict[str, Any]) -> tuple[str, str]:
-    texts = content["texts"]
-    return ", ".join(Path(text["file"]).name for text in texts), "+".join(text["sha256"][:16] for text in texts)
+def _around(value: float, stderr: float | None) -> tuple[float | None, float | None]:
+    """The ends of the 95 % interval."""
+    return (None, None) if stderr is None else (value - 1.96 * stderr, value + 1.96 * stderr)
+
+
+def _text(texts: Sequence[Text]) -> tuple[str, str]:
+    return ", ".join(Path(text.file).name for text in texts), "+".join(text.sha256[:16] for text in texts)
 
 
 def _known(value: float) -> bool:

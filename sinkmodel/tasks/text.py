@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from sinkmodel.console import say
+from sinkmodel.results.parts import Text
 
 LONGEST = 400  # most characters of a sentence; longer ones are cut
 PASSAGE = 40  # least words of a passage, which ends with a sentence
@@ -49,7 +49,7 @@ class OwnText:
         return list(dict.fromkeys(word.lower() for sentence in self.sentences for word in WORD.findall(sentence)))
 
 
-def read_own_text(files: Sequence[Path]) -> tuple[OwnText, list[dict[str, Any]]]:
+def read_own_text(files: Sequence[Path]) -> tuple[OwnText, list[Text]]:
     """The text of all files, and a record of what was used of each file."""
     from sinkmodel.files import sha256_of
     from sinkmodel.text import read_documents
@@ -65,12 +65,12 @@ def read_own_text(files: Sequence[Path]) -> tuple[OwnText, list[dict[str, Any]]]
                 say(f"only the first {MOST_CHARACTERS:,} characters of --text are used")
                 break
         texts.append(
-            {
-                "file": str(file),
-                "sha256": sha256_of(file),
-                "sentences": len(sentences) - first,
-                "characters": before - left,
-            }
+            Text(
+                file=str(file),
+                sha256=sha256_of(file),
+                sentences=len(sentences) - first,
+                characters=before - left,
+            )
         )
     return OwnText(sentences), texts
 

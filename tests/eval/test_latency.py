@@ -150,12 +150,12 @@ def test_a_long_stream_goes_on_to_its_end_and_keeps_nothing(monkeypatch):
     loaded = type("Loaded", (), {"model": model, "sink_ids": [0]})()
     (policy,) = choose(["sink"], [2], 12)
     rows = timing.along_stream(loaded, policy, 12, 1000, points=5, tokens=10)
-    assert [row["seen"] for row in rows] == [12, 254, 497, 739, 982]  # the last ends at 982 + 2 × 9 = 1000
+    assert [row.seen for row in rows] == [12, 254, 497, 739, 982]  # the last ends at 982 + 2 × 9 = 1000
     assert sum(shape[1] for shape in head) < sum(fed) / 2
     fillings = 5 * 12  # a new stream for each place
     assert sum(fed) == 1000 + fillings + 5 * 2 * (timing.BLOCK + 1)
     assert max(fed) <= 256
-    assert all(row["tokens"] == 16 and row["rounds"] == 2 and row["resident_bytes"] > 10**7 for row in rows)
+    assert all(row.tokens == 16 and row.rounds == 2 and row.resident_bytes > 10**7 for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------- the command

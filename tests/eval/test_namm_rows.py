@@ -13,10 +13,10 @@ from eval.cli import main
 from eval.measures.memories.choice import check_decides, check_namm, namm_rows
 from eval.measures.memories.controls import namm_makers
 from eval.measures.memories.forgotten import Forgotten, kinds_of, pieces_of
-from eval.report.forms import FORMS, mismatch
 from sinkmodel.errors import UserError
 from sinkmodel.memories import NAMM
 from sinkmodel.memories.namm.network import split
+from sinkmodel.results.files import content_of, read_result
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
 from tests.eval.namm import CONFIG, CONTROLS, PARAMETERS, ROWS, check_rows, write_artefact
@@ -156,19 +156,19 @@ def test_what_is_forgotten_is_counted_by_kind_age_and_head():
     found = Forgotten(Letters, 1)
     found.add(range(12), memory)
     table = found.table()
-    assert table["heads"] == [[pytest.approx(n / 12) for n in layer] for layer in ([4, 3], [1, 4])]
-    assert [(row["kind"], row["tokens"], row["kept_share"]) for row in table["kinds"]] == [
+    assert table.heads == [[pytest.approx(n / 12) for n in layer] for layer in ([4, 3], [1, 4])]
+    assert [(row.kind, row.tokens, row.kept_share) for row in table.kinds] == [
         ("sink", 1, 0.25), ("blank", 2, 3 / 8), ("comment", 2, 0.25), ("number", 1, 0), ("function word", 1, 0.25),
         ("name", 2, 0.5), ("other word", 2, 1 / 8), ("punctuation", 1, 0),
     ]  # fmt: skip
-    assert [(row["from"], row["tokens"]) for row in table["ages"]] == [(0, 12)]
+    assert [(row.start, row.tokens) for row in table.ages] == [(0, 12)]
     found.add([8] * 20, memory)
     table = found.table()
-    assert [(row["from"], row["tokens"]) for row in table["ages"]] == [(0, 28), (16, 4)]
-    kept_of_ages = [row["tokens"] * row["kept_share"] for row in table["ages"]]
+    assert [(row.start, row.tokens) for row in table.ages] == [(0, 28), (16, 4)]
+    kept_of_ages = [row.tokens * row.kept_share for row in table.ages]
     assert kept_of_ages == pytest.approx([12 / 4 + 5 / 4, 7 / 4])  # of the second prompt 9, 10, 11 and 0 … 3
-    assert table["heads"][0] == [pytest.approx((n / 12 + n / 20) / 2) for n in (4, 3)]
-    assert table["prompts"] == 2
+    assert table.heads[0] == [pytest.approx((n / 12 + n / 20) / 2) for n in (4, 3)]
+    assert table.prompts == 2
 
 
 def test_the_text_of_a_token_is_what_it_adds_to_the_one_before():
@@ -192,7 +192,7 @@ def test_a_tokens_age_is_that_of_its_bin():
     held[held < 2] = -1  # the two oldest are forgotten
     found = Forgotten(Letters, 0)
     found.add(range(66), type("Held", (), {"layers": [type("Layer", (), {"held_positions": lambda self: held})()]}))
-    assert [(row["from"], row["tokens"], row["kept_share"]) for row in found.table()["ages"]] == [
+    assert [(row.start, row.tokens, row.kept_share) for row in found.table().ages] == [
         (0, 16, 1.0), (16, 48, 1.0), (64, 2, 0.0),
     ]  # fmt: skip
 
@@ -253,7 +253,7 @@ def test_memories(run, texts, artefact, tmp_path, capsys):
     assert content["artefact"] == str(artefact)
     assert len({row["nll"] for row in content["rows"]}) == 7
     assert all(name in out for name in ROWS)
-    assert mismatch(FORMS["memories"], content) is None  # a report reads it
+    assert content_of(read_result(tmp_path / "o.json")) == content  # a report reads it, and nothing is lost
     forgets = content["forgets"]
     assert forgets["prompts"] == 2
     assert (forgets["kinds"][0]["kind"], forgets["kinds"][0]["tokens"]) == ("sink", 2)

@@ -229,8 +229,8 @@ def test_the_mean_is_over_tokens_and_the_error_over_whole_blocks():
 
 def test_positions_are_binned_by_the_place_of_the_query():
     parts = [(1, torch.tensor([1.0, 2.0, 3.0, 4.0])), (1, torch.tensor([3.0]))]
-    assert by_position(parts) == [[1, 1, 2.0], [2, 2, 2.0], [3, 3, 3.0], [4, 4, 4.0]]
-    assert by_position(parts, bins=2) == [[0, 2, 2.0], [3, 4, 3.5]]
+    assert by_position(parts) == [(1, 1, 2.0), (2, 2, 2.0), (3, 3, 3.0), (4, 4, 4.0)]
+    assert by_position(parts, bins=2) == [(0, 2, 2.0), (3, 4, 3.5)]
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from eval.measures.prefill.crossover import Times, crossover, crossover_interval
 from eval.measures.prefill.measure import Side, dense_side, measure
 from eval.measures.shape import config_of, load_shape, read_shape
 from eval.measures.timing import BLOCK, Tokens
-from eval.wording import crossover_range, tokens_or_never
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.memories import make_memory
+from sinkmodel.results.latency import Crossover, PrefillRow, tokens_or_never
+from sinkmodel.results.schema import from_json
 from sinkmodel.sinks import SinkConfig
-from tests import tiny
+from tests import results, tiny
 from tests.models import build, model_of
 from tests.test_house import ROOT
 
@@ -123,13 +125,13 @@ def test_sides_take_turns_and_ratios_are_of_one_round(monkeypatch):
     assert all(sorted(each) == sorted(cost) for each in rounds)
     assert len(set(map(tuple, rounds[1:]))) > 1
     dense, snapkv, gemfilter = rows
-    assert (dense["ttft_ms"], dense["ttft_ratio"]) == (50.0, None), "the warm-up does not count"
-    assert (snapkv["ttft_ratio"], snapkv["ttft_low"], snapkv["ttft_high"]) == (2.0, 2.0, 2.0)
-    assert gemfilter["ttft_ratio"] == 0.5
-    assert [part["step_ratio"] for part in snapkv["answers"]] == [0.25, 0.25]
-    assert [part["total_ms"] for part in snapkv["answers"]] == [100.0, 102.0]
-    assert snapkv["peak_bytes"] - snapkv["reading_bytes"] == dense["peak_bytes"] - dense["reading_bytes"] > 10**7
-    pairs = [(pair["first"], pair["second"], pair["crossover"]) for pair in crossovers]
+    assert (dense.ttft_ms, dense.ttft_ratio) == (50.0, None), "the warm-up does not count"
+    assert (snapkv.ttft_ratio, snapkv.ttft_low, snapkv.ttft_high) == (2.0, 2.0, 2.0)
+    assert gemfilter.ttft_ratio == 0.5
+    assert [part.step_ratio for part in snapkv.answers] == [0.25, 0.25]
+    assert [part.total_ms for part in snapkv.answers] == [100.0, 102.0]
+    assert snapkv.peak_bytes - snapkv.reading_bytes == dense.peak_bytes - dense.reading_bytes > 10**7
+    pairs = [(pair.first, pair.second, pair.crossover) for pair in crossovers]
     assert pairs == [("dense", "snapkv 8", 18), ("gemfilter 8", "dense", None), ("gemfilter 8", "snapkv 8", None)]
 
 
@@ -170,13 +172,13 @@ def test_the_process_gives_back_what_a_memory_does_not_keep():
     rows, _ = measure(loaded, sides_of(model, budget, "snapkv", "gemfilter"), 2048, [1], 2, "prompt")
     dense, *memories = rows
     a_key = 8 * 2 * 2 * 16 * 4  # layers, KV heads, key and value, head size, bytes
-    assert dense["bytes_held"] == dense["bytes_kept"] == 2048 * a_key
-    assert dense["bytes_grown"] > 0.9 * dense["bytes_held"]
+    assert dense.bytes_held == dense.bytes_kept == 2048 * a_key
+    assert dense.bytes_grown > 0.9 * dense.bytes_held
     for row in memories:
-        assert row["bytes_kept"] == budget * a_key
-        assert row["bytes_held"] < 1.1 * row["bytes_kept"], "beside keys and values their positions alone"
-        assert row["bytes_grown"] < row["bytes_held"] + 0.3 * dense["bytes_held"]
-    assert dense["reading_bytes"] > dense["bytes_held"]
+        assert row.bytes_kept == budget * a_key
+        assert row.bytes_held < 1.1 * row.bytes_kept, "beside keys and values their positions alone"
+        assert row.bytes_grown < row.bytes_held + 0.3 * dense.bytes_held
+    assert dense.reading_bytes > dense.bytes_held
 
 
 def test_what_a_process_keeps_is_measured_at_all():
@@ -268,19 +270,20 @@ def test_dense_is_plain_transformers():
 
 def test_a_report_is_made_of_what_is_never(capsys):
     """Guards "never" against being read as "not measured", in the table and in the report."""
-    pair = {"rounds": 5, "low": 12, "high": None}
-    assert crossover_range(pair) == "[12, never]"
-    assert crossover_range({**pair, "low": None}) == "never"
-    assert crossover_range({**pair, "rounds": 4}) == "–"
+    pair = Crossover(length=64, first="a", second="b", crossover=None, low=12, high=None, rounds=5)
+    assert pair.interval == "[12, never]"
+    assert replace(pair, low=None).interval == "never"
+    assert replace(pair, rounds=4).interval == "–"
     assert tokens_or_never(1234.0) == "1,234"
 
 
 def test_a_process_that_has_kept_more_is_reported(capsys):
     """Guards a memory that holds on to the prompt: what the process does not give back is reported in a line."""
-    row = {"label": "snapkv 8", "length": 64, "bytes_held": 2**20, "bytes_grown": 2**20 + SLACK}
+    content = next(row for row in results.prefill()["rows"] if row["label"] == "snapkv 8")
+    row = replace(from_json(PrefillRow, content), bytes_grown=2**20 + SLACK)
     report_growth([row])
     assert capsys.readouterr().err == ""
-    report_growth([{**row, "bytes_grown": 2**26}])
+    report_growth([replace(row, bytes_grown=2**26)])
     assert (
         "snapkv 8: after the prompt of 64 tokens the process has kept 63 MiB more than the memory holds"
         in capsys.readouterr().err

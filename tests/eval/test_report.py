@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 
 from eval.cli import main
 from eval.report.blocks import Chart, figure, short_names
-from eval.report.forms import FORMS, clean, mismatch
-from eval.report.inputs import Inputs, Result
+from eval.report.inputs import Inputs, ResultFile, clean
 from eval.report.sections import memories
+from sinkmodel.errors import UserError
+from sinkmodel.results.files import COMMANDS, result_of
 from tests import results
 
 SECTIONS = ["The verdict", "The grid", "Training of the twins", "Perplexity by position", "Perplexity against budget",
@@ -213,7 +214,7 @@ def test_a_namm_of_which_little_is_known_makes_a_page(monkeypatch, changes):
     monkeypatch.setattr(memories, "panel", lambda alt, paint: paint(Figure().add_subplot()))
     content = results.memories()
     content["forgets"] |= changes
-    made = memories.memories(Inputs(results=[Result(Path("x"), "", content)]))
+    made = memories.memories(Inputs(results=[ResultFile(Path("x"), "", result_of(content, Path("x")))]))
     charts = [block.name for block in made.blocks if isinstance(block, Chart)]
     assert charts == ["memories-1", *(["forgotten-1"] if any(content["forgets"]["heads"]) else [])]
 
@@ -270,7 +271,7 @@ def test_what_was_not_measured_is_said_with_the_command_that_measures_it(tmp_pat
         *("The verdict", "Training of the twins", "Not in this report", "Provenance")
     ]
     assert "No verdict yet" in page.text
-    for command in FORMS:
+    for command in COMMANDS:
         assert f"sink-eval {command} --" in page.text or f"sink-eval {command}, once" in page.text, command
     assert "loss curves" not in page.text
 
@@ -538,7 +539,6 @@ def test_any_one_number_may_be_missing(monkeypatch, name):
     from matplotlib.figure import Figure
 
     from eval.report import charts
-    from eval.report.inputs import Inputs, Result
     from eval.report.report import make_sections
 
     def paint_only(alt, paint, size=None):
@@ -550,9 +550,8 @@ def test_any_one_number_may_be_missing(monkeypatch, name):
     whole = results.everything()[name]
     paths = {tuple("" if isinstance(key, int) else key for key in path): path for path in numbers_in(whole)}
     for path in paths.values():
-        content = with_value(whole, path, None)
-        assert mismatch(FORMS[content["command"]], content) is None, path
-        assert len(make_sections(Inputs(results=[Result(Path("x.json"), "00", content)]))) >= 3
+        content = result_of(with_value(whole, path, None), Path("x.json"))
+        assert len(make_sections(Inputs(results=[ResultFile(Path("x.json"), "00", content)]))) >= 3
 
 
 @pytest.mark.parametrize("name", results.everything())
@@ -564,8 +563,11 @@ def test_any_value_of_another_kind_is_refused_in_one_line_or_not_read(tmp_path, 
     for number, path in enumerate({(key,) for key in whole} | {("rows", 0, key) for key in whole["rows"][0]}):
         content = with_value(whole, path, wrong)
         (file,) = results.write(tmp_path, {f"{number}": content})
-        if mismatch(FORMS[whole["command"]], content) is None and path != ("command",):
+        try:
+            result_of(clean(content), Path(file))
             continue
+        except UserError:
+            pass
         refused += 1
         assert main(["report", "--json", file, "--output", str(tmp_path / "report")]) == 2
         error = capsys.readouterr().err
@@ -663,7 +665,8 @@ def test_every_line_of_a_figure_has_a_look_and_a_name_of_its_own():
     rows.append({**results.policy(0, None), "by_position": [[1, 8, 2.9]]})
     rows.append({**results.policy(0, None), "label": "_odd", "by_position": [[1, 8, 2.9]]})
     axis = Figure().add_subplot()
-    paint_positions(axis, {"model": "m", "budget": 12, "rows": rows})
+    rows = [{**results.ppl()["rows"][0], **row} for row in rows]
+    paint_positions(axis, result_of({**results.ppl("m", 12), "rows": rows}, Path("x")))
     lines, names = axis.get_legend_handles_labels()
     assert names == [*(f"{s}+{12 - s}" for s in range(1, 9)), "recompute 1+11", "dense", "\u200b_odd"]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines)

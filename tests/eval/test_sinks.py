@@ -103,19 +103,20 @@ def test_a_huge_logit_takes_everything_and_a_tiny_one_nothing(score, share):
     tally = Tally(0, 0.3)
     output = watch(model, ids_BT, tally.see, output_hidden_states=True)
     tally.end_batch(1, output.hidden_states[:-1])
-    for row in results(tally.means(), 0, [None, None])["rows"]:
-        assert [row[name] for name in ("sink_alpha", "sink_heads", "sink_share")] == [share] * 3
-        assert row["first_share"] + row["rest_share"] == pytest.approx(1 - share)
-        assert (row["value_norm_sink"], row["key_norm_sink"]) == (0, None)
+    for row in results(tally.means(), 0, [None, None])[0]:
+        assert [row.sink_alpha, row.sink_heads, row.sink_share] == [share] * 3
+        assert row.first_share + row.rest_share == pytest.approx(1 - share)
+        assert (row.value_norm_sink, row.key_norm_sink) == (0, None)
 
 
 def test_norms_are_taken_at_the_sinks_the_first_token_and_behind_it():
     tally = Tally(2, 0.3)
     tally.see(seen(even(6)))
     tally.end_batch(1, [torch.ones(1, 6, 3)])
-    (row,) = results(tally.means(), 2, [None])["rows"]
+    ((row,), *_) = results(tally.means(), 2, [None])
     for name in ("key_norm", "value_norm"):
-        assert [row[f"{name}_{at}"] for at in ("sink", "first", "rest")] == [2.5, 10, 20]  # 5t at 0, 1; 2; 3, 4, 5
+        norms = [getattr(row, f"{name}_{at}") for at in ("sink", "first", "rest")]
+        assert norms == [2.5, 10, 20]  # 5t at 0, 1; 2; 3, 4, 5
 
 
 def test_the_largest_activation_has_its_place_dimension_and_the_median_of_its_own_sequence():
@@ -132,10 +133,10 @@ def test_massive_is_both_large_and_a_thousand_medians(size, times, massive):
     tally = Tally(0, 0.3)
     tally.see(seen(even(4)))
     tally.end_batch(1, [hidden_BTD])
-    overall = results(tally.means(), 0, [None])["overall"]
-    assert (overall["largest"], overall["largest_place"], overall["largest_dimension"]) == (size, 1, 2)
-    assert overall["times_median"] == pytest.approx(times, rel=1e-4)
-    assert overall["massive"] is massive
+    _, overall, _ = results(tally.means(), 0, [None])
+    assert (overall.largest, overall.largest_place, overall.largest_dimension) == (size, 1, 2)
+    assert overall.times_median == pytest.approx(times, rel=1e-4)
+    assert overall.massive is massive
 
 
 def test_batches_of_any_size_give_the_same_means():
@@ -164,9 +165,9 @@ def test_a_run_logs_the_metric_that_this_command_measures(name, sinks):
     tally = Tally(sinks, 0.3)
     output = watch(model, ids_BT, tally.see, output_hidden_states=True)
     tally.end_batch(1, output.hidden_states[:-1])
-    overall = results(tally.means(), sinks, [None, None])["overall"]
-    target = "first" if overall["sink_alpha"] is None else "sink"
-    expected = [overall[f"{target}_alpha"], overall[f"{target}_heads"]]
+    _, overall, _ = results(tally.means(), sinks, [None, None])
+    target = "first" if overall.sink_alpha is None else "sink"
+    expected = [overall.shares[f"{target}_alpha"], overall.shares[f"{target}_heads"]]
     assert measure_sink(model, ids_BT, sinks).tolist() == pytest.approx(expected, rel=1e-5)
 
 

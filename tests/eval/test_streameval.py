@@ -112,14 +112,14 @@ def test_accuracy_falls_from_one_to_nothing_at_exactly_the_token_where_the_line_
     for budget in sorted({back + shift for back in backs for shift in (-1, 0, 1)}):
         row = measure_lines(loaded.model, Scripted(loaded.tokenizer, budget), samples, 2, "")
         share = sum(query.back <= budget for sample in samples for query in sample) / (3 * QUERIES)
-        assert row["accuracy"] == row["kept"] == share
+        assert row.accuracy == row.kept == share
         by_query = [float(query.back <= budget) for query in samples[0]]
-        assert [value for _, _, value in row["accuracy_by_query"]] == by_query
+        assert [value for _, _, value in row.accuracy_by_query] == by_query
         if budget >= max(backs):
-            assert (row["rank"], row["rank_stderr"]) == (1, 0)
-            assert row["nll"] < 0.5
+            assert (row.rank, row.rank_stderr) == (1, 0)
+            assert row.nll < 0.5
     row = measure_lines(loaded.model, Scripted(loaded.tokenizer, min(backs) - record.answer_tokens), samples, 2, "")
-    assert (row["accuracy"], row["rank"]) == (0, (DISTRACTORS + 2) / 2), "not even the first digit is known"
+    assert (row.accuracy, row.rank) == (0, (DISTRACTORS + 2) / 2), "not even the first digit is known"
 
 
 def test_distance_and_budget_decide_together(loaded, record):
@@ -127,8 +127,8 @@ def test_distance_and_budget_decide_together(loaded, record):
     most = {d: max(query.back for query in streams[0]) for d, streams in samples.items()}
     policy = Scripted(loaded.tokenizer, most[4])
     rows = {d: measure_lines(loaded.model, policy, streams, 1, "") for d, streams in samples.items()}
-    assert {d: row["accuracy"] for d, row in rows.items()} == {1: 1, 2: 1, 4: 1, 8: 0}
-    assert [rows[d]["tokens_back_most"] for d in rows] == list(most.values())
+    assert {d: row.accuracy for d, row in rows.items()} == {1: 1, 2: 1, 4: 1, 8: 0}
+    assert [rows[d].tokens_back_most for d in rows] == list(most.values())
 
 
 @pytest.mark.parametrize("place", [30, 11, 10, 9, 8])

@@ -21,6 +21,7 @@ from eval.measures.verdict.training import HEAD, trained_on
 from sinkmodel.checkpoint import PREFIX
 from sinkmodel.export import export
 from sinkmodel.loading import encode, load_model
+from sinkmodel.results.verdict import Verdict
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig
 from tests import tiny
 from tests.eval.test_policies import slow_recompute
@@ -429,12 +430,14 @@ def test_one_vanilla_for_all_is_loaded_and_scored_once(runs, texts, tmp_path, ca
 
 
 def test_an_undecided_verdict_over_pairs_says_what_would_decide():
-    verdict = {"answer": "undecided", "first": "a", "second": "b", "difference": 0.0, "level": 0.95, "low": -1.0,
-               "high": 1.0, "documents": 9, "resampled": "blocks", "runs": 3, "stderr_runs": 0.1}  # fmt: skip
-    texts = in_words({**verdict, "more_tokens": 1234, "stderr_texts": 0.2}, 0.01)
+    verdict = Verdict(
+        first="a", second="b", tokens=9000, difference=0.0, answer="undecided", low=-1.0, high=1.0, level=0.95,
+        documents=9, resampled="blocks", runs=3, stderr_runs=0.1, stderr_texts=0.2,
+    )  # fmt: skip
+    texts = in_words(dataclasses.replace(verdict, more_tokens=1234), 0.01)
     assert "about 1,234 more tokens would decide" in texts
     assert texts.endswith("more texts would narrow it most")
-    pairs = in_words({**verdict, "more_tokens": None, "stderr_texts": 0.2}, 0.01)
+    pairs = in_words(verdict, 0.01)
     assert pairs.endswith("no amount of text decides this, more pairs of runs would")
     assert "more tokens" not in pairs
 

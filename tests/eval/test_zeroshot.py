@@ -513,7 +513,7 @@ def test_a_model_or_sink_that_the_paper_did_not_ask_has_no_number_of_the_paper(s
     write_sink(config, sink, ids)
     loaded = SimpleNamespace(model=SimpleNamespace(config=config), sink_ids=ids)
     (row,) = zeroshot.rows_of(loaded, "piqa", 1838, {"stock": {("acc", "none"): (0.5, None)}})
-    assert row["paper"] == paper
+    assert row.paper == paper
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -9,28 +9,20 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recipes.log import main as log
+from tests import results
 from tests.recipes.logged import expected_points, logged_steps, points, records_of
 from tests.recipes.runs import train
 
 
 @pytest.fixture
 def measured(tmp_path):
-    """A result with a verdict, maps and a report, as sink-eval writes them."""
-    rows = [{"model": "runs/sink", "sinks": 1, "nll_after_overflow": 3.25, "by_position": [[0, 1, 3.5]]}]
-    verdict = {
-        "answer": "equivalent",
-        "speaks_of": "these texts",
-        "difference": -0.001,
-        "low": -0.004,
-        "high": 0.002,
-        "resampled": {},
-    }
-    (tmp_path / "verify.json").write_text(json.dumps({"command": "verify", "rows": rows, "verdict": verdict}))
+    """Results with and without a verdict, maps and a report, as sink-eval writes them."""
+    files = results.write(tmp_path, {"verify": results.verify(), "ppl": results.ppl()})
     for name in ("maps", "report"):
         (tmp_path / name).mkdir()
     Image.new("RGB", (8, 4), (0, 32, 77)).save(tmp_path / "maps" / "maps.png")
     (tmp_path / "report" / "report.html").write_text("<h1>equivalent</h1>")
-    return ["--results", str(tmp_path / "verify.json"), "--maps", str(tmp_path / "maps")]
+    return ["--results", *files, "--maps", str(tmp_path / "maps")]
 
 
 @pytest.mark.slow
@@ -43,7 +35,8 @@ def test_what_was_measured_goes_to_the_runs_own_page_and_its_lacking_curves_with
     shown = {tuple(item.nested_key): json.loads(item.value_json) for item in records_of(run, "history")[-1].item}
     assert shown["maps/maps", "_type"] == "image-file"
     assert (shown["maps/maps", "width"], shown["maps/maps", "height"]) == (8, 4)
-    assert (shown["verify/verify", "nrows"], shown["verify/verify", "ncols"]) == (1, 3), "plain values alone"
+    assert (shown["verify/verify", "nrows"], shown["verify/verify", "ncols"]) == (2, 16)
+    assert (shown["ppl/ppl", "nrows"], shown["ppl/ppl", "ncols"]) == (4, 20), "plain values alone"
     assert shown["report", "_type"] == "html-file"
     artifacts = {(artifact.type, alias) for artifact in records_of(run, "artifact") for alias in artifact.aliases}
     assert {("model", f"step{step}") for step in (28, 35, 40)} < artifacts
@@ -53,17 +46,19 @@ def test_what_was_measured_goes_to_the_runs_own_page_and_its_lacking_curves_with
         for record in records_of(run, "summary")
         for item in record.update
     }
-    verdict = {"answer": "equivalent", "speaks_of": "these texts", "difference": -0.001, "low": -0.004, "high": 0.002}
-    assert json.loads(told["verdict"]) == verdict
+    names = ("answer", "speaks_of", "first", "second", "difference", "low", "high", "tokens")
+    assert json.loads(told["verdict"]) == {name: results.verify()["verdict"][name] for name in names}
     assert points(run) == expected_points(run)
     board = EventAccumulator(str(run / "tensorboard" / "measured")).Reload()
     assert board.Images("maps/maps")[0].width == 8
     (text,) = board.Tensors("verify/verify/text_summary")
     table = text.tensor_proto.string_val[0].decode()
-    assert (
-        table.splitlines()[0] == "answer equivalent, speaks_of these texts, difference -0.001, low -0.004, high 0.002"
+    assert table.splitlines()[0] == (
+        "answer equivalent, speaks_of these texts, first sink 1+7, second vanilla 4+4, difference -0.0012, "
+        "low -0.0052, high 0.0028, tokens 12345"
     )
-    assert table.splitlines()[-1] == "| runs/sink | 1 | 3.25 |"
+    assert table.splitlines()[-1].startswith("| vanilla | sink | sink 4+4 | 4 | 4 | 8 |")
+    assert table.splitlines()[-1].endswith("| 3.1 |  | 0.01 |")
     assert "wandb has" in capsys.readouterr().err
 
 

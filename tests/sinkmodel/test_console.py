@@ -140,11 +140,12 @@ def test_a_result_that_cannot_be_written_is_still_shown(place):
     from argparse import Namespace
 
     from eval.commands.output import give_result
+    from sinkmodel.results.perplexity import PerplexityResult
 
     shown = []
     options = Namespace(json=place / "text.txt" / "x.json", command_line="")
     with pytest.raises(OSError, match="text.txt"):
-        give_result(options, {}, lambda: shown.append(1))
+        give_result(options, PerplexityResult(model="m", budget=8, rows=[]), lambda: shown.append(1))
     assert shown == [1]
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 
 import pytest
 
 from sinkmodel.errors import UserError
+from sinkmodel.results.files import write_result
+from sinkmodel.results.perplexity import PerplexityResult, PerplexityRow
 from slurm import collect
 
 
-def result(folder, step: int, **numbers: float) -> None:
-    row = {"policy": "sink", "sinks": 1, "nll": step / 7, **numbers}
-    (folder / f"step{step}.json").write_text(json.dumps({"command": "ppl", "rows": [row]}))
+def result(folder, step: int) -> None:
+    losses = {"tokens": None, "nll": step / 7, "nll_after_overflow": None, "stderr_after_overflow": None}
+    row = PerplexityRow(policy="sink", sinks=1, window=None, **losses, by_position=[])
+    write_result(folder / f"step{step}.json", PerplexityResult(model="m", budget=8, rows=[row]))
 
 
 def steps(folder) -> list[int]:
@@ -49,3 +51,11 @@ def test_a_result_that_comes_while_the_table_is_written_is_in_it(tmp_path, monke
 def test_a_folder_without_results_is_said(tmp_path):
     with pytest.raises(UserError, match=r"holds no step\*\.json"):
         collect.collect(tmp_path)
+
+
+def test_a_result_of_another_command_is_one_line(tmp_path):
+    """Risk: a traceback in the log of a job, or a table without its numbers."""
+    (tmp_path / "step8.json").write_text('{"command": "sinks"}')
+    with pytest.raises(UserError, match="is not what sink-eval sinks --json writes"):
+        collect.collect(tmp_path)
+    assert not (tmp_path / "table.csv").exists()

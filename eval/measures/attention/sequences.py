@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
 from sinkmodel.loading import LoadedModel, encode
+from sinkmodel.results.parts import Text
 from sinkmodel.text import read_documents
 
 Item = TypeVar("Item")
@@ -24,7 +25,7 @@ Item = TypeVar("Item")
 
 def read_sequences(
     loaded: LoadedModel, files: Sequence[Path], count: int, length: int
-) -> tuple[list[dict[str, Any]], list[list[int]]]:
+) -> tuple[list[Text], list[list[int]]]:
     """Returns, for each file, a summary of what was used of it; and at most `count` sequences of `length` ids.
 
     Each sequence begins with the model's sinks. Raises UserError if no document has `length` tokens. If there are fewer
@@ -55,7 +56,7 @@ def read_sequences(
     if len(taken) < count:
         say(f"the texts have {len(taken)} sequences of {length} tokens, fewer than --sequences {count}")
     texts = [
-        {"file": str(file), "sha256": sha256_of(file), "sequences": sum(of == file for of, _ in taken)}
+        Text(file=str(file), sha256=sha256_of(file), sequences=sum(of == file for of, _ in taken))
         for file in dict.fromkeys(files)
     ]
     return texts, [(loaded.sink_ids + piece)[:length] for _, piece in taken]

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from sinkmodel.maps import Seen
+from sinkmodel.results.attention import PEAK, SHARES, Head, LayerRow, Overall
 from sinkmodel.sink_metric import alpha, sink_alpha
 
-MEASURED = ("sink_alpha", "sink_heads", "first_alpha", "first_heads", "sink_share", "first_share", "rest_share")
-PEAK = ("largest", "largest_place", "largest_dimension", "median", "times_median", "massive")
 PLACES = 10  # first positions for which the metric is reported one by one, as Gu et al.'s own code prints it
 MAP = 16  # positions of an averaged map, as in StreamingLLM's Figures 2 and 7
 MASSIVE = 100.0, 1000.0  # Sun et al. (arXiv 2402.17762): above this value, and above this many times the median
@@ -115,48 +114,53 @@ class Tally:
 # ---------------------------------------------------------------------------------------------------- what is reported
 
 
-def results(means: list[dict[str, Tensor]], sinks: int, own_keys: list[float | None]) -> dict[str, Any]:
-    """The result: `rows`, one per layer with its heads; `overall`; and `heads_by_place`, the metric by position.
+def results(
+    means: list[dict[str, Tensor]], sinks: int, own_keys: list[float | None]
+) -> tuple[list[LayerRow], Overall, list[float]]:
+    """A row for each layer with its heads; the means over layers; and the metric at each of the first positions.
 
     Args:
         means: what `Tally.means` returns.
         own_keys: for each layer the norm of the key of a sink in the softmax; None without such a key.
     """
     rows = [layer_row(layer, mean, sinks, own) for layer, (mean, own) in enumerate(zip(means, own_keys))]
-    peak = max(rows, key=lambda row: row["largest"])
-    overall = {name: _mean([row[name] for row in rows]) for name in MEASURED}
-    overall |= {"largest_layer": peak["layer"], **{name: peak[name] for name in PEAK}}
+    peak = max(rows, key=lambda row: row.largest or 0.0)
+    fields: dict[str, Any] = {name: _mean([row.shares[name] for row in rows]) for name in SHARES}
+    fields |= {name: getattr(peak, name) for name in PEAK}
+    overall = Overall(**fields, largest_layer=peak.layer)
     by_place = [mean["heads_by_place"][:, :PLACES].mean(0).tolist() for mean in means]
-    return {
-        "rows": rows,
-        "overall": overall,
-        "heads_by_place": [sum(of_layers) / len(by_place) for of_layers in zip(*by_place)],
-    }
+    return rows, overall, [sum(of_layers) / len(by_place) for of_layers in zip(*by_place)]
 
 
-def layer_row(layer: int, mean: dict[str, Tensor], sinks: int, own_key: float | None) -> dict[str, Any]:
+def layer_row(layer: int, mean: dict[str, Tensor], sinks: int, own_key: float | None) -> LayerRow:
     """A row of the table: means over heads, and the values of each head. A quantity that the model lacks is None.
 
-    `largest` is the largest |activation| that the layer reads, with its position, dimension and ratio to the median of
-    its sequence; `massive` follows Sun et al. A sink in the softmax has a value of zero and may have a key of its own.
+    A sink in the softmax has a value of zero and may have a key of its own.
     """
-    of_heads = {name: mean[name].tolist() for name in MEASURED if name in mean}
+    of_heads = {name: mean[name].tolist() for name in SHARES if name in mean}
     if "sink_alpha" not in mean:
         del of_heads["sink_share"]
     count = len(of_heads["first_alpha"])
-    of_heads = {name: of_heads.get(name, [None] * count) for name in MEASURED}
-    largest, place, dimension, median = mean["peak"].tolist()
-    times = largest / median if median else None  # JSON has no infinity
-    row: dict[str, Any] = {"layer": layer, **{name: _mean(values) for name, values in of_heads.items()}}
+    of_heads = {name: of_heads.get(name, [None] * count) for name in SHARES}
+    norms: dict[str, float | None] = {}
     for name, own in (("key_norm", own_key), ("value_norm", 0.0)):
         norms_T = mean[name]
-        row[f"{name}_sink"] = norms_T[:sinks].mean().item() if sinks else own if "sink_weight" in mean else None
-        row[f"{name}_first"] = norms_T[sinks].item()
-        row[f"{name}_rest"] = norms_T[sinks + 1 :].mean().item()
-    peak = (largest, int(place), int(dimension), median, times)
-    massive = largest > MASSIVE[0] and largest > MASSIVE[1] * median
-    heads = [{"head": head, **{name: of_heads[name][head] for name in MEASURED}} for head in range(count)]
-    return {**row, **dict(zip(PEAK, (*peak, massive))), "heads": heads}
+        norms[f"{name}_sink"] = norms_T[:sinks].mean().item() if sinks else own if "sink_weight" in mean else None
+        norms[f"{name}_first"] = norms_T[sinks].item()
+        norms[f"{name}_rest"] = norms_T[sinks + 1 :].mean().item()
+    largest, place, dimension, median = mean["peak"].tolist()
+    return LayerRow(
+        layer=layer,
+        **{name: _mean(values) for name, values in of_heads.items()},
+        **norms,
+        largest=largest,
+        largest_place=int(place),
+        largest_dimension=int(dimension),
+        median=median,
+        times_median=largest / median if median else None,  # JSON has no infinity
+        massive=largest > MASSIVE[0] and largest > MASSIVE[1] * median,
+        heads=[Head(head=head, **{name: of_heads[name][head] for name in SHARES}) for head in range(count)],
+    )
 
 
 def _mean(values: list[Any]) -> float | None:

@@ -23,13 +23,20 @@ from sinkmodel.errors import UserError, not_finite
 from sinkmodel.loading import LoadedModel
 from sinkmodel.maps import watch
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.attention import (
+    Birth,
+    BirthResult,
+    CheckpointRow,
+    SinksResult,
+)
+from sinkmodel.results.parts import Text
 from sinkmodel.sink_metric import born
 from sinkmodel.sinks import kind_of
 
 TOKENS_AT_ONCE = 2048  # tokens of one forward; their hidden states are held for all layers
 
 
-def run(options: argparse.Namespace, shortest: int) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+def run(options: argparse.Namespace, shortest: int) -> tuple[SinksResult, list[dict[str, Tensor]]]:
     """The result for one model, and for each layer the means that maps are drawn from.
 
     Args:
@@ -38,12 +45,16 @@ def run(options: argparse.Namespace, shortest: int) -> tuple[dict[str, Any], lis
     """
     loaded = load(options)
     _check_model(loaded, options, shortest)
-    content, sequences = _setting(loaded, options)
+    texts, sequences = read_sequences(loaded, options.text, options.sequences, options.length)
     means = measure(loaded, sequences, options.epsilon, "sinks")
-    return content | results(means, len(loaded.sink_ids), own_key_norms(loaded.model)), means
+    rows, overall, heads_by_place = results(means, len(loaded.sink_ids), own_key_norms(loaded.model))
+    result = SinksResult(
+        **_setting(loaded, options, texts, sequences), rows=rows, overall=overall, heads_by_place=heads_by_place
+    )
+    return result, means
 
 
-def over_checkpoints(options: argparse.Namespace, shortest: int, threshold: float) -> dict[str, Any]:
+def over_checkpoints(options: argparse.Namespace, shortest: int, threshold: float) -> BirthResult:
     """The result for every checkpoint of a run, and when its sink is born.
 
     Args:
@@ -54,15 +65,17 @@ def over_checkpoints(options: argparse.Namespace, shortest: int, threshold: floa
     checkpoints = _checkpoints(Path(options.model))
     loaded = load(options, str(next(iter(checkpoints))))
     _check_model(loaded, options, shortest)
-    content, sequences = _setting(loaded, options)
-    return content | _run_checkpoints(options, loaded, checkpoints, sequences, threshold)
-
-
-def _setting(loaded: LoadedModel, options: argparse.Namespace) -> tuple[dict[str, Any], list[list[int]]]:
-    """The part of the result that describes the measurement; and the sequences in tokens."""
     texts, sequences = read_sequences(loaded, options.text, options.sequences, options.length)
-    setting = {
-        "command": "sinks",
+    setting = _setting(loaded, options, texts, sequences)
+    rows = _rows(options, loaded, checkpoints, sequences)
+    return BirthResult(**setting, rows=rows, born=_birth(rows, threshold))
+
+
+def _setting(
+    loaded: LoadedModel, options: argparse.Namespace, texts: list[Text], sequences: list[list[int]]
+) -> dict[str, Any]:
+    """The fields of a result that describe the measurement."""
+    return {
         "model": options.model,
         "sink_ids": loaded.sink_ids,
         "length": options.length,
@@ -72,7 +85,6 @@ def _setting(loaded: LoadedModel, options: argparse.Namespace) -> tuple[dict[str
         "device": str(loaded.model.device),
         "texts": texts,
     }
-    return setting, sequences
 
 
 def _checkpoints(run: Path) -> dict[Path, tuple[int, int]]:
@@ -135,24 +147,26 @@ def own_key_norms(model: Any) -> list[float | None]:
     return [0.0 if kind_of(model.config) == "zero" else None] * model.config.get_text_config().num_hidden_layers
 
 
-def _run_checkpoints(
+def _rows(
     options: argparse.Namespace,
     loaded: LoadedModel,
     checkpoints: dict[Path, tuple[int, int]],
     sequences: list[list[int]],
-    threshold: float,
-) -> dict[str, Any]:
-    """One row per checkpoint, with its layers and heads, and when the sink is born. `loaded`: the first checkpoint."""
-    rows: list[dict[str, Any]] = []
+) -> list[CheckpointRow]:
+    """One row per checkpoint, with its layers and heads. `loaded`: the first checkpoint."""
+    rows = []
     for i, (path, (step, tokens)) in enumerate(checkpoints.items(), 1):
         if i > 1:
             loaded = load(options, str(path))
         means = measure(loaded, sequences, options.epsilon, f"{i}/{len(checkpoints)} step {step}")
-        found = results(means, len(loaded.sink_ids), own_key_norms(loaded.model))
-        of_places = {"heads_by_place": found["heads_by_place"]}
-        rows.append({"step": step, "tokens": tokens, **found["overall"], **of_places, "layers": found["rows"]})
-    target = "first" if rows[0]["sink_heads"] is None else "sink"
-    step_of_birth = born([(row["step"], row[f"{target}_heads"]) for row in rows], threshold)
-    tokens_then = next((row["tokens"] for row in rows if row["step"] == step_of_birth), None)
-    birth = {"target": target, "threshold": threshold, "step": step_of_birth, "tokens": tokens_then}
-    return {"rows": rows, "born": birth}
+        layers, overall, places = results(means, len(loaded.sink_ids), own_key_norms(loaded.model))
+        rows.append(CheckpointRow(step=step, tokens=tokens, **vars(overall), heads_by_place=places, layers=layers))
+    return rows
+
+
+def _birth(rows: list[CheckpointRow], threshold: float) -> Birth:
+    target = "first" if rows[0].sink_heads is None else "sink"
+    shares = [(row.step, row.shares[f"{target}_heads"]) for row in rows]
+    step = born([(step, share) for step, share in shares if share is not None], threshold)
+    tokens = next((row.tokens for row in rows if row.step == step), None)
+    return Birth(target=target, threshold=threshold, step=step, tokens=tokens)

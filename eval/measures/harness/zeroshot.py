@@ -33,6 +33,8 @@ from sinkmodel.errors import UserError, not_finite
 from sinkmodel.files import sha256_of
 from sinkmodel.loading import LoadedModel
 from sinkmodel.progress import Progress
+from sinkmodel.results.parts import Text
+from sinkmodel.results.tasks import ZeroshotResult, ZeroshotRow
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
 RESAMPLES = 1000  # of a bootstrap; lm-eval's 100,000 take minutes and change only the third digit
@@ -44,7 +46,7 @@ def run(
     options: argparse.Namespace,
     names: list[str],
     files: dict[str, Path],
-    give: Callable[[dict[str, Any], str], None],
+    give: Callable[[ZeroshotResult, str], None],
 ) -> None:
     """Pass the result and the model's sink in words to `give`, also if a later task fails, or after Ctrl-C.
 
@@ -60,7 +62,7 @@ def run(
     for name, task in tasks.items():
         check_room(name, task, models["stock"], len(loaded.sink_ids))
         check_requests(name, task, models["stock"], options.limit)
-    rows: list[dict[str, Any]] = []
+    rows: list[ZeroshotRow] = []
     try:
         for i, (name, task) in enumerate(tasks.items(), 1):
             scores = {}
@@ -170,7 +172,7 @@ def watched(model: Any, task: Any, label: str) -> Iterator[None]:
         progress.close()
 
 
-def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Scores]) -> list[dict[str, Any]]:
+def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Scores]) -> list[ZeroshotRow]:
     """One result row per metric of a task."""
     config = loaded.model.config
     as_in_paper = model_of(shape_of(config)) == PYTHIA_160M and kind_of(config) not in IN_SOFTMAX
@@ -178,36 +180,35 @@ def rows_of(loaded: LoadedModel, name: str, questions: int, scores: dict[str, Sc
     for (metric, of_filter), (value, stderr) in scores["stock"].items():
         adapter, adapter_stderr = scores.get("adapter", scores["stock"])[metric, of_filter]
         rows.append(
-            {
-                "task": name,
-                "metric": metric,
-                "filter": of_filter,
-                "questions": questions,
-                "stock": value,
-                "stock_stderr": stderr,
-                "adapter": adapter,
-                "adapter_stderr": adapter_stderr,
-                "paper": paper_accuracy(name, metric, questions, len(loaded.sink_ids)) if as_in_paper else None,
-            }
+            ZeroshotRow(
+                task=name,
+                metric=metric,
+                filter=of_filter,
+                questions=questions,
+                stock=value,
+                stock_stderr=stderr,
+                adapter=adapter,
+                adapter_stderr=adapter_stderr,
+                paper=paper_accuracy(name, metric, questions, len(loaded.sink_ids)) if as_in_paper else None,
+            )
         )
     return rows
 
 
 def result(
-    loaded: LoadedModel, options: argparse.Namespace, files: dict[str, Path], rows: list[dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "command": "zeroshot",
-        "model": options.model,
-        "sink_ids": loaded.sink_ids,
-        "limit": options.limit,
-        "batch_size": options.batch_size,
-        "dtype": options.dtype,
-        "device": str(loaded.model.device),
-        "lm_eval": metadata.version("lm_eval"),
-        "files": [{"task": name, "file": str(path), "sha256": sha256_of(path)} for name, path in files.items()],
-        "rows": rows,
-    }
+    loaded: LoadedModel, options: argparse.Namespace, files: dict[str, Path], rows: list[ZeroshotRow]
+) -> ZeroshotResult:
+    return ZeroshotResult(
+        model=options.model,
+        sink_ids=loaded.sink_ids,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        device=str(loaded.model.device),
+        lm_eval=metadata.version("lm_eval"),
+        files=[Text(task=name, file=str(path), sha256=sha256_of(path)) for name, path in files.items()],
+        rows=rows,
+    )
 
 
 def _sink_in_words(loaded: LoadedModel) -> str:

@@ -26,6 +26,7 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
 from sinkmodel.loading import LoadedModel
+from sinkmodel.results.parts import Text
 from sinkmodel.tasks.cells import Cell, OnSample
 from sinkmodel.tasks.samples import Metric, Question, Sample, Setting
 from sinkmodel.tasks.tokens import in_tokens_cut
@@ -169,7 +170,7 @@ DATASETS = {
 }
 
 
-def read_longbench(files: Sequence[Path], limit: int) -> tuple[dict[str, list[Row]], list[dict[str, Any]]]:
+def read_longbench(files: Sequence[Path], limit: int) -> tuple[dict[str, list[Row]], list[Text]]:
     """The first `limit` rows of each data set, and for each file a summary of what was used of it.
 
     Raises UserError that names the line of a row that is not in LongBench's format.
@@ -186,7 +187,7 @@ def read_longbench(files: Sequence[Path], limit: int) -> tuple[dict[str, list[Ro
                 count += 1
         if not count:
             raise UserError(f"{file} adds no row; give a .jsonl file of LongBench, and each file once")
-        taken.append({"file": str(file), "sha256": sha256_of(file), "rows": count})
+        taken.append(Text(file=str(file), sha256=sha256_of(file), rows=count))
     for name, of_dataset in rows.items():
         if len(of_dataset) < limit:
             say(f"{name}: {len(of_dataset)} rows, fewer than --samples {limit}")

@@ -27,6 +27,8 @@ from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.memories import BUDGETED, make_memory
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.parts import Text
+from sinkmodel.results.tasks import LongContextResult, LongContextRow
 from sinkmodel.scoring import check_decoder
 from sinkmodel.tasks import own_text, ruler
 from sinkmodel.tasks.cells import FLOOR_GAIN, FLOOR_SCORE, Cell, made_cell
@@ -41,7 +43,7 @@ SETTINGS = (
 )
 
 
-def run(options: argparse.Namespace, give: Callable[[dict[str, Any]], None]) -> None:
+def run(options: argparse.Namespace, give: Callable[[LongContextResult], None]) -> None:
     """Pass the result to `give`, also if a later cell fails, or after Ctrl-C, once a row is measured.
 
     `options` are those of `eval.commands.longcontext`.
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace, give: Callable[[dict[str, Any]], None]) -> 
     dense, others = _sides(loaded, options)
     _check_model(loaded, options)
     cells = _cells(loaded, options, tasks, text, rows_of_files)
-    rows: list[dict[str, Any]] = []
+    rows: list[LongContextRow] = []
     try:
         for row in _measure(loaded, options, cells, dense, others):
             rows.append(row)
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace, give: Callable[[dict[str, Any]], None]) -> 
 
 def _measure(
     loaded: LoadedModel, options: argparse.Namespace, cells: Sequence[Cell], dense: Side, others: Sequence[Side]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[LongContextRow]:
     reader = Reader(loaded)
     for place, cell in enumerate(cells, 1):
         label = f"{place}/{len(cells)} {cell.task} {cell.length}"
@@ -75,24 +77,23 @@ def _measure(
 def _result(
     options: argparse.Namespace,
     loaded: LoadedModel,
-    texts: list[dict[str, Any]],
-    files: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
-) -> dict[str, Any]:
-    return {
-        "command": "longcontext",
-        "model": options.model,
-        "sink_ids": loaded.sink_ids,
+    texts: list[Text],
+    files: list[Text],
+    rows: list[LongContextRow],
+) -> LongContextResult:
+    return LongContextResult(
+        model=options.model,
+        sink_ids=loaded.sink_ids,
         **{key: getattr(options, key) for key in SETTINGS},
-        "level": LEVEL,
-        "floor_score": FLOOR_SCORE,
-        "floor_gain": FLOOR_GAIN,
-        "dtype": options.dtype,
-        "device": str(loaded.model.device),
-        "texts": texts,
-        "longbench": files,
-        "rows": rows,
-    }
+        level=LEVEL,
+        floor_score=FLOOR_SCORE,
+        floor_gain=FLOOR_GAIN,
+        dtype=options.dtype,
+        device=str(loaded.model.device),
+        texts=texts,
+        longbench=files,
+        rows=rows,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- what is checked

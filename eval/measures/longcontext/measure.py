@@ -27,6 +27,7 @@ from eval.measures.longcontext.answers import Place, Reader
 from eval.measures.statistics import block_stderr, share
 from eval.measures.verdict.equivalence import interval
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.tasks import LongContextRow
 from sinkmodel.tasks.cells import FLOOR_GAIN, FLOOR_SCORE, Cell
 
 LEVEL = 0.95
@@ -58,19 +59,33 @@ class Measured:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Ability:
+    """Whether dense can do the task of a cell.
+
+    Attributes:
+        nll_alone: nats per token of the right answer without the context.
+        gain: nats that the context saves.
+        floor: whether dense cannot do the task, so that the other memories are not run.
+    """
+
+    nll_alone: float
+    gain: float
+    floor: bool
+
+
 def measure_cell(
     reader: Reader, cell: Cell, dense: Side, others: Sequence[Side], place: Place, seed: int, label: str
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[LongContextRow]:
     """Yield the rows of a cell: dense, then each other memory."""
     alone = [fmean(reader.nll_alone(asked) for asked in reading.asked) for reading in cell.readings]
     of_dense = measure(reader, cell, dense.memory, place, f"{label}, dense")
     gain = fmean(alone) - fmean(of_dense.nll)
-    floor = not counts(fmean(of_dense.score), gain)
-    more = {"nll_alone": fmean(alone), "gain": gain, "floor": floor}
-    yield row_of(cell, dense, place, of_dense, None, seed) | more
+    ability = Ability(fmean(alone), gain, not counts(fmean(of_dense.score), gain))
+    yield row_of(cell, dense, place, of_dense, None, ability, seed)
     for side in others:
-        found = None if floor else measure(reader, cell, side.memory, place, f"{label}, {side.label}")
-        yield row_of(cell, side, place, found, of_dense, seed) | more
+        found = None if ability.floor else measure(reader, cell, side.memory, place, f"{label}, {side.label}")
+        yield row_of(cell, side, place, found, of_dense, ability, seed)
 
 
 def counts(score: float, gain: float) -> bool:
@@ -102,34 +117,40 @@ def measure(reader: Reader, cell: Cell, memory: Any, place: Place, label: str) -
 
 
 def row_of(
-    cell: Cell, side: Side, place: Place, found: Measured | None, dense: Measured | None, seed: int
-) -> dict[str, Any]:
+    cell: Cell, side: Side, place: Place, found: Measured | None, dense: Measured | None, ability: Ability, seed: int
+) -> LongContextRow:
     """A result row. `found` is None if the memory was not run; `dense` is None for dense's own row."""
-    difference: tuple[float | None, float | None, float | None]
-    row: dict[str, Any] = {
-        "task": cell.task,
-        "length": cell.length,
-        "question": place,
-        "memory": side.name,
-        "budget": side.budget,
-        "label": side.label,
-        "metric": cell.metric.name,
-        "contexts": len(cell.readings),
-        "questions": sum(len(reading.asked) for reading in cell.readings),
-        "prompt_tokens": fmean(reading.tokens for reading in cell.readings),
-        "context_tokens": fmean(len(reading.context) for reading in cell.readings),
-    }
+    numbers: dict[str, float | None] = {}
     for name in NUMBERS:
         values, of_dense = getattr(found, name, None), getattr(dense, name, None)
-        row[name] = None if values is None else fmean(values)
-        row[f"{name}_stderr"] = None if values is None else block_stderr([torch.tensor(values)], 1)
-        difference = None, None, None
+        numbers[name] = None if values is None else fmean(values)
+        numbers[f"{name}_stderr"] = None if values is None else block_stderr([torch.tensor(values)], 1)
+        difference: tuple[float | None, float | None, float | None] = None, None, None
         if values is not None and of_dense is not None:
             difference = paired(values, of_dense, seed, bounded=name == "score")
-        row |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high"), difference))
-    row |= {name: getattr(found, name, None) for name in ("bytes_held", "bytes_kept", "seconds")}
-    row["kept_share"] = share(row["bytes_kept"], getattr(dense or found, "bytes_kept", None))
-    return row | {"by_context": {name: getattr(found, name, None) for name in NUMBERS}}
+        numbers |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high"), difference))
+    return LongContextRow(
+        task=cell.task,
+        length=cell.length,
+        question=place,
+        memory=side.name,
+        budget=side.budget,
+        label=side.label,
+        metric=cell.metric.name,
+        contexts=len(cell.readings),
+        questions=sum(len(reading.asked) for reading in cell.readings),
+        prompt_tokens=fmean(reading.tokens for reading in cell.readings),
+        context_tokens=fmean(len(reading.context) for reading in cell.readings),
+        **numbers,
+        bytes_held=getattr(found, "bytes_held", None),
+        bytes_kept=getattr(found, "bytes_kept", None),
+        seconds=getattr(found, "seconds", None),
+        kept_share=share(getattr(found, "bytes_kept", None), getattr(dense or found, "bytes_kept", None)),
+        by_context={name: getattr(found, name, None) for name in NUMBERS},
+        nll_alone=ability.nll_alone,
+        gain=ability.gain,
+        floor=ability.floor,
+    )
 
 
 def paired(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sinkmodel.memories import Memory
 from sinkmodel.memories.selection import EMPTY
+from sinkmodel.results.memories import AgeShare, Forgets, KindShare
 
 KINDS = ("sink", "blank", "comment", "number", "function word", "name", "other word", "punctuation")
 AGES = (0, 16, 64, 256, 1024, 4096, 16384, 65536)  # age is the number of later tokens; the start of each bin
@@ -67,15 +68,15 @@ class Forgotten:
                 counts[0] += 1
                 counts[1] += kept
 
-    def table(self) -> dict[str, Any]:
+    def table(self) -> Forgets:
         """The shares kept at the end of the prompts, as means over tokens, layers and heads."""
         heads = (self.heads / self.prompts).tolist() if isinstance(self.heads, Tensor) else []
-        return {
-            "prompts": self.prompts,
-            "kinds": [{"kind": kind, **_share(*counts)} for kind, counts in self.kinds.items() if counts[0]],
-            "ages": [{"from": start, **_share(*counts)} for start, counts in self.ages.items() if counts[0]],
-            "heads": heads,
-        }
+        return Forgets(
+            prompts=self.prompts,
+            kinds=[KindShare(kind=kind, **_share(*counts)) for kind, counts in self.kinds.items() if counts[0]],
+            ages=[AgeShare(start=start, **_share(*counts)) for start, counts in self.ages.items() if counts[0]],
+            heads=heads,
+        )
 
 
 def _share(tokens: float, kept: float) -> dict[str, Any]:

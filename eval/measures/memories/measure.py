@@ -22,6 +22,7 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.perplexity import perplexity
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.memories import MemoryRow
 
 UNKNOWN = dict.fromkeys(("difference", "low", "high", "stderr_difference", "answer", "speaks_of"))
 
@@ -66,7 +67,7 @@ def places(documents: Sequence[Sequence[int]], front: int, question: Question, m
 
 def measure(
     model: Any, sides: Sequence[Side], documents: Sequence[Sequence[int]], front: int, question: Question, most: int
-) -> list[dict[str, Any]]:
+) -> list[MemoryRow]:
     """Read all prompts with all sides; returns one row per side.
 
     Args:
@@ -104,33 +105,33 @@ def read(model: Any, side: Side, prompt: list[int], after: list[int]) -> Reading
 
 def row(
     side: Side, readings: Sequence[Sequence[Reading]], dense: Sequence[Sequence[Reading]], question: Question
-) -> dict[str, Any]:
+) -> MemoryRow:
     scored = [torch.cat([reading.nll for reading in each]) for each in readings]
     flat = [reading for each in readings for reading in each]
     of_dense = [reading for each in dense for reading in each]
     nll = float(torch.cat(scored).double().mean())
-    return {
-        "memory": side.memory,
-        "budget": side.budget,
-        "label": side.label,
-        "keeps": side.remark,
-        "prompts": len(flat),
-        "documents": len(readings),
-        "tokens": sum(map(len, scored)),
-        "nll": nll,
-        "ppl": perplexity(nll),
-        "stderr": block_stderr(scored, question.after),
+    return MemoryRow(
+        memory=side.memory,
+        budget=side.budget,
+        label=side.label,
+        keeps=side.remark,
+        prompts=len(flat),
+        documents=len(readings),
+        tokens=sum(map(len, scored)),
+        nll=nll,
+        ppl=perplexity(nll),
+        stderr=block_stderr(scored, question.after),
         **(UNKNOWN if readings is dense else against(scored, dense, question)),
-        "bytes_held": average([reading.bytes_held for reading in flat]),
-        "bytes_kept": average([reading.bytes_kept for reading in flat]),
-        "kept_share": share(
+        bytes_held=average([reading.bytes_held for reading in flat]),
+        bytes_kept=average([reading.bytes_kept for reading in flat]),
+        kept_share=share(
             average([reading.bytes_kept for reading in flat]), average([reading.bytes_kept for reading in of_dense])
         ),
-        "prefill_seconds": median([reading.prefill_seconds for reading in flat]),
-        "decode_ms": median([reading.decode_seconds and 1e3 * reading.decode_seconds for reading in flat]),
-        "prefill_ratio": ratio(flat, of_dense, "prefill_seconds"),
-        "decode_ratio": ratio(flat, of_dense, "decode_seconds"),
-    }
+        prefill_seconds=median([reading.prefill_seconds for reading in flat]),
+        decode_ms=median([reading.decode_seconds and 1e3 * reading.decode_seconds for reading in flat]),
+        prefill_ratio=ratio(flat, of_dense, "prefill_seconds"),
+        decode_ratio=ratio(flat, of_dense, "decode_seconds"),
+    )
 
 
 def against(scored: Sequence[torch.Tensor], dense: Sequence[Sequence[Reading]], question: Question) -> dict[str, Any]:

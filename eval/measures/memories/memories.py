@@ -35,9 +35,10 @@ from sinkmodel import StreamingCache
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.memories import Dense
+from sinkmodel.results.memories import MemoriesResult
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> MemoriesResult:
     """The result. `options` are those of `eval.commands.memories`."""
     _check(options)
     loaded = load(options)
@@ -49,25 +50,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     taken = None if options.prompts > 1 else length
     texts, documents = read_texts(loaded, options.text, length, taken, options.documents, "--prompt and --continue")
     rows = measure(loaded.model, sides, documents, len(loaded.sink_ids), question, options.prompts)
-    content = {
-        "command": "memories",
-        "model": options.model,
-        "sink_ids": loaded.sink_ids,
-        "prompt": options.prompt,
-        "continue": options.after,
+    return MemoriesResult(
+        model=options.model,
+        sink_ids=loaded.sink_ids,
+        prompt=options.prompt,
+        after=options.after,
         **{key: getattr(options, key) for key in ("sinks", "window", "positions", "layer", "artefact")},
-        "margin": options.margin,
-        "level": options.level,
-        "seed": options.seed,
-        "these_texts": options.these_texts,
-        "dtype": options.dtype,
-        "device": str(loaded.model.device),
-        "texts": texts,
-        "rows": rows,
-    }
-    if NAMM in options.memories:
-        content["forgets"] = forgotten.table()
-    return content
+        margin=options.margin,
+        level=options.level,
+        seed=options.seed,
+        these_texts=options.these_texts,
+        dtype=options.dtype,
+        device=str(loaded.model.device),
+        texts=texts,
+        rows=rows,
+        forgets=forgotten.table() if NAMM in options.memories else None,
+    )
 
 
 def _check(options: argparse.Namespace) -> None:

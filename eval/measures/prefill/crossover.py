@@ -20,8 +20,7 @@ from statistics import median
 import numpy as np
 
 from eval.measures.statistics import quantile
-
-ENOUGH = 5  # fewest rounds for an interval, as in `paired_ratio`
+from sinkmodel.results.latency import ENOUGH
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.products import fast_products
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.latency import AnswerTimes, Crossover, PrefillRow
 
 PIECE = 256  # tokens of an answer that are fed together on the way to the next timed place
 
@@ -62,7 +63,7 @@ def dense_side() -> Side:
 @torch.inference_mode()
 def measure(
     loaded: LoadedModel, sides: Sequence[Side], length: int, answers: Sequence[int], rounds: int, label: str
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[PrefillRow], list[Crossover]]:
     """The rows and the crossovers at one prompt length.
 
     Args:
@@ -81,8 +82,7 @@ def measure(
             _answer_in_turns(loaded.model, sides, caches, tokens, answers, rounds, progress)
     finally:
         gc.unfreeze()
-    rows = [{"length": length, **row(side, sides[0], answers, base)} for side in sides]
-    return rows, [{"length": length, **pair} for pair in crossovers(sides)]
+    return [row(length, side, sides[0], answers, base) for side in sides], crossovers(length, sides)
 
 
 # ----------------------------------------------------------------------------------------------------- the prompt
@@ -193,35 +193,36 @@ def _feed(model: Any, cache: Any, ids: Tensor) -> None:
 # ----------------------------------------------------------------------------------------------------- the numbers
 
 
-def row(side: Side, dense: Side, answers: Sequence[int], base: int) -> dict[str, Any]:
+def row(length: int, side: Side, dense: Side, answers: Sequence[int], base: int) -> PrefillRow:
     """The result row of a side; `base` is the process's memory in bytes with only the model loaded."""
     above = int(median(side.above))
-    return {
-        "memory": side.memory,
-        "budget": side.budget,
-        "label": side.label,
-        "rounds": len(side.first),
-        "ttft_ms": median(side.first),
+    return PrefillRow(
+        length=length,
+        memory=side.memory,
+        budget=side.budget,
+        label=side.label,
+        rounds=len(side.first),
+        ttft_ms=median(side.first),
         **against("ttft", side.first, dense.first, side is dense),
-        "peak_bytes": base + above,
-        "reading_bytes": above,
-        "bytes_held": side.sizes[0],
-        "bytes_kept": side.sizes[1],
-        "kept_share": share(side.sizes[1], dense.sizes[1]),
-        "bytes_grown": int(median(side.grown)),
-        "answers": [_answer_row(side, dense, answer) for answer in answers],
-    }
+        peak_bytes=base + above,
+        reading_bytes=above,
+        bytes_held=side.sizes[0],
+        bytes_kept=side.sizes[1],
+        kept_share=share(side.sizes[1], dense.sizes[1]),
+        bytes_grown=int(median(side.grown)),
+        answers=[_answer_row(side, dense, answer) for answer in answers],
+    )
 
 
-def _answer_row(side: Side, dense: Side, answer: int) -> dict[str, Any]:
+def _answer_row(side: Side, dense: Side, answer: int) -> AnswerTimes:
     totals = side.times.totals(answer)
-    return {
-        "answer": answer,
-        "step_ms": median(side.steps[answer]),
+    return AnswerTimes(
+        answer=answer,
+        step_ms=median(side.steps[answer]),
         **against("step", side.steps[answer], dense.steps[answer], side is dense),
-        "total_ms": median(totals),
+        total_ms=median(totals),
         **against("total", totals, dense.times.totals(answer), side is dense),
-    }
+    )
 
 
 def against(name: str, ours: Sequence[float], of_dense: Sequence[float], is_dense: bool) -> dict[str, Any]:
@@ -230,27 +231,28 @@ def against(name: str, ours: Sequence[float], of_dense: Sequence[float], is_dens
     return {f"{name}_ratio": value, f"{name}_low": low, f"{name}_high": high}
 
 
-def crossovers(sides: Sequence[Side]) -> list[dict[str, Any]]:
+def crossovers(length: int, sides: Sequence[Side]) -> list[Crossover]:
     """When one side overtakes the other: each memory against dense, and GemFilter against others of its budget."""
     dense, *memories = sides
     gemfilters = [side for side in memories if side.memory == "gemfilter"]
     pairs = [(side, dense) for side in memories]
     pairs += [(gem, side) for gem in gemfilters for side in memories if side is not gem and side.budget == gem.budget]
-    return [_crossover(*pair) for pair in pairs]
+    return [_crossover(length, *pair) for pair in pairs]
 
 
-def _crossover(one: Side, other: Side) -> dict[str, Any]:
+def _crossover(length: int, one: Side, other: Side) -> Crossover:
     first, second = sorted((one, other), key=lambda side: median(side.first))
     value = crossover(first.times.medians(), second.times.medians())
     low, high = crossover_interval(first.times, second.times) or (None, None)
-    return {
-        "first": first.label,
-        "second": second.label,
-        "crossover": _finite(value),
-        "low": _finite(low),
-        "high": _finite(high),
-        "rounds": len(first.first),
-    }
+    return Crossover(
+        length=length,
+        first=first.label,
+        second=second.label,
+        crossover=_finite(value),
+        low=_finite(low),
+        high=_finite(high),
+        rounds=len(first.first),
+    )
 
 
 def _finite(value: float | None) -> float | None:

@@ -21,7 +21,6 @@ from eval.measures.loading import device_name, load
 from eval.measures.memories.choice import check_decides, namm_rows
 from eval.measures.memories.names import NAMM, PUBLISHED
 from eval.measures.meters import PeakMemory
-from eval.measures.prefill.crossover import ENOUGH
 from eval.measures.prefill.measure import Side, dense_side, measure
 from eval.measures.shape import config_of, load_shape, read_shape
 from eval.measures.timing import BLOCK
@@ -31,12 +30,11 @@ from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.memories import make_memory
 from sinkmodel.model_support import own_window
+from sinkmodel.results.latency import ENOUGH, Crossover, PrefillResult, PrefillRow
 from sinkmodel.scoring import check_decoder
 
-COMMAND = "latency --prefill"
 
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> PrefillResult:
     """The result. `options` are those of `eval.commands.prefill`, with the defaults filled in."""
     check_decides(options, options.memories, "--length", min(options.length))
     if options.rounds < ENOUGH:
@@ -49,25 +47,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         sides_of(options, config_of(shape))
     loaded = load(options) if options.shape is None else load_shape(options.shape, options.dtype, options.device)
     _check_model(options, loaded)
-    rows: list[dict[str, Any]] = []
-    crossovers: list[dict[str, Any]] = []
+    rows: list[PrefillRow] = []
+    crossovers: list[Crossover] = []
     lengths = sorted(set(options.length))
     for place, length in enumerate(lengths, 1):
         sides = sides_of(options, loaded.model)
         label = f"{place}/{len(lengths)} prompt {length}"
         new_rows, pairs = measure(loaded, sides, length, sorted(set(options.answers)), options.rounds, label)
         rows, crossovers = rows + new_rows, crossovers + pairs
-    return {
-        "command": COMMAND,
-        "model": loaded.name,
-        "dtype": options.dtype,
-        "device": device_name(loaded),
-        "threads": torch.get_num_threads(),
-        "weights_bytes": sum(p.nbytes for p in loaded.model.parameters()),
-        "rounds": options.rounds,
-        "rows": rows,
-        "crossovers": crossovers,
-    }
+    return PrefillResult(
+        model=loaded.name,
+        dtype=options.dtype,
+        device=device_name(loaded),
+        threads=torch.get_num_threads(),
+        weights_bytes=sum(p.nbytes for p in loaded.model.parameters()),
+        rounds=options.rounds,
+        rows=rows,
+        crossovers=crossovers,
+    )
 
 
 def _check_length(options: argparse.Namespace, name: str, end: int, front: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from eval.policies.policy import Policy, Stream
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel, encode
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.streams import LinesRow, QuestionsRow
 from sinkmodel.scoring import nll_of
 
 BINS = 20  # along a stream
@@ -30,26 +32,28 @@ BINS = 20  # along a stream
 # --------------------------------------------------------------------------------------------------------------- lines
 
 
-def measure_lines(
-    model: Any, policy: Policy, samples: Sequence[Sequence[Query]], rows: int, label: str
-) -> dict[str, Any]:
+def measure_lines(model: Any, policy: Policy, samples: Sequence[Sequence[Query]], rows: int, label: str) -> LinesRow:
     """One result row: means over all queries of all samples, with standard errors that treat a sample as one block."""
     queries = [query for sample in samples for query in sample]
     started = time.perf_counter()
     with CountedProgress(label, "queries", len(queries)) as progress:
         right, nll, rank = ask_lines(model, policy, samples, rows, progress.add)
     seconds = time.perf_counter() - started
-    result = policy.row(max(query.place + len(query.candidates[0]) for query in queries))
-    for name, parts in (("accuracy", right), ("nll", nll), ("rank", rank)):
-        result |= {name: mean(parts), f"{name}_stderr": block_stderr(parts, len(samples[0]))}
-    return {
-        **result,
-        "tokens_back_least": min(query.back for query in queries),
-        "tokens_back_most": max(query.back for query in queries),
-        "kept": sum(kept(query, policy) for query in queries) / len(queries),
-        "accuracy_by_query": by_position([(0, part) for part in right], BINS),
-        "tokens_per_second": sum(len(query.fed) for query in queries) / seconds,
-    }
+    longest = max(query.place + len(query.candidates[0]) for query in queries)
+    return LinesRow(
+        **vars(policy.row(longest)),
+        accuracy=mean(right),
+        accuracy_stderr=block_stderr(right, len(samples[0])),
+        nll=mean(nll),
+        nll_stderr=block_stderr(nll, len(samples[0])),
+        rank=mean(rank),
+        rank_stderr=block_stderr(rank, len(samples[0])),
+        tokens_back_least=min(query.back for query in queries),
+        tokens_back_most=max(query.back for query in queries),
+        kept=sum(kept(query, policy) for query in queries) / len(queries),
+        accuracy_by_query=by_position([(0, part) for part in right], BINS),
+        tokens_per_second=sum(len(query.fed) for query in queries) / seconds,
+    )
 
 
 def ask_lines(
@@ -96,7 +100,7 @@ def kept(query: Query, policy: Policy) -> bool:
 
 def measure_questions(
     loaded: LoadedModel, policy: Policy, questions: Sequence[Asked], alone: list[int] | None, label: str
-) -> dict[str, Any]:
+) -> QuestionsRow:
     """One result row: for a stream, with its difference to one-shot over the same questions, or for one-shot itself.
 
     Args:
@@ -106,19 +110,23 @@ def measure_questions(
     with CountedProgress(label, "questions", len(questions)) as progress:
         right, nll, lengths = ask_questions(loaded, policy, questions, alone is None, progress.add)
     seconds = time.perf_counter() - started
-    result = policy.row(max(n + max(map(len, question.choices)) - 1 for n, question in zip(lengths, questions)))
+    fields = policy.row(max(n + max(map(len, question.choices)) - 1 for n, question in zip(lengths, questions)))
     if alone is None:
-        result |= {"policy": "one-shot", "label": "one-shot"}
+        fields = replace(fields, policy="one-shot", label="one-shot")
     difference = None if alone is None else right - torch.tensor(alone)
-    for name, part in (("accuracy", right), ("difference", difference), ("nll", nll)):
-        result[name] = None if part is None else mean([part])
-        result[f"{name}_stderr"] = None if part is None else block_stderr([part], 1)
-    return {
-        **result,
-        "tokens": sum(lengths) if alone is None else lengths[-1],
-        "right": right.int().tolist(),
-        "tokens_per_second": (sum(lengths) if alone is None else lengths[-1]) / seconds,
-    }
+    tokens = sum(lengths) if alone is None else lengths[-1]
+    return QuestionsRow(
+        **vars(fields),
+        accuracy=mean([right]),
+        accuracy_stderr=block_stderr([right], 1),
+        difference=None if difference is None else mean([difference]),
+        difference_stderr=None if difference is None else block_stderr([difference], 1),
+        nll=mean([nll]),
+        nll_stderr=block_stderr([nll], 1),
+        tokens=tokens,
+        right=right.int().tolist(),
+        tokens_per_second=tokens / seconds,
+    )
 
 
 def ask_questions(

@@ -15,6 +15,7 @@ small base models the nats of the answer and its rank among other numbers are mo
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from eval.measures.loading import load
@@ -30,24 +31,32 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import sha256_of
 from sinkmodel.loading import LoadedModel, encode
+from sinkmodel.results.parts import Text
+from sinkmodel.results.streams import LinesResult, LinesRow, QuestionsResult, QuestionsRow, StreamEvalResult
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> StreamEvalResult:
     """The result. `options` are those of `eval.commands.streameval`, with the defaults of the task filled in."""
     asked = read_questions(options.file, options.queries) if options.file else []
     loaded = load(options)
     policies = _policies(options, loaded)
     if options.task == "lines":
-        content = _run_lines(options, loaded, policies)
-    else:
-        asked = asked or make_questions(options.seed, options.queries)
-        content = _run_questions(options, loaded, policies, asked)
-    head = {"command": "streameval", "model": options.model, "sink_ids": loaded.sink_ids, "task": options.task}
-    setting = {"seed": options.seed, "dtype": options.dtype, "device": str(loaded.model.device)}
-    return {**head, **setting, **content}
+        return _run_lines(options, loaded, policies)
+    return _run_questions(options, loaded, policies, asked or make_questions(options.seed, options.queries))
 
 
-def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[Policy]) -> dict[str, Any]:
+def _setting(options: argparse.Namespace, loaded: LoadedModel) -> dict[str, Any]:
+    """The fields of a result that both tasks share."""
+    return {
+        "model": options.model,
+        "sink_ids": loaded.sink_ids,
+        "seed": options.seed,
+        "dtype": options.dtype,
+        "device": str(loaded.model.device),
+    }
+
+
+def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[Policy]) -> LinesResult:
     record = Record(loaded)
     samples = {
         distance: [
@@ -57,37 +66,39 @@ def _run_lines(options: argparse.Namespace, loaded: LoadedModel, policies: list[
         for distance in dict.fromkeys(options.distances)
     }
     _check_stream(loaded, policies, max(streams[0][-1].place for streams in samples.values()) + record.answer_tokens)
-    rows: list[dict[str, Any]] = []
+    rows: list[LinesRow] = []
     for policy in policies:
         for distance, streams in samples.items():
             label = f"{len(rows) + 1}/{len(policies) * len(samples)} {policy.label}, {distance} lines back"
             row = measure_lines(loaded.model, policy, streams, options.rows, label)
-            rows.append({**row, "distance": distance})
+            rows.append(replace(row, distance=distance))
     least, most = record.line_tokens(max(samples), options.every, options.queries)
-    return {
+    return LinesResult(
+        **_setting(options, loaded),
         **{key: getattr(options, key) for key in ("every", "samples", "queries", "distractors")},
-        "line_tokens_least": least,
-        "line_tokens_most": most,
-        "answer_tokens": record.answer_tokens,
-        "rows": rows,
-    }
+        line_tokens_least=least,
+        line_tokens_most=most,
+        answer_tokens=record.answer_tokens,
+        rows=rows,
+    )
 
 
 def _run_questions(
     options: argparse.Namespace, loaded: LoadedModel, policies: list[Policy], questions: list[Question]
-) -> dict[str, Any]:
+) -> QuestionsResult:
     asked = [in_tokens(loaded, question) for question in questions]
     _check_questions(loaded, policies, asked)
-    rows: list[dict[str, Any]] = []
+    rows: list[QuestionsRow] = []
     for policy in (None, *policies):
         label = f"{len(rows) + 1}/{len(policies) + 1} {policy.label if policy else 'one-shot'}"
-        alone = rows[0]["right"] if rows else None
+        alone = rows[0].right if rows else None
         rows.append(measure_questions(loaded, policy or Dense(), asked, alone, label))
-    return {
-        "texts": [{"file": str(options.file), "sha256": sha256_of(options.file)}] if options.file else [],
-        "questions": len(asked),
-        "rows": rows,
-    }
+    return QuestionsResult(
+        **_setting(options, loaded),
+        texts=[Text(file=str(options.file), sha256=sha256_of(options.file))] if options.file else [],
+        questions=len(asked),
+        rows=rows,
+    )
 
 
 def _policies(options: argparse.Namespace, loaded: LoadedModel) -> list[Policy]:

@@ -26,12 +26,14 @@ from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.perplexity import perplexity
+from sinkmodel.results.parts import Text
+from sinkmodel.results.perplexity import GridResult, GridRow, GridRun
 from sinkmodel.sinks import kind_of
 
 LEVEL = 0.95
 
 
-def run(options: argparse.Namespace, sinks: list[int], budgets: list[int]) -> dict[str, Any]:
+def run(options: argparse.Namespace, sinks: list[int], budgets: list[int]) -> GridResult:
     """The result. `options` are those of `eval.commands.grid`; `budgets` are in increasing order."""
     kinds, texts, documents, provenances = _look(options, sinks, budgets)
     warnings = [
@@ -42,27 +44,26 @@ def run(options: argparse.Namespace, sinks: list[int], budgets: list[int]) -> di
         say(f"warning: {warning}")
     scored = {name: _score(name, runs, documents, sinks, budgets, options) for name, runs in options.models}
     rows = [
-        _row(name, kinds[name], provenances[runs[0]["run"]]["shape"], policy, runs, documents, budgets[-1])
+        _row(name, kinds[name], provenances[runs[0].run]["shape"], policy, runs, documents, budgets[-1])
         for name, of_model in scored.items()
         for policy, runs in of_model.items()
     ]
-    return {
-        "command": "grid",
-        "models": dict(options.models),
-        "budgets": budgets,
-        "sinks": sinks,
-        "level": LEVEL,
-        "chunk": options.chunk,
-        "dtype": options.dtype,
-        "texts": texts,
-        "warnings": warnings,
-        "rows": rows,
-    }
+    return GridResult(
+        models=dict(options.models),
+        budgets=budgets,
+        sinks=sinks,
+        level=LEVEL,
+        chunk=options.chunk,
+        dtype=options.dtype,
+        texts=texts,
+        warnings=warnings,
+        rows=rows,
+    )
 
 
 def _look(
     options: argparse.Namespace, sinks: Sequence[int], budgets: Sequence[int]
-) -> tuple[dict[str, str], list[dict[str, Any]], Documents, dict[str, Provenance]]:
+) -> tuple[dict[str, str], list[Text], Documents, dict[str, Provenance]]:
     """Load every run once before any is scored.
 
     Returns the kind of each model's sink, a summary of the texts, their tokens without sinks, and the provenance of
@@ -71,7 +72,7 @@ def _look(
     """
     first: LoadedModel | None = None
     kinds: dict[str, str] = {}
-    texts: list[dict[str, Any]] = []
+    texts: list[Text] = []
     documents: Documents = []
     provenances: dict[str, Provenance] = {}
     for name, runs in options.models:
@@ -111,10 +112,10 @@ def _score(
     sinks: Sequence[int],
     budgets: Sequence[int],
     options: argparse.Namespace,
-) -> dict[Any, list[dict[str, Any]]]:
+) -> dict[Any, list[GridRun]]:
     """For each policy, the mean loss of each run. Only one model is in memory at a time."""
     policies = [streaming(count, budget) for budget in budgets for count in sinks]
-    by_policy: dict[Any, list[dict[str, Any]]] = {policy: [] for policy in policies}
+    by_policy: dict[Any, list[GridRun]] = {policy: [] for policy in policies}
     for place, one in enumerate(runs, 1):
         loaded = load(options, one)
         for policy in policies:
@@ -126,7 +127,7 @@ def _score(
             nll = mean(late)
             assert nll is not None, "documents overflow the largest budget"
             stderr = block_stderr(late, policy.budget)
-            by_policy[policy].append({"run": one, "nll": nll, "stderr": stderr})
+            by_policy[policy].append(GridRun(run=one, nll=nll, stderr=stderr))
     return by_policy
 
 
@@ -135,26 +136,26 @@ def _row(
     kind: str,
     shape: dict[str, Any],
     policy: Any,
-    runs: list[dict[str, Any]],
+    runs: list[GridRun],
     documents: Documents,
     overflow: int,
-) -> dict[str, Any]:
-    nll, low, high = over_runs([one["nll"] for one in runs])
-    return {
-        "model": name,
-        "sink": kind,
-        **policy.row(max(map(len, documents))),
-        "documents": len(documents),
-        "tokens_after_overflow": sum(max(0, len(ids) - 1 - overflow) for ids in documents),
-        "nll_after_overflow": nll,
-        "nll_low": low,
-        "nll_high": high,
-        "ppl_after_overflow": perplexity(nll),
-        "ppl_low": perplexity(low),
-        "ppl_high": perplexity(high),
-        "runs": runs,
-        "paper_ppl": of_paper(shape, kind, policy.budget, policy.sinks),
-    }
+) -> GridRow:
+    nll, low, high = over_runs([one.nll for one in runs if one.nll is not None])
+    return GridRow(
+        model=name,
+        sink=kind,
+        **vars(policy.row(max(map(len, documents)))),
+        documents=len(documents),
+        tokens_after_overflow=sum(max(0, len(ids) - 1 - overflow) for ids in documents),
+        nll_after_overflow=nll,
+        nll_low=low,
+        nll_high=high,
+        ppl_after_overflow=perplexity(nll),
+        ppl_low=perplexity(low),
+        ppl_high=perplexity(high),
+        runs=runs,
+        paper_ppl=of_paper(shape, kind, policy.budget, policy.sinks),
+    )
 
 
 def over_runs(values: Sequence[float], level: float = LEVEL) -> tuple[float, float | None, float | None]:

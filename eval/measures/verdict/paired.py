@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ import torch
 
 from eval.measures.statistics import block_stderr, mean
 from eval.measures.verdict.equivalence import (
-    Interval,
     Series,
     answer_to,
     interval,
@@ -42,6 +41,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.perplexity import perplexity
 from sinkmodel.progress import CountedProgress
+from sinkmodel.results.verdict import Comparison, VerdictRow
 
 Documents = Sequence[Sequence[int]]  # text tokens without sinks
 SHARE = 16  # a recomputed window scores the last 1 / SHARE of its queries
@@ -103,8 +103,8 @@ class Alone:
     """
 
     losses: list[Series]
-    stream: dict[str, Any]
-    rows: list[dict[str, Any]]
+    stream: VerdictRow
+    rows: list[VerdictRow]
     pairs: list[Pair]
 
 
@@ -134,9 +134,7 @@ def measure(side: Side, documents: Documents, question: Question, beside: int) -
     return Alone(streamed, stream_row(side, policy, streamed, documents, budget), rows, pairs)
 
 
-def compared(
-    sides: tuple[Side, Side], found: tuple[Alone, Alone], budget: int
-) -> tuple[list[Pair], list[dict[str, Any]]]:
+def compared(sides: tuple[Side, Side], found: tuple[Alone, Alone], budget: int) -> tuple[list[Pair], list[VerdictRow]]:
     """The pair that the verdict is about, then the pairs within each model; and a row for each scored stream."""
     first, second = (f"{side.role} {side.sinks}+{budget - side.sinks}" for side in sides)
     a, b = (after(alone.losses, budget) for alone in found)
@@ -174,7 +172,7 @@ def paired(
     return Pair(model, first, second, [x.astype(np.float64) - y for x, y in zip(a, b)], block, more)
 
 
-def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
+def answered(question: Question, runs: Sequence[Pair]) -> Comparison:
     """A result row: the mean of first − second in nats per token, its interval and the answer.
 
     The answer is None if there is too little text. If the interval holds for these texts only and the question is about
@@ -187,47 +185,42 @@ def answered(question: Question, runs: Sequence[Pair]) -> dict[str, Any]:
     means = [sum(float(d.sum()) for d in run.differences) for run in runs]
     tokens = sum(map(len, one.differences))
     means = [total / tokens for total in means] if tokens else []
-    row = {
+    row: dict[str, Any] = {
         "model": one.model,
         "comparison": f"{one.first} against {one.second}",
         "first": one.first,
         "second": one.second,
         "tokens": tokens,
         "difference": sum(means) / len(means) if means else None,
+        **one.more,
     }
     over = [np.mean(series, axis=0) for series in zip(*(run.differences for run in runs))]
     found = interval(over, one.block, question.level, question.seed, these_texts=question.these_texts)
     if found is None:
-        unknown = [field.name for field in fields(Interval) if field.name not in ("mean", "tokens", "runs")]
-        unknown.append("speaks_of")
-        return {**row, "answer": None, **dict.fromkeys(unknown), "runs": len(runs), "more_tokens": None, **one.more}
+        return Comparison(**row, answer=None, low=None, high=None, runs=len(runs))
     found = over_runs(found, means)
-    known = {name: value for name, value in vars(found).items() if name not in ("mean", "tokens")}
-    known["speaks_of"] = found.speaks_of
-    answer = answer_to(found, question.margin, question.these_texts)
+    row |= {name: value for name, value in vars(found).items() if name not in ("mean", "tokens")}
+    row |= {"answer": answer_to(found, question.margin, question.these_texts), "speaks_of": found.speaks_of}
     if found.speaks_of == "these texts" and not question.these_texts:
-        why = no_sample([len(series) for series in over])
-        return {**row, "answer": answer, **known, "more_tokens": None, "why": why, **one.more}
-    return {**row, "answer": answer, **known, "more_tokens": more_tokens(found, question.margin), **one.more}
+        return Comparison(**{"why": no_sample([len(series) for series in over]), **row})
+    return Comparison(**row, more_tokens=more_tokens(found, question.margin))
 
 
-def stream_row(
-    side: Side, policy: Policy, scored: Sequence[Series], documents: Documents, budget: int
-) -> dict[str, Any]:
+def stream_row(side: Side, policy: Policy, scored: Sequence[Series], documents: Documents, budget: int) -> VerdictRow:
     """A row like those of `ppl`, over the targets that have overflowed in both models."""
     late = [torch.from_numpy(part) for part in after(scored, budget)]
     nll = mean(late)
-    return {
-        "model": side.role,
-        "run": side.loaded.name,
-        **policy.row(max(map(len, documents)) + len(side.front) - 1),
-        "documents": len(documents),
-        "tokens": sum(len(ids) - 1 for ids in documents),
-        "tokens_after_overflow": sum(map(len, late)),
-        "nll_after_overflow": nll,
-        "ppl_after_overflow": perplexity(nll),
-        "stderr_after_overflow": block_stderr(late, budget),
-    }
+    return VerdictRow(
+        model=side.role,
+        run=side.loaded.name,
+        **vars(policy.row(max(map(len, documents)) + len(side.front) - 1)),
+        documents=len(documents),
+        tokens=sum(len(ids) - 1 for ids in documents),
+        tokens_after_overflow=sum(map(len, late)),
+        nll_after_overflow=nll,
+        ppl_after_overflow=perplexity(nll),
+        stderr_after_overflow=block_stderr(late, budget),
+    )
 
 
 def beginnings(documents: Documents, budget: int, most: int) -> Documents:

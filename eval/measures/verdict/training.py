@@ -19,6 +19,7 @@ from sinkmodel.fingerprint import fingerprint_of
 from sinkmodel.loading import LoadedModel
 from sinkmodel.progress import CountedProgress
 from sinkmodel.provenance import read_provenance
+from sinkmodel.results.parts import Text
 
 Provenance = dict[str, Any]  # the provenance of a model, as `training_of` returns it
 HEAD = 64  # documents are compared by this many first tokens
@@ -119,9 +120,7 @@ def _trained_unlike(one: Provenance, other: Provenance) -> list[str]:
     return ways + [f"{size} {a} and {b}" for size, a, b in pairs if None not in (a, b) and a != b]
 
 
-def in_training(
-    models: dict[str, Provenance], texts: Sequence[dict[str, Any]], documents: Sequence[Sequence[int]]
-) -> list[str]:
+def in_training(models: dict[str, Provenance], texts: Sequence[Text], documents: Sequence[Sequence[int]]) -> list[str]:
     """Warnings if a model was trained on the test text, or if that cannot be checked.
 
     `texts` and `documents` are what `read_texts` returns, the documents without sinks.
@@ -136,11 +135,12 @@ def in_training(
             continue
         first = 0
         for text in texts:
-            count = sum(known[first : first + text["documents"]])
-            first += text["documents"]
+            used = text.documents or 0
+            count = sum(known[first : first + used])
+            first += used
             if count:
                 warnings.append(
-                    f"{name} was trained on {text['file']}: {count} of {text['documents']} documents begin like "
+                    f"{name} was trained on {text.file}: {count} of {used} documents begin like "
                     "training documents; give held-out text"
                 )
     return warnings

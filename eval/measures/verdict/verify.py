@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
 from eval.measures.loading import load
 from eval.measures.texts import check_positions, check_same_tokens, fed, read_texts
@@ -28,10 +27,12 @@ from eval.policies.options import BORROWED, check
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
+from sinkmodel.results.parts import Text
+from sinkmodel.results.verdict import PairVerdict, Verdict, VerdictResult
 from sinkmodel.sinks import kind_of
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> VerdictResult:
     """The result. `options` are those of `eval.commands.verify`."""
     names = _pairs(options)
     sides, texts, documents, provenances = _look(options, names)
@@ -53,27 +54,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         runs.append(of_run)
         rows += of_streams
     verdict, *comparisons = (answered(question, same) for same in zip(*runs))
-    each = [{"sink": a, "vanilla": b, **answered(question, run[:1])} for (a, b), run in zip(names, runs)]
-    return {
-        "command": "verify",
-        "sink": ", ".join(options.sink),
-        "vanilla": ", ".join(options.vanilla),
-        "sink_ids": sides[0].front,
-        "budget": options.budget,
-        "margin": options.margin,
-        "level": options.level,
-        "seed": options.seed,
-        "chunk": options.chunk,
-        "these_texts": options.these_texts,
-        "dtype": options.dtype,
-        "device": str(sides[0].loaded.model.device),
-        "texts": texts,
-        "warnings": warnings,
-        "verdict": verdict,
-        "pairs": each,
-        "comparisons": comparisons,
-        "rows": rows,
-    }
+    each = [PairVerdict(sink=a, vanilla=b, **vars(answered(question, run[:1]))) for (a, b), run in zip(names, runs)]
+    return VerdictResult(
+        sink=", ".join(options.sink),
+        vanilla=", ".join(options.vanilla),
+        sink_ids=sides[0].front,
+        budget=options.budget,
+        margin=options.margin,
+        level=options.level,
+        seed=options.seed,
+        chunk=options.chunk,
+        these_texts=options.these_texts,
+        dtype=options.dtype,
+        device=str(sides[0].loaded.model.device),
+        texts=texts,
+        warnings=warnings,
+        verdict=Verdict(**vars(verdict)),
+        pairs=each,
+        comparisons=comparisons,
+        rows=rows,
+    )
 
 
 def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -84,13 +84,13 @@ def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _look(
     options: argparse.Namespace, names: Sequence[tuple[str, str]]
-) -> tuple[tuple[Side, Side], list[dict[str, Any]], Documents, dict[str, Provenance]]:
+) -> tuple[tuple[Side, Side], list[Text], Documents, dict[str, Provenance]]:
     """Load and check every pair once before any is scored.
 
     The first pair is loaded last, so that it stays loaded. Returns it, a summary of the texts, their tokens without
     sinks, and the provenance of each model.
     """
-    texts: list[dict[str, Any]] = []
+    texts: list[Text] = []
     documents: Documents = []
     provenances: dict[str, Provenance] = {}
     alike: tuple[Side, Side] | None = None
@@ -164,7 +164,7 @@ def _check_length(documents: Documents, budget: int, these_texts: bool) -> None:
 def _warnings(
     options: argparse.Namespace,
     provenances: dict[str, Provenance],
-    texts: Sequence[dict[str, Any]],
+    texts: Sequence[Text],
     documents: Documents,
 ) -> list[str]:
     """Reasons not to trust the answer, from the models' provenance."""

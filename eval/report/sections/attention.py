@@ -7,10 +7,10 @@ from typing import Any
 
 from eval.report.blocks import Chart, Note, Section, Table, figure, short_names
 from eval.report.charts import panel, shown
-from eval.report.forms import OF_ATTENTION
 from eval.report.inputs import Inputs, Maps
 from eval.report.maps import paint_map, papers_heads
 from eval.report.plots import paint_births, paint_heads, paint_layers
+from sinkmodel.results.attention import SHARES, Birth, BirthResult, CheckpointRow, LayerRow, SinksResult
 
 SMALL = (2.5, 2.4)  # inches
 HEADS = ["α sink", "heads", "α first", "heads", "→ sink", "→ first", "→ rest"]
@@ -18,14 +18,14 @@ HEADS = ["α sink", "heads", "α first", "heads", "→ sink", "→ first", "→ 
 
 def layers(inputs: Inputs) -> Section | None:
     """`sink-eval sinks` of one model: the share of attention by layer, the sink metric by head."""
-    found = [content for content in inputs.of("sinks") if "born" not in content]
+    found = inputs.of(SinksResult)
     if not found:
         return None
     made = Section("attention", "Where attention goes")
-    names = short_names(content["model"] for content in found)
+    names = short_names(content.model for content in found)
     for number, content in enumerate(found, 1):
-        name, rows = names[content["model"]], content["rows"]
-        target = "first" if rows[0]["sink_alpha"] is None else "sink"
+        name, rows = names[content.model], content.rows
+        target = "first" if rows[0].sink_alpha is None else "sink"
         of_target = "the first text token" if target == "first" else "the sink"
         ends = ", ".join(
             f"{kind} {figure(_mean(rows, f'{kind}_share'), '.3f')}"
@@ -34,28 +34,24 @@ def layers(inputs: Inputs) -> Section | None:
         )
         alt = f"{name}: share of attention by layer; mean on {ends}"
         panels = [panel(alt, functools.partial(_titled, paint_layers, name, rows=rows))]
-        if all(row.get("heads") for row in rows):
+        if all(row.heads for row in rows):
             mean = figure(_mean(rows, f"{target}_alpha"), ".3f")
             alt = f"{name}: α of {of_target} for each layer and head; mean {mean}"
             title = f"{name}: α of {of_target}"
             paint = functools.partial(
-                paint_heads, layers=[[head[f"{target}_alpha"] for head in row["heads"]] for row in rows]
+                paint_heads, layers=[[head.shares[f"{target}_alpha"] for head in row.heads] for row in rows]
             )
             panels.append(panel(alt, functools.partial(_titled, paint, title)))
-        header = ["layer", "head", *OF_ATTENTION]
-        numbers = [
-            [row.get("layer"), head["head"], *(head[key] for key in OF_ATTENTION)]
-            for row in rows
-            for head in row.get("heads", ())
-        ]
+        header = ["layer", "head", *SHARES]
+        numbers = [[row.layer, head.head, *head.shares.values()] for row in rows for head in row.heads]
         made.blocks.append(Chart(f"attention-{number}", panels, header, numbers))
         made.blocks.append(
             Table(
                 ["layer", *HEADS, "largest |h|", "× median"],
-                [[figure(row.get("layer"), "d"), *_cells(row)] for row in rows],
+                [[str(row.layer), *_cells(row)] for row in rows],
                 caption=f"{name}: α: mean over queries i ≥ k of A(i, k); heads: share of heads with α above "
-                f"{figure(content['epsilon'], 'g')} (Gu et al., arXiv 2410.10781); →: share of attention; |h|: "
-                f"activations that the layer reads. {content['sequences']} sequences of {content['length']} tokens.",
+                f"{figure(content.epsilon, 'g')} (Gu et al., arXiv 2410.10781); →: share of attention; |h|: "
+                f"activations that the layer reads. {content.sequences} sequences of {content.length} tokens.",
             )
         )
     return made
@@ -63,29 +59,30 @@ def layers(inputs: Inputs) -> Section | None:
 
 def births(inputs: Inputs) -> Section | None:
     """`sink-eval sinks --checkpoints`: heads with a sink over the checkpoints of runs."""
-    found = [content for content in inputs.of("sinks") if "born" in content]
+    found = inputs.of(BirthResult)
     if not found:
         return None
-    names = short_names(content["model"] for content in found)
+    names = short_names(content.model for content in found)
     made = Section("births", "When the sink is born")
     lines: dict[str, list[tuple[float, float | None]]] = {}
     born: list[tuple[float, float] | None] = []
     for content in found:
-        target = content["born"]["target"]
+        target = content.born.target
         of_target = "the first text token" if target == "first" else "the sink"
-        name = f"{names[content['model']]}: at {of_target}"
-        lines[name] = points = [(row.get("tokens", 0), row.get(f"{target}_heads")) for row in content["rows"]]
-        at = content["born"]["tokens"]
+        name = f"{names[content.model]}: at {of_target}"
+        points: list[tuple[float, float | None]] = [(row.tokens, row.shares[f"{target}_heads"]) for row in content.rows]
+        lines[name] = points
+        at = content.born.tokens
         share = next((y for x, y in points if x == at and y is not None), None)
         born.append(None if at is None or share is None else (at, share))
-        made.blocks.append(Note(_birth(content, of_target), "plain", names[content["model"]]))
-    thresholds = {content["born"]["threshold"] for content in found} - {None}
+        made.blocks.append(Note(_birth(content.born, of_target), "plain", names[content.model]))
+    thresholds = {content.born.threshold for content in found if content.born.threshold is not None}
     alt = "Share of heads with a sink over training tokens. " + " ".join(
-        f"{names[content['model']]}: {note.text}" for content, note in zip(found, made.blocks) if isinstance(note, Note)
+        f"{names[content.model]}: {note.text}" for content, note in zip(found, made.blocks) if isinstance(note, Note)
     )
     paint = functools.partial(paint_births, lines=lines, births=born, thresholds=thresholds)
-    keys = ["step", "tokens", *OF_ATTENTION]
-    numbers = [[content["model"], *(row.get(key) for key in keys)] for content in found for row in content["rows"]]
+    keys = ["step", "tokens", *SHARES]
+    numbers = [[content.model, *(getattr(row, key) for key in keys)] for content in found for row in content.rows]
     made.blocks.append(
         Chart("births", [panel(alt, paint)], ["model", *keys], numbers, "Dotted: the threshold of a birth.")
     )
@@ -93,9 +90,9 @@ def births(inputs: Inputs) -> Section | None:
         Table(
             ["run", "step", "tokens", *HEADS, "largest |h|", "× median"],
             [
-                [names[content["model"]], *(figure(row.get(key), ",d") for key in ("step", "tokens")), *_cells(row)]
+                [names[content.model], f"{row.step:,}", f"{row.tokens:,}", *_cells(row)]
                 for content in found
-                for row in content["rows"]
+                for row in content.rows
             ],
         )
     )
@@ -150,25 +147,24 @@ def _titled(paint: Any, title: str, axis: Any, **given: Any) -> None:
     axis.set_title(shown(title) if len(title) < 30 else title)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    forms = [".1%" if name.endswith("heads") else ".3f" for name in OF_ATTENTION]
-    measured = [figure(row[name], form) for name, form in zip(OF_ATTENTION, forms)]
-    massive = " (massive)" if row.get("massive") else ""
-    return [*measured, figure(row["largest"], ",.1f"), figure(row["times_median"], ",.0f") + massive]
+def _cells(row: LayerRow | CheckpointRow) -> list[str]:
+    measured = [figure(x, ".1%" if name.endswith("heads") else ".3f") for name, x in row.shares.items()]
+    massive = " (massive)" if row.massive else ""
+    return [*measured, figure(row.largest, ",.1f"), figure(row.times_median, ",.0f") + massive]
 
 
-def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
-    return sum(values) / len(values) if values else None
+def _mean(rows: list[LayerRow], name: str) -> float | None:
+    values = [row.shares[name] for row in rows]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
-def _birth(content: dict[str, Any], target: str) -> str:
-    birth = content["born"]
-    threshold = figure(birth["threshold"], ".0%")
-    if birth["step"] is None:
+def _birth(birth: Birth, target: str) -> str:
+    threshold = figure(birth.threshold, ".0%")
+    if birth.step is None:
         return (
             f"no sink is born: its last checkpoint does not have more than {threshold} of heads with a sink at "
             f"{target}."
         )
-    when = f"step {birth['step']:,.0f}, {figure(birth['tokens'], ',.0f')} tokens"
+    when = f"step {birth.step:,.0f}, {figure(birth.tokens, ',.0f')} tokens"
     return f"from {when} on, more than {threshold} of heads have a sink at {target}."

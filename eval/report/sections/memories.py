@@ -9,75 +9,78 @@ from eval.report.blocks import Chart, Section, Table, between, figure, short_nam
 from eval.report.charts import panel, shown
 from eval.report.inputs import Inputs
 from eval.report.plots import paint_heads, paint_kept, paint_memories
-from eval.wording import crossover_range, tokens_or_never
+from sinkmodel.results.latency import PrefillResult, tokens_or_never
+from sinkmodel.results.memories import AgeShare, Forgets, KindShare, MemoriesResult
+from sinkmodel.results.tasks import LongContextResult, LongContextRow
 
 MEBIBYTE = 2**20
+Share = tuple[str, KindShare | AgeShare]
 
 
 def memories(inputs: Inputs) -> Section | None:
     """`sink-eval memories`: losses against dense, bytes and times."""
-    found = inputs.of("memories")
+    found = inputs.of(MemoriesResult)
     if not found:
         return None
-    names = short_names(content["model"] for content in found)
+    names = short_names(content.model for content in found)
     made = Section("memories", "Memories")
     for number, content in enumerate(found, 1):
-        name, rows = names[content["model"]], content["rows"]
+        name, rows = names[content.model], content.rows
         alt = f"{name}: nats per token over the bytes held, one line per memory; the numbers are in the table"
         paint = functools.partial(_titled, content=content, title=f"Memories, {name}")
         keys = ["memory", "budget", "tokens", "nll", "difference", "low", "high", "answer", "bytes_held", "bytes_kept"]
-        numbers = [[row[key] for key in keys] for row in rows]
+        numbers = [[getattr(row, key) for key in keys] for row in rows]
         made.blocks.append(Chart(f"memories-{number}", [panel(alt, paint)], keys, numbers))
         made.blocks.append(_table(content, name))
-        if "forgets" in content:
-            made.blocks += _forgets(content["forgets"], name, number)
+        if content.forgets is not None:
+            made.blocks += _forgets(content.forgets, name, number)
     return made
 
 
-def _forgets(forgets: dict[str, Any], name: str, number: int) -> list[Chart | Table]:
+def _forgets(forgets: Forgets, name: str, number: int) -> list[Chart | Table]:
     """Which tokens of its prompts a NAMM keeps, and how much each of its heads keeps, as a picture and in numbers."""
-    of_tokens = [(row["kind"], row) for row in forgets["kinds"]]
-    of_tokens += [(f"age from {row['from']:,}", row) for row in forgets["ages"]]
+    of_tokens: list[Share] = [(row.kind, row) for row in forgets.kinds]
+    of_tokens += [(f"age from {row.start:,}", row) for row in forgets.ages]
     kinds = Table(
         ["tokens", "number", "kept %"],
-        [[kind, f"{row['tokens']:,}", _percent(row["kept_share"])] for kind, row in of_tokens],
-        caption=f"{name}: share of the tokens of {forgets['prompts']:,} prompts that namm keeps, as a mean over layers "
+        [[kind, f"{row.tokens:,}", _percent(row.kept_share)] for kind, row in of_tokens],
+        caption=f"{name}: share of the tokens of {forgets.prompts:,} prompts that namm keeps, as a mean over layers "
         "and KV heads; age: number of tokens after a token.",
     )
     heads = Table(
-        ["layer", *(f"head {head}" for head in range(max(map(len, forgets["heads"]), default=0)))],
-        [[str(layer), *map(_percent, shares)] for layer, shares in enumerate(forgets["heads"])],
+        ["layer", *(f"head {head}" for head in range(max(map(len, forgets.heads), default=0)))],
+        [[str(layer), *map(_percent, shares)] for layer, shares in enumerate(forgets.heads)],
         caption="The % of a prompt that each KV head keeps with namm.",
     )
-    return [_picture(forgets, name, number), kinds, heads] if any(forgets["heads"]) else [kinds]
+    return [_picture(forgets, name, number), kinds, heads] if any(forgets.heads) else [kinds]
 
 
-def _picture(forgets: dict[str, Any], name: str, number: int) -> Chart:
+def _picture(forgets: Forgets, name: str, number: int) -> Chart:
     """The shares that are kept by kind of token, by age, and by layer and KV head."""
-    kinds = [(row["kind"], row) for row in forgets["kinds"]]
-    ages = [(f"from {row['from']:,}", row) for row in forgets["ages"]]
+    kinds: list[Share] = [(row.kind, row) for row in forgets.kinds]
+    ages: list[Share] = [(f"from {row.start:,}", row) for row in forgets.ages]
     panels = []
     for rows, of, title in ((kinds, "kind", "By kind of token"), (ages, "age", "By age, in tokens after it")):
-        words = ", ".join(f"{row_name} {_percent(row['kept_share'])}" for row_name, row in rows)
+        words = ", ".join(f"{row_name} {_percent(row.kept_share)}" for row_name, row in rows)
         alt = f"{name}: the % of tokens that namm keeps, by {of}: {words}"
         panels.append(panel(alt, functools.partial(_kept, rows=rows, title=title)))
-    shares = [share for layer in forgets["heads"] for share in layer if share is not None]
+    shares = [share for layer in forgets.heads for share in layer if share is not None]
     least, most = (_percent(end(shares, default=None)) for end in (min, max))
     alt = f"{name}: the share of a prompt that each KV head keeps, layer by layer, from {least} to {most} %"
-    panels.append(panel(alt, functools.partial(_heads, layers=forgets["heads"])))
-    numbers = [["kind", row["kind"], None, row["tokens"], row["kept_share"]] for row in forgets["kinds"]]
-    numbers += [["age", row["from"], None, row["tokens"], row["kept_share"]] for row in forgets["ages"]]
-    for layer, of_layer in enumerate(forgets["heads"]):
+    panels.append(panel(alt, functools.partial(_heads, layers=forgets.heads)))
+    numbers: list[list[Any]] = [["kind", row.kind, None, row.tokens, row.kept_share] for row in forgets.kinds]
+    numbers += [["age", row.start, None, row.tokens, row.kept_share] for row in forgets.ages]
+    for layer, of_layer in enumerate(forgets.heads):
         numbers += [["layer", layer, head, None, share] for head, share in enumerate(of_layer)]
     columns = ["by", "value", "head", "tokens", "kept_share"]
     return Chart(f"forgotten-{number}", panels, columns, numbers, f"{name}: what namm keeps at the end of its prompts.")
 
 
-def _kept(axis: Any, rows: list[tuple[str, dict[str, Any]]], title: str) -> None:
-    known = [(row["tokens"], row["kept_share"]) for _, row in rows if row["kept_share"] is not None]
+def _kept(axis: Any, rows: list[Share], title: str) -> None:
+    known = [(row.tokens, row.kept_share) for _, row in rows if row.kept_share is not None]
     tokens = sum(count for count, _ in known)
     mean = sum(count * share for count, share in known) / tokens if tokens else None
-    paint_kept(axis, [name for name, _ in rows], [row["kept_share"] for _, row in rows], mean)
+    paint_kept(axis, [name for name, _ in rows], [row.kept_share for _, row in rows], mean)
     axis.set_title(title)
 
 
@@ -90,105 +93,108 @@ def _percent(share: float | None) -> str:
     return figure(share and 100 * share, ".1f")
 
 
-def _titled(axis: Any, content: dict[str, Any], title: str) -> None:
+def _titled(axis: Any, content: MemoriesResult, title: str) -> None:
     paint_memories(axis, content)
     axis.set_title(shown(title))
 
 
-def _table(content: dict[str, Any], name: str) -> Table:
+def _table(content: MemoriesResult, name: str) -> Table:
     return Table(
         ["memory", "answer", "nats", "− dense", "interval", "MiB held", "MiB kept", "kept %", "prefill ×", "decode ×"],
         [
             [
-                row["label"],
-                row["answer"] or "–",
-                figure(row["nll"], ".4f"),
-                figure(row["difference"], "+.4f"),
-                between(row["low"], row["high"], "+.4f"),
-                *(figure(row[key] and row[key] / MEBIBYTE, ",.1f") for key in ("bytes_held", "bytes_kept")),
-                _percent(row.get("kept_share")),
-                *(figure(row[key]) for key in ("prefill_ratio", "decode_ratio")),
+                row.label,
+                row.answer or "–",
+                figure(row.nll, ".4f"),
+                figure(row.difference, "+.4f"),
+                between(row.low, row.high, "+.4f"),
+                *(
+                    figure(getattr(row, key) and getattr(row, key) / MEBIBYTE, ",.1f")
+                    for key in ("bytes_held", "bytes_kept")
+                ),
+                _percent(row.kept_share),
+                *(figure(getattr(row, key)) for key in ("prefill_ratio", "decode_ratio")),
             ]
-            for row in content["rows"]
+            for row in content.rows
         ],
         words=2,
-        caption=f"{name}: {content['prompt']:,} tokens of prompt, then {content['continue']:,} scored; − dense: paired "
-        f"difference in nats per token, {100 * content['level']:g} % interval, equivalent within "
-        f"±{content['margin']:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
+        caption=f"{name}: {content.prompt:,} tokens of prompt, then {content.after:,} scored; − dense: paired "
+        f"difference in nats per token, {100 * content.level:g} % interval, equivalent within "
+        f"±{content.margin:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
         "%: share of dense's; ×: ratio to dense's time.",
     )
 
 
 def prefill(inputs: Inputs) -> Section | None:
     """`sink-eval latency --prefill`: time to the first token, memory, answers, and when one side overtakes another."""
-    found = inputs.of("latency --prefill")
+    found = inputs.of(PrefillResult)
     if not found:
         return None
-    names = short_names(content["model"] for content in found)
+    names = short_names(content.model for content in found)
     made = Section("prefill", "Reading a prompt")
     for content in found:
-        made.blocks += [_prompt(content, names[content["model"]]), _answers(content), _ahead(content)]
+        made.blocks += [_prompt(content, names[content.model]), _answers(content), _ahead(content)]
     return made
 
 
-def _prompt(content: dict[str, Any], name: str) -> Table:
+def _prompt(content: PrefillResult, name: str) -> Table:
     return Table(
         ["memory", "prompt", "ms to first token", "× dense", "95 % interval", "peak MiB", "reading", "held", "grown"],
         [
             [
-                row["label"],
-                f"{row['length']:,}",
-                figure(row["ttft_ms"], ",.1f"),
-                figure(row["ttft_ratio"]),
-                between(row["ttft_low"], row["ttft_high"], ".2f"),
+                row.label,
+                f"{row.length:,}",
+                figure(row.ttft_ms, ",.1f"),
+                figure(row.ttft_ratio),
+                between(row.ttft_low, row.ttft_high, ".2f"),
                 *(
-                    figure(row[key] and row[key] / MEBIBYTE, ",.1f")
+                    figure(getattr(row, key) and getattr(row, key) / MEBIBYTE, ",.1f")
                     for key in ("peak_bytes", "reading_bytes", "bytes_held", "bytes_grown")
                 ),
             ]
-            for row in content["rows"]
+            for row in content.rows
         ],
-        caption=f"{name}, {content['dtype']}, {content['device']}, {content['threads']} threads. × dense: median over "
-        f"rounds in which all took turns; MiB: peak of the process with {content['weights_bytes'] / MEBIBYTE:,.0f} of "
+        caption=f"{name}, {content.dtype}, {content.device}, {content.threads} threads. × dense: median over "
+        f"rounds in which all took turns; MiB: peak of the process with {content.weights_bytes / MEBIBYTE:,.0f} of "
         "weights; reading: the part of the peak that the prompt took; held: by the memory afterwards; grown: by how "
         "much the process has grown.",
     )
 
 
-def _answers(content: dict[str, Any]) -> Table:
+def _answers(content: PrefillResult) -> Table:
     return Table(
         ["memory", "prompt", "answer", "ms/step", "× dense", "95 % interval", "total s", "× dense", "95 % interval"],
         [
             [
-                row["label"],
-                f"{row['length']:,}",
-                f"{part['answer']:,}",
-                figure(part["step_ms"]),
-                figure(part["step_ratio"]),
-                between(part["step_low"], part["step_high"], ".2f"),
-                figure(part["total_ms"] and part["total_ms"] / 1000),
-                figure(part["total_ratio"]),
-                between(part["total_low"], part["total_high"], ".2f"),
+                row.label,
+                f"{row.length:,}",
+                f"{part.answer:,}",
+                figure(part.step_ms),
+                figure(part.step_ratio),
+                between(part.step_low, part.step_high, ".2f"),
+                figure(part.total_ms and part.total_ms / 1000),
+                figure(part.total_ratio),
+                between(part.total_low, part.total_high, ".2f"),
             ]
-            for row in content["rows"]
-            for part in row["answers"]
+            for row in content.rows
+            for part in row.answers
         ],
         caption="ms/step: a step at the end of an answer of that many tokens; total: the whole answer with its prompt.",
     )
 
 
-def _ahead(content: dict[str, Any]) -> Table:
+def _ahead(content: PrefillResult) -> Table:
     return Table(
         ["earlier first token", "other", "prompt", "falls behind at", "95 % interval"],
         [
             [
-                pair["first"],
-                pair["second"],
-                f"{pair['length']:,}",
-                tokens_or_never(pair["crossover"]),
-                crossover_range(pair),
+                pair.first,
+                pair.second,
+                f"{pair.length:,}",
+                tokens_or_never(pair.crossover),
+                pair.interval,
             ]
-            for pair in content["crossovers"]
+            for pair in content.crossovers
         ],
         words=2,
         caption="The shortest answer, in tokens, that takes the first one longer than the other. An interval from 0 "
@@ -198,18 +204,18 @@ def _ahead(content: dict[str, Any]) -> Table:
 
 def longcontext(inputs: Inputs) -> Section | None:
     """`sink-eval longcontext`: tasks that need the prompt; cells that dense cannot do are marked "floor"."""
-    found = inputs.of("longcontext")
+    found = inputs.of(LongContextResult)
     if not found:
         return None
-    names = short_names(content["model"] for content in found)
+    names = short_names(content.model for content in found)
     made = Section("longcontext", "Long prompts")
     for content in found:
         made.blocks.append(
             Table(
                 ["task", "memory", "length", "score", "− dense", "interval", "nats", "− dense", "interval", "MiB held"],
-                [_cell(row) for row in content["rows"]],
+                [_cell(row) for row in content.rows],
                 words=2,
-                caption=f"{names[content['model']]}: the question is {content['rows'][0]['question']} the compressed "
+                caption=f"{names[content.model]}: the question is {content.rows[0].question} the compressed "
                 "prompt; score: the task's metric; nats: of the right answer; − dense: paired by context, 95 % "
                 "intervals; floor: dense cannot do the task either.",
             )
@@ -217,17 +223,17 @@ def longcontext(inputs: Inputs) -> Section | None:
     return made
 
 
-def _cell(row: dict[str, Any]) -> list[str]:
-    front = [row["task"], row["label"], f"{row['length']:,}"]
-    if row["floor"] and row["score"] is None:
+def _cell(row: LongContextRow) -> list[str]:
+    front = [row.task, row.label, f"{row.length:,}"]
+    if row.floor and row.score is None:
         return [*front, "floor", *["–"] * 6]
     return [
         *front,
-        figure(row["score"], ".3f") + (" (floor)" if row["floor"] else ""),
-        figure(row["score_difference"], "+.3f"),
-        between(row["score_low"], row["score_high"], "+.3f"),
-        figure(row["nll"], ".3f"),
-        figure(row["nll_difference"], "+.3f"),
-        between(row["nll_low"], row["nll_high"], "+.3f"),
-        figure(row["bytes_held"] and row["bytes_held"] / MEBIBYTE, ",.1f"),
+        figure(row.score, ".3f") + (" (floor)" if row.floor else ""),
+        figure(row.score_difference, "+.3f"),
+        between(row.score_low, row.score_high, "+.3f"),
+        figure(row.nll, ".3f"),
+        figure(row.nll_difference, "+.3f"),
+        between(row.nll_low, row.nll_high, "+.3f"),
+        figure(row.bytes_held and row.bytes_held / MEBIBYTE, ",.1f"),
     ]

@@ -67,8 +67,8 @@ def section(inputs: Inputs) -> Section:
             [
                 result.path.name,
                 f"sink-eval {result.command}",
-                *(_text(result.content.get(key)) for key in keys),
-                _versions(result.content.get("versions")),
+                *(_text(getattr(result.content, key, None)) for key in keys),
+                _versions(result.content.versions),
                 result.sha256[:16],
             ]
             for result in inputs.results
@@ -77,12 +77,12 @@ def section(inputs: Inputs) -> Section:
         made.blocks.append(
             Table(columns, rows, words=len(columns), caption="Results, and the first 16 digits of their sha256.")
         )
-        commands = [result.content.get("command_line", f"sink-eval {result.command} …") for result in inputs.results]
+        commands = [result.content.command_line or f"sink-eval {result.command} …" for result in inputs.results]
         made.blocks.append(Code("Commands", "\n".join(commands)))
     texts: dict[tuple[str, str], list[str]] = {}
     for result in inputs.results:
-        for text in (*result.content.get("texts", ()), *result.content.get("files", ())):
-            texts.setdefault((text["file"], text["sha256"]), []).append(result.command)
+        for text in (*getattr(result.content, "texts", ()), *getattr(result.content, "files", ())):
+            texts.setdefault((text.file, text.sha256), []).append(result.command)
     if texts:
         rows = [[file, ", ".join(dict.fromkeys(used)), digest] for (file, digest), used in texts.items()]
         made.blocks.append(Table(["text", "read by", "sha256"], rows, words=3))

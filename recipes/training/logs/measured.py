@@ -9,15 +9,16 @@ from typing import Any
 
 from sinkmodel.bounds import files_of, real
 from sinkmodel.errors import UserError
-from sinkmodel.files import read_json
 from sinkmodel.markdown import escaped
+from sinkmodel.results.files import content_of, read_result
+from sinkmodel.results.verdict import VerdictResult
 
 Cell = float | str | None
 VERDICT = ("answer", "speaks_of", "why", "first", "second", "difference", "low", "high", "tokens")
 
 
 @dataclass(frozen=True)
-class Result:
+class ResultTable:
     """A file that `sink-eval QUESTION --json` wrote: its columns with plain values as a table, and its verdict."""
 
     path: Path
@@ -49,7 +50,7 @@ class Measured:
         checkpoints: checkpoints by step, to be kept as artifacts.
     """
 
-    results: list[Result] = field(default_factory=list)
+    results: list[ResultTable] = field(default_factory=list)
     maps: list[Path] = field(default_factory=list)
     report: Path | None = None
     checkpoints: dict[int, Path] = field(default_factory=dict)
@@ -74,7 +75,7 @@ def read_measured(
         files_of(report)
     _refuse_namesakes([path.stem for path in results], "--results")
     _refuse_namesakes([folder.name for folder in maps], "--maps")
-    return Measured([read_result(path) for path in results], list(maps), report, checkpoints)
+    return Measured([read_table(path) for path in results], list(maps), report, checkpoints)
 
 
 def _refuse_namesakes(names: list[str], option: str) -> None:
@@ -83,17 +84,17 @@ def _refuse_namesakes(names: list[str], option: str) -> None:
             raise UserError(f"two of {option} are called {name}, and would share one panel; rename one of them")
 
 
-def read_result(path: Path) -> Result:
-    content = read_json(path)
-    question, rows = (content.get(name) if isinstance(content, dict) else None for name in ("command", "rows"))
-    if not isinstance(question, str) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is not a result of sink-eval --json; give a file that it wrote")
+def read_table(path: Path) -> ResultTable:
+    """The table of a result. Raises UserError if the file is not one."""
+    result = read_result(path)
+    content = content_of(result)
+    rows = content["rows"]
     columns = [
         name for name in dict.fromkeys(name for row in rows for name in row) if _plain(row.get(name) for row in rows)
     ]
-    verdict = content.get("verdict") or {}
-    shown = {name: verdict[name] for name in VERDICT if name in verdict} if isinstance(verdict, dict) else {}
-    return Result(path, question, columns, [[row.get(name) for name in columns] for row in rows], shown)
+    verdict = content["verdict"] if isinstance(result, VerdictResult) else {}
+    shown = {name: verdict[name] for name in VERDICT if name in verdict}
+    return ResultTable(path, result.COMMAND, columns, [[row.get(name) for name in columns] for row in rows], shown)
 
 
 def _plain(values: Any) -> bool:

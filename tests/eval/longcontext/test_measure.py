@@ -11,7 +11,7 @@ import pytest
 
 from eval.measures.longcontext import measure as module
 from eval.measures.longcontext.answers import Answer, Reader
-from eval.measures.longcontext.measure import Measured, Side, counts, measure, measure_cell, paired, row_of
+from eval.measures.longcontext.measure import Ability, Measured, Side, counts, measure, measure_cell, paired, row_of
 from sinkmodel.tasks.cells import Cell
 from sinkmodel.tasks.samples import CONTAINED, Question, Sample
 from sinkmodel.tasks.tokens import in_tokens
@@ -71,12 +71,12 @@ def test_a_cell_counts_if_dense_can_do_it(score, gain, expected):
 def test_at_the_floor_the_others_are_not_run(loaded):
     low = answers([(0, 2.5, 1), (0, 2.5, 1)], [(1, 2.5, 1), (0, 2.5, 1)])
     rows, reader = rows_of(loaded, 3.4, dense=low)
-    assert [row["floor"] for row in rows] == [True, True]
+    assert [row.floor for row in rows] == [True, True]
     assert "other" not in reader.seen
-    assert rows[0]["score"] == 0.25
+    assert rows[0].score == 0.25
     for name in ("score", "nll", "rank", "score_difference", "score_low", "bytes_held", "seconds"):
-        assert rows[1][name] is None
-    assert rows[0]["gain"] == rows[1]["gain"] == pytest.approx(0.9)
+        assert getattr(rows[1], name) is None
+    assert rows[0].gain == rows[1].gain == pytest.approx(0.9)
 
 
 def test_the_gain_is_per_token_and_over_the_question_alone(loaded):
@@ -84,9 +84,9 @@ def test_the_gain_is_per_token_and_over_the_question_alone(loaded):
     low = answers([(0, 2.0, 1), (0, 4.0, 1)], [(0, 1.0, 1), (0, 1.0, 1)])
     for alone, floor in ((2.99, True), (3.0, False)):
         rows, reader = rows_of(loaded, alone, dense=low)
-        assert rows[0]["gain"] == pytest.approx(alone - 2)
-        assert rows[0]["nll_alone"] == alone
-        assert rows[0]["floor"] == floor
+        assert rows[0].gain == pytest.approx(alone - 2)
+        assert rows[0].nll_alone == alone
+        assert rows[0].floor == floor
         assert ("other" in reader.seen) != floor
 
 
@@ -96,19 +96,19 @@ def test_the_gain_is_per_token_and_over_the_question_alone(loaded):
 def test_numbers_are_means_over_contexts_and_differences_are_paired(loaded):
     rows, _ = rows_of(loaded, 3.0)
     dense, other = rows
-    assert (dense["label"], other["label"]) == ("dense", "snapkv 8")
-    assert (dense["budget"], other["budget"]) == (None, 8)
-    assert (dense["score"], dense["nll"], dense["rank"]) == (0.75, 1.0, 1.25)
-    assert dense["by_context"] == {"score": [0.5, 1], "nll": [1.5, 0.5], "rank": [1.5, 1]}
-    assert (other["score"], other["nll"], other["rank"]) == (0.25, 1.5, 2.0)
-    assert (other["score_difference"], other["nll_difference"], other["rank_difference"]) == (-0.5, 0.5, 0.75)
-    assert dense["score_difference"] is None
-    assert dense["score_stderr"] == pytest.approx(np.std([0.5, 1], ddof=1) / 2**0.5)
-    assert other["score_low"] is None, "two contexts have no interval"
-    assert (other["contexts"], other["questions"], other["question"]) == (2, 4, "outside")
-    assert (other["bytes_held"], other["bytes_kept"]) == (101.5, 50)
-    assert other["metric"] == "contained"
-    assert dense["prompt_tokens"] > dense["context_tokens"] > 2
+    assert (dense.label, other.label) == ("dense", "snapkv 8")
+    assert (dense.budget, other.budget) == (None, 8)
+    assert (dense.score, dense.nll, dense.rank) == (0.75, 1.0, 1.25)
+    assert dense.by_context == {"score": [0.5, 1], "nll": [1.5, 0.5], "rank": [1.5, 1]}
+    assert (other.score, other.nll, other.rank) == (0.25, 1.5, 2.0)
+    assert (other.score_difference, other.nll_difference, other.rank_difference) == (-0.5, 0.5, 0.75)
+    assert dense.score_difference is None
+    assert dense.score_stderr == pytest.approx(np.std([0.5, 1], ddof=1) / 2**0.5)
+    assert other.score_low is None, "two contexts have no interval"
+    assert (other.contexts, other.questions, other.question) == (2, 4, "outside")
+    assert (other.bytes_held, other.bytes_kept) == (101.5, 50)
+    assert other.metric == "contained"
+    assert dense.prompt_tokens > dense.context_tokens > 2
 
 
 def test_all_memories_read_the_same_samples(loaded):
@@ -120,9 +120,9 @@ def test_all_memories_read_the_same_samples(loaded):
 def test_a_cell_without_distractors_has_no_rank(loaded):
     none = [[dataclasses.replace(answer, rank=None) for answer in of_context] for of_context in DENSE]
     rows, _ = rows_of(loaded, 9.0, none, none)
-    assert rows[1]["rank"] is None
-    assert rows[1]["rank_difference"] is None
-    assert rows[1]["by_context"]["rank"] is None
+    assert rows[1].rank is None
+    assert rows[1].rank_difference is None
+    assert rows[1].by_context["rank"] is None
 
 
 def test_a_real_cell_gives_the_numbers_of_its_answers(loaded):
@@ -140,12 +140,15 @@ def test_a_real_cell_gives_the_numbers_of_its_answers(loaded):
 def test_rows_have_intervals_of_their_own_numbers():
     found = Measured([0.0, 1, 0, 1, 0, 0], [2.0, 3, 1, 2, 3, 4], [1.0] * 6, 1, 1, 1)
     dense = Measured([1.0] * 6, [1.0] * 6, [1.0] * 6, 1, 1, 1)
-    row = row_of(Cell("t", 9, CONTAINED, [_reading()]), Side("x", 3, None), "inside", found, dense, 0)
-    assert row["score_difference"] == pytest.approx(-2 / 3)
-    assert row["nll_difference"] == pytest.approx(1.5)
+    row = row_of(
+        Cell("t", 9, CONTAINED, [_reading()]), Side("x", 3, None), "inside", found, dense, Ability(2.0, 1.0, False), 0
+    )
+    assert row.score_difference == pytest.approx(-2 / 3)
+    assert row.nll_difference == pytest.approx(1.5)
     for name in ("score", "nll"):
-        assert row[f"{name}_low"] < row[f"{name}_difference"] < row[f"{name}_high"]
-    assert (row["rank_low"], row["rank_difference"], row["rank_high"]) == (0, 0, 0)
+        low, difference, high = (getattr(row, f"{name}_{part}") for part in ("low", "difference", "high"))
+        assert low < difference < high
+    assert (row.rank_low, row.rank_difference, row.rank_high) == (0, 0, 0)
 
 
 def _reading():

@@ -358,7 +358,7 @@ def test_a_text_is_read_as_sentences_of_all_its_files(tmp_path):
     two.write_text('{"text": "A. B."}\n{"text": "好。是的。"}\n')
     text, texts = read_own_text([one, two])
     assert text.sentences == ["First one!", "Is it?", "“Yes.”", "So it is…", "and on", "A.", "B.", "好。", "是的。"]
-    assert [(of["file"], of["sentences"]) for of in texts] == [(str(one), 5), (str(two), 4)]
+    assert [(of.file, of.sentences) for of in texts] == [(str(one), 5), (str(two), 4)]
 
 
 def test_a_sentence_without_an_end_is_cut_between_words():
@@ -375,7 +375,7 @@ def test_what_is_beyond_the_first_characters_is_not_read_and_said(tmp_path, monk
     for file in files:
         file.write_text("One two three. " * 5)
     text, texts = read_own_text(files)
-    assert [of["characters"] for of in texts] == [75, 25]
+    assert [of.characters for of in texts] == [75, 25]
     assert len(" ".join(text.sentences)) <= 100
     assert "only the first 100 characters" in capsys.readouterr().err
 
