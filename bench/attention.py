@@ -2,10 +2,10 @@
 
     python -m bench.attention [--rows 16] [--heads 12] [--length 2048] [--size 64] [--rounds 30]
 
-`renormalised` is `sinkmodel.attention` (the same kernel, with its result and its backward pass corrected). `column` is
-one more key and a mask with `scaled_dot_product_attention`. `flex` is FlexAttention with its lse, compiled (GPU only,
-since it has no backward pass on a CPU). bf16 on a GPU, fp32 on a CPU. The sides alternate. Each line is a ratio of
-medians.
+`renormalised` is `sinkmodel.softmax_sinks.attention` (the same kernel, with its result and its backward pass
+corrected). `column` is one more key and a mask with `scaled_dot_product_attention`. `flex` is FlexAttention with its
+lse, compiled (GPU only, since it has no backward pass on a CPU). bf16 on a GPU, fp32 on a CPU. The sides alternate.
+Each line is a ratio of medians.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinkmodel.attention import _with_column, attend
+from sinkmodel.softmax_sinks.attention import _with_column, attend
 
 
 def flex() -> Callable[..., Tensor]:

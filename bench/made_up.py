@@ -81,5 +81,5 @@ def prepared(
         "splits": splits,
         "fingerprint": fingerprint_of(sha256, splits),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder

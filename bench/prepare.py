@@ -22,9 +22,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from recipes.data.corpora import KingJames
 from recipes.data.local_files import LocalFiles
 from recipes.data.tokenization import load_vocabulary, train_vocabulary
+from recipes.demo.king_james import KingJames
 
 BATCH = 64  # documents in a batch of the plain loop
 HELD_OUT = ["--validation-fraction", "0", "--test-fraction", "0"]

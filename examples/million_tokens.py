@@ -138,7 +138,7 @@ def read_without_end(files: list[Path] | None) -> Iterator[str]:
 
         corpora: list[Any] = [DocumentReader(file) for file in files]
     else:
-        from recipes.data.corpora import KingJames
+        from recipes.demo.king_james import KingJames
 
         corpora = [KingJames()]
     documents = (pieces for _ in itertools.count() for corpus in corpora for _, pieces in corpus.documents())

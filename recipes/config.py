@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import re
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
+from sinkmodel.checks import not_one_of
 from sinkmodel.errors import UserError, shell
 from sinkmodel.parser import VERSION, name_of, path_of
 
@@ -223,10 +225,14 @@ def _explain(error: Exception, argv: list[str]) -> str:
     if not match:
         return text
     key, value = match.groups()
+    literal = re.search(r"typing\.Literal\[(.*?)\]", text)
     kinds = dict.fromkeys(TYPE_NAMES.get(name, name) for name in re.findall(r"Expected an? <class '([^']+)'>", text))
     kind = " or ".join(kinds) or "another kind of value"
     typed = any(word.partition("=")[0] == f"--{key}" for word in argv)
     where = next((f"{path}: " for path in _config_files(argv) if not typed and key in flatten(_read_yaml(path))), "")
+    if literal:
+        choices = ast.literal_eval(f"({literal[1]},)")
+        return where + not_one_of(key, value.strip(), choices, null="NoneType" in text)
     return f"{where}{key} takes {kind}, not {value.strip()!r}"
 
 

@@ -95,9 +95,9 @@ def push(options: argparse.Namespace) -> list[str]:
     """Returns the lines for stdout: the address, or the plan of a dry run."""
     from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
+    from recipes.hub.errors import HubAway, as_user_errors
     from recipes.hub.folder import CardInput
     from recipes.hub.repository import Repository, several
-    from recipes.hub.troubles import HubAway, as_user_errors
 
     try:
         validate_repo_id(options.repo)

@@ -31,12 +31,13 @@ from torch import Tensor
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from sinkmodel.attention import requests, sink_scores
+from sinkmodel.attention import requests
 from sinkmodel.errors import UserError
 from sinkmodel.model_support import check_config
 from sinkmodel.probe import rotary_of
 from sinkmodel.rope import Rotary, Rotation
 from sinkmodel.sinks import IN_SOFTMAX, kind_of
+from sinkmodel.softmax_sinks.scores import sink_scores
 
 ATTENTION = "sinkmodel_banded"
 BLOCK = 64  # queries in one call of the attention kernel
@@ -110,9 +111,8 @@ class Band(Cache):
         """Attention over the sinks, at their distance in the cache, and the band of the window; [B, N, H, D].
 
         The first F columns of K are reserved; the window keys of all N queries follow. The reserved columns are for the
-        sinks, followed by the model's sink in the softmax if it has one (`sinkmodel.attention`), whose value is zero.
-        In these columns the key is zero and the additive bias is the score, so that one fused attention computes
-        everything.
+        sinks, followed by the model's sink in the softmax, if it has one (`softmax_sinks`), whose value is zero. In
+        these columns the key is zero and the additive bias is the score, so that one fused attention computes it all.
 
         The queries are computed in blocks of BLOCK. Each block reads the keys from the first one that it sees, so that
         little outside of the band is computed. Its F columns overwrite keys that only earlier blocks saw, and blocks of

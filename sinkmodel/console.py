@@ -154,7 +154,7 @@ def _prepare_streams() -> None:
 
 
 @contextlib.contextmanager
-def _flushed():
+def _flushed() -> Iterator[None]:
     """Flush stdout at the end of the block, while an error can still be reported; also after --help."""
     try:
         yield

@@ -39,7 +39,7 @@ from sinkmodel.provenance import read_provenance
 from sinkmodel.row_file import read_row, vocabulary_sha256
 from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, front_of, is_ours, write_sink
-from sinkmodel.streaming.incremental import TextEncoder
+from sinkmodel.streaming.text_codec import TextEncoder
 from sinkmodel.tokenizer import base_ids, check_rows, load_tokenizer, suppressed_ids
 from sinkmodel.tokenizer_loading import load_text_tokenizer
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from sinkmodel.architectures import PARAMETER as SINK_PARAMETER
-from sinkmodel.architectures import SinkGPTNeoXConfig, SinkLlamaConfig
 from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, write_sink
+from sinkmodel.softmax_sinks.architectures import PARAMETER as SINK_PARAMETER
+from sinkmodel.softmax_sinks.architectures import SinkGPTNeoXConfig, SinkLlamaConfig
 
 # Weights that write into the residual stream. Their initial std decreases with depth.
 RESIDUAL_OUTPUTS = (

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sinkmodel import __version__
 from sinkmodel.errors import UserError
@@ -25,7 +25,7 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=layout)
         self.add_argument("--version", action="version", version=VERSION, help="print the version and exit")
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Report a mistyped option first, before a required option that is missing because of it."""
         words = list(sys.argv[1:] if args is None else args)
         known = [option for action in self._actions for option in action.option_strings]

@@ -200,7 +200,7 @@ class _Linear(torch.autograd.Function):
     """Keeps what its gradients need, as F.linear: of a frozen weight no gradient is computed, and no input kept."""
 
     @staticmethod
-    def forward(ctx, input, weight_NK, bias_N):
+    def forward(ctx: Any, input: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
         ctx.shape = input.shape
         ctx.save_for_backward(
             input if ctx.needs_input_grad[1] else None, weight_NK if ctx.needs_input_grad[0] else None
@@ -209,7 +209,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight_NK = ctx.saved_tensors
         grad_MN = grad.reshape(-1, grad.shape[-1])
         grads: list[Tensor | None] = [None] * 3

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from sinkmodel.checks import check_bounds, choices_of, one_of
 from sinkmodel.errors import UserError
 
-PARTS = ("all", "sink", "sink+norms")  # what a run may train of an existing model
-STARTS = ("mean", "bos", "random")  # initial value of a new sink's row: see `bases.start_rows`
+Architecture = Literal["gpt_neox", "llama"]
+Parts = Literal["all", "sink", "sink+norms"]  # what a run may train of an existing model
+PARTS = choices_of(Parts)
+SinkRow = Literal["mean", "bos", "random"]  # initial value of a new sink's row: see `bases.start_rows`
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class ModelShape:
         vocabulary: rows of the embedding; with null, what the data's tokenizer needs, rounded up to 128.
     """
 
-    architecture: str = "gpt_neox"
+    architecture: Architecture = "gpt_neox"
     layers: int = 12
     hidden: int = 768
     heads: int = 12
@@ -41,15 +45,10 @@ class ModelShape:
     vocabulary: int | None = None
 
     def __post_init__(self) -> None:
-        if self.architecture not in ("gpt_neox", "llama"):
-            raise UserError(f"model.architecture is {self.architecture!r}; choose gpt_neox or llama")
-        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "positions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.rotary_pct <= 1:
-            raise UserError(f"model.rotary_pct is {self.rotary_pct}; it is a share, above 0 and at most 1")
-        if self.vocabulary is not None and self.vocabulary < 1:
-            raise UserError(f"model.vocabulary is {self.vocabulary}; it must be at least 1, or null")
+        one_of("model.architecture", self.architecture, Architecture)
+        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "positions", "vocabulary"):
+            check_bounds(f"model.{name}", getattr(self, name), least=1)
+        check_bounds("model.rotary_pct", self.rotary_pct, above=0, most=1)
         if self.hidden % self.heads:
             raise UserError(f"model.hidden is {self.hidden}, which is not divisible by model.heads = {self.heads}")
         if self.heads % self.kv_heads:

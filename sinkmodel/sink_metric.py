@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sinkmodel.maps import Seen
+    from sinkmodel.attention_maps import Seen
 
 EPSILON = 0.3  # ε of Gu et al.: a head whose α is above it has a sink
 LENGTH = 64  # T of Gu et al.: tokens of a sequence
@@ -57,7 +57,7 @@ def measure_sink(model: Any, ids_BT: Tensor, sinks: int) -> Tensor:
     """
     import torch
 
-    from sinkmodel.maps import watch
+    from sinkmodel.attention_maps import watch
 
     of_layers: list[Tensor] = []
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from sinkmodel.checks import check_bounds, choices_of, one_of
 from sinkmodel.errors import UserError
 
 IN_SOFTMAX = ("zero", "logit", "kv_bias")  # not tokens: one more column of every softmax, with value zero
-SINK_ATTENTION = "sinkmodel_sink"  # the attention of such a model (`sinkmodel.attention`), with the masks of `sdpa`
-KINDS = ("none", "token", *IN_SOFTMAX)
+SINK_ATTENTION = "sinkmodel_sink"  # the attention of such a model (`sinkmodel.softmax_sinks`), with the masks of `sdpa`
+Kind = Literal["none", "token", "zero", "logit", "kv_bias"]
+KINDS = choices_of(Kind)
 RESERVED_ROWS = 16  # vocabulary rows that no text token uses, in every model, so that twins have the same shapes
 
 
@@ -25,14 +27,12 @@ class SinkConfig:
         count: number of sink tokens if the kind is `token`. It must be 1 for every other kind.
     """
 
-    kind: str = "none"
+    kind: Kind = "none"
     count: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"sink.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
-        if not 1 <= self.count <= RESERVED_ROWS:
-            raise UserError(f"sink.count is {self.count}; it must be between 1 and {RESERVED_ROWS}")
+        one_of("sink.kind", self.kind, Kind)
+        check_bounds("sink.count", self.count, least=1, most=RESERVED_ROWS)
         if self.kind in IN_SOFTMAX and self.count != 1:
             raise UserError(f"sink.count is {self.count}, but a sink of kind {self.kind!r} stands alone; leave it out")
 
@@ -56,7 +56,7 @@ def padded_vocabulary(text_vocabulary: int) -> int:
     return -(-(text_vocabulary + RESERVED_ROWS) // 128) * 128
 
 
-def kind_of(config: Any) -> str:
+def kind_of(config: Any) -> Kind:
     """The kind of sink that a model's config records; "none" for a vanilla model or a third-party model."""
     return _record(config).get("kind", "none")
 

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sinkmodel.attention import CAUSAL
+from sinkmodel.attention_maps import set_attention, watch
 from sinkmodel.errors import UserError, first_line, not_finite
-from sinkmodel.maps import set_attention, watch
 from sinkmodel.model_support import check_config, own_window
 from sinkmodel.probe import rotary_of
 

@@ -207,6 +207,22 @@ def test_the_cache_is_read_from_top_to_bottom():
             assert within <= at_once, name
 
 
+def test_sinks_in_the_softmax_stay_in_their_package():
+    """Risk: their cases spread over the library again, and a reader of the sink token must read them too."""
+    package = "sinkmodel.softmax_sinks"
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for room in ("sinkmodel", "recipes")
+        for path in (ROOT / room).rglob("*.py")
+        if any(name.startswith(package) for name in ours(path)[1]) and "softmax_sinks" not in path.parts
+    }
+    attention = {"attention.py", "band.py", "maps.py", "memories/observation.py"}
+    assert users == {
+        *(f"sinkmodel/{name}" for name in (*attention, "architectures.py", "models.py")),
+        "recipes/training/optimizer.py",
+    }
+
+
 def test_nothing_of_a_cache_is_written_from_outside():
     """Risk: an invariant of the state that another file can break."""
     for path in sorted((ROOT / "sinkmodel").rglob("*.py")):

@@ -26,9 +26,9 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from bench.gpu.machine import DEVICE, DTYPE, KERNEL, device_name, free, shape_file, sized
 from eval.measures.shape import load_shape
 from sinkmodel import scoring
-from sinkmodel.attention import sink_scores
 from sinkmodel.band import Band
 from sinkmodel.scoring import streaming_nll
+from sinkmodel.softmax_sinks.scores import sink_scores
 
 SHAPE = shape_file("pythia-160m")
 BUDGETS, SINKS = sized([256, 1024], [24]), 4

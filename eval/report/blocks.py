@@ -41,6 +41,11 @@ class Chart:
     kind = "chart"
 
     @property
+    def layout(self) -> str:
+        """The class of its panels on the page."""
+        return "panels small" if self.small else "panels three" if len(self.panels) == 3 else "panels"
+
+    @property
     def csv(self) -> str:
         return f"figures/{self.name}.csv"
 

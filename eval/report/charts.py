@@ -26,6 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
 DASHES = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2), (3, 1), (9, 3), (5, 1, 1, 1, 1, 1))
 SIZE = (5.0, 3.1)  # inches: shrunk a little on a phone; on a laptop two fit side by side
+THIRD = (3.5, 2.5)  # inches, if three are side by side
 LEGEND_LINE = 0.2  # inches
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -51,6 +52,11 @@ SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 # The names of the colours in the page's style sheet.
 VARIABLES = {colour.lower(): f"var(--line-{i})" for i, colour in enumerate(COLOURS)} | {INK: "currentColor"}
+
+
+def panels(painted: Sequence[tuple[str, Callable[[Axes], Any]]]) -> list[Panel]:
+    """A figure for each (alternative text, `paint`); three figures are smaller, since they stand in one row."""
+    return [panel(alt, paint, THIRD if len(painted) == 3 else SIZE) for alt, paint in painted]
 
 
 def panel(alt: str, paint: Callable[[Axes], Any], size: tuple[float, float] = SIZE) -> Panel:

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from eval.report.blocks import LONGEST, stream_name
 from eval.report.charts import (
@@ -55,6 +56,7 @@ def paint_intervals(axis: Axes, rows: Sequence[tuple[str, Comparison]], margin: 
                       textcoords="offset points", fontweight="normal" if place else "bold")  # fmt: skip
     axis.set_ylim(-len(rows) + 0.5, 0.75)
     axis.set_yticks([])
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.spines["left"].set_visible(False)
     axis.set_xlabel(f"difference in nats per token (shaded: margin of ±{margin:g})")
 
@@ -168,6 +170,7 @@ def paint_scores(axis: Axes, tasks: Sequence[str], scores: dict[str, list[tuple[
         axis.plot([x for x, _, _ in known], [y for _, y, _ in known], style["marker"], color=style["color"],
                   markersize=5, label=shown(name))  # fmt: skip
     axis.set_yticks([-row for row in range(len(tasks))], [shown(task) for task in tasks])
+    axis.set_ylim(-len(tasks) + 0.5, 0.5)
     axis.grid(True, axis="x")
     axis.set_xlabel("accuracy (± one standard error)")
 

@@ -1,6 +1,6 @@
 """Trainings and measurements on one HTML page, and as Markdown for a model card (`sink-eval report`).
 
-    report.html   the verdict comes first; one self-contained file, without scripts or requests to servers
+    report.html   a summary and the verdict come first; one self-contained file, without scripts or requests to servers
     report.md     the same content
     figures/      every figure as PNG, and its numbers as CSV
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from eval.report.blocks import Chart, Section
 from eval.report.inputs import Inputs, once, read_maps, read_result_file, read_runs
 from eval.report.page import html, markdown
-from eval.report.sections import attention, memories, perplexity, provenance, tasks, training, verdict
+from eval.report.sections import attention, memories, perplexity, provenance, summary, tasks, training, verdict
 from sinkmodel.console import say
 from sinkmodel.files import atomic_folder, write_csv
 
@@ -37,8 +37,9 @@ def write_report(output: Path, runs: Sequence[Path], results: Sequence[Path], ma
 
 
 def make_sections(inputs: Inputs) -> list[Section]:
-    """The sections that have inputs, in the order of a reader's questions; then a list of the missing ones."""
+    """A summary, the sections that have inputs in the order of a reader's questions, and a list of the missing ones."""
     shown = [
+        summary.section,
         verdict.section,
         perplexity.grid,
         training.section,
@@ -56,8 +57,6 @@ def make_sections(inputs: Inputs) -> list[Section]:
     ]
     made = [section for show in shown if (section := show(inputs)) is not None]
     there = [section.key for section in made]
-    if "verdict" not in there:
-        made.insert(0, provenance.no_verdict())
     return [
         section for section in (*made, provenance.missing(there), provenance.section(inputs)) if section is not None
     ]

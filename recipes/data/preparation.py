@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data import megatron
-from recipes.data.corpora import HubDataset, KingJames
 from recipes.data.corpus import Corpus
+from recipes.data.errors import STAY
+from recipes.data.hub_dataset import HubDataset
 from recipes.data.local_files import LocalFiles
 from recipes.data.pipeline import PIECE, PREFIX, Place, beginning, cut, encode_units, make_units, split_of
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import MANIFEST, PROGRESS, TOKENIZER, dtype_for, open_split
 from recipes.data.tokenization import Vocabulary, cuts_exactly, load_vocabulary
-from recipes.data.troubles import STAY
 from recipes.data.workers import train_apart
 from recipes.data.writing import FolderWriter, holds_tokenizer, refuse_other_settings, state_of
 from recipes.training.settings import DataSettings
@@ -210,6 +210,8 @@ def _sources(config: PrepareConfig) -> list[Source]:
 def _dataset(config: PrepareConfig, split: str) -> Corpus:
     assert config.dataset is not None
     if config.dataset == "kjv":
+        from recipes.demo.king_james import KingJames
+
         return KingJames()
     return HubDataset(config.dataset, config.dataset_config, split, config.text_key)
 

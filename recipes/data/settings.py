@@ -9,6 +9,7 @@ from typing import Any
 
 from recipes.config import PathText
 from recipes.data.tokenization import SMALLEST_VOCABULARY
+from sinkmodel.checks import check_bounds
 from sinkmodel.errors import UserError
 
 HELD_OUT = 0.01  # default share of documents of each held-out split
@@ -87,14 +88,11 @@ class PrepareConfig:
                 raise UserError(f"give one of {split}_fraction, {split}_input and {split}_split, not several")
             if own and (self.dataset is None or self.dataset == "kjv"):
                 raise UserError(f"{split}_split names a split of a Hub data set; for files take {split}_input")
-            if fraction is not None and not 0 <= fraction < 1:
-                raise UserError(f"{split}_fraction is {fraction}; it must be at least 0 and less than 1")
+            check_bounds(f"{split}_fraction", fraction, least=0, below=1)
         if sum(self.fractions) >= 1:
             raise UserError("validation_fraction and test_fraction leave nothing to train on; lower them")
         for name, least, most in (("seed", 0, 2**63), ("shard_tokens", 1024, 2**40), ("workers", 1, 1024)):
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise UserError(f"{name} is {value}; it must be between {least} and {most}")
+            check_bounds(name, getattr(self, name), least, most)
 
     @property
     def fractions(self) -> tuple[float, float]:

@@ -18,7 +18,7 @@ import torch
 
 from recipes.config import dump_config, flatten, option_of
 from recipes.evolution.settings import EvolveConfig
-from recipes.training.folder import as_options, saved_config
+from recipes.training.run_folder import as_options, saved_config
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, read_json
 from sinkmodel.memories.namm import NAMMConfig, read_artefact, write_artefact

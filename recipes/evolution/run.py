@@ -27,10 +27,9 @@ from recipes.evolution.journal import Journal, build_loggers, described
 from recipes.evolution.loop import evolve as run_generations
 from recipes.evolution.optimizer import Evolution
 from recipes.evolution.prompts import Prompts, check_length, read_prompts
-from recipes.evolution.settings import EvolveConfig
+from recipes.evolution.settings import EvolveConfig, Score
 from recipes.evolution.trial import Trial, Validation, begin
 from recipes.training.callbacks.preemption import requeue
-from recipes.training.folder import git_commit
 from recipes.training.logs.build import refuse_what_is_not_installed
 from recipes.training.processes import signals
 from recipes.training.processes.ranks import (
@@ -42,6 +41,7 @@ from recipes.training.processes.ranks import (
     others_may_be_lost,
     refuse_unequal,
 )
+from recipes.training.run_folder import git_commit
 from sinkmodel.bases import weights_fingerprint
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, shell
@@ -169,7 +169,7 @@ def _check(config: EvolveConfig, world: World) -> NAMMConfig:
 
 
 def _load(config: EvolveConfig, world: World) -> LoadedModel:
-    device = config.compute.device
+    device: str = config.compute.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -183,7 +183,7 @@ def _settle(config: EvolveConfig, loaded: LoadedModel) -> EvolveConfig:
     """The config with the score decided, as the run folder records it: a resume then computes the same."""
     if config.fitness.score is not None:
         return config
-    kind = "likelihood" if count_parameters(loaded.model)[0] < LARGE else "match"
+    kind: Score = "likelihood" if count_parameters(loaded.model)[0] < LARGE else "match"
     return replace(config, fitness=replace(config.fitness, score=kind))
 
 

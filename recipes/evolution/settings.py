@@ -8,18 +8,20 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from recipes.config import PathText, option_of
-from recipes.training.settings import CopySettings
+from recipes.training.settings import CopySettings, Device
+from sinkmodel.checks import check_bounds, one_of
 from sinkmodel.errors import UserError
 from sinkmodel.tasks import own_text, ruler
 from sinkmodel.tasks.samples import Task
 
 TASKS: dict[str, Task] = ruler.TASKS | own_text.TASKS
 SMALLEST_POPULATION = 4  # CMA-ES recombines the better half, which must be more than one candidate
-SCORES = ("likelihood", "match")
-OPTIMIZERS = ("separable", "full")
-DTYPES = ("float32", "bfloat16", "float16")
+Score = Literal["likelihood", "match"]
+CmaKind = Literal["separable", "full"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,7 @@ class TaskSettings:
                 f"tasks.begin is {begin} for {len(self.names)} tasks; give each its first generation, one of them 0"
             )
         for name in ("length", "prompts", "answer_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"tasks.{name} is {value}; it must be at least 1")
+            check_bounds(f"tasks.{name}", getattr(self, name), least=1)
 
     def at(self, generation: int) -> list[Task]:
         """The tasks that take part in a generation."""
@@ -96,14 +96,12 @@ class FitnessSettings:
             keeps half of the cache loses 0.05.
     """
 
-    score: str | None = None
+    score: Score | None = None
     size_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.score not in (None, *SCORES):
-            raise UserError(f"fitness.score is {self.score!r}; choose {' or '.join(SCORES)}, or null")
-        if not 0 <= self.size_penalty < float("inf"):
-            raise UserError(f"fitness.size_penalty is {self.size_penalty}; it must be a number that is not negative")
+        one_of("fitness.score", self.score, Score | None)
+        check_bounds("fitness.size_penalty", self.size_penalty, least=0, below=float("inf"))
 
 
 @dataclass(frozen=True)
@@ -116,14 +114,12 @@ class CmaSettings:
         sigma: standard deviation of the first generation.
     """
 
-    kind: str = "separable"
+    kind: CmaKind = "separable"
     sigma: float = 0.065
 
     def __post_init__(self) -> None:
-        if self.kind not in OPTIMIZERS:
-            raise UserError(f"cma.kind is {self.kind!r}; choose {' or '.join(OPTIMIZERS)}")
-        if not 0 < self.sigma < float("inf"):
-            raise UserError(f"cma.sigma is {self.sigma}; it must be above 0")
+        one_of("cma.kind", self.kind, CmaKind)
+        check_bounds("cma.sigma", self.sigma, above=0, below=float("inf"))
 
 
 @dataclass(frozen=True)
@@ -139,8 +135,8 @@ class ValidationSettings:
     prompts: int = 16
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.prompts < 1:
-            raise UserError("validation.every and validation.prompts must be at least 1")
+        for name in ("every", "prompts"):
+            check_bounds(f"validation.{name}", getattr(self, name), least=1)
 
 
 @dataclass(frozen=True)
@@ -157,24 +153,19 @@ class ComputeSettings:
         timeout: seconds in one collective after which the run counts as hung.
     """
 
-    device: str = "auto"
-    dtype: str = "float32"
+    device: Device = "auto"
+    dtype: Dtype = "float32"
     candidates: int = 8
     processes: int | None = None
     threads: int | None = None
     timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"compute.device is {self.device!r}; choose auto, cpu or cuda")
-        if self.dtype not in DTYPES:
-            raise UserError(f"compute.dtype is {self.dtype!r}; choose {', '.join(DTYPES)}")
+        one_of("compute.device", self.device, Device)
+        one_of("compute.dtype", self.dtype, Dtype)
         for name in ("candidates", "processes", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"compute.{name} is {value}; it must be at least 1")
-        if not self.timeout > 0:
-            raise UserError(f"compute.timeout is {self.timeout}; it must be above 0 seconds")
+            check_bounds(f"compute.{name}", getattr(self, name), least=1)
+        check_bounds("compute.timeout", self.timeout, above=0, unit="seconds")
 
 
 @dataclass(frozen=True)
@@ -211,12 +202,10 @@ class EvolveConfig:
             raise UserError("model is missing; name the model to evolve a memory on, as in --model runs/recall")
         if not self.output:
             raise UserError("output is missing; name the run folder, as in --output runs/namm")
-        if not 0 <= self.seed < 1 << 32:
-            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2^32")
+        check_bounds("seed", self.seed, least=0, below=2**32)
         if self.population < SMALLEST_POPULATION:
             raise UserError(f"population is {self.population}; CMA-ES needs at least {SMALLEST_POPULATION} candidates")
-        if self.generations < 1:
-            raise UserError(f"generations is {self.generations}; it must be at least 1")
+        check_bounds("generations", self.generations, least=1)
         self._check_texts()
 
     def _check_texts(self) -> None:

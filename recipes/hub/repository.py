@@ -15,9 +15,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
+from recipes.hub.errors import Conflict, HubAway, as_user_errors, may_pass, of_upload, status_of
 from recipes.hub.plan import Head, Plan, compare, human_size
 from recipes.hub.revisions import MAIN
-from recipes.hub.troubles import Conflict, HubAway, as_user_errors, may_pass, of_upload, status_of
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
 from sinkmodel.secrets import redacted

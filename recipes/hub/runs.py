@@ -17,11 +17,11 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from recipes.hub.errors import HubAway, as_user_errors
 from recipes.hub.folder import CardInput, plan_of
 from recipes.hub.plan import human_size
 from recipes.hub.repository import Repository
 from recipes.hub.revisions import LIST, MAIN, branch_of, final_tag, listing
-from recipes.hub.troubles import HubAway, as_user_errors
 from sinkmodel.bounds import real
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, digest_of, read_checkpoint, weights_of
 from sinkmodel.console import say

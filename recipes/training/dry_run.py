@@ -14,7 +14,7 @@ from recipes.training.logs.build import describe_loggers
 from recipes.training.loss import LossHead
 from recipes.training.processes.ranks import World
 from recipes.training.processes.strategies import resolve_strategy
-from recipes.training.settings import PretrainConfig
+from recipes.training.settings import Precision, PretrainConfig
 from recipes.training.setup import set_up
 from recipes.training.throughput import PEAKS, flops_per_token
 from sinkmodel.attention import CAUSAL
@@ -81,7 +81,7 @@ def _at_a_time(config: PretrainConfig) -> int:
     return staying + min(passing, config.checkpoints.keep) + 1
 
 
-def _precision(config: PretrainConfig) -> str:
+def _precision(config: PretrainConfig) -> Precision:
     """The run's precision. `auto` is resolved for this machine, since the machine of the run is not known."""
     on_gpu = config.training.device == "cuda" or (config.training.device == "auto" and torch.cuda.is_available())
     return config.training.precision if config.training.precision != "auto" else ("bf16" if on_gpu else "fp32")

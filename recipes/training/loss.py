@@ -8,6 +8,7 @@ are computed in the forward pass, and the backward pass only scales them. Nothin
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class LossHead(nn.Linear):
         targets_N: torch.Tensor | None = None,
         rows_SD: torch.Tensor | None = None,
         first_row: int = 0,
-    ):
+    ) -> Any:
         """Logits [N, V]; with targets, the mean nll and nll [N] of `chunked_cross_entropy`, which has the same Args."""
         if targets_N is None:
             assert rows_SD is None, "rows are for the loss"
@@ -98,7 +99,11 @@ def chunked_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, rows_SD, targets_N, first_row, chunk, softmax, grad_enabled):
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, bias_V: torch.Tensor | None,
+        rows_SD: torch.Tensor | None, targets_N: torch.Tensor, first_row: int, chunk: int,
+        softmax: Callable[..., Any], grad_enabled: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -108,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants = [grad_enabled and x for x in ctx.needs_input_grad[:4]]
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants[0] else None
         grad_head_VD, grad_bias_V, grad_rows_SD = (
-            torch.zeros_like(x, dtype=wide) if wanted else None
+            torch.zeros_like(x, dtype=wide) if wanted and x is not None else None
             for x, wanted in zip((head_VD, bias_V, rows_SD), wants[1:])
         )
         with torch.autocast(device, enabled=False):
@@ -154,7 +159,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return nll_N.sum() / count, nll_N
 
     @staticmethod
-    def backward(ctx, grad_mean, _):
+    def backward(ctx: Any, grad_mean: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [
             None if grad is None else (grad * grad_mean).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]

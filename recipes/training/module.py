@@ -130,7 +130,9 @@ class SinkLanguageModel(LightningModule):
         self.groups = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
         """Clip the gradient to the settings' norm, and keep the norm for the log. ZeRO does both by itself.
 
         If DeepSpeed does the accumulation, Lightning calls this for every micro-batch.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from recipes.training.settings import OptimizerSettings
-from sinkmodel.architectures import PARAMETER as SINK_PARAMETER
+from sinkmodel.softmax_sinks.architectures import PARAMETER as SINK_PARAMETER
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

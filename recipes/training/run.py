@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 
 from recipes.data.shards import TokenSplit
 from recipes.training.callbacks.preemption import StopOnSignal, requeue
-from recipes.training.folder import provenance_of, write_folder
 from recipes.training.logs.build import refuse_what_is_not_installed
 from recipes.training.module import SinkLanguageModel
 from recipes.training.processes import signals
@@ -27,6 +26,7 @@ from recipes.training.processes.ranks import (
     others_may_be_lost,
 )
 from recipes.training.processes.strategies import resolve_strategy
+from recipes.training.run_folder import provenance_of, write_folder
 from recipes.training.settings import PretrainConfig
 from recipes.training.setup import Setup, set_up
 from recipes.training.trainer import build_trainer
@@ -188,9 +188,7 @@ def _see_folder(run: Path, patience: float = 15.0) -> None:
 def _introduce(setup: Setup, strategy: str, world: World, start: Path | None) -> None:
     run, config, model, plan, train = setup.run, setup.config, setup.begin.model, setup.plan, setup.train
     total, body = count_parameters(model)
-    say(
-        f"{setup.run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}"
-    )
+    say(f"{run}: {config.model.architecture}, {total:,} parameters ({body:,} without embeddings), sink {config.sink}")
     if config.model.start_from is not None:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         say(f"starting from {config.model.start_from}; {trained:,} parameters are trained ({config.training.parts})")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+from sinkmodel.checks import check_bounds, one_of
 from sinkmodel.errors import UserError
+
+ScheduleKind = Literal["cosine", "wsd"]
 
 
 @dataclass(frozen=True)
@@ -21,19 +25,16 @@ class ScheduleSettings:
         decay: `wsd` only: share of the steps, at the end, in which the rate falls to min_lr.
     """
 
-    kind: str = "cosine"
+    kind: ScheduleKind = "cosine"
     steps: int = 143_000
     warmup: float = 0.01
     min_lr: float | None = None
     decay: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "wsd"):
-            raise UserError(f"schedule.kind is {self.kind!r}; choose cosine or wsd")
-        if self.steps < 1:
-            raise UserError(f"schedule.steps is {self.steps}; it must be at least 1")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"schedule.warmup is {self.warmup}; it is a share of the steps, from 0 to below 1")
+        one_of("schedule.kind", self.kind, ScheduleKind)
+        check_bounds("schedule.steps", self.steps, least=1)
+        check_bounds("schedule.warmup", self.warmup, least=0, below=1, unit="(a share of the steps)")
         if not 0 <= self.decay <= 1 - self.warmup:
             raise UserError(f"schedule.decay is {self.decay}; it is a share of the steps that warmup leaves")
 

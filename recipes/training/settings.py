@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from recipes.config import PathText
 from recipes.training.schedule import ScheduleSettings
+from sinkmodel.checks import check_bounds, choices_of, one_of
 from sinkmodel.errors import UserError
-from sinkmodel.shapes import PARTS, STARTS, ModelShape
+from sinkmodel.shapes import ModelShape, Parts, SinkRow
 from sinkmodel.sinks import SinkConfig
 
-STRATEGIES = ("auto", "ddp", "fsdp2", *(f"deepspeed_stage_{stage}" for stage in range(4)))
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "bf16", "fp32"]
+Verify = Literal["full", "sizes"]
+Strategy = Literal[
+    "auto", "ddp", "fsdp2", "deepspeed_stage_0", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"
+]
+STRATEGIES = choices_of(Strategy)
 LR, MIN_LR = 6e-4, 6e-5  # for a new model: Pythia-160M's
 PYTHIA_EARLY = (0, *(2**i for i in range(10)))  # 0, 1, 2, 4 … 512
 
@@ -31,11 +39,10 @@ class ModelSettings(ModelShape):
     """
 
     start_from: PathText | None = None
-    sink_row: str | None = None
+    sink_row: SinkRow | None = None
 
     def __post_init__(self) -> None:
-        if self.sink_row not in (None, *STARTS):
-            raise UserError(f"model.sink_row is {self.sink_row!r}; choose {', '.join(STARTS)}, or null")
+        one_of("model.sink_row", self.sink_row, SinkRow | None)
         if self.start_from is None:
             if self.sink_row is not None:
                 raise UserError("model.sink_row is for a model in model.start_from; leave it out")
@@ -60,18 +67,13 @@ class DataSettings:
     sequence: int = 2048
     shuffle: bool = True
     workers: int = 2
-    verify: str = "full"
+    verify: Verify = "full"
     skip: int | None = None
 
     def __post_init__(self) -> None:
-        if self.skip is not None and self.skip < 0:
-            raise UserError(f"data.skip is {self.skip}; it must not be negative")
-        if self.verify not in ("full", "sizes"):
-            raise UserError(f"data.verify is {self.verify!r}; choose full or sizes")
-        if self.sequence < 2:
-            raise UserError(f"data.sequence is {self.sequence}; it must be at least 2")
-        if self.workers < 0:
-            raise UserError(f"data.workers is {self.workers}; it must not be negative")
+        one_of("data.verify", self.verify, Verify)
+        for name, least in (("skip", 0), ("sequence", 2), ("workers", 0)):
+            check_bounds(f"data.{name}", getattr(self, name), least)
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,9 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas is {self.betas}; it takes two numbers from 0 to below 1")
-        if self.lr is not None and not self.lr > 0:
-            raise UserError(f"optimizer.lr is {self.lr}; it must be above 0")
+        check_bounds("optimizer.lr", self.lr, above=0)
         for name in ("eps", "weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+            check_bounds(f"optimizer.{name}", getattr(self, name), least=0)
 
 
 @dataclass(frozen=True)
@@ -135,34 +135,22 @@ class TrainingSettings:
 
     batch_tokens: int = 2_097_152
     micro_rows: int = 32
-    device: str = "auto"
-    strategy: str = "auto"
+    device: Device = "auto"
+    strategy: Strategy = "auto"
     devices: int | None = None
     timeout: float = 1800.0
-    precision: str = "auto"
+    precision: Precision = "auto"
     compile: bool = False
     head_chunk: int = 1024
     threads: int | None = None
-    parts: str = "all"
+    parts: Parts = "all"
 
     def __post_init__(self) -> None:
-        if self.parts not in PARTS:
-            raise UserError(f"training.parts is {self.parts!r}; choose {', '.join(PARTS)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"training.device is {self.device!r}; choose auto, cpu or cuda")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise UserError(f"training.precision is {self.precision!r}; choose auto, bf16 or fp32")
-        if self.strategy not in STRATEGIES:
-            raise UserError(f"training.strategy is {self.strategy!r}; choose {', '.join(STRATEGIES)}")
-        for name in ("batch_tokens", "micro_rows", "head_chunk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.devices is not None and self.devices < 1:
-            raise UserError(f"training.devices is {self.devices}; it must be at least 1, or null")
-        if not self.timeout > 0:
-            raise UserError(f"training.timeout is {self.timeout}; it must be above 0 seconds")
-        if self.threads is not None and self.threads < 1:
-            raise UserError(f"training.threads is {self.threads}; it must be at least 1, or null")
+        for name, choices in (("parts", Parts), ("device", Device), ("precision", Precision), ("strategy", Strategy)):
+            one_of(f"training.{name}", getattr(self, name), choices)
+        for name in ("batch_tokens", "micro_rows", "head_chunk", "devices", "threads"):
+            check_bounds(f"training.{name}", getattr(self, name), least=1)
+        check_bounds("training.timeout", self.timeout, above=0, unit="seconds")
 
 
 @dataclass(frozen=True)
@@ -178,8 +166,8 @@ class ValidationSettings:
     rows: int = 256
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.rows < 1:
-            raise UserError("validation.every and validation.rows must be at least 1")
+        for name in ("every", "rows"):
+            check_bounds(f"validation.{name}", getattr(self, name), least=1)
 
 
 @dataclass(frozen=True)
@@ -200,8 +188,7 @@ class CheckpointSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"checkpoints.{name} is {getattr(self, name)}; it must be at least {least}")
+            check_bounds(f"checkpoints.{name}", getattr(self, name), least)
 
     def due(self, step: int) -> bool:
         return (step > 0 and step % self.every == 0) or self.stays(step)
@@ -245,10 +232,8 @@ class LoggingSettings(CopySettings):
     spike: float = 6.0
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(f"logging.every is {self.every}; it must be at least 1")
-        if not self.spike > 0:
-            raise UserError(f"logging.spike is {self.spike}; it must be above 0")
+        check_bounds("logging.every", self.every, least=1)
+        check_bounds("logging.spike", self.spike, above=0)
 
 
 @dataclass(frozen=True)
@@ -285,8 +270,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise UserError("output is missing; give a folder for the run, as in --output runs/sink")
-        if not 0 <= self.seed < 1 << 63:
-            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
+        check_bounds("seed", self.seed, least=0, below=2**63)
         if not self.data.path:
             raise UserError("data.path is missing; give the folder that sink-prepare wrote, as in --data.path data/kjv")
         if self.model.start_from is None:

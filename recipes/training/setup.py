@@ -14,9 +14,9 @@ from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
 from recipes.data.shards import TokenSplit
 from recipes.training.base import OpenBase, Start, build_start, check_unchanged, moments_of, open_base, settle
-from recipes.training.folder import check_checkpoint, check_folder, starting_point
 from recipes.training.inputs import build_datamodule, open_data, open_tokenizer
 from recipes.training.processes.ranks import agree, from_first, refuse_unequal
+from recipes.training.run_folder import check_checkpoint, check_folder, starting_point
 from recipes.training.settings import PretrainConfig
 
 
@@ -46,7 +46,7 @@ class Setup:
         return Path(self.config.output)
 
     def starting_point(self) -> Path | None:
-        """The checkpoint to resume from; None for a new run. Raises UserError if no checkpoint of the run can be used."""
+        """The checkpoint to resume from; None for a new run. Raises UserError if no checkpoint there can be used."""
         return from_first(lambda: starting_point(self.run, self.config))
 
     def check(self, start: Path | None) -> None:

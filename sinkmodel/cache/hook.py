@@ -128,7 +128,7 @@ def _takes_over(cache: Any) -> bool:
 
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if cache is None and args:
             cache = next((x for x in args if _takes_over(x)), None)
@@ -140,7 +140,7 @@ def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         cache: Any = kwargs.get("past_key_values")
         if not _takes_over(cache):
             return original(self, *args, **kwargs)
@@ -157,7 +157,7 @@ def _prepare_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _prepare_cache(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _prepare_cache_for_generation(self, *args, **kwargs):
+    def _prepare_cache_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(self, *args, **kwargs).arguments
         cache, mask = (given["model_kwargs"].get(name) for name in ("past_key_values", "attention_mask"))
         if _takes_over(cache):
@@ -197,7 +197,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @passed_over
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         return _disabled(function)(*args, **kwargs)
 
     return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, get_args
+from typing import Any
 
 from sinkmodel.errors import UserError
 
@@ -25,13 +25,6 @@ def odd(kernel: Any) -> int:
     if number % 2 == 0:
         raise UserError(f"kernel is {number}; make it an odd number")
     return number
-
-
-def one_of(name: str, value: Any, choices: Any) -> Any:
-    """`value`, if it is one of the choices of a Literal; else UserError."""
-    if value not in get_args(choices):
-        raise UserError(f"{name} is {value!r}; choose one of {', '.join(get_args(choices))}")
-    return value
 
 
 def check_room(name: str, budget: Any, compression_ratio: float | None, sinks: int, window: int) -> int | None:

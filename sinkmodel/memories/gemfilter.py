@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sinkmodel.cache.inputs import Request
+from sinkmodel.checks import one_of
 from sinkmodel.errors import UserError
 from sinkmodel.memories.admission import check_can_end
-from sinkmodel.memories.arguments import odd, one_of, whole
+from sinkmodel.memories.arguments import odd, whole
 from sinkmodel.memories.hooks import alone
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sinkmodel.memories.arguments import one_of, whole
+from sinkmodel.checks import one_of
+from sinkmodel.memories.arguments import whole
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.observation import Observation

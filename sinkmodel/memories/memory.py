@@ -28,9 +28,10 @@ from torch import Tensor
 
 from sinkmodel.cache.hook import install_hook, uncompiled
 from sinkmodel.cache.inputs import MASKLESS, Request, joined, piece_of
+from sinkmodel.checks import one_of
 from sinkmodel.errors import UserError
 from sinkmodel.memories.admission import admit, check_can_end, check_dtype, check_open, not_observed
-from sinkmodel.memories.arguments import check_room, one_of, whole
+from sinkmodel.memories.arguments import check_room, whole
 from sinkmodel.memories.hooks import alone, attention_modules, grouped_as, observed
 from sinkmodel.memories.interface import MemoryInterface
 from sinkmodel.memories.layer import SPARE, MemoryLayer
@@ -293,15 +294,12 @@ class Memory(MemoryInterface):
         rows = (piece.end - piece.start) * len(self.seen)
         with torch.no_grad(), self.around(model), fast_products(rows=rows):
             output = forward(model, **inputs)
-        self._check_observed()
-        self.commit(piece)
-        self.torn = False
-        return output
-
-    def _check_observed(self) -> None:
         if self.attended < len(self.layers):
             self._begin()
             raise not_observed(self)
+        self.commit(piece)
+        self.torn = False
+        return output
 
     @contextmanager
     def around(self, model: Any) -> Iterator[None]:

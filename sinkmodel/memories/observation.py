@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkmodel.attention import sink_scores
+from sinkmodel.softmax_sinks.scores import sink_scores
 
 # Attention weights in one block. On a CPU, a block that fits into the processor's cache is twice as fast.
 BLOCK_NUMBERS = {"cpu": 2**19, "cuda": 2**24}

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinkmodel.checks import one_of
 from sinkmodel.errors import UserError
-from sinkmodel.memories.arguments import odd, one_of
+from sinkmodel.memories.arguments import odd
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.observation import Observation

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sinkmodel.errors import UserError
-from sinkmodel.streaming.incremental import TextEncoder
+from sinkmodel.streaming.text_codec import TextEncoder
 from sinkmodel.tokenizer import check_rows
 
 BLOCK = 256  # most tokens of a row in one forward

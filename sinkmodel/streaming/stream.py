@@ -28,9 +28,9 @@ from sinkmodel.cache import StreamingCache
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import front_of, sinks_to_keep
 from sinkmodel.streaming.evictions import Evictions, OnEvict
-from sinkmodel.streaming.incremental import Writer
 from sinkmodel.streaming.intake import BLOCK, Intake, rows_of
 from sinkmodel.streaming.sampling import Sampler
+from sinkmodel.streaming.text_codec import Writer
 from sinkmodel.tokenizer import suppressed_ids
 
 TOGETHER = 1024  # most tokens of all rows in one forward, since their logits may be needed

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from eval.cli import main
+from eval.report import charts
 from eval.report.blocks import Chart, figure, short_names
 from eval.report.inputs import Inputs, ResultFile, clean
 from eval.report.sections import memories
@@ -21,7 +22,8 @@ from sinkmodel.errors import UserError
 from sinkmodel.results.files import COMMANDS, result_of
 from tests import results
 
-SECTIONS = ["The verdict", "The grid", "Training of the twins", "Perplexity by position", "Perplexity against budget",
+SECTIONS = ["In short", "The verdict", "The grid", "Training of the twins", "Perplexity by position",
+            "Perplexity against budget",
             "Where attention goes", "When the sink is born", "Attention maps", "Zero-shot tasks",
             "What a stream remembers", "Latency", "Reading a prompt", "Memories", "Long prompts",
             "Provenance"]  # fmt: skip
@@ -85,10 +87,20 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------------------- what is shown
 
 
-def test_sections_come_in_the_order_of_a_readers_questions_and_the_verdict_first(whole):
+def test_sections_come_in_the_order_of_a_readers_questions_and_the_answers_first(whole):
     text = (whole / "report.html").read_text(encoding="utf-8")
     assert re.findall("<h2>(.*?)</h2>", text) == SECTIONS
     assert re.findall("(?m)^## (.*)$", (whole / "report.md").read_text(encoding="utf-8")) == SECTIONS
+    short = Page(text[text.index('<section id="summary">') : text.index('<section id="verdict">')]).text
+    assert "From 13 results and 2 training runs." in short
+    assert (
+        "token: After the first eviction, at 8 keys, the perplexity is 22.20 with the window alone, 24.53 with 1 "
+        in short
+    )
+    assert (
+        "token: After prompts of 32 tokens, the memory that loses least against the full cache is snapkv 8 with"
+        in short
+    )
     first = Page(text[text.index('<section id="verdict">') :]).text
     assert first.startswith("The verdict Equivalent At a budget of 8 keys runs/token (sink 1+7) lost 0.0012 nats")
     assert "95 % interval [−0.0052, +0.0028], margin ±0.01, 12,345 tokens of 3 documents" in first
@@ -158,8 +170,11 @@ def test_the_papers_numbers_stand_below_the_models_that_are_as_its(tmp_path):
 def test_what_a_namm_keeps_is_a_picture_by_kind_by_age_and_by_head(tmp_path, monkeypatch):
     """Risk: a bar beside the name of another, layers taken for heads, or a picture whose numbers are missing."""
     painted = []
-    panel = memories.panel
-    monkeypatch.setattr(memories, "panel", lambda alt, paint: painted.append(paint) or panel(alt, paint))
+    panel = charts.panel
+    for module in (charts, memories):
+        monkeypatch.setattr(
+            module, "panel", lambda alt, paint, *size: painted.append(paint) or panel(alt, paint, *size)
+        )
     page, markdown, output = of_results(tmp_path, memories=results.memories())
     axes = [Figure().add_subplot() for _ in painted]
     for axis, paint in zip(axes, painted):
@@ -211,12 +226,13 @@ def test_what_a_namm_keeps_is_a_picture_by_kind_by_age_and_by_head(tmp_path, mon
 )
 def test_a_namm_of_which_little_is_known_makes_a_page(monkeypatch, changes):
     """Risk: a traceback for layers with other numbers of heads, or for shares that were not measured."""
-    monkeypatch.setattr(memories, "panel", lambda alt, paint: paint(Figure().add_subplot()))
+    for module in (charts, memories):
+        monkeypatch.setattr(module, "panel", lambda alt, paint, *size: paint(Figure().add_subplot()))
     content = results.memories()
     content["forgets"] |= changes
     made = memories.memories(Inputs(results=[ResultFile(Path("x"), "", result_of(content, Path("x")))]))
-    charts = [block.name for block in made.blocks if isinstance(block, Chart)]
-    assert charts == ["memories-1", *(["forgotten-1"] if any(content["forgets"]["heads"]) else [])]
+    names = [block.name for block in made.blocks if isinstance(block, Chart)]
+    assert names == ["memories-1", *(["forgotten-1"] if any(content["forgets"]["heads"]) else [])]
 
 
 @pytest.mark.parametrize(("answer", "tone"), [("better", "good"), ("worse", "bad"), ("undecided", "open")])
@@ -268,11 +284,11 @@ def test_what_was_not_measured_is_said_with_the_command_that_measures_it(tmp_pat
     output = report(tmp_path, "--run", results.write_run(tmp_path))
     page = Page((output / "report.html").read_text(encoding="utf-8"))
     assert re.findall("<h2>(.*?)</h2>", (output / "report.html").read_text(encoding="utf-8")) == [
-        *("The verdict", "Training of the twins", "Not in this report", "Provenance")
+        *("In short", "Training of the twins", "Not in this report", "Provenance")
     ]
     assert "No verdict yet" in page.text
     for command in COMMANDS:
-        assert f"sink-eval {command} --" in page.text or f"sink-eval {command}, once" in page.text, command
+        assert f"sink-eval {command} --" in page.text, command
     assert "loss curves" not in page.text
 
 
@@ -280,7 +296,7 @@ def test_each_result_alone_makes_a_page(tmp_path):
     for name, content in results.everything().items():
         (tmp_path / name).mkdir()
         page, _, _ = of_results(tmp_path / name, **{name: content})
-        assert page.tags.count("section") == (3 if name == "verify" else 4), name
+        assert page.tags.count("section") == 4, name
 
 
 def test_a_rank_says_among_how_many_numbers(tmp_path):
@@ -538,15 +554,15 @@ def test_a_result_without_its_numbers_still_makes_a_page(tmp_path, name, replace
 def test_any_one_number_may_be_missing(monkeypatch, name):
     from matplotlib.figure import Figure
 
-    from eval.report import charts
     from eval.report.report import make_sections
 
     def paint_only(alt, paint, size=None):
         paint(Figure().add_subplot())
         return charts.Panel(alt, "", b"")
 
-    for module in ("attention", "perplexity", "tasks", "training", "verdict"):
-        monkeypatch.setattr(f"eval.report.sections.{module}.panel", paint_only)
+    sections = [f"sections.{name}" for name in ("attention", "memories", "perplexity", "tasks", "verdict")]
+    for module in ("charts", *sections):
+        monkeypatch.setattr(f"eval.report.{module}.panel", paint_only)
     whole = results.everything()[name]
     paths = {tuple("" if isinstance(key, int) else key for key in path): path for path in numbers_in(whole)}
     for path in paths.values():

@@ -17,9 +17,9 @@ from eval.measures.attention import sinks as command
 from eval.measures.attention.sequences import in_turns, pieces, read_sequences
 from eval.measures.attention.shares import Tally, largest, layer_sums, results, shares
 from sinkmodel.architectures import attentions_of
+from sinkmodel.attention_maps import Seen, watch
 from sinkmodel.errors import UserError
 from sinkmodel.loading import encode, load_model
-from sinkmodel.maps import Seen, watch
 from sinkmodel.sink_metric import alpha, born, measure_sink
 from sinkmodel.sinks import SinkConfig
 from tests import tiny

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bench.gpu.machine import DEVICE, KERNEL, sized
-from sinkmodel import attention
-from sinkmodel.attention import attend
+from sinkmodel.softmax_sinks import attention
+from sinkmodel.softmax_sinks.attention import attend
 
 B, H = 2, 4
 D, SCALE = sized(64, 16), 0.3

@@ -7,7 +7,8 @@ import inspect
 from tests.private_parts import checks
 from tests.private_parts.part import PrivatePart, resolve
 
-ATTENTION = "sinkmodel/attention.py"
+ATTENTION = "sinkmodel/softmax_sinks/attention.py"
+ARCHITECTURES = "sinkmodel/softmax_sinks/architectures.py"
 STRATEGIES = "recipes/training/processes/strategies.py"
 HOOK = "sinkmodel/cache/hook.py"
 CUSTOM = "sinkmodel/export/custom_generate.py"
@@ -124,12 +125,12 @@ TRANSFORMERS = [
         "transformers",
         "transformers.PretrainedConfig._attn_implementation",
         (
-            "sinkmodel/architectures.py",
+            ARCHITECTURES,
             "sinkmodel/band.py",
             "sinkmodel/cache/forward.py",
             "sinkmodel/cache/inputs.py",
             CUSTOM,
-            "sinkmodel/maps.py",
+            "sinkmodel/attention_maps.py",
             "sinkmodel/memories/hooks.py",
             "sinkmodel/memories/admission.py",
             "sinkmodel/memories/memory.py",
@@ -140,7 +141,7 @@ TRANSFORMERS = [
     PrivatePart(
         "transformers",
         "transformers.PretrainedConfig._attn_implementation_internal",
-        ("sinkmodel/architectures.py",),
+        (ARCHITECTURES,),
         "the attribute under it: a model with a sink in its softmax takes no attention function that drops the sink",
         check=lambda: (
             checks.tiny_llama().config._attn_implementation_internal == checks.tiny_llama().config._attn_implementation
@@ -149,7 +150,7 @@ TRANSFORMERS = [
     PrivatePart(
         "transformers",
         "transformers.PreTrainedModel._init_weights",
-        ("sinkmodel/architectures.py",),
+        (ARCHITECTURES,),
         "sets a learned sink in the softmax to zero; overridden",
         check=checks.takes("transformers.PreTrainedModel._init_weights", "module"),
     ),
@@ -206,7 +207,7 @@ TRANSFORMERS = [
     PrivatePart(
         "transformers",
         "transformers.integrations.sdpa_attention.sdpa_attention_forward",
-        (ATTENTION,),
+        ("sinkmodel/attention.py",),
         "transformers' own SDPA, called without a mask",
         check=checks.takes(
             "transformers.integrations.sdpa_attention.sdpa_attention_forward", "dropout", "scaling", "is_causal"
@@ -245,7 +246,7 @@ TRANSFORMERS = [
     PrivatePart(
         "transformers",
         "transformers.models.llama.modeling_llama.LlamaAttention.layer_idx",
-        ("sinkmodel/maps.py", "sinkmodel/memories/hooks.py", "sinkmodel/memories/gemfilter.py"),
+        ("sinkmodel/attention_maps.py", "sinkmodel/memories/hooks.py", "sinkmodel/memories/gemfilter.py"),
         "the number of an attention module's layer; modules that have it and `is_causal` are the attention modules",
         check=lambda: (
             checks.tiny_llama().model.layers[0].self_attn.layer_idx == 0

@@ -33,7 +33,7 @@ TOOLS = [
     PrivatePart(
         "datasets",
         "datasets.config.HF_DATASETS_CACHE",
-        ("recipes/data/troubles.py",),
+        ("recipes/data/errors.py",),
         "the folders that an error message names",
     ),
     PrivatePart(

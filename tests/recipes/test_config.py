@@ -64,6 +64,18 @@ def test_plain_options_have_hyphens_and_are_still_read_with_underscores(capsys):
     assert "batch_tokens:" in capsys.readouterr().out
 
 
+def test_choices_are_checked_as_types_and_shown_by_help(capsys):
+    with pytest.raises(UserError) as error:
+        load("--training.device=tpu")
+    assert str(error.value) == "training.device is 'tpu'; choose one of auto, cpu, cuda"
+    with pytest.raises(UserError) as error:
+        load("--model.sink_row=zero")
+    assert str(error.value) == "model.sink_row is 'zero'; choose one of mean, bos, random, or null"
+    with pytest.raises(SystemExit):
+        load("--help")
+    assert "--schedule.kind {cosine,wsd}" in capsys.readouterr().out
+
+
 def test_the_place_of_a_wrong_value_is_where_it_stands(tmp_path):
     (tmp_path / "a.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError) as error:

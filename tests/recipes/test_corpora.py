@@ -7,8 +7,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from recipes.data.corpora import HubDataset, KingJames
+from recipes.data.hub_dataset import HubDataset
 from recipes.data.local_files import LocalFiles
+from recipes.demo.king_james import KingJames
 from sinkmodel.errors import UserError
 from tests.recipes.corpus import make_texts, write_lines
 

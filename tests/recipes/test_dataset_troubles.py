@@ -18,8 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from recipes import prepare
 from recipes.data import preparation
-from recipes.data.corpora import HubDataset
-from recipes.data.troubles import STAY, dataset_error, may_pass
+from recipes.data.errors import STAY, dataset_error, may_pass
+from recipes.data.hub_dataset import HubDataset
 from sinkmodel.errors import UserError
 from tests.recipes.corpus import make_texts, write_lines, write_tokenizer
 

@@ -145,7 +145,7 @@ REFUSED = [
     ({"namm__interval": 512}, "namm.interval 512 is not below tasks.length 460"),
     ({"tasks__length": 100}, "validation prompts: --tasks.length 100 is too short for niah_single_2"),
     ({"model": "nowhere"}, "nowhere"),
-    ({"fitness__score": "size"}, "fitness.score is 'size'; choose likelihood or match"),
+    ({"fitness__score": "size"}, "fitness.score is 'size'; choose one of likelihood, match, or null"),
     ({"fitness__size_penalty": -1}, "fitness.size_penalty"),
     ({"cma__sigma": 0}, "cma.sigma"),
     ({"compute__candidates": 0}, "compute.candidates is 0"),

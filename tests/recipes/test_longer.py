@@ -10,7 +10,7 @@ import yaml
 
 from recipes.config import load_config
 from recipes.pretrain import main
-from recipes.training.folder import starting_point
+from recipes.training.run_folder import starting_point
 from recipes.training.settings import PretrainConfig
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, read_checkpoint, read_metrics, verify
 from sinkmodel.errors import UserError

@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from recipes import prepare
 from recipes.config import shipped_configs
 from recipes.data import preparation, writing
-from recipes.data.corpora import KingJames
 from recipes.data.pipeline import Encoded, split_of
 from recipes.data.settings import PrepareConfig
 from recipes.data.shards import open_split
 from recipes.data.tokenization import cuts_exactly
+from recipes.demo.king_james import KingJames
 from recipes.prepare import join_lists
 from sinkmodel.text import read_documents
 from sinkmodel.text_tokenizer import text_encoder

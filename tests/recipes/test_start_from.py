@@ -394,12 +394,12 @@ def test_a_base_that_changed_is_refused(data, base, tmp_path, capsys):
 
 WRONG = {
     "no sink to train": ({"training__parts": "sink", "sink__kind": "none"}, "there is no row to train"),
-    "an unknown part": ({"training__parts": "head"}, "training.parts is 'head'; choose all, sink, sink\\+norms"),
+    "an unknown part": ({"training__parts": "head"}, "training.parts is 'head'; choose one of all, sink, sink\\+norms"),
     "another sink": ({"sink__kind": "zero"}, "can only get sinks of kind token"),
     "a shape of its own": ({"model__layers": 7}, "model.layers is 7, but .* has 2"),
     "too long rows": ({"data__sequence": 256}, "longer than model.positions = 128"),
     "a step of a folder": ({"step": 3}, "is not a run folder, so it has no checkpoint of step 3"),
-    "no such start": ({"model__sink_row": "zero"}, "choose mean, bos, random"),
+    "no such start": ({"model__sink_row": "zero"}, "choose one of mean, bos, random, or null"),
     "a row without a sink": (
         {"model__sink_row": "mean", "sink__kind": "none"},
         "model.sink_row is for sink.kind token",

@@ -21,13 +21,13 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from recipes.training.optimizer import build_optimizer, parameter_groups
 from recipes.training.settings import OptimizerSettings
-from sinkmodel import architectures
-from sinkmodel.architectures import SinkGPTNeoXConfig, SinkLlamaConfig, attentions_of
 from sinkmodel.attention import CAUSAL
 from sinkmodel.errors import UserError
 from sinkmodel.models import build_model
 from sinkmodel.shapes import ModelShape
 from sinkmodel.sinks import SINK_ATTENTION, SinkConfig, kind_of
+from sinkmodel.softmax_sinks import architectures
+from sinkmodel.softmax_sinks.architectures import SinkGPTNeoXConfig, SinkLlamaConfig, attentions_of
 from tests.models import IN_SOFTMAX, build, cast, model_of, tokens
 
 SHAPES = {

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from sinkmodel import attention
-from sinkmodel.attention import CAUSAL, attend, causal_attention, sink_attention_forward
+from sinkmodel.attention import CAUSAL, causal_attention
 from sinkmodel.errors import UserError
 from sinkmodel.models import build_model
+from sinkmodel.softmax_sinks import attention
+from sinkmodel.softmax_sinks.attention import attend, sink_attention_forward
 from tests import tiny
 from tests.models import build, tokens
 

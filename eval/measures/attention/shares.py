@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinkmodel.maps import Seen
+from sinkmodel.attention_maps import Seen
 from sinkmodel.results.attention import PEAK, SHARES, Head, LayerRow, Overall
 from sinkmodel.sink_metric import alpha, sink_alpha
 

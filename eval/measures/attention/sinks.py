@@ -2,7 +2,7 @@
 
 The sink metric is that of Gu et al. (arXiv 2410.10781); `sinkmodel.sink_metric` defines it. It is reported for the
 first text token and for the model's own sink. `shares` computes the numbers, `sequences` selects the texts, and
-`sinkmodel.maps` extracts the attention maps.
+`sinkmodel.attention_maps` extracts the attention maps.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from torch import Tensor
 from eval.measures.attention.sequences import read_sequences
 from eval.measures.attention.shares import Tally, results
 from eval.measures.loading import load
-from sinkmodel.architectures import attentions_of
+from sinkmodel.attention_maps import watch
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, find_checkpoint, read_checkpoint
 from sinkmodel.errors import UserError, not_finite
 from sinkmodel.loading import LoadedModel
-from sinkmodel.maps import watch
 from sinkmodel.progress import CountedProgress
 from sinkmodel.results.attention import (
     Birth,
@@ -32,6 +31,7 @@ from sinkmodel.results.attention import (
 from sinkmodel.results.parts import Text
 from sinkmodel.sink_metric import born
 from sinkmodel.sinks import kind_of
+from sinkmodel.softmax_sinks.architectures import attentions_of
 
 TOKENS_AT_ONCE = 2048  # tokens of one forward; their hidden states are held for all layers
 

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from eval.report.blocks import Chart, Section, Table, between, figure, short_names
-from eval.report.charts import panel, shown
+from eval.report.charts import panel, panels, shown
 from eval.report.inputs import Inputs
 from eval.report.plots import paint_heads, paint_kept, paint_memories
 from sinkmodel.results.latency import PrefillResult, tokens_or_never
@@ -59,21 +59,23 @@ def _picture(forgets: Forgets, name: str, number: int) -> Chart:
     """The shares that are kept by kind of token, by age, and by layer and KV head."""
     kinds: list[Share] = [(row.kind, row) for row in forgets.kinds]
     ages: list[Share] = [(f"from {row.start:,}", row) for row in forgets.ages]
-    panels = []
+    painted = []
     for rows, of, title in ((kinds, "kind", "By kind of token"), (ages, "age", "By age, in tokens after it")):
         words = ", ".join(f"{row_name} {_percent(row.kept_share)}" for row_name, row in rows)
         alt = f"{name}: the % of tokens that namm keeps, by {of}: {words}"
-        panels.append(panel(alt, functools.partial(_kept, rows=rows, title=title)))
+        painted.append((alt, functools.partial(_kept, rows=rows, title=title)))
     shares = [share for layer in forgets.heads for share in layer if share is not None]
     least, most = (_percent(end(shares, default=None)) for end in (min, max))
     alt = f"{name}: the share of a prompt that each KV head keeps, layer by layer, from {least} to {most} %"
-    panels.append(panel(alt, functools.partial(_heads, layers=forgets.heads)))
+    painted.append((alt, functools.partial(_heads, layers=forgets.heads)))
     numbers: list[list[Any]] = [["kind", row.kind, None, row.tokens, row.kept_share] for row in forgets.kinds]
     numbers += [["age", row.start, None, row.tokens, row.kept_share] for row in forgets.ages]
     for layer, of_layer in enumerate(forgets.heads):
         numbers += [["layer", layer, head, None, share] for head, share in enumerate(of_layer)]
     columns = ["by", "value", "head", "tokens", "kept_share"]
-    return Chart(f"forgotten-{number}", panels, columns, numbers, f"{name}: what namm keeps at the end of its prompts.")
+    return Chart(
+        f"forgotten-{number}", panels(painted), columns, numbers, f"{name}: what namm keeps at the end of its prompts."
+    )
 
 
 def _kept(axis: Any, rows: list[Share], title: str) -> None:

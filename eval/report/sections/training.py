@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from eval.report.blocks import Chart, Section, Table, figure
-from eval.report.charts import panel
+from eval.report.charts import panels
 from eval.report.inputs import Inputs, Run
 from eval.report.plots import paint_losses, paint_over_tokens
 from sinkmodel.sink_metric import COLUMNS, OLD_COLUMNS, OLD_DEFINITION
@@ -20,7 +20,7 @@ def section(inputs: Inputs) -> Section | None:
         return None
     training, validation = ({run.name: _line(run, of) for run in runs} for of in ("twin_loss", "val_loss"))
     alt = "Loss over tokens, training and held out; at the end " + "; ".join(map(_end, runs))
-    panels = [panel(alt, functools.partial(paint_losses, training=training, validation=validation))]
+    painted = [(alt, functools.partial(paint_losses, training=training, validation=validation))]
     of_sinks = {}
     for column, label in {**COLUMNS, **OLD_COLUMNS}.items():
         lines = {run.name: line for run in runs if (line := _line(run, column))}
@@ -28,13 +28,13 @@ def section(inputs: Inputs) -> Section | None:
             of_sinks[column] = label
             ends = "; ".join(f"{name} {figure(line[-1][1], '.3f')}" for name, line in lines.items())
             alt = f"{label[0].upper()}{label[1:]} over tokens; at the end {ends}"
-            panels.append(panel(alt, functools.partial(paint_over_tokens, lines=lines, label=label)))
+            painted.append((alt, functools.partial(paint_over_tokens, lines=lines, label=label)))
     columns = [*OF_LOSS, *of_sinks]
     numbers = [[run.name, *(_written(point.get(column)) for column in columns)] for run in runs for point in run.points]
     caption = "Loss of the twins on the targets that both have."
     if of_sinks.keys() & OLD_COLUMNS:
         caption += f" Runs of earlier versions have an {OLD_DEFINITION}."
-    chart = Chart("training", panels, ["run", *columns], numbers, caption)
+    chart = Chart("training", panels(painted), ["run", *columns], numbers, caption)
     table = Table(
         ["run", "steps", "tokens", "training loss", "held-out loss", *of_sinks.values()],
         [

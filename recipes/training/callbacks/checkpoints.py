@@ -94,7 +94,9 @@ class Checkpoints(Callback):
         if trainer.global_step == 0 and self.config.saves(0):
             self.save(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if at_step_boundary(trainer, batch_idx):
             step = trainer.global_step
             if self.config.saves(step) or step == self.config.schedule.steps or trainer.should_stop:

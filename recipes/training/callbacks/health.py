@@ -71,7 +71,9 @@ class Health(Callback):
         if trainer.is_global_zero:
             self._rewind(trainer.global_step)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if at_step_boundary(trainer, batch_idx):
             self.unseen.append(torch.stack([self.means.losses[0], self.means.grad_norm]))
 

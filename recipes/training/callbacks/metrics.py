@@ -50,7 +50,9 @@ class Metrics(Callback):
         self.sums = self.sums.to(pl_module.device)
         self.clock, self.clock_step = time.perf_counter(), trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not at_step_boundary(trainer, batch_idx):
             return
         self.sums, self.steps = self.sums + self.means.losses, self.steps + 1

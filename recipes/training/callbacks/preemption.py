@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,9 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         signals.training = True
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not at_step_boundary(trainer, batch_idx):
             return
         if trainer.world_size > 1 and self._exchange is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,7 +31,9 @@ class Progress(EndsWithTheRun):
             self.bar = tqdm(total=self.steps, initial=trainer.global_step, unit="step", dynamic_ncols=True)
 
     @rank_zero_only
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not at_step_boundary(trainer, batch_idx):
             return
         fresh = self.metrics.latest is not self.shown

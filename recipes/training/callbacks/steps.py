@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -31,7 +33,9 @@ class StepMeans(Callback):
     def __init__(self) -> None:
         self.sums: torch.Tensor | None = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.sums = pl_module.losses if self.sums is None else self.sums + pl_module.losses
         if at_step_boundary(trainer, batch_idx):
             self.losses, self.sums = mean(self.sums / trainer.accumulate_grad_batches), None

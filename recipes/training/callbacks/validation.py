@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,7 +27,9 @@ class Validation(Callback):
     def __init__(self, every: int, metrics: Metrics, watchdog: Watchdog):
         self.every, self.metrics, self.watchdog = every, metrics, watchdog
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         if at_step_boundary(trainer, batch_idx) and (step % self.every == 0 or step == trainer.max_steps):
             self.validate(trainer, pl_module)

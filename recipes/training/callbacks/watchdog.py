@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -30,7 +31,9 @@ class Watchdog(EndsWithTheRun):
         self.beat, self.step = time.monotonic(), trainer.global_step
         threading.Thread(target=self._watch, args=(trainer.global_rank,), name="watchdog", daemon=True).start()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.moved()
         self.step = trainer.global_step
 

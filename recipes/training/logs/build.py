@@ -38,7 +38,7 @@ def build_mirrors(run: Path, config: PretrainConfig, provenance: dict[str, Any],
     """The loggers for wandb and TensorBoard that `config.logging` asks for, before they are brought level.
 
     Args:
-        provenance: the result of `recipes.training.folder.provenance_of`, with further facts about the run.
+        provenance: the result of `recipes.training.run_folder.provenance_of`, with further facts about the run.
         resuming: whether the run resumes from a checkpoint; see `WandbRun`.
     """
     mirrors: list[Mirror] = []

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from recipes.config import flatten
-from recipes.training.folder import FREE_GROUPS, FREE_TO_CHANGE
+from recipes.training.run_folder import FREE_GROUPS, FREE_TO_CHANGE
 from recipes.training.settings import PretrainConfig
 from sinkmodel.sinks import SinkConfig
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinkmodel.cache.inputs import Request
+from sinkmodel.checks import one_of
 from sinkmodel.errors import UserError
-from sinkmodel.memories.arguments import one_of
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.namm.config import NAMMConfig, check_parameters, read_artefact, write_artefact

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from recipes.hub import plan
-from recipes.hub.troubles import HubAway, of_upload
+from recipes.hub.errors import HubAway, of_upload
 from sinkmodel.errors import UserError
 from tests.hub import READ_ONLY, TOKEN, File
 from tests.recipes.corpus import tree

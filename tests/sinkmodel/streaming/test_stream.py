@@ -21,7 +21,7 @@ from sinkmodel.streaming.intake import BLOCK
 from sinkmodel.streaming.sampling import Sampler
 from sinkmodel.tokenizer import load_tokenizer
 from tests.models import VOCABULARY, build, model_of, tokens
-from tests.sinkmodel.streaming.test_incremental import spaces_first
+from tests.sinkmodel.streaming.test_text_codec import spaces_first
 from tests.streams import greedy_ids
 from tests.tiny import tokenizer, words
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sinkmodel.architectures import attentions_of
+from sinkmodel.attention_maps import Seen, watch
 from sinkmodel.errors import UserError
-from sinkmodel.maps import Seen, watch
 from sinkmodel.sinks import IN_SOFTMAX
 from tests.models import build, model_of, tokens
 

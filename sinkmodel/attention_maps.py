@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.utils import logging
 
-from sinkmodel.attention import requests, sink_scores
+from sinkmodel.attention import requests
 from sinkmodel.errors import UserError
+from sinkmodel.softmax_sinks.scores import sink_scores
 
 WATCHED = "sinkmodel_watched"
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sinkmodel.sinks import SinkConfig
-from sinkmodel.streaming.incremental import LONGEST_BROKEN, LONGEST_WORD, StopStrings, TextDecoder, TextEncoder
+from sinkmodel.streaming.text_codec import LONGEST_BROKEN, LONGEST_WORD, StopStrings, TextDecoder, TextEncoder
 from sinkmodel.tokenizer import load_tokenizer
 from tests.tiny import tokenizer, words
 
