@@ -128,7 +128,7 @@ class Worker:
             if line.startswith(MARK):
                 return Spent(**json.loads(line.removeprefix(MARK)))
         self.process.wait()
-        raise RuntimeError(f"{self.name} ended with code {self.process.returncode}:\n{self.log.read_text('utf-8')}")
+        raise RuntimeError(f"{self.name} ended with code {self.process.returncode}:\n{self.log.read_text(encoding='utf-8')}")
 
     def close(self) -> None:
         assert self.process.stdin is not None
