@@ -128,7 +128,8 @@ class Worker:
             if line.startswith(MARK):
                 return Spent(**json.loads(line.removeprefix(MARK)))
         self.process.wait()
-        raise RuntimeError(f"{self.name} ended with code {self.process.returncode}:\n{self.log.read_text(encoding='utf-8')}")
+        error = self.log.read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"{self.name} ended with code {self.process.returncode}:\n{error}")
 
     def close(self) -> None:
         assert self.process.stdin is not None
