@@ -216,7 +216,7 @@ def test_sinks_in_the_softmax_stay_in_their_package():
         for path in (ROOT / room).rglob("*.py")
         if any(name.startswith(package) for name in ours(path)[1]) and "softmax_sinks" not in path.parts
     }
-    attention = {"attention.py", "band.py", "maps.py", "memories/observation.py"}
+    attention = {"attention.py", "attention_maps.py", "band.py", "memories/observation.py"}
     assert users == {
         *(f"sinkmodel/{name}" for name in (*attention, "architectures.py", "models.py")),
         "recipes/training/optimizer.py",

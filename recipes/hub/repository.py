@@ -26,7 +26,7 @@ LARGE = 1 << 20  # bytes; a file of this size or more is sent by itself, and log
 
 
 class Repository:
-    """The repository ORG/NAME. Errors of huggingface_hub pass through; use `troubles.as_user_errors` around calls."""
+    """The repository ORG/NAME. Errors of huggingface_hub pass through; use `errors.as_user_errors` around calls."""
 
     def __init__(self, name: str):
         self.name, self.api = name, HfApi()
