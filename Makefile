@@ -10,6 +10,9 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 # The oldest transformers that exported models must load in, alone with torch.
 OLD    := 4.57.6
 PLAIN  := .venv-transformers-$(OLD)
+# A peer in the bench, in an environment of its own: it pins older packages than ours.
+LITGPT := 0.5.13
+PEER   := .venv-litgpt-$(LITGPT)
 # Two test files at a time, each of one thread; a process that ends in the middle ends the tests.
 BOTH   := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
@@ -22,8 +25,8 @@ DATA ?= $(if $(REHEARSE),runs/rehearsal/data.tar.xz,evidence.tar.xz)
 GPU_ENV := $(if $(GPU_PYTHON),,$(VENV)/.ready)
 GPU_RUN := REHEARSE=$(REHEARSE) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: help demo namm test test-fast test-cluster test-browser test-gpu lint format docs bench bench-gpu evidence-data \
-  evidence-gpu clean
+.PHONY: help demo namm test test-fast test-cluster test-browser test-gpu lint format docs bench bench-peers bench-gpu \
+  evidence-data evidence-gpu clean
 
 help:
 	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
@@ -37,6 +40,7 @@ help:
 	@echo "make lint    ruff and mypy; make format puts the code in form"
 	@echo "make docs    the API reference from the docstrings, in build/docs"
 	@echo "make bench   speeds as ratios against named baselines"
+	@echo "make bench-peers    the same beside the Hugging Face Trainer, litgpt, other sink caches and datasets.map"
 	@echo "make clean   remove the environments and the demo's output"
 
 # What constraints.txt pins needs Python 3.11; the wheel itself takes 3.10 with the older releases that it then gets.
@@ -101,7 +105,21 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.frozen
 	$(BIN)/python -m bench.saving
 	$(BIN)/python -m bench.export
+	$(BIN)/python -m bench.start_up
 	$(BIN)/python -m bench.scaling
+
+$(PEER)/.ready: constraints.txt
+	$(call MAKE_VENV,$(PEER))
+	$(call PIP,$(PEER)) $(TORCH)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) litgpt==$(LITGPT)
+	@touch $@
+
+# Sides take turns on one pinned core. Load on the machine widens the intervals by wall time.
+bench-peers: $(VENV)/.ready $(PEER)/.ready
+	$(BIN)/python -m bench.peers.training --litgpt $(PEER)/bin/python
+	$(BIN)/python -m bench.peers.training --litgpt $(PEER)/bin/python --compiled
+	$(BIN)/python -m bench.peers.decoding
+	$(BIN)/python -m bench.peers.preparation
 
 # Without tests/conftest.py, which hides the GPU from all other tests. What was not run is listed with its reason.
 test-gpu: $(GPU_ENV)
@@ -125,7 +143,7 @@ runs/rehearsal/data.tar.xz: $(GPU_ENV)
 	  --test-fraction=0.5
 
 clean:
-	rm -rf $(VENV) $(PLAIN) $(DEMO) build/docs runs/rehearsal
+	rm -rf $(VENV) $(PLAIN) $(PEER) $(DEMO) build/docs runs/rehearsal
 
 # ---------------------------------------------------------------------------------------------------------------- demo
 # Each step is a file that the next one needs, so that a demo that was stopped goes on where it was.

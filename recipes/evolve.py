@@ -6,6 +6,7 @@ from recipes.training.processes.launch import launch, run_to_end, several
 from recipes.training.processes.signals import noted
 from sinkmodel.console import command
 from sinkmodel.errors import UserError
+from sinkmodel.imports import slow_imports
 
 DESCRIPTION = """\
 Evolve a NAMM, the network that decides what a cache forgets, with CMA-ES. To resume a run that was stopped, give the
@@ -43,7 +44,8 @@ def run(argv: list[str]) -> int:
             agree_on_start(None, config.compute.timeout, config.compute.device)
         elif config.compute.processes is not None and config.compute.processes > 1:
             return launch("recipes.evolve", argv, config.compute.processes)
-        from recipes.evolution.run import evolve
+        with slow_imports():
+            from recipes.evolution.run import evolve
 
         return evolve(config)
 

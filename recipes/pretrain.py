@@ -6,6 +6,7 @@ from recipes.training.processes.launch import launch, run_to_end, several
 from recipes.training.processes.signals import noted
 from sinkmodel.console import command
 from sinkmodel.errors import UserError
+from sinkmodel.imports import slow_imports
 
 DESCRIPTION = """\
 Pre-train a decoder on prepared tokens. To resume a run that was stopped, give the same command again.
@@ -35,7 +36,8 @@ def run(argv: list[str]) -> int:
             if processes is not None or not several():
                 raise
         if processes is not None:
-            from recipes.training.dry_run import dry_run
+            with slow_imports():
+                from recipes.training.dry_run import dry_run
 
             return dry_run(config, processes or config.training.devices or 1)
         if several():
@@ -46,7 +48,8 @@ def run(argv: list[str]) -> int:
             agree_on_start(None, config.training.timeout, config.training.device)
         elif config.training.devices is not None and config.training.devices > 1:
             return launch("recipes.pretrain", argv, config.training.devices)
-        from recipes.training.run import pretrain
+        with slow_imports():
+            from recipes.training.run import pretrain
 
         return pretrain(config)
 

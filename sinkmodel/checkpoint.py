@@ -7,12 +7,14 @@ It is read with `weights_only=True`, since an untrusted file must be only data.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,22 @@ def verify(path: Path) -> None:
     known = _read_manifest(path.parent).get(path.name)
     if known is not None and sha256_of(path) != known:
         raise UserError(f"{path} is not what was written: its checksum in {MANIFEST} differs; use another of the run")
+
+
+@contextlib.contextmanager
+def verifying(path: Path) -> Iterator[Callable[[], None]]:
+    """`verify` a checkpoint in a thread while the block uses it. Yields a function that waits for the result.
+
+    Call it before the block makes anything visible: it raises the UserError of `verify`. If the block fails for another
+    reason, that UserError comes first, since a damaged file explains the failure.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(verify, path)
+        try:
+            yield checked.result
+        except Exception:
+            checked.result()
+            raise
 
 
 def digest_of(path: Path) -> str:

@@ -126,8 +126,11 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
+    digest, block = (
+        hashlib.sha256(),
+        memoryview(bytearray(1 << 18)),
+    )  # one block: a new one each time costs as much again
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()

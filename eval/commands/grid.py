@@ -11,6 +11,7 @@ from eval.commands.output import give_result
 from eval.commands.tables import new_table, number, show
 from eval.policies.options import check
 from sinkmodel.errors import UserError
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import name_of
 from sinkmodel.results.perplexity import GridResult, GridRow
 
@@ -52,7 +53,8 @@ def _group(text: str) -> tuple[str, list[str]]:
 def run(options: argparse.Namespace) -> None:
     sinks, budgets = list(dict.fromkeys(options.sinks)), sorted(set(options.budgets))
     _check(options, sinks, budgets)
-    from eval.measures.verdict import grid
+    with slow_imports():
+        from eval.measures.verdict import grid
 
     result = grid.run(options, sinks, budgets)
     give_result(options, result, lambda: print_table(result))

@@ -17,6 +17,7 @@ from eval.policies.options import check
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import path_of, positive
 from sinkmodel.results.latency import LatencyResult, Ratio, StreamRow
 
@@ -83,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
     if options.prefill:
         return prefill.run(options)
     _check(options)
-    from eval.measures import latency
+    with slow_imports():
+        from eval.measures import latency
 
     if options.plot is not None:  # before the measurement, since matplotlib may be missing
         from eval.report.plots import draw_latency

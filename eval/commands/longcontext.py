@@ -14,6 +14,7 @@ from eval.commands.tables import mebibytes, new_table, number, percent, show
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import write_csv
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import path_of, positive, whole
 from sinkmodel.results.schema import to_json
 from sinkmodel.results.tasks import LongContextResult, LongContextRow
@@ -88,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     _check(options)
-    from eval.measures.longcontext import longcontext
+    with slow_imports():
+        from eval.measures.longcontext import longcontext
 
     longcontext.run(options, lambda result: _give(options, result))
 

@@ -15,6 +15,7 @@ from eval.measures.memories.names import ALONE, NAMES
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, write_csv
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import positive, real
 from sinkmodel.results.memories import AgeShare, Forgets, KindShare, MemoriesResult
 from sinkmodel.results.schema import to_json
@@ -61,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     _check(options)
-    from eval.measures.memories import memories
+    with slow_imports():
+        from eval.measures.memories import memories
 
     if options.plot is not None:  # before the measurement, since matplotlib may be missing
         from eval.report.plots import draw_memories

@@ -10,6 +10,7 @@ from eval.commands.output import give_result
 from eval.commands.tables import keys_seen, mebibytes, new_table, number, show
 from eval.policies.options import NAMES, check, check_stride
 from sinkmodel.errors import UserError
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import positive
 from sinkmodel.results.perplexity import PerplexityResult
 
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> None:
     check_stride(options.policies, options.stride, options.budget, sinks=0)
     check_files(options.text)
     check_outputs(options)
-    from eval.measures import perplexity
+    with slow_imports():
+        from eval.measures import perplexity
 
     result, sink = perplexity.run(options)
     give_result(options, result, lambda: print_table(result, sink))

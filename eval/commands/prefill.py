@@ -16,6 +16,7 @@ from eval.measures.memories.names import ALONE, NAMM, PUBLISHED
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.files import write_csv
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import positive
 from sinkmodel.results.latency import Crossover, PrefillResult, PrefillRow, tokens_or_never
 from sinkmodel.results.schema import to_json
@@ -69,7 +70,8 @@ def add_arguments(group: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     _check(options)
-    from eval.measures.prefill import prefill
+    with slow_imports():
+        from eval.measures.prefill import prefill
 
     result = prefill.run(options)
     if options.csv is not None:

@@ -14,6 +14,7 @@ from eval.commands.tables import new_table, number, show
 from sinkmodel.console import put, say
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_folder, refuse_if_occupied
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import path_of, positive, share
 from sinkmodel.results.attention import SHARES, Birth, BirthResult, Peak, Shares, Sinks, SinksResult
 from sinkmodel.sink_metric import BORN, EPSILON, LENGTH
@@ -80,7 +81,8 @@ def _head(text: str) -> tuple[int, int]:
 
 def run(options: argparse.Namespace) -> None:
     _check(options)
-    from eval.measures.attention import sinks
+    with slow_imports():
+        from eval.measures.attention import sinks
 
     if options.maps is not None:  # before the measurement, since matplotlib may be missing
         from eval.report.maps import papers_heads, write_maps

@@ -13,6 +13,7 @@ from eval.commands.output import give_result
 from eval.commands.tables import keys_seen, new_table, number, show, span
 from eval.policies.options import BORROWED, NAMES, check
 from sinkmodel.errors import UserError
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import path_of, positive, whole
 from sinkmodel.results.streams import LinesResult, QuestionsResult, StreamEvalResult
 
@@ -76,7 +77,8 @@ def run(options: argparse.Namespace) -> None:
     check(options.sinks or [0], min(options.budgets), "--budgets")
     _settle_task(options)
     check_outputs(options)
-    from eval.measures.streams import streameval
+    with slow_imports():
+        from eval.measures.streams import streameval
 
     result = streameval.run(options)
     give_result(options, result, lambda: print_table(options, result))

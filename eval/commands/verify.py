@@ -12,6 +12,7 @@ from eval.commands.tables import new_table, number, percent, show
 from eval.policies.options import BORROWED, check
 from sinkmodel.console import put
 from sinkmodel.errors import UserError
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import name_of, positive, real
 from sinkmodel.results.verdict import Comparison, VerdictResult
 
@@ -90,7 +91,8 @@ def run(options: argparse.Namespace) -> int:
     _check_names(options.sink, options.vanilla)
     check_files(options.text)
     check_outputs(options)
-    from eval.measures.verdict import verify
+    with slow_imports():
+        from eval.measures.verdict import verify
 
     result = verify.run(options)
     give_result(options, result, lambda: print_tables(result))

@@ -15,6 +15,7 @@ from eval.commands.tables import new_table, number, show
 from eval.measures.harness.paper import PAPER
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import path_of, positive
 from sinkmodel.results.tasks import ZeroshotResult
 from sinkmodel.text.search import find_json_lines, name_without_suffixes
@@ -51,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     check_outputs(options)
     names, files = choose(options.tasks, options.data)
-    from eval.measures.harness import zeroshot
+    with slow_imports():
+        from eval.measures.harness import zeroshot
 
     zeroshot.run(
         options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinkmodel.console import command, say
 from sinkmodel.errors import UserError, shell
+from sinkmodel.imports import slow_imports
 from sinkmodel.parser import OneLineParser, path_of
 
 FORMATS = ("transformers", "gguf", "row", "custom_generate")
@@ -44,19 +45,22 @@ def main(argv: list[str]) -> None:
         folder = export_streaming_code(options.output)
         say(f"wrote {folder}; put it on the Hub with: {shell('hf', 'upload', 'ORG/NAME', folder)}")
     elif options.format == "gguf":
-        from sinkmodel.export.gguf_file import export_gguf
+        with slow_imports():
+            from sinkmodel.export.gguf_file import export_gguf
 
         file = export_gguf(options.checkpoint, options.output, options.dtype, options.step)
         say(f"wrote {file}; load it with llama.cpp, or with any program based on it")
     elif options.format == "row":
-        from sinkmodel.export.row import export_row
+        with slow_imports():
+            from sinkmodel.export.row import export_row
 
         file = export_row(options.checkpoint, options.output, options.dtype, options.step)
         say(f"wrote {file}; give it to sink-eval and sink-stream as --model; they find its base by name")
     else:
-        from transformers import AutoConfig
+        with slow_imports():
+            from transformers import AutoConfig
 
-        from sinkmodel.export.folder import export
+            from sinkmodel.export.folder import export
         from sinkmodel.sinks import IN_SOFTMAX, kind_of
 
         folder = export(options.checkpoint, options.output, options.dtype, options.step)

@@ -7,16 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sinkmodel.bases import generation_of
-from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verify
+from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verifying
 from sinkmodel.files import atomic_folder, json_bytes, refuse_if_occupied
 from sinkmodel.loading import load_model_of
 from sinkmodel.provenance import PROVENANCE
 from sinkmodel.sinks import IN_SOFTMAX
 from sinkmodel.tokenizer import save_tokenizer
+
+# What `build_model` makes, with the weights that transformers names otherwise in a file than in the model.
+OWN: dict[str, dict[str, str]] = {
+    "gpt_neox": {"lm_head.weight": "embed_out.weight"},
+    "llama": {},
+    "sink_gpt_neox": {},
+    "sink_llama": {},
+}
+SHARD = "50GB"  # the size from which `save_pretrained` writes several files
 
 
 def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
@@ -33,25 +44,51 @@ def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | N
     """
     refuse_if_occupied(output)
     file = find_checkpoint(checkpoint, step)
-    verify(file)
-    content = read_checkpoint(file)
-    recipe = Recipe.from_dict(content["recipe"])
-    model = load_model_of(content, file).to(getattr(torch, dtype))
-    rows = model.get_input_embeddings().num_embeddings
-    with atomic_folder(output) as folder:
+    with verifying(file) as wait_for_checksum:
+        content = read_checkpoint(file)
+        recipe = Recipe.from_dict(content["recipe"])
+        model = load_model_of(content, file).to(getattr(torch, dtype))
+        rows = model.get_input_embeddings().num_embeddings
         model.generation_config = generation_config(rows, recipe, generation_of(model))
         _name_special_ids(model)
-        transformers_logging.disable_progress_bar()
-        model.save_pretrained(folder)
-        if recipe.sink.kind not in IN_SOFTMAX:
-            write_for_transformers_4(folder / "config.json")
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        save_tokenizer(folder, recipe.tokenizer, recipe.sink, positions, rows)
-        stated = {**recipe.stated(), "checkpoint": file.name}
-        if recipe.base is not None and Path(recipe.base.name).is_absolute():  # the Hub must not get local paths
-            stated["base"]["name"] = Path(recipe.base.name).name
-        (folder / PROVENANCE).write_bytes(json_bytes(stated))
+        with atomic_folder(output) as folder:
+            _write(folder, model, recipe, file.name)
+            wait_for_checksum()
     return output
+
+
+def _write(folder: Path, model: PreTrainedModel, recipe: Recipe, checkpoint: str) -> None:
+    transformers_logging.disable_progress_bar()
+    if recipe.base is None and model.config.model_type in OWN:
+        save_own(model, folder)
+    else:
+        model.save_pretrained(folder)  # weights of some families have other names and shapes in their files
+    if recipe.sink.kind not in IN_SOFTMAX:
+        write_for_transformers_4(folder / "config.json")
+    rows = model.get_input_embeddings().num_embeddings
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    save_tokenizer(folder, recipe.tokenizer, recipe.sink, positions, rows)
+    stated = {**recipe.stated(), "checkpoint": checkpoint}
+    if recipe.base is not None and Path(recipe.base.name).is_absolute():  # the Hub must not get local paths
+        stated["base"]["name"] = Path(recipe.base.name).name
+    (folder / PROVENANCE).write_bytes(json_bytes(stated))
+
+
+def save_own(model: PreTrainedModel, folder: Path) -> None:
+    """Write what `save_pretrained` writes, for a GPT-NeoX or Llama that we built ourselves.
+
+    `save_pretrained` compiles the patterns by which transformers renames the weights of all families, and imports
+    DeepSpeed if that is installed. In an export of 162M parameters that was nearly half of the CPU time.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    renamed = OWN[model.config.model_type]
+    weights: dict[int, tuple[str, Tensor]] = {}
+    for name, weight in model.state_dict().items():  # of a tied head only the embedding is written
+        weights.setdefault(weight.data_ptr(), (renamed.get(name, name), weight))
+    save_torch_state_dict(dict(weights.values()), folder, max_shard_size=SHARD)
 
 
 def generation_config(rows: int, recipe: Recipe, of_base: dict[str, Any]) -> GenerationConfig:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verify
+from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verifying
 from sinkmodel.errors import UserError
 from sinkmodel.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from sinkmodel.files import atomic_file
@@ -57,30 +57,31 @@ def export_gguf(checkpoint: Path, output: Path, dtype: str = "float32", step: in
     if output.exists():
         raise UserError(f"{output} already exists; choose another file or remove it")
     file = find_checkpoint(checkpoint, step)
-    verify(file)
-    content = read_checkpoint(file)
-    recipe = Recipe.from_dict(content["recipe"])
-    check_sink(recipe.sink)
-    check_model(recipe.model_config)
-    check_tokenizer(recipe.tokenizer, recipe.sink)
-    model = load_model_of(content, file)
-    architecture = ARCHITECTURES[model.config.model_type]
-    file_type, kind = FILE_TYPES[dtype]
-    with atomic_file(output) as aside:
-        writer = gguf.GGUFWriter(aside, gguf.MODEL_ARCH_NAMES[architecture])
-        writer.add_name(output.stem)
-        writer.add_file_type(file_type)
-        _add_shape(writer, model.config)
-        add_tokenizer(writer, recipe.tokenizer, recipe.sink, model.config.vocab_size)
-        names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
-        for name, weight in laid_out(model):
-            here = kind if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
-            data = gguf.quants.quantize(np.ascontiguousarray(weight.float().numpy()), here)
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, data, raw_dtype=here)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    with verifying(file) as wait_for_checksum:
+        content = read_checkpoint(file)
+        recipe = Recipe.from_dict(content["recipe"])
+        check_sink(recipe.sink)
+        check_model(recipe.model_config)
+        check_tokenizer(recipe.tokenizer, recipe.sink)
+        model = load_model_of(content, file)
+        architecture = ARCHITECTURES[model.config.model_type]
+        file_type, kind = FILE_TYPES[dtype]
+        with atomic_file(output) as aside:
+            writer = gguf.GGUFWriter(aside, gguf.MODEL_ARCH_NAMES[architecture])
+            writer.add_name(output.stem)
+            writer.add_file_type(file_type)
+            _add_shape(writer, model.config)
+            add_tokenizer(writer, recipe.tokenizer, recipe.sink, model.config.vocab_size)
+            names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+            for name, weight in laid_out(model):
+                here = kind if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+                data = gguf.quants.quantize(np.ascontiguousarray(weight.float().numpy()), here)
+                writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")) or name, data, raw_dtype=here)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            wait_for_checksum()
     return output
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError, shell
+from sinkmodel.imports import slow_imports
 from sinkmodel.perplexity import perplexity
 from sinkmodel.streaming.options import BUDGET, NAME, parse
 from sinkmodel.streaming.terminal import Interrupts, Status, TextPipe, ask, write
@@ -46,8 +47,9 @@ class Session:
     """The stream of one call of the command, and what the command does with it."""
 
     def __init__(self, options: argparse.Namespace, interrupts: Interrupts):
-        from sinkmodel.loading import load_model
-        from sinkmodel.streaming.sampling import Sampler
+        with slow_imports():
+            from sinkmodel.loading import load_model
+            from sinkmodel.streaming.sampling import Sampler
 
         self.options, self.interrupts = options, interrupts
         # Without this line, a user cannot see whether the model is still loading or waits for input.

@@ -6,14 +6,15 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sinkmodel.checkpoint import read_checkpoint, weights_of
-from sinkmodel.export import main
+from sinkmodel.checkpoint import read_checkpoint, weights_of, write_manifest
+from sinkmodel.export import export, main
 from sinkmodel.loading import load_checkpoint, load_model_of
 from sinkmodel.sinks import IN_SOFTMAX, SinkConfig, sink_ids_of
 from tests import tiny
@@ -75,6 +76,35 @@ def test_the_weights_are_those_of_the_file_neither_drawn_nor_copied(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     mapped = {weight.data_ptr() for weight in weights_of(content).values()}
     assert {weight.data_ptr() for weight in model.parameters()} <= mapped
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("kind", ["token", "logit"])
+@pytest.mark.parametrize("architecture", tiny.SHAPES)
+def test_the_files_are_those_of_save_pretrained(architecture, kind, tied, tmp_path, monkeypatch):
+    """Risk: a new release of transformers writes other files, and ours, which are written faster, stay as they were."""
+    shape = replace(tiny.SHAPES[architecture], tie_embeddings=tied)
+    tiny.checkpoint(tmp_path / "run", shape, SinkConfig(kind))
+    ours = export(tmp_path / "run", tmp_path / "ours", "bfloat16")
+    monkeypatch.setattr("sinkmodel.export.folder.save_own", lambda model, folder: model.save_pretrained(folder))
+    theirs = export(tmp_path / "run", tmp_path / "theirs", "bfloat16")
+    names = {file.name for file in theirs.iterdir()}
+    assert "model.safetensors" in names
+    assert {file.name: file.read_bytes() for file in ours.iterdir()} == {
+        name: (theirs / name).read_bytes() for name in names
+    }
+
+
+@pytest.mark.parametrize("output", ["model", "model.gguf"])
+def test_a_checkpoint_with_another_checksum_is_not_exported(output, tmp_path, capsys):
+    """Risk: the checksum is compared while the files are written, and comes too late or leaves something behind."""
+    checkpoint = tiny.checkpoint(tmp_path / "run", "llama")
+    write_manifest(checkpoint.parent, checkpoint.name, "0" * 64)
+    form = "gguf" if output.endswith(".gguf") else "transformers"
+    argv = ["--checkpoint", tmp_path / "run", "--output", tmp_path / "out" / output, "--format", form]
+    assert main([str(word) for word in argv]) == 2
+    assert "step7.ckpt is not what was written" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_generation_emits_neither_sink_nor_padding_nor_unused_ids(exported):
