@@ -1,7 +1,7 @@
 """Show which words of a text an evolved memory forgets: the text itself, each word fainter the fewer heads hold it.
 
     python examples/forgotten_text.py --artefact runs/namm/best --text book.txt
-    python examples/forgotten_text.py --artefact runs/namm/best --model runs/recall --text book.txt --html forgotten.html
+    python examples/forgotten_text.py --artefact runs/namm/best --text book.txt --model runs/recall --html page.html
 
 A NAMM decides for each layer and KV head. So a token can be held by all heads, by some, or by none; then no later token
 can attend to it. The model is any that `sink-stream --model` takes, also one that the NAMM was not evolved on.
