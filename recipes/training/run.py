@@ -65,14 +65,14 @@ def pretrain(config: PretrainConfig) -> int:
         say(f"stopped at step {trainer.global_step} of {steps}, saved; resume with the same command, or with:")
         say(f"  {shell('sink-pretrain', '--config', run / 'config.yaml')}")
         if stop.agreed in signals.REQUEUES:
-            from_first(requeue)  # the others wait: if one exits, srun kills the rest, and their scontrol
+            from_first(requeue)  # the other ranks wait: if one exited, srun would kill rank 0 and its scontrol
         return 128 + stop.agreed
     say(f"trained {steps} steps; {_export(run)}")
     return 0
 
 
 def _train(setup: Setup, world: World, strategy: str, start: Path | None) -> tuple[Trainer, StopOnSignal]:
-    """Train until the last step or a signal. Returns the trainer, and the callback that knows the signal."""
+    """Train until the last step or a signal. The returned callback has the signal as `agreed`, or None."""
     config, model = setup.config, setup.begin.model
     model.set_attn_implementation(CAUSAL)
     setup.check(start)
@@ -89,10 +89,10 @@ def _train(setup: Setup, world: World, strategy: str, start: Path | None) -> tup
         try:
             trainer.fit(module, datamodule=setup.datamodule, ckpt_path=start, weights_only=True)
         except UserError as error:
-            if not error.any_rank:  # all ranks raise it at the same step
+            if not error.any_rank:  # then all ranks raise it at the same step, and all come here
                 from_first(writer.finish)
             raise
-        from_first(writer.finish)  # the others wait: if a rank exited now, rank 0 would be killed during its save
+        from_first(writer.finish)  # the other ranks wait: if one exited, the launcher would kill rank 0 in its save
     return trainer, stop
 
 
@@ -127,7 +127,10 @@ def _export(run: Path) -> str:
 
 
 def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
-    """The config with device and precision decided, as the run folder records it: a resume then computes the same."""
+    """The config without `auto`. The run folder records it, so that a resumed run keeps device and precision.
+
+    Raises UserError if loggers, processes or GPUs do not fit the config.
+    """
     device, precision = config.training.device, config.training.precision
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("training.device is cuda, but torch sees no GPU; choose auto or cpu")
@@ -150,9 +153,10 @@ def _resolve(config: PretrainConfig, world: World) -> PretrainConfig:
 
 
 def _products(config: PretrainConfig, start: Path | None) -> str:
-    """The library for fp32 matrix products on a CPU, for all ranks. A resumed run keeps its library, and so its bits.
+    """The library for matrix products: torch, unless the run is fp32 on a CPU.
 
-    The environment variable SINKMODEL_PRODUCTS overrides that. Without it, a new run takes the faster library.
+    If SINKMODEL_PRODUCTS names a library, it is that one. Otherwise a new run takes the faster one, and a resumed run
+    keeps its own, since another changes the losses by rounding. Rank 0 calls this for all ranks.
     """
     if config.training.device != "cpu" or config.training.precision != "fp32":
         return TORCH
@@ -173,8 +177,10 @@ def _refuse_no_onednn(products: str) -> None:
 
 
 def _see_folder(run: Path, patience: float = 15.0) -> None:
-    """Raises UserError on a rank that does not see the run folder after `patience` seconds, as network file systems
-    may show it late."""
+    """Wait until this rank sees the lock in the run folder, since network file systems may show it late.
+
+    Raises UserError after `patience` seconds.
+    """
     until = time.monotonic() + patience
     while not (run / LOCK).exists():
         if time.monotonic() > until:
@@ -202,8 +208,8 @@ def _introduce(setup: Setup, strategy: str, world: World, start: Path | None) ->
         say(f"{world.size} process(es){nodes}, {strategy}")
     entropy, counted = unigram_entropy(train)
     say(
-        f"a loss below {entropy:.2f} shows that the model uses context: that is the entropy of single tokens over the "
-        f"first {counted:,} of the data"
+        f"a loss below {entropy:.2f} shows that the model uses context: so many nats is the entropy of single tokens, "
+        f"over the first {counted:,} tokens of the data"
     )
     if start is not None:
         before = read_checkpoint(start)["recipe"]["provenance"].get("processes", 1)
@@ -212,7 +218,7 @@ def _introduce(setup: Setup, strategy: str, world: World, start: Path | None) ->
 
 
 def unigram_entropy(split: TokenSplit, most: int = 1_000_000) -> tuple[float, int]:
-    """Entropy in nats of the token frequencies in the first `most` tokens at most, and the number of tokens counted."""
+    """Entropy in nats of the frequencies of the first `most` tokens or fewer, and how many were counted."""
     tokens = min(split.tokens, most)
     counts = np.bincount(split.read(0, tokens))
     shares = counts[counts > 0] / tokens

@@ -6,8 +6,12 @@ A forward calls three methods, each with the same plan:
     state.update(layer, keys, values)     writes the keys of the model's attention, returns what its queries see
     state.commit(plan)                    counts the tokens as fed
 
-If a forward is interrupted before `commit`, the stream is as if it had not been fed, or it is torn: then some keys that
-are still needed were overwritten or turned. Nothing outside of this file writes to a state.
+To turn a key by n is to rotate it (RoPE) as if its token had a position larger by n; a turn is such an n. The sinks are
+kept twice: in their slots, turned, and in `sink_keys`, as the model rotated them (the originals). A plan is `placed` or
+joined; `sinkmodel.cache.plan` explains both kinds.
+
+If a forward is interrupted before `commit`, no token was counted as fed. Usually the stream can then be fed again. If
+keys that are still needed were overwritten, it is torn and can only be reset. Only this file writes to a state.
 
 Shapes: L layers, B rows, G KV heads, N tokens of the plan, C slots, S sinks, D head size, R rotary dimensions.
 """
@@ -46,10 +50,10 @@ class State:
     def forget(self) -> None:
         """Drop the stream. The slots keep their memory for the next one."""
         self.seen: list[int] = []  # tokens of each row so far, without pads
-        self.origin: list[int] = []  # the token of each row from which the model's positions count
+        self.origin: list[int] = []  # for each row, the index of the token whose position is 0 for the model
         self.columns = 0  # columns fed so far, pads included
         self.padded_until = 0  # number of columns up to and including the last pad
-        self.turned: list[int] = []  # turn of the sinks in the slots, for each row
+        self.turned: list[int] = []  # for each row, the turn of the sinks in the slots from their originals
         self._torn = False
         self.model: Any = None  # weak reference to the model of this stream
         self.sample: list[float] = []  # a few of its weights, by which a restored stream recognises it
@@ -59,7 +63,7 @@ class State:
 
     @property
     def torn(self) -> bool:
-        """True if a forward was interrupted after changing keys that are still needed."""
+        """True while an interruption would leave the stream inconsistent, and after such an interruption."""
         return self._torn
 
     @property
@@ -69,7 +73,7 @@ class State:
     # ----------------------------------------------------------------------------------------------------- the model
 
     def check_model(self, model: Any) -> None:
-        """Raise UserError unless it is the model of the stream or, without a stream, one that fits the config."""
+        """Raise UserError if another model is attached, or if none is and this one does not fit the config."""
         if self.model is not None:
             if self.model() is not model:
                 raise UserError(
@@ -84,7 +88,7 @@ class State:
             )
 
     def adopt(self, model: Any, traits: Traits, rows: int) -> None:
-        """Attach a model: allocate slots for `rows` new streams, or check that a restored stream fits the model."""
+        """Attach a model: allocate slots for `rows` rows, or check that a restored stream fits the model."""
         sample = sample_of(model)
         if self.columns:
             self._move_to(traits, sample)
@@ -102,7 +106,7 @@ class State:
         self.traits, self.sample, self.model = traits, sample, weakref.ref(model)
 
     def _move_to(self, traits: Traits, sample: list[float]) -> None:
-        """Move a restored stream to the device of its model."""
+        """Move a restored stream to the device of its model. Raises UserError if the model does not fit."""
         keys, values = self.layers[0].keys, self.layers[0].values
         saved = (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
         ours = (traits.groups, traits.key_size, traits.value_size, traits.dtype)
@@ -128,7 +132,7 @@ class State:
         if plan.delta_B is not None:
             self._turn_sinks(plan.delta_B)
         self.plan = plan
-        self._torn = not plan.placed  # a joined plan overwrites keys that a shorter one would still need
+        self._torn = not plan.placed  # `update` of a joined plan overwrites keys; a repeated forward may need them
 
     def update(self, layer_idx: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write the keys [B, G, N, D] and values of a layer. Returns those that the plan's queries see."""
@@ -149,9 +153,9 @@ class State:
             layer.write(plan, key_states, value_states)
             return layer.read(plan)
         sinks = self.ring.sinks
-        turned = self._turned_sinks(layer_idx, plan)
-        keys = torch.cat([turned, layer.keys[:, :, sinks:], key_states], dim=2)
-        turns = turned.shape[2] // sinks if sinks else 0
+        turned_sinks = self._turned_sinks(layer_idx, plan)
+        keys = torch.cat([turned_sinks, layer.keys[:, :, sinks:], key_states], dim=2)
+        turns = turned_sinks.shape[2] // sinks if sinks else 0
         sink_values = layer.values[:, :, :sinks].repeat(1, 1, turns, 1)
         values = torch.cat([sink_values, layer.values[:, :, sinks:], value_states], dim=2)
         layer.write(plan, key_states, value_states)
@@ -171,13 +175,13 @@ class State:
         self._torn = False
 
     def abandon(self) -> None:
-        """Drop the plan of an interrupted forward. Unless the stream is torn, the forward has had no effect."""
+        """Drop the plan of an interrupted forward. If the stream is not torn, it can be fed again."""
         self.plan = None
 
     # -------------------------------------------------------------------------------------------------- turning keys
 
     def _remember_sinks(self) -> None:
-        """Store the originals of new sinks, before any of them is turned."""
+        """Copy the sinks to the originals in rows whose sinks have not been turned yet; the other rows have theirs."""
         assert self.sink_keys is not None
         for row, (turned, seen) in enumerate(zip(self.turned, self.seen)):
             if turned == 0 and self.origin[row] == 0:
@@ -186,21 +190,21 @@ class State:
                     original[row, :, :new] = layer.keys[row, :, :new]
 
     def _turn_sinks(self, delta_B: list[int]) -> None:
-        """Set the sinks in the slots to their originals turned by `delta_B`: one small product for all layers."""
+        """Set the sinks in the slots to their originals turned by `delta_B`. All layers are computed together."""
         rotary, sinks = self.rotary, self.ring.sinks
         if delta_B == self.turned or rotary is None or not sinks:
             return
         assert self.sink_keys is not None
         delta = torch.tensor(delta_B[:1] if len(set(delta_B)) == 1 else delta_B)[:, None, None]
-        turned = rotary.turned_pairs(self.sink_keys, rotary.rotation(delta, self.sink_keys.device))
+        turned_sinks = rotary.turned_pairs(self.sink_keys, rotary.rotation(delta, self.sink_keys.device))
         for index, layer in enumerate(self.layers):
             if rotary.layers[index]:
-                for place, value in zip(rotary.pairs(layer.keys[:, :, :sinks]), turned):
+                for place, value in zip(rotary.pairs(layer.keys[:, :, :sinks]), turned_sinks):
                     place.copy_(value[index])
         self.turned = delta_B
 
     def _move_origin(self, origin: list[int]) -> None:
-        """Change the tokens from which positions are counted, and turn the window's keys by the difference."""
+        """Change the tokens whose position is 0. The position of each key changes by old − new, so turn it by that."""
         rotary = self.rotary
         if rotary is not None:
             delta = torch.tensor([old - new for old, new in zip(self.origin, origin)])[:, None, None]
@@ -213,7 +217,7 @@ class State:
         self.origin = origin
 
     def _turned_sinks(self, layer_idx: int, plan: Plan) -> Tensor:
-        """The sink keys of a layer, one copy for each turn of a joined plan, [B, G, turns × S, D]."""
+        """The sink keys of a layer, [B, G, turns × S, D]: a copy of all sinks for each column of `plan.delta_BN`."""
         assert self.sink_keys is not None
         assert plan.delta_BN is not None
         keys_BGSD = self.sink_keys[layer_idx]
@@ -226,9 +230,10 @@ class State:
         return keys.reshape(B, G, turns * S, D)
 
     def query_turn(self, plan: Plan) -> Rotation:
-        """Rotation of the queries from their model position to their place in the cache, [B, 1, N or 1, R/2].
+        """The rotation that turns the queries by minus the turn of the sinks, [B, 1, N or 1, R/2].
 
-        For a sink that is not a token: it has no key here that could be turned instead.
+        A sink in the softmax that has a key (`kv_bias`) is not a token, and this cache does not hold it. So the queries
+        are turned instead of that key.
         """
         assert self.rotary is not None
         assert self.traits is not None
@@ -238,7 +243,11 @@ class State:
     # --------------------------------------------------------------------------------------- changes between forwards
 
     def crop(self, count: int) -> None:
-        """Remove the latest `count` columns. If something was evicted, raises UserError and changes nothing."""
+        """Remove the latest `count` columns.
+
+        Raises UserError, and changes nothing, if tokens were evicted, or if a pad would be reached. The public `crop`
+        takes −count, and so its message shows that sign.
+        """
         if not 0 <= count <= self.columns:
             raise UserError(f"crop takes minus the number of tokens to remove, at least {-self.columns}; got {-count}")
         if count == 0:
@@ -246,7 +255,7 @@ class State:
         if max(self.seen) > self.ring.slots:
             raise UserError(
                 f"the latest {count} tokens cannot be removed: {max(self.seen) - self.ring.slots} older ones were "
-                f"evicted for them; keep an earlier state_dict(), or use a budget above {max(self.seen)}"
+                f"evicted; keep an earlier state_dict(), or use a budget above {max(self.seen)}"
             )
         if self.columns - count < self.padded_until:
             raise UserError("crop cannot reach back before a pad; reset() and feed again")

@@ -331,6 +331,11 @@ def test_what_is_undecided_needs_more_than_no_text(low, high, mean, more):
     assert more_tokens(found(low, high, mean), 0.01) == more
 
 
+def test_a_mean_of_zero_without_a_margin_is_never_decided():
+    """Guards a division by zero."""
+    assert more_tokens(found(-0.01, 0.01, 0.0), 0.0) is None
+
+
 def test_what_is_resampled_depends_on_what_there_is():
     rng = np.random.default_rng(0)
     for lengths, block, resampled in (

@@ -7,20 +7,21 @@ The input is the paired differences d = a − b, one series per document. The in
 The moving-block bootstrap (Künsch 1989) resamples e in overlapping blocks of `block` tokens, which keeps the dependence
 between neighbouring tokens. Documents are resampled first, since two texts differ by more than the noise of their
 tokens. Resampling both unchanged would count the noise within documents twice, since a document's mean contains it. So
-the document means are first shrunk until their variance is the estimate of σ²_u alone. The blocks are centred by their
-document's mean, and then scaled up by the variance that centring removed (Davison & Hinkley 1997, section 3.8;
-Carpenter, Goldstein & Rasbash 2003).
+each document's deviation from the overall mean is first reduced, so that about σ²_u is left of its variance. From the
+blocks the document's mean is subtracted; since that lowers their variance, they are scaled up again (Davison & Hinkley
+1997, section 3.8; Carpenter, Goldstein & Rasbash 2003).
 
 With few blocks or documents the bootstrap underestimates the variance. So the interval is stretched from the normal
-quantile to Student's at their degrees of freedom (after Hesterberg 2015, section 5.3). If only a few documents are
-long, the degrees of freedom are few: three books among a hundred pages tell us hardly more about σ²_u than three books
-alone (`_freedom`).
+quantile to Student's (after Hesterberg 2015, section 5.3). The degrees of freedom are those of the documents, or of the
+blocks if the estimate of σ²_u is 0 or only blocks are resampled. If only a few documents are long, the degrees of
+freedom are few: three books among a hundred pages tell us hardly more about σ²_u than three books alone (`_freedom`).
 
-Several pairs of twin runs that read the same texts differ by their seeds as well. The differences are averaged over the
-pairs, which gives an interval as above, for these runs on other texts. The spread of the pairs' means gives the error
-over runs on these texts. Each error is multiplied by Student's quantile at its own degrees of freedom, then the two are
-added as squares (`over_runs`), so that the interval covers at least as often as its level, whichever error is larger.
-Both errors contain the noise within a pair, which makes the interval wider still.
+A pair of twins is a run of each of two models. Several pairs that read the same texts differ by their seeds as well.
+The differences are averaged over the pairs, which gives an interval as above, for these runs on other texts. The spread
+of the pairs' means gives the error over runs on these texts. Each error is multiplied by Student's quantile at its own
+degrees of freedom, then the two are added as squares (`over_runs`), so that the interval covers at least as often as
+its level, whichever error is larger. Noise of tokens that differs from pair to pair is in both errors, which makes the
+interval wider still.
 
 If the documents weigh less than DOCUMENTS of one length, σ²_u cannot be estimated. Then only blocks are resampled, and
 the interval holds for these texts, not for others (`speaks_of`). The same is done if the caller asks about these texts
@@ -42,11 +43,11 @@ Series = npt.NDArray[np.floating]
 Answer = Literal["equivalent", "better", "worse", "undecided"]
 SpeaksOf = Literal["these texts", "other texts"]
 
-BLOCKS = 5  # fewer whole blocks than this give no interval
+BLOCKS = 5  # blocks alone give an interval if they are at least this many (`enough`)
 DOCUMENTS = 5  # documents that weigh less than this many of one length are not resampled
 RESAMPLES = 5000
 AT_ONCE = 1 << 22  # random numbers drawn together
-MOST = 1e6  # an answer that needs more than this many times the text counts as out of reach
+MOST = 1e6  # for several runs, an answer that needs more than this many times the text is out of reach
 TINY = 1e-300  # smallest half-width: the mean may lie at an end of its bootstrap interval, or outside it
 
 
@@ -217,7 +218,8 @@ def more_tokens(found: Interval, margin: float) -> int | None:
 
     There is an answer as soon as the interval lies within the margin or excludes zero. For one run the interval shrinks
     about the mean as one over the square root of the tokens. For several runs only the error over texts shrinks; the
-    error over runs stays. Returns None if even MOST times the present text would not give an answer.
+    error over runs stays. Returns None if no amount of text would give an answer, or for several runs if more than MOST
+    times the present text would be needed.
     """
     if decide(found, margin) != "undecided":
         return 0
@@ -227,6 +229,8 @@ def more_tokens(found: Interval, margin: float) -> int | None:
     )  # scale of the interval that brings it within the margin
     apart = found.mean / below if found.mean > 0 else -found.mean / above  # … that excludes zero
     scale = max(within, apart)
+    if scale <= 0:
+        return None
     if found.runs == 1:
         return max(1, math.ceil(found.tokens * (scale**-2 - 1)))
     assert found.stderr_runs is not None
