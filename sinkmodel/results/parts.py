@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sinkmodel.results.schema import Number, omitted
 
@@ -24,8 +24,8 @@ class Result:
     COMMAND: ClassVar[str]
 
     command_line: str | None = omitted()
-    date: Any = omitted()
-    versions: Any = omitted()
+    date: object = omitted()
+    versions: object = omitted()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def _hints(kind: type) -> dict[str, Any]:
 def _read(kind: Any, value: Any, place: str) -> Any:
     """The value of a field with the annotation `kind`."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
+    if kind in (Any, object):
         return value
     if origin in (types.UnionType, typing.Union):
         return _read_optional(next(part for part in inner if part is not types.NoneType), value, place)

@@ -76,7 +76,7 @@ def test_every_timed_query_sees_as_many_keys_as_the_row_says(budget, attention, 
     assert during["dense"] == during["window"] == during["sink"] == [(1, budget)] * steps * layers
     assert during["recompute"] == [(budget, budget)] * 2 * layers
     assert [len(side.steps) for side in sides] == [16, 2, 16, 16]
-    assert all(side.policy.row(budget)["keys_seen"] == budget for side in sides)
+    assert all(side.policy.row(budget).keys_seen == budget for side in sides)
     kept = sides[1].stream.ids_BT
     assert kept.shape == (1, budget)
     assert kept[0, 0] == 0, "the model's sink stands in front of what is read again"

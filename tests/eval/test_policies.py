@@ -128,7 +128,7 @@ def all_policies():
 
 def test_every_policy_answers_the_questions_of_the_interface():
     rows = [policy.row(39) for policy in all_policies()]
-    assert [(row["label"], row["keys_seen"]) for row in rows] == [
+    assert [(row.label, row.keys_seen) for row in rows] == [
         ("dense", 39),
         ("window 0+12", 12),
         ("window-paper 0+12", 13),
@@ -137,9 +137,9 @@ def test_every_policy_answers_the_questions_of_the_interface():
         ("sink-paper 3+9", 13),
         ("recompute 2+10, stride 4", 12),
     ]
-    assert [row.get("keys_seen_least") for row in rows[3::3]] == [12, 9]
-    assert Recompute(0, BUDGET, 4).row(5)["keys_seen_least"] == 5
-    assert all(row[key] for row in rows for key in ("needs", "keeps", "positions"))
+    assert [row.keys_seen_least for row in rows[3::3]] == [12, 9]
+    assert Recompute(0, BUDGET, 4).row(5).keys_seen_least == 5
+    assert all(getattr(row, key) for row in rows for key in ("needs", "keeps", "positions"))
 
 
 @pytest.mark.parametrize("index", range(len(all_policies())))

@@ -203,7 +203,7 @@ def test_more_files_than_a_process_may_open(runs, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(sequences) == 66
-    assert [each["sequences"] for each in taken] == [3 if number % 20 == 0 else 1 for number in range(60)]
+    assert [each.sequences for each in taken] == [3 if number % 20 == 0 else 1 for number in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_files_and_documents_take_turns_and_twins_read_the_same_text(runs, texts
     assert LENGTH <= len(two) < 2 * LENGTH, "else the third document has a second turn"
     places = [(book, 0), (one, 0), (two, 0), (book, 1), (one, 1), (book, 2)]
     assert sequences == [ids[n * LENGTH : (n + 1) * LENGTH] for ids, n in places]
-    assert [text["sequences"] for text in taken] == [3, 3]
+    assert [text.sequences for text in taken] == [3, 3]
     _, with_sinks = read_sequences(sink, texts, SEQUENCES, LENGTH)
     assert with_sinks == [(sink.sink_ids + ids)[:LENGTH] for ids in sequences]
     assert len(sink.sink_ids) == 2

@@ -5,6 +5,7 @@ tests/cluster submits the same files to a real one, where a line that only a lar
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from sinkmodel.results.files import content_of
+from sinkmodel.results.perplexity import PerplexityResult, PerplexityRow
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
@@ -66,7 +70,7 @@ elif [ "$name" = sink-export ]; then
   mkdir -p "$4"
 elif [ "$name" = sink-eval ]; then
   [[ $3 != */${BROKEN:-none} ]] || exit 1
-  echo '{"rows": [{"policy": "sink", "nll": 1.5}]}' >"${!#}"
+  printf %s "$RESULT" >"${!#}"
 elif [ "$name" = sink-pretrain ] || [ "$name" = sink-evolve ]; then
   [ -z "${SIGNAL:-}" ] || { kill -s "$SIGNAL" $PPID && sleep 0; }
   exit "${CODE:-0}"
@@ -76,6 +80,18 @@ DOUBLED = (
     *("srun", "scontrol", "sleep", "timeout"),
     *("sink-pretrain", "sink-evolve", "sink-prepare", "sink-export", "sink-eval", "sink-push"),
 )
+
+ROW = PerplexityRow(
+    policy="sink",
+    sinks=1,
+    window=7,
+    tokens=9,
+    nll=1.5,
+    nll_after_overflow=None,
+    stderr_after_overflow=None,
+    by_position=[],
+)
+RESULT = PerplexityResult(model="m", budget=8, rows=[ROW])  # that the stand-in of sink-eval writes
 
 
 @dataclass
@@ -87,7 +103,11 @@ class Job:
         (self.folder / "calls").write_text("")
         told = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SINK_", "OMP_"))}
         told |= {"PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        told |= {"DOUBLES": str(self.folder), "SINK_SITE": str(self.folder / "site.sh")}
+        told |= {
+            "RESULT": json.dumps(content_of(RESULT)),
+            "DOUBLES": str(self.folder),
+            "SINK_SITE": str(self.folder / "site.sh"),
+        }
         told |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2"}
         told |= {"SLURM_CPUS_ON_NODE": "96", **{key: str(value) for key, value in environment.items()}}
         # A copy, run from elsewhere, is what SLURM runs.

@@ -127,7 +127,7 @@ def test_rows_are_taken_by_data_set_up_to_the_limit(tmp_path, capsys):
         ("hotpotqa", ["Who?", "Who?", "Two?"]),
         ("trec", ["Who?"]),
     ]
-    assert [of["rows"] for of in files] == [3, 1]
+    assert [of.rows for of in files] == [3, 1]
     assert "trec: 1 rows, fewer than --samples 3" in capsys.readouterr().err
 
 
