@@ -29,6 +29,8 @@ def main(output: Path) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, when it is imported, that it finds no GPU
     sys.path.insert(0, str(ROOT))  # import from this checkout, whatever is installed
     warnings.filterwarnings("error", module=r"pdoc\b")
+    # pdoc looks up the annotations of an inherited field in the module of the class that inherits it.
+    warnings.filterwarnings("ignore", r"Error parsing type annotation .*\.__init__\.", module=r"pdoc\b")
     render.configure(
         docformat="google", include_undocumented=False, template_directory=Path(__file__).parent / "templates"
     )
