@@ -3,7 +3,7 @@
 `sinkmodel.softmax_sinks.architectures` defines them.
 """
 
-from sinkmodel.softmax_sinks.architectures import (
+from sinkmodel.softmax_sinks.architectures import (  # noqa: F401
     FIELDS,
     PARAMETER,
     SinkGPTNeoXConfig,
@@ -13,14 +13,3 @@ from sinkmodel.softmax_sinks.architectures import (
     attentions_of,
     sink_shape,
 )
-
-__all__ = [
-    "FIELDS",
-    "PARAMETER",
-    "SinkGPTNeoXConfig",
-    "SinkGPTNeoXForCausalLM",
-    "SinkLlamaConfig",
-    "SinkLlamaForCausalLM",
-    "attentions_of",
-    "sink_shape",
-]
