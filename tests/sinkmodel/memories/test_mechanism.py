@@ -149,7 +149,7 @@ def test_forks_and_copies_in_the_middle_of_a_prompt_go_their_own_ways(llama, tex
     for fork in forks:
         torch.testing.assert_close(feed(llama, fork, text[:, PROMPT:]), expected, atol=0, rtol=0)
     turned = feed(llama, swapped, text.flip(0)[:, PROMPT:])
-    torch.testing.assert_close(turned, expected.flip(0), atol=5e-5, rtol=0)
+    torch.testing.assert_close(turned, expected.flip(0), atol=1e-5, rtol=0)
 
 
 def test_a_file_of_another_memory_or_a_damaged_one_is_refused(llama, text, tmp_path):
@@ -173,6 +173,8 @@ def test_a_file_of_another_memory_or_a_damaged_one_is_refused(llama, text, tmp_p
 
 @pytest.mark.parametrize("name", EVICTING)
 def test_beams_and_repeated_rows_carry_everything(llama, text, name):
+    """In fp64: a processor may round the rows of another batch differently."""
+    llama = llama.double()
     memory = read(llama, new(name, llama), text[:, :PROMPT])
     swapped = memory.fork()
     swapped.reorder_cache(torch.tensor([1, 0]))
@@ -180,9 +182,9 @@ def test_beams_and_repeated_rows_carry_everything(llama, text, name):
     doubled.batch_repeat_interleave(2)
     after = text[:, PROMPT:]
     expected = feed(llama, memory, after)
-    torch.testing.assert_close(feed(llama, swapped, after.flip(0)), expected.flip(0), atol=5e-5, rtol=0)
+    torch.testing.assert_close(feed(llama, swapped, after.flip(0)), expected.flip(0), atol=1e-5, rtol=0)
     twice = feed(llama, doubled, after.repeat_interleave(2, dim=0))
-    torch.testing.assert_close(twice, expected.repeat_interleave(2, dim=0), atol=5e-5, rtol=0)
+    torch.testing.assert_close(twice, expected.repeat_interleave(2, dim=0), atol=1e-5, rtol=0)
     assert doubled.kept_positions(1, 3) == memory.kept_positions(1, 1)
 
 
