@@ -305,8 +305,8 @@ class NAMM(Memory):
         scores = torch.zeros(positions.shape, device=positions.device)
         for g, first in enumerate(empty_G):  # one head at a time, since the work grows with the square of its slots
             head = slice(g, g + 1)
-            x_B1KF = features(spectrum[:, head, :, first:], newest - positions[:, head, first:], self.namm)
-            scores[:, head, first:] = token_scores(x_B1KF, parameters, self.namm.hidden)
+            x_B1KF = features(spectrum[:, head, :, first:].double(), newest - positions[:, head, first:], self.namm)
+            scores[:, head, first:] = token_scores(x_B1KF, parameters.double(), self.namm.hidden).float()
         return scores
 
     def _evict(self, layer: MemoryLayer, piece: Piece) -> None:

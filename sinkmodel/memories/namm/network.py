@@ -51,7 +51,7 @@ def flatten(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def token_scores(x_BGKF: Tensor, parameters: Tensor, hidden: int) -> Tensor:
-    """The score [B, G, K] of each token of each KV head, in fp32.
+    """The score [B, G, K] of each token of each KV head, in the dtype of both arguments.
 
     Args:
         x_BGKF: features, with tokens in the order of the text. A token's score does not depend on earlier tokens.

@@ -50,7 +50,7 @@ def add_hop(spectrum_XFK: Tensor, past_XTK: Tensor, hop_XNK: Tensor, config: NAM
 
 
 def features(spectrum_BGFK: Tensor, age_BGK: Tensor, config: NAMMConfig) -> Tensor:
-    """[B, G, K, features] in fp32: the code of the age, then the spectrum, normalised by the statistics."""
+    """[B, G, K, features], in the spectrum's dtype: the code of the age, then the spectrum, normalised."""
     half = config.age_size // 2
     rates = config.age_base ** -(torch.arange(half, dtype=torch.float64, device=age_BGK.device) / half)
     angles = age_BGK[..., None].double() * rates
@@ -58,4 +58,4 @@ def features(spectrum_BGFK: Tensor, age_BGK: Tensor, config: NAMMConfig) -> Tens
     if config.mean:
         mean, variance = (torch.tensor(x, device=spectrum.device) for x in (config.mean, config.variance))
         spectrum = (spectrum - mean) / variance.sqrt().clamp(min=SMALLEST_DEVIATION)
-    return torch.cat([angles.sin().float(), angles.cos().float(), spectrum], dim=-1)
+    return torch.cat([angles.sin().to(spectrum.dtype), angles.cos().to(spectrum.dtype), spectrum], dim=-1)
