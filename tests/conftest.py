@@ -1,6 +1,7 @@
 """One thread, no network, no stray accelerator: tests give the same bits on every machine."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["SINKMODEL_PRODUCTS"] = "torch"  # not what is faster on this machine
@@ -10,6 +11,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("REHEARSE", "1")  # tests/gpu have a GPU under make test-gpu alone, which does not read this file
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -18,3 +20,10 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items):
     """Fast tests first."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True)
+def shared_models_are_left_alone():
+    yield
+    if models := sys.modules.get("tests.models"):
+        models.check_shared_models()

@@ -98,7 +98,28 @@ def cast(model, dtype: torch.dtype):
     return model
 
 
-model_of = functools.lru_cache(build)  # for tests that leave the model alone
+_built_once = functools.lru_cache(build)
+_in_use = []  # by the running test: (model, its state when it was handed out)
+
+
+def _state(model) -> list:
+    return [model.training, *((x.dtype, x.data_ptr(), x._version) for x in model.parameters())]
+
+
+def model_of(family: str, **changes):
+    """The model of `build`, made once, for tests that leave its weights alone; conftest.py checks that they do."""
+    model = _built_once(family, **changes)
+    _in_use.append((model, _state(model)))
+    return model
+
+
+def check_shared_models() -> None:
+    """Fail if the test changed a model that later tests use too; they get a new one."""
+    changed = [type(model).__name__ for model, state in _in_use if _state(model) != state]
+    _in_use.clear()
+    if changed:
+        _built_once.cache_clear()
+    assert not changed, f"the test changed the weights of a shared model, {', '.join(changed)}: use `build` instead"
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

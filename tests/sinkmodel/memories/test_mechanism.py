@@ -172,9 +172,9 @@ def test_a_file_of_another_memory_or_a_damaged_one_is_refused(llama, text, tmp_p
 
 
 @pytest.mark.parametrize("name", EVICTING)
-def test_beams_and_repeated_rows_carry_everything(llama, text, name):
+def test_beams_and_repeated_rows_carry_everything(text, name):
     """In fp64: a processor may round the rows of another batch differently."""
-    llama = llama.double()
+    llama = build("llama").double()
     memory = read(llama, new(name, llama), text[:, :PROMPT])
     swapped = memory.fork()
     swapped.reorder_cache(torch.tensor([1, 0]))
