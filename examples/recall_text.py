@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int | None:
     options = parse(argv)
     stage = STAGES[options.stage]
     text = read_books(options.text, stage)
-    words = frequent_words(text, stage.words)
+    words = frequent_words(text, options.words or stage.words)
     with (
         atomic_file(options.output) as path,
         path.open("w", encoding="utf-8") as file,
@@ -137,6 +137,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--stage", choices=STAGES, default="full", help="stage of the training (default: full)")
     parser.add_argument("--documents", type=positive, default=100_000, metavar="N")
+    parser.add_argument(
+        "--words",
+        type=positive,
+        metavar="N",
+        help="make copies from the N most frequent words of the books (default: as the stage has it)",
+    )
     parser.add_argument("--seed", type=whole, default=0, metavar="N")
     parser.add_argument("--output", type=path_of, required=True, metavar="FILE.jsonl")
     return parser.parse_args(argv)

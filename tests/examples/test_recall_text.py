@@ -92,3 +92,11 @@ def test_a_short_book_is_refused_before_anything_is_written(tmp_path, capsys):
         capsys.readouterr().err.strip().endswith("--text is too short for prose, which needs 30 parts of it; add books")
     )
     assert not output.exists()
+
+
+@pytest.mark.parametrize("words", [3, 40])
+def test_words_says_from_how_many_words_copies_are_made(words, book, tmp_path):
+    argv = ["--text", str(book), "--stage", "copies", "--words", str(words), "--documents", "60"]
+    assert main([*argv, "--output", str(tmp_path / "copies.jsonl")]) == 0
+    lines = (tmp_path / "copies.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len({word for line in lines for word in json.loads(line)["text"].split()}) == words

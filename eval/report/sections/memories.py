@@ -156,7 +156,7 @@ def _prompt(content: PrefillResult, name: str) -> Table:
             ]
             for row in content.rows
         ],
-        caption=f"{name}, {content.dtype}, {content.device}, {content.threads} threads. × dense: median over "
+        caption=f"{name}, {content.dtype}, {content.device}, threads: {content.threads}. × dense: median over "
         f"rounds in which all took turns; MiB: peak of the process with {content.weights_bytes / MEBIBYTE:,.0f} of "
         "weights; reading: the part of the peak that the prompt took; held: by the memory afterwards; grown: by how "
         "much the process has grown.",

@@ -187,7 +187,7 @@ def _add_latency(made: Section, content: LatencyResult, name: str, number: int) 
                 ]
                 for row in rows
             ],
-            caption=f"{name}, {content.dtype}, {content.device}, {content.threads} threads; ms: median.",
+            caption=f"{name}, {content.dtype}, {content.device}, threads: {content.threads}; ms: median.",
         )
     )
     if content.ratios:
