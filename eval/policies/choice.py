@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eval.policies.dense import Dense
+from eval.policies.caches import Dense, Streaming
 from eval.policies.policy import Policy
 from eval.policies.recompute import Recompute
-from eval.policies.streaming import Streaming
 
 
 def choose(

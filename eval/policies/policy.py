@@ -10,8 +10,8 @@ older tokens were still visible, and none of them belongs to a first token (stre
 asks for both in all results). `window-paper` and `sink-paper` are (b) and (d) with the paper's count of keys: its code
 evicts after the forward, so a query sees C + 1 keys (DESIGN.md, "The budget includes the current token").
 
-A new policy is one file with a subclass of `Policy`; no other file depends on how it decides. Methods that compress a
-prompt instead of streaming are memories (`sinkmodel.memories`).
+A new policy is a subclass of `Policy` in a file of its own; no other file depends on how it decides. Methods that
+compress a prompt instead of streaming are memories (`sinkmodel.memories`).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _add_legend(canvas: Figure, axis: Axes) -> None:
 def inline(document: str, alt: str) -> str:
     """matplotlib's SVG as an element of a page, which sets its size and colours; with an alternative text.
 
-    Its ids may occur in other figures too; `eval.report.page` adds a prefix to make them unique.
+    Its ids may occur in other figures too; `eval.report.report` adds a prefix to make them unique.
     """
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", XLINK)

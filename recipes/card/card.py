@@ -10,21 +10,22 @@ licence. The same input gives the same bytes.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.card import curve
+import yaml
+
 from recipes.card.facts import GGUF, PROVENANCE, Facts, Point, gather
-from recipes.card.markdown import EMPTY, front_matter, split_by_hand
 from recipes.card.metadata import metadata
 from recipes.card.report import TRAINING, Report, read_report
 from recipes.card.results import Measured, read_results
-from recipes.card.rows import citation, model_rows, training_rows
+from recipes.card.rows import citation, last_of, model_rows, training_rows
 from sinkmodel.bounds import inside
-from sinkmodel.errors import UserError
+from sinkmodel.errors import UserError, first_line
 from sinkmodel.files import atomic_file, read_json
 from sinkmodel.markdown import code_span, escaped, link, one_line
 from sinkmodel.secrets import all_redacted
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 README = "README.md"
+CURVE = "figures/loss.png"  # of the run, in a card without a report
+BEGIN = "<!-- written by hand: begin -->"
+END = "<!-- written by hand: end -->"
+EMPTY = "\n\n"  # an empty section
+FRONT = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Card:
         """Write the figures, then README.md; other files in `folder` are not touched."""
         self.report.copy_figures(folder)
         if self.points:
-            curve.draw(folder / curve.PATH, self.points)
+            draw_curve(folder / CURVE, self.points)
         with atomic_file(folder / README) as aside:
             aside.write_bytes(self.text.encode("utf-8"))
 
@@ -75,8 +81,8 @@ def make_card(
     shown = Report() if report is None else read_report(report)
     measured = read_results(results, own_names(folder, facts, run))
     old, by_hand = kept_of(folder / README, previous)
-    draws = TRAINING not in shown.sections and bool(curve.lines_of(facts.points))
-    body = render(facts, shown, measured, by_hand, curve.alternative(facts.points) if draws else None, old)
+    draws = TRAINING not in shown.sections and bool(curve_lines(facts.points))
+    body = render(facts, shown, measured, by_hand, alternative_of(facts.points) if draws else None, old)
     return Card(body, shown, facts.points if draws else ())
 
 
@@ -100,27 +106,6 @@ def own_names(folder: Path, facts: Facts, run: Path | None) -> Callable[[str], b
         return copy.is_file() and all_redacted(read_json(copy)) == facts.training
 
     return own
-
-
-def kept_of(here: Path, previous: str | None) -> tuple[dict[str, Any], str]:
-    """(metadata, hand-written section) of the old card: that on the Hub if there is one, else that of the folder.
-
-    UserError if both cards have hand-written sections and these differ: one would be lost.
-    """
-    try:
-        local = here.read_bytes().decode("utf-8") if here.is_file() else None
-    except UnicodeDecodeError:
-        raise UserError(f"{here} is not text in UTF-8; repair or remove it") from None
-    cards = {"the card on the Hub": previous, str(here): local}
-    sections = [split_by_hand(card, where) for where, card in cards.items() if card is not None]
-    written = [section for section in sections if section.strip()]
-    if len(set(written)) > 1:
-        raise UserError(
-            f"{here} and the card on the Hub have different hand-written sections; put both into the one on the Hub "
-            f"and delete {here}"
-        )
-    newest = previous if previous is not None else local
-    return {} if newest is None else front_matter(newest), [*written, *sections, EMPTY][0]
 
 
 def render(
@@ -149,7 +134,7 @@ def render(
         measured=measured,
         sections={title: text for title, text in report.sections.items() if title != TRAINING},
         curves=report.sections.get(TRAINING),
-        curve=None if curve_alternative is None else f"![{escaped(curve_alternative)}]({curve.PATH})",
+        curve=None if curve_alternative is None else f"![{escaped(curve_alternative)}]({CURVE})",
         compared=_compared(report, measured),
         tasks=_has_tasks(report, measured),
         citation=citation(facts.training),
@@ -189,3 +174,102 @@ def _compared(report: Report, measured: Sequence[Measured]) -> bool:
 
 def _has_tasks(report: Report, measured: Sequence[Measured]) -> bool:
     return "Zero-shot tasks" in report.sections or any("zero-shot" in one.what for one in measured)
+
+
+# --------------------------------------------------------------------------------------------------------- the old card
+
+
+def kept_of(here: Path, previous: str | None) -> tuple[dict[str, Any], str]:
+    """(metadata, hand-written section) of the old card: that on the Hub if there is one, else that of the folder.
+
+    UserError if both cards have hand-written sections and these differ: one would be lost.
+    """
+    try:
+        local = here.read_bytes().decode("utf-8") if here.is_file() else None
+    except UnicodeDecodeError:
+        raise UserError(f"{here} is not text in UTF-8; repair or remove it") from None
+    cards = {"the card on the Hub": previous, str(here): local}
+    sections = [split_by_hand(card, where) for where, card in cards.items() if card is not None]
+    written = [section for section in sections if section.strip()]
+    if len(set(written)) > 1:
+        raise UserError(
+            f"{here} and the card on the Hub have different hand-written sections; put both into the one on the Hub "
+            f"and delete {here}"
+        )
+    newest = previous if previous is not None else local
+    return {} if newest is None else front_matter(newest), [*written, *sections, EMPTY][0]
+
+
+def split_by_hand(card: str, where: str) -> str:
+    """The text between the two comments, byte for byte.
+
+    A card without both comments was written by hand: all of it is returned, except the metadata. Raises UserError if
+    only one of the two is there, or one is there twice: then it is not known which text to keep.
+    """
+    if BEGIN not in card and END not in card:
+        text = FRONT.sub("", card).strip()
+        return f"\n\n{text}\n\n" if text else EMPTY
+    before, begin, rest = card.partition(BEGIN)
+    section, end, after = rest.partition(END)
+    if not begin or not end or any(mark in part for mark in (BEGIN, END) for part in (before, section, after)):
+        raise UserError(f"{where} must have {BEGIN} and {END} once each, in this order; repair it by hand")
+    return section
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The metadata at the top of a card; empty if there is none. UserError if it cannot be read."""
+    found = FRONT.match(card)
+    if found is None:
+        return {}
+    try:
+        content = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        raise UserError(f"the metadata of the old card is not valid YAML ({first_line(error)}); repair it") from None
+    if not isinstance(content, dict | None):
+        raise UserError("the metadata of the old card is not a mapping of keys to values; repair it")
+    return {str(key): value for key, value in (content or {}).items()}
+
+
+# ------------------------------------------------------------------------------------------------------- the loss curve
+
+
+def curve_lines(points: Sequence[Point]) -> dict[str, list[tuple[float, float]]]:
+    """(tokens, nats per token) of each measured loss. A point without tokens takes those of the point before it."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    tokens = 0.0
+    for point in points:
+        tokens = point.get("tokens") or tokens
+        for name, column in (("training", "twin_loss"), ("held out", "val_loss")):
+            value = point.get(column)
+            if value is not None:
+                lines.setdefault(name, []).append((tokens, value))
+    return lines
+
+
+def alternative_of(points: Sequence[Point]) -> str:
+    """The alternative text of the curve."""
+    ends = {"training": last_of(points, "twin_loss"), "held-out": last_of(points, "val_loss")}
+    losses = " and ".join(f"{name} loss {value:.3f}" for name, value in ends.items() if value is not None)
+    return f"Loss over tokens; at the end {losses} nats per token"
+
+
+def draw_curve(path: Path, points: Sequence[Point]) -> None:
+    """Draw the curve: training loss as a line, held-out loss as hollow marks.
+
+    The same points give the same bytes, so that a push finds no change.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9.5}):
+        figure = Figure(figsize=(5.0, 3.1), layout="constrained")
+        axis = figure.add_subplot()
+        for (name, line), style in zip(curve_lines(points).items(), ("-", "o")):
+            axis.plot(*zip(*line), style, label=name, color="#0072B2", markerfacecolor="none", linewidth=1.4)
+        axis.set(xlabel="tokens", ylabel="nats per token")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.grid(True, alpha=0.3)
+        axis.legend(frameon=False)
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=160, format="png", facecolor="white", metadata={"Software": None})

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -27,7 +27,6 @@ from torch import Tensor
 from sinkmodel.cache import StreamingCache
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import front_of, sinks_to_keep
-from sinkmodel.streaming.evictions import Evictions, OnEvict
 from sinkmodel.streaming.intake import BLOCK, Intake, rows_of
 from sinkmodel.streaming.sampling import Sampler
 from sinkmodel.streaming.text_codec import Writer
@@ -37,6 +36,7 @@ TOGETHER = 1024  # most tokens of all rows in one forward, since their logits ma
 REMEMBERED = 8  # ids that are kept as context for decoding
 
 Stop = Sequence["int | str"]
+OnEvict = Callable[[int, int, int], None]  # row, place in its stream (0 is the first token, a sink if any), token id
 
 
 class Stream:
@@ -322,3 +322,21 @@ class Stream:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"this is not the state of a Stream ({type(error).__name__}: {error})") from None
         return stream
+
+
+class Evictions:
+    """The token ids in the window of each row. Calls `on_evict` for each evicted token, in order."""
+
+    def __init__(self, on_evict: OnEvict, rows: int, sinks: int, window: int):
+        self.on_evict, self.sinks, self.length = on_evict, sinks, window
+        self.windows: list[deque[int]] = [deque() for _ in range(rows)]
+
+    def note(self, chunk: Sequence[Sequence[int]], seen: Sequence[int]) -> None:
+        """Record that the ids in `chunk`, one list per row, were fed. `seen` is each row's token count after them."""
+        for i in range(max(map(len, chunk))):
+            for row, ids in enumerate(chunk):
+                place = seen[row] - len(ids) + i
+                if i < len(ids) and place >= self.sinks:
+                    self.windows[row].append(ids[i])
+                    if len(self.windows[row]) > self.length:
+                        self.on_evict(row, place - self.length, self.windows[row].popleft())

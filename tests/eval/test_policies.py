@@ -9,11 +9,10 @@ import torch
 
 from eval.measures import latency, texts
 from eval.policies import recompute
+from eval.policies.caches import Dense, Streaming
 from eval.policies.choice import choose
-from eval.policies.dense import Dense
 from eval.policies.policy import end_of
 from eval.policies.recompute import Recompute
-from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.scoring import check_decoder

@@ -11,11 +11,10 @@ import torch
 
 from eval.cli import main
 from eval.measures.statistics import block_stderr, by_position, mean
+from eval.policies.caches import Dense, Streaming
 from eval.policies.choice import choose
-from eval.policies.dense import Dense
 from eval.policies.options import check
 from eval.policies.recompute import Recompute
-from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
 from sinkmodel.export import export
 from sinkmodel.loading import encode, load_model

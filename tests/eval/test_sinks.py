@@ -14,8 +14,8 @@ import torch
 
 from eval.cli import main
 from eval.measures.attention import sinks as command
-from eval.measures.attention.sequences import in_turns, pieces, read_sequences
 from eval.measures.attention.shares import Tally, largest, layer_sums, results, shares
+from eval.measures.attention.sinks import in_turns, pieces, read_sequences
 from sinkmodel.architectures import attentions_of
 from sinkmodel.attention_maps import Seen, watch
 from sinkmodel.errors import UserError

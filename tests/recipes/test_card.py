@@ -16,9 +16,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from recipes.card import curve, facts, rows
-from recipes.card.card import make_card
-from recipes.card.markdown import BEGIN, END, front_matter, split_by_hand
+from recipes.card import facts, rows
+from recipes.card.card import BEGIN, CURVE, END, front_matter, make_card, split_by_hand
 from recipes.card.results import read_results
 from sinkmodel.architectures import FIELDS
 from sinkmodel.bases import Base
@@ -491,7 +490,7 @@ def test_a_report_comes_with_its_tables_and_figures(model, run, report):
     linked = set(re.findall(r"\]\((figures/[^)]+)\)", text))
     assert len(linked) >= 8
     assert linked == {str(path.relative_to(model)) for path in (model / "figures").iterdir()}
-    assert curve.PATH not in text  # the report has one
+    assert CURVE not in text  # the report has one
     assert "has not been compared" not in text
     assert "No zero-shot task" not in text
 
@@ -518,7 +517,7 @@ def test_the_same_input_gives_the_same_bytes_and_only_a_readme_and_figures(expor
         write_card(model, run=run, output=tmp_path / name)
         made.append(files_of(tmp_path / name))
     assert made[0] == made[1]
-    assert made[0].keys() == {"README.md", curve.PATH}
+    assert made[0].keys() == {"README.md", CURVE}
     assert files_of(model) == files_of(exported)
 
 

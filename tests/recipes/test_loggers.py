@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from recipes.training.logs.build import group_of, tags_of
 from recipes.training.logs.mirror import Mirror
-from recipes.training.logs.names import group_of, tags_of
 from recipes.training.settings import DataSettings, ModelSettings, OptimizerSettings, PretrainConfig
 from sinkmodel.checkpoint import checkpoint_steps, read_metrics
 from sinkmodel.sinks import SinkConfig

@@ -11,9 +11,8 @@ import torch
 from recipes.training import trainer
 from recipes.training.callbacks.checkpoints import Checkpoints
 from recipes.training.callbacks.health import Health
-from recipes.training.callbacks.metrics import Metrics
+from recipes.training.callbacks.metrics import Metrics, Progress
 from recipes.training.callbacks.preemption import StopOnSignal
-from recipes.training.callbacks.progress import Progress
 from recipes.training.callbacks.steps import StepMeans
 from recipes.training.callbacks.validation import Validation
 from recipes.training.callbacks.watchdog import Watchdog

@@ -64,7 +64,6 @@ COMMANDS = {
 }
 LIGHT = {  # imported where they are used, but they import neither torch nor transformers
     "recipes.training.settings",
-    "sinkmodel.export.streaming_code",
     "recipes.training.processes.ranks",  # torch alone, in a run of several processes
 }
 

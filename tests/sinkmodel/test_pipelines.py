@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sinkmodel import StreamingCache
 from sinkmodel.export import export
-from sinkmodel.export.streaming_code import export_streaming_code
+from sinkmodel.export.command import export_streaming_code
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
 from tests.plain import told, transformers_4

@@ -1,26 +1,35 @@
 """Where attention goes, head by head (`sink-eval sinks`); and at which of a run's checkpoints the sink appears.
 
 The sink metric is that of Gu et al. (arXiv 2410.10781); `sinkmodel.sink_metric` defines it. It is reported for the
-first text token and for the model's own sink. `shares` computes the numbers, `sequences` selects the texts, and
-`sinkmodel.attention_maps` extracts the attention maps.
+first text token and for the model's own sink. `shares` computes the numbers, and `sinkmodel.attention_maps` extracts
+the attention maps.
+
+The numbers are means over sequences of one length T, which are cut from texts without sampling. The first T text tokens
+of a document are its first piece, the next T its second, and so on; a remainder is not used. Documents are taken from
+the files in turns. Pieces are taken from the documents in turns: first the first piece of each, then the second of
+each, until there are enough. A model with S sink tokens reads these sinks and then the first T − S tokens of the same
+pieces, so that twins read the same text and every sequence has T positions.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from eval.measures.attention.sequences import read_sequences
 from eval.measures.attention.shares import Tally, results
 from eval.measures.loading import load
 from sinkmodel.attention_maps import watch
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, find_checkpoint, read_checkpoint
+from sinkmodel.console import say
 from sinkmodel.errors import UserError, not_finite
-from sinkmodel.loading import LoadedModel
+from sinkmodel.files import sha256_of
+from sinkmodel.loading import LoadedModel, encode
 from sinkmodel.progress import CountedProgress
 from sinkmodel.results.attention import (
     Birth,
@@ -32,8 +41,10 @@ from sinkmodel.results.parts import Text
 from sinkmodel.sink_metric import born
 from sinkmodel.sinks import kind_of
 from sinkmodel.softmax_sinks.architectures import attentions_of
+from sinkmodel.text import read_documents
 
 TOKENS_AT_ONCE = 2048  # tokens of one forward; their hidden states are held for all layers
+Item = TypeVar("Item")
 
 
 def run(options: argparse.Namespace, shortest: int) -> tuple[SinksResult, list[dict[str, Tensor]]]:
@@ -170,3 +181,63 @@ def _birth(rows: list[CheckpointRow], threshold: float) -> Birth:
     step = born([(step, share) for step, share in shares if share is not None], threshold)
     tokens = next((row.tokens for row in rows if row.step == step), None)
     return Birth(target=target, threshold=threshold, step=step, tokens=tokens)
+
+
+# -------------------------------------------------------------------------------------------------------- the sequences
+
+
+def read_sequences(
+    loaded: LoadedModel, files: Sequence[Path], count: int, length: int
+) -> tuple[list[Text], list[list[int]]]:
+    """Returns, for each file, a summary of what was used of it; and at most `count` sequences of `length` ids.
+
+    Each sequence begins with the model's sinks. Raises UserError if no document has `length` tokens. If there are fewer
+    than `count` sequences, this is reported.
+    """
+
+    def long_enough(file: Path) -> Iterator[tuple[Path, str]]:
+        return ((file, text) for text in read_documents(file) if len(encode(loaded, text, length)) == length)
+
+    each = -(-count // len(files))
+    while True:  # only one file is open at a time: there may be more files than a process may open
+        of_files = [list(islice(long_enough(file), each)) for file in files]
+        if sum(map(len, of_files)) >= count or all(len(found) < each for found in of_files):
+            break
+        each *= 2
+    documents = list(islice(in_turns(of_files), count))
+    if not documents:
+        names = ", ".join(map(str, files))
+        raise UserError(f"no document of {names} has {length} tokens; lower --length or give longer texts")
+    taken: list[tuple[Path, list[int]]] = []
+    for each in dict.fromkeys((-(-count // len(documents)), count)):  # if some are short, take more of the long ones
+        of_all = [
+            [(file, piece) for piece in pieces(encode(loaded, text, each * length), length)] for file, text in documents
+        ]
+        taken = list(islice(in_turns(of_all), count))
+        if len(taken) == count:
+            break
+    if len(taken) < count:
+        say(f"the texts have {len(taken)} sequences of {length} tokens, fewer than --sequences {count}")
+    texts = [
+        Text(file=str(file), sha256=sha256_of(file), sequences=sum(of == file for of, _ in taken))
+        for file in dict.fromkeys(files)
+    ]
+    return texts, [(loaded.sink_ids + piece)[:length] for _, piece in taken]
+
+
+def pieces(ids: Sequence[int], length: int) -> list[list[int]]:
+    """Consecutive pieces of `length` ids; a remainder is not used."""
+    return [list(ids[first : first + length]) for first in range(0, len(ids) - length + 1, length)]
+
+
+def in_turns(sources: Iterable[Iterable[Item]]) -> Iterator[Item]:
+    """The first item of each source, then the second of each, and so on; exhausted sources are skipped."""
+    left = [iter(source) for source in sources]
+    while left:
+        going = []
+        for source in left:
+            for item in source:
+                yield item
+                going.append(source)
+                break
+        left = going

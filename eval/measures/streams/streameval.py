@@ -23,8 +23,8 @@ from eval.measures.streams.answers import measure_lines, measure_questions
 from eval.measures.streams.lines import Record
 from eval.measures.streams.questions import BETWEEN, Asked, Question, in_tokens, make_questions, read_questions
 from eval.measures.texts import check_positions
+from eval.policies.caches import Dense
 from eval.policies.choice import choose
-from eval.policies.dense import Dense
 from eval.policies.options import BORROWED, check
 from eval.policies.policy import Policy, refuse_narrower_window
 from sinkmodel.console import say

@@ -32,11 +32,10 @@ from eval.measures.verdict.equivalence import (
     no_sample,
     over_runs,
 )
-from eval.policies.dense import Dense
+from eval.policies.caches import Dense, Streaming
 from eval.policies.options import BORROWED
 from eval.policies.policy import Policy, end_of
 from eval.policies.recompute import Recompute
-from eval.policies.streaming import Streaming
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.perplexity import perplexity

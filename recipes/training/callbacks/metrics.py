@@ -1,15 +1,23 @@
-"""The numbers logged every N steps, computed from tensors that stay on the device in between."""
+"""The numbers of a run every N steps: `Metrics` computes and logs them, `Progress` shows them in a terminal or a file.
+
+They are computed from tensors that stay on the device in between.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
 
+from recipes.training.callbacks.ending import EndsWithTheRun
 from recipes.training.callbacks.health import Health
 from recipes.training.callbacks.steps import StepMeans, at_step_boundary
+from sinkmodel.console import say
 from sinkmodel.perplexity import perplexity
 
 
@@ -90,3 +98,47 @@ class Metrics(Callback):
     def exclude(self, seconds: float) -> None:
         """Exclude `seconds` that were not spent on training from the throughput."""
         self.clock += seconds
+
+
+class Progress(EndsWithTheRun):
+    """Shows the latest line of `Metrics`: a bar in a terminal, plain lines in a file. Reads nothing from the device."""
+
+    def __init__(self, metrics: Metrics, steps: int):
+        self.metrics, self.steps = metrics, steps
+        self.bar: tqdm | None = None
+        self.shown: dict[str, float] | None = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start, self.first_step = time.monotonic(), trainer.global_step
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.steps, initial=trainer.global_step, unit="step", dynamic_ncols=True)
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not at_step_boundary(trainer, batch_idx):
+            return
+        fresh = self.metrics.latest is not self.shown
+        self.shown = self.metrics.latest
+        if self.bar is not None:
+            if fresh and self.shown:
+                self.bar.set_postfix_str(
+                    f"loss {self.shown['loss']:.3f}, {self.shown['tokens_per_second']:,.0f} tokens/s"
+                )
+            self.bar.update()
+        elif fresh and self.shown:
+            say(self.line(trainer.global_step, self.shown))
+
+    def line(self, step: int, line: dict[str, float]) -> str:
+        left = (time.monotonic() - self.start) / (step - self.first_step) * (self.steps - step)
+        return (
+            f"step {step}/{self.steps}  loss {line['loss']:.4f}  ppl {line['ppl']:.2f}  lr {line['lr']:.2e}  "
+            f"|g| {line['grad_norm']:.2f}  sink α {line['sink_alpha']:.3f}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s  mfu {line['mfu']:.1%}  {left / 60:.1f} min left"
+        )
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.card.markdown import BEGIN, END
+from recipes.card.card import BEGIN, END
 from tests.hub import TOKEN, File
 from tests.recipes.corpus import tree
 

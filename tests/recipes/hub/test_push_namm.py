@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from recipes.card.markdown import BEGIN, front_matter
+from recipes.card.card import BEGIN, front_matter
 from recipes.card.namm import CONFIG, FORMAT, WEIGHTS
 from sinkmodel.errors import UserError
 from sinkmodel.memories import NAMM, make_memory

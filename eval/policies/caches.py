@@ -1,4 +1,7 @@
-"""Policies that evict by age: the window, and the window after sinks; with our count of keys or the paper's."""
+"""Policies with a cache: dense attention, which evicts nothing, and eviction by age, which keeps a window.
+
+The window may come after sinks. It has our count of keys or the paper's.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import DynamicCache
 
-from eval.policies.policy import CachedStream, Policy
+from eval.policies.policy import CachedStream, Policy, refuse_narrower_window
 from sinkmodel.cache import StreamingCache
-from sinkmodel.scoring import streaming_nll
+from sinkmodel.scoring import check_decoder, dense_nll, streaming_nll
+
+
+class Dense(Policy):
+    """No key is ever evicted, and the cost per token grows with the stream."""
+
+    name = "dense"
+    sinks = 0
+    budget = None
+    needs = "nothing"
+    keeps = "every key"
+    positions = "text"
+
+    def score(
+        self, model: Any, documents: Sequence[Sequence[int]], chunk: int, on_chunk: Callable[[int], None]
+    ) -> list[Tensor]:
+        refuse_narrower_window(model, max(map(len, documents)) - 1)
+        return dense_nll(model, documents, chunk, on_chunk)
+
+    def stream(self, model: Any) -> CachedStream:
+        check_decoder(model, cached=True)
+        return CachedStream(model, DynamicCache())
 
 
 @dataclass(frozen=True)
