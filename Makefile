@@ -26,10 +26,11 @@ GPU_ENV := $(if $(GPU_PYTHON),,$(VENV)/.ready)
 GPU_RUN := REHEARSE=$(REHEARSE) $(or $(GPU_PYTHON),$(BIN)/python)
 
 .PHONY: help demo test test-fast test-cluster test-browser test-gpu lint format docs bench bench-peers bench-gpu \
-  evidence-data evidence-gpu clean
+  evidence-data evidence-gpu clean forgotten
 
 help:
 	@echo "make demo    train a sink model and its vanilla twin on a CPU, and see how they stream (about 10 minutes)"
+	@echo "make forgotten      the words that an evolved memory forgets, in a text and a model that it never saw (a minute)"
 	@echo "make test    all tests; make test-fast leaves out the slow ones"
 	@echo "make test-cluster   the SLURM jobs on a throw-away cluster (Debian or Ubuntu; about 8 minutes)"
 	@echo "make test-browser   the report's page in headless Chromium"
@@ -189,5 +190,9 @@ $(DEMO)/ppl/smollm2-sink.json: $(DEMO)/data/manifest.json
 $(DEMO)/report/report.html: $(addprefix $(DEMO)/ppl/,vanilla.json sink.json smollm2.json smollm2-sink.json)
 	rm -rf $(DEMO)/report
 	$(BIN)/sink-eval report --run $(DEMO)/vanilla $(DEMO)/sink --json $^ --output $(DEMO)/report
+
+# Which words of a held-out book the memory that comes with the package forgets, in a model that it was not evolved on.
+forgotten: $(DEMO)/data/manifest.json
+	$(BIN)/python examples/forgotten_text.py --text $(DEMO)/data/test.jsonl --html $(DEMO)/forgotten.html
 
 .PRECIOUS: $(DEMO)/%/done $(DEMO)/models/%/config.json $(DEMO)/ppl/%.json

@@ -1,6 +1,6 @@
 """A NAMM that was evolved on text, in a Decision Transformer: which past steps it forgets, and what that costs.
 
-    python examples/decision_maze.py --artefact runs/namm/best
+    python examples/decision_maze.py
 
 The task is a T-maze. The first state alone shows a cue, left or right; a corridor follows, and at its end the agent
 has to turn to the side of the cue, for a return of 1. It is trained offline, on episodes that follow the cue three

@@ -1,7 +1,7 @@
 """Show which words of a text an evolved memory forgets: the text itself, each word fainter the fewer heads hold it.
 
-    python examples/forgotten_text.py --artefact runs/namm/best --text book.txt
-    python examples/forgotten_text.py --artefact runs/namm/best --text book.txt --model runs/recall --html page.html
+    python examples/forgotten_text.py --text book.txt
+    python examples/forgotten_text.py --text book.txt --artefact runs/namm/best --model runs/recall --html page.html
 
 A NAMM decides for each layer and KV head. So a token can be held by all heads, by some, or by none; then no later token
 can attend to it. The model is any that `sink-stream --model` takes, also one that the NAMM was not evolved on.
@@ -24,7 +24,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.memories import NAMM
 from sinkmodel.parser import OneLineParser, name_of, path_of, positive
 
-EXAMPLE = "python examples/forgotten_text.py --artefact runs/namm/best --text book.txt --tokens 1000"
+EXAMPLE = "python examples/forgotten_text.py --text book.txt --tokens 1000"
 STYLES = ("dim strike", "dim", "", "bold")  # of tokens that are held by no head, by less than half, by more, by all
 
 
@@ -67,7 +67,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=positive, default=1000, metavar="N", help="to read (default: 1000)")
     parser.add_argument(
-        "--artefact", type=name_of, required=True, metavar="NAME", help="a folder that sink-evolve wrote, or a Hub name"
+        "--artefact",
+        type=name_of,
+        default="namm-recall",
+        metavar="NAME",
+        help="a folder that sink-evolve wrote, or a Hub name (default: namm-recall, which comes with the package)",
     )
     parser.add_argument("--html", type=path_of, metavar="FILE", help="also write the text as a page to this file")
     parser.add_argument("--device", metavar="DEVICE", help="default: a GPU if there is one")

@@ -1,6 +1,6 @@
 """A NAMM that was evolved on text, in a model that sees: what it forgets of frames that are shown again and again.
 
-    python examples/repeated_frames.py --artefact runs/namm/best
+    python examples/repeated_frames.py
 
 A tiny Llava of transformers (CLIP's vision tower, a projector, a Llama with grouped heads) is trained for a minute on
 videos that are made here. Each frame is a colour with noise, as 16 image tokens; half of the frames are exact copies of

@@ -18,10 +18,14 @@ RATE = 3e-3  # of learning
 
 def parser_of(script: str, description: str, updates: int, batch: int) -> OneLineParser:
     """The options of both examples; `updates` and `batch` are defaults."""
-    example = f"Example:\n  python examples/{script} --artefact runs/namm/best"
+    example = f"Example:\n  python examples/{script}"
     parser = OneLineParser(script, description, example)
     parser.add_argument(
-        "--artefact", type=name_of, required=True, metavar="NAME", help="a folder that sink-evolve wrote, or a Hub name"
+        "--artefact",
+        type=name_of,
+        default="namm-recall",
+        metavar="NAME",
+        help="a folder that sink-evolve wrote, or a Hub name (default: namm-recall, which comes with the package)",
     )
     parser.add_argument(
         "--updates", type=positive, default=updates, metavar="N", help=f"of the training (default: {updates})"

@@ -128,5 +128,5 @@ def add_artefact(parser: Any) -> None:
         "--artefact",
         type=name_of,
         metavar="NAME",
-        help="the evolved network of namm: a folder that sink-evolve wrote, or a Hub name",
+        help="the evolved network of namm: a folder that sink-evolve wrote, a Hub name, or namm-recall (shipped)",
     )

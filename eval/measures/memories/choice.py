@@ -49,7 +49,10 @@ def check_namm(options: argparse.Namespace, memories: Iterable[str]) -> int:
             raise UserError("--artefact is the network of namm; add namm to --memories, or leave --artefact out")
         return 0
     if options.artefact is None:
-        raise UserError("namm needs an evolved network; give --artefact, a folder that sink-evolve wrote or a Hub name")
+        raise UserError(
+            "namm needs an evolved network; give --artefact: a folder that sink-evolve wrote, a Hub name, or "
+            "namm-recall, which comes with this package"
+        )
     if getattr(options, "positions", "text") != "text":
         raise UserError(
             f"--positions {options.positions} is not for namm, whose heads keep sets of different sizes; leave it out"

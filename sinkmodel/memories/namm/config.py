@@ -26,6 +26,7 @@ from sinkmodel.memories.namm.network import flatten, layout, parameter_count, sp
 
 FORMAT, VERSION = "sinkmodel-namm", 1
 CONFIG, WEIGHTS = "config.json", "namm.safetensors"
+SHIPPED = Path(__file__).parent / "evolved"  # artefacts that come with this package, each a folder
 MEASURED_WITH = ("gamma", "window", "hop", "interval")  # the settings that the statistics depend on
 
 
@@ -143,9 +144,10 @@ def write_artefact(folder: str | Path, config: NAMMConfig, parameters: Tensor) -
 
 
 def read_artefact(name: str | Path, revision: str | None = None) -> tuple[NAMMConfig, Tensor]:
-    """The config and the flat parameters of an artefact: a folder, or a repository on the Hub.
+    """The config and the flat parameters of an artefact.
 
     Args:
+        name: a folder, an artefact that comes with this package (`namm-recall`), or a repository on the Hub.
         revision: a branch, tag or commit of the repository; None: its main branch.
 
     Raises UserError if there is no artefact, or if it is damaged, of another version, or has altered statistics.
@@ -212,8 +214,16 @@ def _folder_of(name: str, revision: str | None) -> Path:
         if revision is not None:
             raise UserError(f"{name} is a folder, which has no revision {revision}; leave it out, or give a Hub name")
         return path
+    shipped = sorted(each.parent.name for each in SHIPPED.glob(f"*/{CONFIG}"))
+    if name in shipped:
+        if revision is not None:
+            raise UserError(f"{name} comes with this package and has no revision {revision}; leave it out")
+        return SHIPPED / name
     if find_model(name)[0] != "hub":
-        raise UserError(f"{name} is not a folder with a NAMM; give one that has {CONFIG} and {WEIGHTS}, or a Hub name")
+        raise UserError(
+            f"{name} is not a folder with a NAMM; give one that has {CONFIG} and {WEIGHTS}, a Hub name, or "
+            f"{' or '.join(shipped)}, which comes with this package"
+        )
     return _of_hub(name, revision)
 
 
