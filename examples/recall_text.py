@@ -7,10 +7,9 @@
 
 A document is consecutive sentences of the books, random words of them repeated two or three times (`copy`), or a sample
 of a task with the answers to all its questions. From copies of few words, a small model learns within minutes to look
-back, and then from short documents, in rows as short. When it was given the full text at once, a model of 1.3M
-parameters had not learned it after six million tokens. Texts with many questions about each context (`answers`) make it
-reliable. RESULTS.md has the commands of all stages ("A small model that recalls"). Use other books for `sink-eval
-longcontext`, so that the model has not read them.
+back. It keeps this skill if the next texts are mixed with the old ones, and loses it if they replace them at once.
+RESULTS.md has the commands of all stages, and what was measured after each ("A small model that recalls"). Use other
+books for `sink-eval longcontext`, so that the model has not read them.
 """
 
 from __future__ import annotations
