@@ -13,8 +13,9 @@ PLAIN  := .venv-transformers-$(OLD)
 # A peer in the bench, in an environment of its own: it pins older packages than ours.
 LITGPT := 0.5.13
 PEER   := .venv-litgpt-$(LITGPT)
-# Two processes of one thread; see tests/conftest.py for the order. A process that ends in the middle ends the tests.
-BOTH   := --numprocesses 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0
+# Two test files at a time, each of one thread, in the order of tests/conftest.py; a process that ends in the middle ends
+# the tests.
+BOTH   := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # The GPU's targets. REHEARSE=1 runs the same lines with tiny sizes on a CPU. GPU_PYTHON is a Python whose environment is
 # there already, as on a machine without a network or with a torch of its own; without it the usual one is made.

@@ -17,13 +17,9 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Slow tests first, each by itself, then files of fast ones: so that at the end no process waits for another."""
+    """Slow tests first, and so the files with slow ones: a long file at the end would keep one process waiting."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items:
-        if item.get_closest_marker("slow") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))  # its fixtures are made in one process
 
 
 @pytest.fixture(autouse=True)

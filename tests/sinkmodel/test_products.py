@@ -20,6 +20,7 @@ from tests.models import build
 def taken(monkeypatch):
     """The shapes of all products that oneDNN computes; small ones too."""
     shapes, times = [], products._times
+    products.usable()  # which computes some products of its own, once in a process
 
     def noted(x_MK, weight_NK, bias_N=None):
         shapes.append((*x_MK.shape, len(weight_NK)))
