@@ -103,8 +103,13 @@ LISTED = {word for part in PRIVATE_PARTS for word in part.name.split(".") if is_
 
 @functools.cache
 def used() -> dict[str, set[str]]:
-    everywhere = {name for file in files() for name in defined_in(tree_of(file))}
-    return {file: foreign_names(tree_of(file), everywhere, LISTED) for file in files()}
+    return {file: foreign_names(tree_of(file), private_names(), LISTED) for file in files()}
+
+
+@functools.cache
+def private_names() -> set[str]:
+    """Private names that any of our files defines."""
+    return {name for file in files() for name in defined_in(tree_of(file))}
 
 
 @pytest.mark.parametrize("part", PRIVATE_PARTS, ids=lambda part: part.name)
@@ -163,9 +168,9 @@ def test_every_private_method_that_we_override_is_in_the_table():
 def overridden(ours: type) -> set[str]:
     """Private names that a class of ours, or a base of ours, puts before one of a base class of others."""
     own = [each for each in ours.__mro__ if each.__module__.partition(".")[0] in ROOMS]
-    # By the metaclasses of abc, typing and torch.autograd.Function.
-    made_for_us = {"_abc_impl", "_backward_cls", "_is_protocol", "_is_runtime_protocol"}
-    names = {name for each in own for name in vars(each) if is_private(name)} - made_for_us
+    # What no file of ours writes was put into the class by others: by a metaclass, or by transformers, which keeps
+    # answers there.
+    names = {name for each in own for name in vars(each)} & private_names()
     others = [each for each in ours.__mro__ if each not in own]
     return {name for name in names if any(name in vars(each) for each in others)}
 
