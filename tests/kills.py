@@ -14,7 +14,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from sinkmodel.checkpoint import checkpoint_steps
 from tests import tiny
+from tests.processes import Program
 from tests.recipes.runs import assert_same_run, numbers, start_process
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
@@ -53,7 +53,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, **settings: object
     say(f"{kills} kills, seed {seed}, {settings}: the same {steps} lines, weights and moments, bit for bit")
 
 
-def strike(process: subprocess.Popen, run: Path, before: int, rng: random.Random) -> str:
+def strike(process: Program, run: Path, before: int, rng: random.Random) -> str:
     """Wait a while, sometimes until a save is under way, and kill. Returns what was done."""
     if rng.random() < 0.15:
         time.sleep(rng.uniform(0, 4))  # while it starts
@@ -89,7 +89,7 @@ def children_of(pid: int) -> list[int]:
         return []
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: Program) -> None:
     _, said = process.communicate(timeout=3600)
     assert process.returncode == 0, said
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sinkmodel.checkpoint import checkpoint_steps, read_metrics
 from sinkmodel.files import sha256_of
 from sinkmodel.fingerprint import fingerprint_of
 from tests import tiny
+from tests.processes import Program
 
 # 41,728 parameters; 2 micro-batches a step; 40 steps of 8 rows are 1.1 epochs of what tests.tiny prepares
 SETTINGS = {
@@ -41,6 +43,7 @@ SETTINGS = {
 }
 STEPS = 20
 QUICK = {"schedule__steps": STEPS, "checkpoints__every": 3, "training__timeout": 60}  # on several processes
+Start = Callable[..., "Program | subprocess.Popen"]
 CLOCK = ("tokens_per_second", "mfu")  # what no two runs have in common
 
 
@@ -56,8 +59,13 @@ def train(data: Path, output: Path, **changes: object) -> Path:
     return output
 
 
-def start_process(data: Path, output: Path, **changes: object) -> subprocess.Popen:
+def start_process(data: Path, output: Path, **changes: object) -> Program:
     """The same in a process of its own, which can be killed."""
+    return Program("recipes.pretrain", arguments(data, output, **changes))
+
+
+def start_as_users_do(data: Path, output: Path, **changes: object) -> subprocess.Popen:
+    """The same, slower: it imports all packages, and so does each rank."""
     command = [sys.executable, "-m", "recipes.pretrain", *arguments(data, output, **changes)]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -78,15 +86,15 @@ def foreign_id(folder: Path, split: str, places: slice = slice(100, 101), train_
     return folder
 
 
-def complete(data: Path, run: Path, processes: int = 2, **changes: object) -> str:
+def complete(data: Path, run: Path, processes: int = 2, start: Start = start_process, **changes: object) -> str:
     """Run to the end on `processes` of this machine; what was said."""
-    process = start_process(data, run, **(QUICK | {"training__devices": processes} | changes))
+    process = start(data, run, **(QUICK | {"training__devices": processes} | changes))
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     return said
 
 
-def wait_for_checkpoint(process: subprocess.Popen, run: Path, at_least: int) -> None:
+def wait_for_checkpoint(process: Program | subprocess.Popen, run: Path, at_least: int) -> None:
     while process.poll() is None and max(checkpoint_steps(run), default=-1) < at_least:
         time.sleep(0.01)
     assert process.poll() is None, f"ended before step {at_least}: {process.stderr.read()}"

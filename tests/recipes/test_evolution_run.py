@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from recipes.training.processes.launch import free_port
 from sinkmodel.checkpoint import read_metrics
 from sinkmodel.memories.namm import NAMM, read_artefact
 from tests.models import model_of
+from tests.processes import Program
 from tests.recipes.evolving import arguments, files_of, let_pass, make_inputs
 
 
@@ -76,9 +75,8 @@ def test_two_processes_that_are_killed_are_resumed_by_one_bit_for_bit(inputs, wh
     port, processes = str(free_port()), []
     for rank in range(2):
         words = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        environment = {**os.environ, **words, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "KILLED_AT": "3"}
-        command = [sys.executable, "-m", "tests.recipes.evolving", *arguments(inputs, tmp_path / "run")]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        words |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "KILLED_AT": "3"}
+        processes.append(Program("tests.recipes.evolving", arguments(inputs, tmp_path / "run"), words))
     told = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [-signal.SIGKILL, 1], told
     assert "in 2 groups on 2 process(es)" in told[0]

@@ -14,6 +14,7 @@ from recipes.training.processes.launch import free_port
 from sinkmodel.checkpoint import checkpoint_steps
 from tests import tiny
 from tests.kills import children_of, kill_again_and_again
+from tests.processes import Program
 from tests.recipes.runs import QUICK, arguments, foreign_id, start_process, wait_for_checkpoint
 
 
@@ -130,9 +131,7 @@ def by_hand(data, run, of_rank_1) -> tuple[str, list[int]]:
     ranks = []
     for rank, changes in enumerate(({}, of_rank_1)):
         words = arguments(data, **({"output": run} | QUICK | changes))
-        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "recipes.pretrain", *words]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        ranks.append(Program("recipes.pretrain", words, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
     said = [process.communicate(timeout=120)[1] for process in ranks]
     return "".join(said), [process.returncode for process in ranks]
 

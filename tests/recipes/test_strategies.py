@@ -16,6 +16,7 @@ from tests.recipes.runs import (
     complete,
     final_state,
     numbers,
+    start_as_users_do,
     start_process,
     train,
     wait_for_checkpoint,
@@ -56,17 +57,18 @@ def test_processes_that_were_killed_end_with_the_same_bits(data, alone, tmp_path
 
     In bf16 the weights that are kept are those in fp32.
     """
+    start = start_as_users_do if (strategy, processes) == ("ddp", 2) else start_process
     settings = {"training__strategy": strategy, "training__micro_rows": 4 // processes, "data__workers": 1}
     settings |= {"training__precision": precision, "checkpoints__early": True, "training__devices": processes}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    said = complete(data, whole, **settings)
+    said = complete(data, whole, start=start, **settings)
     assert f"{processes} process(es), {strategy}" in said
-    process = start_process(data, run, **QUICK, **settings)
+    process = start(data, run, **QUICK, **settings)
     wait_for_checkpoint(process, run, 6)
     process.kill()  # the launcher alone: its ranks go with it
     process.wait()
     assert max(checkpoint_steps(run)) < STEPS
-    assert "resuming from" in complete(data, run, **settings)
+    assert "resuming from" in complete(data, run, start=start, **settings)
     assert_same_run(run, whole, STEPS)
     model, _, _ = load_checkpoint(whole)  # without the processes that trained it
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in model.parameters())
