@@ -123,6 +123,7 @@ def _run(module: str, words: Sequence[str], environment: dict[str, str]) -> None
         del sys.modules[name]
     sys.argv = [module, *words]
     multiprocessing.current_process().name = "MainProcess"
+    multiprocessing.set_start_method(None, force=True)  # of its own processes: Python's default again
     code = 1
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -32,6 +32,7 @@ def seen() -> dict[str, object]:
         "handlers": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "threads": [thread.name for thread in threading.enumerate()],
+        "starts": multiprocessing.get_start_method(),
         "process": multiprocessing.current_process().name,
         "leads": os.getsid(0) == os.getpid(),
     }
