@@ -286,7 +286,7 @@ def test_latin1_is_called_that_and_the_advice_converts_it(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (gzip.compress(b"x"), "compressed with gzip; rename it to end in .gz"),
+        (gzip.compress(b"x", mtime=0), "compressed with gzip; rename it to end in .gz"),
         (lzma.compress(b"x"), "compressed with xz"),
         (b"PK\x03\x04\xff", "a ZIP archive"),
         (b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n" + b"1 0 obj\n" * 99, "is a PDF; extract its text"),
