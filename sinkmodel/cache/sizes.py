@@ -8,5 +8,5 @@ from torch import Tensor
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind tensors. Memory that several of them share is counted once."""
+    """Bytes of memory that tensors take. Memory that several of them share is counted once."""
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
