@@ -120,13 +120,14 @@ def print_table(result: LongContextResult) -> None:
     table = new_table(
         f"{result.model}, {result.dtype}: up to {result.samples} contexts per task, the question "
         f"{result.question} the compressed prompt",
-        "score: % of the answers found in the greedy generation, or LongBench's metric; nats: per token of the right "
-        f"answer; rank: of the right answer among itself and up to {result.distractors} wrong ones; − dense: "
+        "score: % of the answers found in the greedy generation, or LongBench's metric; exact: % of the questions for "
+        "which greedy choices give the whole right answer; nats: per token of the right answer; rank: of the right "
+        f"answer among itself and up to {result.distractors} wrong ones; − dense: "
         f"paired by context, [{percent(result.level, 'g')} % interval for other contexts]; gain: nats that the context "
         f"saves dense; floor: dense scores below {percent(result.floor_score, 'g')} % and gains less than "
         f"{result.floor_gain:g} nat, so the other memories were not run; kept: share of dense's keys and values",
         ["task", "memory"],
-        ["tokens", "score", "− dense", "nats", "− dense", "rank", "held MiB", "kept %"],
+        ["tokens", "score", "− dense", "exact", "nats", "− dense", "rank", "held MiB", "kept %"],
     )
     several = len({row.length for row in result.rows}) > 1
     for row in result.rows:
@@ -138,6 +139,7 @@ def print_table(result: LongContextResult) -> None:
             f"{row.prompt_tokens:,.0f}",
             percent(row.score, ".1f"),
             "floor" if row.floor else _difference(row, "score", "+.1f", 100),
+            percent(row.exact, ".1f"),
             number(row.nll, ".2f"),
             f"gain {row.gain:.2f}" if is_dense else _difference(row, "nll", "+.2f"),
             number(row.rank, ".2f"),

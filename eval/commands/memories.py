@@ -17,7 +17,7 @@ from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file, write_csv
 from sinkmodel.imports import slow_imports
 from sinkmodel.parser import positive, real
-from sinkmodel.results.memories import AgeShare, Forgets, KindShare, MemoriesResult
+from sinkmodel.results.memories import AgeShare, Forgets, KindShare, MemoriesResult, keys_of
 from sinkmodel.results.schema import to_json
 
 DESCRIPTION = "What KV memories cost on the same prompts: nats against dense with intervals, bytes, times."
@@ -95,24 +95,30 @@ def _check(options: argparse.Namespace) -> None:
 
 def print_table(result: MemoriesResult) -> None:
     rows = result.rows
-    lengths = f"{rows[0].prompts} prompts of {result.prompt} tokens, then {result.after} scored"
+    dense = rows[0]
+    lengths = f"{dense.prompts} prompts of {result.prompt} tokens, then {result.after} scored, {dense.tokens:,} in all"
+    times = (
+        f"; dense takes {number(dense.prefill_seconds and 1000 * dense.prefill_seconds, ',.1f')} ms for a prompt and "
+        f"{number(dense.decode_ms, ',.2f')} ms for a token after it"
+    )
     table = new_table(
         f"{result.model}, {result.dtype}: {lengths}",
         f"difference: to dense, in nats per token, {100 * result.level:g} % interval over texts, equivalent within "
-        f"±{result.margin:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
-        "%: share of dense's; ×: ratio to dense's time, median over prompts on which all took turns",
+        f"±{result.margin:g}; keys: tokens that a head holds at the end of the prompt, a mean over layers and heads; "
+        "MiB held: at that time; kept: the keys and values of tokens in it; %: share of dense's; ×: ratio to dense's "
+        f"time, median over prompts on which all took turns{times}",
         ["memory"],
-        ["tokens", "nll", "difference", "interval", "answer", "MiB held", "kept", "kept %", "prefill ×", "decode ×"],
+        ["nll", "difference", "interval", "answer", "keys", "MiB held", "kept", "kept %", "prefill ×", "decode ×"],
     )
     for row in rows:
         interval = "–" if row.low is None else f"[{row.low:+.4f}, {row.high:+.4f}]"
         table.add_row(
             row.label,
-            f"{row.tokens:,}",
             f"{row.nll:.4f}",
             number(row.difference, "+.4f"),
             interval,
             row.answer or "–",
+            keys_of(row.keys_kept),
             *(mebibytes(size, ",.1f") for size in (row.bytes_held, row.bytes_kept)),
             percent(row.kept_share, ".0f"),
             *(number(getattr(row, key), ".2f") for key in ("prefill_ratio", "decode_ratio")),

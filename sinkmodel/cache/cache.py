@@ -21,6 +21,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from sinkmodel.cache.forward import run_forward
 from sinkmodel.cache.hook import install_hook
 from sinkmodel.cache.plan import Ring
 from sinkmodel.cache.serialization import FORMAT, check_state, read_state, settings_of
+from sinkmodel.cache.sizes import bytes_of
 from sinkmodel.cache.state import State
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
@@ -118,6 +120,23 @@ class StreamingCache(Cache):
     def torn(self) -> bool:
         """True if a forward was interrupted after changing keys that are still needed: the stream cannot continue."""
         return self.state.torn
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of everything that is held: all slots, and the sinks' keys as the model rotated them."""
+        return bytes_of(self.state.tensors())
+
+    @property
+    def bytes_kept(self) -> int:
+        """Bytes of only the keys and values of tokens, without empty slots."""
+        tokens = sum(min(seen, self.slots) for seen in self.seen)
+        layers = self.state.layers if tokens else []
+        return sum(tokens * x[0, :, 0].nbytes for layer in layers for x in (layer.keys, layer.values))
+
+    @property
+    def keys_kept(self) -> float:
+        """Number of tokens that a KV head holds, as a mean over the rows."""
+        return fmean(min(seen, self.slots) for seen in self.seen) if self.seen else 0.0
 
     # ------------------------------------------------------------------------------------------- what the hook calls
 

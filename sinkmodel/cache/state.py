@@ -19,6 +19,7 @@ Shapes: L layers, B rows, G KV heads, N tokens of the plan, C slots, S sinks, D 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -271,6 +272,14 @@ class State:
         self.seen, self.origin, self.turned = (
             [of_row[row] for row in rows] for of_row in (self.seen, self.origin, self.turned)
         )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that are held between forwards."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                yield from (layer.keys, layer.values)
+        if self.sink_keys is not None:
+            yield self.sink_keys
 
     # ----------------------------------------------------------------------------------------------- save and restore
 

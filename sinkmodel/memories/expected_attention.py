@@ -31,14 +31,16 @@ class ExpectedAttention(Memory):
     """A memory that keeps the tokens to which future queries are expected to attend.
 
     Args:
-        sinks: number of leading tokens that are always kept and excluded from the statistics; 4 in kvpress.
-        future: number of positions after the prompt over which the rotation is averaged; 512 in kvpress.
-        covariance: whether to use Σ.
-        value_norm: whether to multiply scores by the norm of the values.
-        epsilon: added to a score before that; 0 in kvpress.
-        group: how the heads of a group are combined; "mean" in kvpress.
+        sinks: number of leading tokens that are always kept and excluded from the statistics.
+        future: number of positions after the prompt over which the rotation is averaged.
+        covariance: whether to use Σ (section 3).
+        value_norm: whether to multiply scores by the norm of the values (section 3).
+        epsilon: added to a score before that.
+        group: how the heads of a group are combined: "mean", "max" or "sum".
 
-    The other arguments are those of `Memory`. Formula: kvpress, presses/expected_attention_press.py.
+    The defaults are those of `ExpectedAttentionPress` in kvpress 0.5.5, the code that the paper was published with:
+    4 sinks, 512 positions, Σ and norms in use, an epsilon of 0, the mean over a group. The paper may use others in its
+    experiments. The other arguments are those of `Memory`. Formula: kvpress, presses/expected_attention_press.py.
     """
 
     SETTINGS = (*Memory.SETTINGS, "future", "covariance", "value_norm", "epsilon", "group")

@@ -35,8 +35,10 @@ class GemFilter(Memory):
     """A memory that reads only the prompt's best tokens, chosen by an early layer, as if they were the prompt.
 
     Args:
-        layer: r, from 0. None is the paper's share of the depth, 13 of 32 layers (section 4).
-        kernel: κ, an odd number of neighbours; 5 in the published code.
+        layer: r, from 0. None is 13/32 of the depth, rounded: the share of Llama-3.1-8B in the paper (section 4). It is
+            a guess for any other model. The paper takes layer 19 of 40 for Mistral-Nemo-12B and layer 19 of 32 for
+            Phi-3.5-mini. Choose r on your own task if you can.
+        kernel: κ, an odd number of neighbours; 5 in the published code (gem_filter_utils.py). The paper has no default.
         pooling: "avg" (the published code) or "max".
 
     The other arguments are those of `Memory`. By default no token is always kept, as published. The logits of a prompt

@@ -16,7 +16,7 @@ from sinkmodel.memories.arguments import whole
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.memory import Memory
 from sinkmodel.memories.observation import Observation
-from sinkmodel.memories.selection import JoiningRule
+from sinkmodel.memories.selection import GroupRule
 
 
 class H2O(Memory):
@@ -27,7 +27,9 @@ class H2O(Memory):
             experiments (section 5).
         interval: tokens between two evictions after the prompt; 1 in the paper. A query sees at most
             budget + interval keys.
-        group: how the sums of a group's query heads are combined: "sum", "mean" (makes the same choice) or "max".
+        group: how the sums of a group's query heads are combined: "sum", "mean" (makes the same choice) or "max". The
+            default is ours, since the paper and its code have no grouped heads. "as_published": each query head keeps
+            its own set, as in a model without groups, which takes H/G times the memory.
 
     Each slot has a sum and a position of 4 bytes each: with heads of size 64 in fp32, 1.6 % of its key and value. In
     half precision, the sum would lose the contribution of a single query. The other arguments are those of `Memory`.
@@ -43,13 +45,13 @@ class H2O(Memory):
         *,
         window: int | None = None,
         interval: int = 1,
-        group: JoiningRule = "sum",
+        group: GroupRule = "sum",
         **settings: Any,
     ):
         self.half = window is None
         super().__init__(config, budget, window=(budget or 0) // 2 if window is None else window, **settings)
         self.interval = whole(interval, "interval", 1)
-        self.group = one_of("group", group, JoiningRule)
+        self.group = one_of("group", group, GroupRule)
 
     def windows(self) -> list[int]:
         return [budget // 2 for budget in self.budgets] if self.half else super().windows()
@@ -59,7 +61,9 @@ class H2O(Memory):
         B, _, K = sums_BHK.shape
         G = layer.keys.shape[1]
         sums_BGRK = sums_BHK.view(B, G, -1, K)
-        if self.group == "max":  # `scores` combines the heads' sums
+        if self.group == "as_published":  # after the first eviction, the layer has a set for each query head
+            layer.numbers("sums", *sums_BHK.shape[:2])[...] += sums_BHK
+        elif self.group == "max":  # `scores` combines the heads' sums
             layer.numbers("sums", *sums_BGRK.shape[:3])[...] += sums_BGRK
         else:
             layer.numbers("sums", B, G)[...] += sums_BGRK.sum(dim=2)

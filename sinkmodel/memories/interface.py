@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache
 
 from sinkmodel.cache.serialization import read_state
+from sinkmodel.cache.sizes import bytes_of
 from sinkmodel.errors import UserError
 from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.saved import FORMAT, check_state, restore, state_of
@@ -48,8 +49,7 @@ class MemoryInterface(Cache):
     @property
     def bytes_held(self) -> int:
         """Bytes of everything that is held: keys, values, positions, empty slots, and the method's own numbers."""
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self._tensors()}
-        return sum(storages.values())
+        return bytes_of(x for layer in self.layers for x in layer.tensors())
 
     @property
     def bytes_kept(self) -> int:
@@ -61,14 +61,27 @@ class MemoryInterface(Cache):
                 total += full * (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size()
         return total
 
-    def _tensors(self) -> Iterator[Tensor]:
-        for layer in self.layers:
-            yield from layer.tensors()
+    @property
+    def keys_kept(self) -> float:
+        """Number of tokens that a head's set holds, as a mean over rows, layers and KV heads.
+
+        If each query head has its own set, it is the mean over these.
+        """
+        layers = [layer for layer in self.layers if layer.keys is not None]
+        if not layers:
+            return 0.0
+        counts = [(layer.held_positions() != EMPTY).sum(dim=-1) for layer in layers]
+        return torch.stack([count.float().mean() for count in counts]).mean().item()
 
     def kept_positions(self, layer: int, row: int = 0) -> list[list[int]]:
         """For each KV head of a layer, the text positions of the held tokens, ascending."""
         positions = self.layers[layer].held_positions()[row]
         return [sorted(p for p in head if p != EMPTY) for head in positions.tolist()]
+
+    def unusable(self, message: str) -> UserError:
+        """The error for scores that cannot be used. Layers may have lost tokens by then, so the memory is emptied."""
+        self.reset()
+        return UserError(f"{message}. This {self.name} is empty again; read the prompt anew")
 
     def fork(self) -> Any:
         """An independent copy, for example to ask many questions about one compressed context."""

@@ -109,7 +109,7 @@ class MemoryLayer(CacheLayerMixin):
     def keep(self, slots_BGC: Tensor, full_BGC: Tensor) -> None:
         """Keep only these slots, in this order, in tensors of exactly their size. Slots that are not `full` are empty.
 
-        If there are H sets instead of G, every query head gets its own keys and values (SnapKV as published).
+        If there are H sets instead of G, every query head gets its own keys and values (group rule "as_published").
         """
         apart = slots_BGC.shape[1] // self.keys.shape[1]
         keys, values = self.held()

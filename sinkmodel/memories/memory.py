@@ -192,7 +192,7 @@ class Memory(MemoryInterface):
     def _compress(self, layer: MemoryLayer, seen: list[int]) -> None:
         """Keep the best slots of a layer. `seen` is the number of tokens of each row."""
         if any(n > budget for n, budget in zip(seen, self.budgets)):
-            layer.keep(*best(self._forced(layer, seen), self.budgets))
+            layer.keep(*best(self._forced(layer, self.scores(layer), seen), self.budgets))
         layer.state.clear()
         rotary = self.rotary_of(layer)
         if self.positions == "cache" and rotary is not None:
@@ -201,9 +201,8 @@ class Memory(MemoryInterface):
             target = ranks(positions) if self.interval is None else 0
             layer.keys = rotary.turn(layer.keys, (target - positions).masked_fill(positions == EMPTY, 0))
 
-    def _forced(self, layer: MemoryLayer, seen: list[int]) -> Tensor:
+    def _forced(self, layer: MemoryLayer, scores: Tensor, seen: list[int]) -> Tensor:
         positions = layer.held_positions()
-        scores = self.scores(layer)
         self.check_finite(scores)
         if scores.shape[1] > positions.shape[1]:  # each query head keeps its own set
             positions = positions.repeat_interleave(scores.shape[1] // positions.shape[1], dim=1)
@@ -211,7 +210,7 @@ class Memory(MemoryInterface):
 
     def check_finite(self, scores: Tensor) -> None:
         if not bool(torch.isfinite(scores).all()):
-            raise UserError(f"the scores of {self.name} are not finite; look for NaN in the model or in the scorer")
+            raise self.unusable(f"the scores of {self.name} are not finite; look for NaN in the model or in the scorer")
 
     def _note_end(self) -> None:
         self.kept = [min(n, budget) for n, budget in zip(self.seen, self.budgets)]
@@ -389,10 +388,11 @@ class Memory(MemoryInterface):
         even = len(set(self.budgets)) == 1
         if surplus <= 0 and even:
             return
-        if surplus == 1 and even:  # one decoding step: few operations, and no read of the scores by the host
+        scores, positions = self.scores(layer), layer.held_positions()
+        splits = scores.shape[1] > positions.shape[1]  # from now on each query head keeps its own set
+        if surplus == 1 and even and not splits:  # a decoding step: few operations, and the host reads no scores
             empty = min(self.kept) + piece.end - piece.start < layer.length
-            positions = layer.held_positions()
-            forced = force(self.scores(layer), positions, self.sinks, self.windows(), piece.seen, empty)
+            forced = force(scores, positions, self.sinks, self.windows(), piece.seen, empty)
             layer.drop_one(forced.argmin(dim=-1))
         else:
-            layer.keep(*best(self._forced(layer, piece.seen), self.budgets))
+            layer.keep(*best(self._forced(layer, scores, piece.seen), self.budgets))

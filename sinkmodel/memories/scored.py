@@ -32,7 +32,8 @@ class Scored(Memory):
         scorer: a function, or an object with a method `score`, as the module's docstring describes.
 
     The other arguments are those of `Memory`. A prompt that comes in several forwards is scored when it ends, and its
-    hidden states are kept until then. Empty slots of padded rows are never kept, whatever their score.
+    hidden states are kept until then. Empty slots of padded rows are never kept, whatever their score. If the scorer
+    returns another shape, or numbers that are not finite, the memory is empty again, as after `reset`.
     """
 
     def __init__(self, config: Any, scorer: Scorer | Any, budget: int | None = None, **settings: Any):
@@ -53,7 +54,9 @@ class Scored(Memory):
             scores = self.score(module, layer.state["hidden"], keys, values, None, kwargs)
         if not isinstance(scores, Tensor) or scores.shape != keys.shape[:3]:
             shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise UserError(f"the scorer returned {shape} for keys {tuple(keys.shape)}; return {tuple(keys.shape[:3])}")
+            raise self.unusable(
+                f"the scorer returned {shape} for keys {tuple(keys.shape)}; return {tuple(keys.shape[:3])}"
+            )
         return scores
 
     @contextmanager

@@ -20,8 +20,9 @@ class TOVA(Memory):
     """A memory that keeps the tokens to which the latest query attends most.
 
     Args:
-        window: number of the last tokens that are always kept; 1 is the token of the query itself.
-        interval: tokens between two evictions after the prompt; 1 in the paper. A query sees at most
+        window: number of the last tokens that are always kept. The paper (section 3) forces none. The default is 1, the
+            token of the query itself, as in kvpress.
+        interval: tokens between two evictions after the prompt; 1 in the paper (section 3). A query sees at most
             budget + interval keys.
 
     The other arguments are those of `Memory`.

@@ -17,7 +17,11 @@ class MemoryRow:
         keeps: which tokens it keeps, in words.
         bytes_held: bytes of the cache at the end of the prompt.
         bytes_kept: the part of them that is keys and values of tokens.
-        kept_share: that part, as a share of dense's.
+        keys_kept: tokens that a KV head holds at the end of the prompt, as a mean over prompts, layers and heads. If
+            each query head has its own set ("as published"), it is the mean over these. None in older files.
+        kept_share: `bytes_kept` as a share of dense's.
+        prefill_seconds: time to read a prompt, the median over prompts.
+        decode_ms: time of a token after it, in the same way.
     """
 
     memory: str
@@ -38,11 +42,19 @@ class MemoryRow:
     speaks_of: str | None = None
     bytes_held: Number
     bytes_kept: Number
+    keys_kept: Number = None
     kept_share: Number = None
     prefill_seconds: Number = None
     decode_ms: Number = None
     prefill_ratio: Number
     decode_ratio: Number
+
+
+def keys_of(keys_kept: float | None) -> str:
+    """`MemoryRow.keys_kept` in words: a whole number, or a mean with one decimal place if heads differ."""
+    if keys_kept is None:
+        return "–"
+    return f"{keys_kept:,.0f}" if keys_kept % 1 == 0 else f"{keys_kept:,.1f}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,9 +48,10 @@ class LongContextRow:
     Attributes:
         question: whether the question is `inside` or `outside` the compressed prompt.
         score: the task's metric, from 0 to 1.
+        exact: the share of the questions for which greedy choices give the whole right answer. None in older files.
         nll: nats per token of the right answer.
         rank: the rank of the right answer among itself and the distractors.
-        by_context: the scores, nats and ranks of each context.
+        by_context: the numbers of each context.
         nll_alone: nats of the right answer without the context, with dense.
         gain: nats that the context saves dense.
         floor: whether dense cannot do the task, so that the other memories were not run.
@@ -72,6 +73,11 @@ class LongContextRow:
     score_difference: Number
     score_low: Number
     score_high: Number
+    exact: Number = None
+    exact_stderr: Number = None
+    exact_difference: Number = None
+    exact_low: Number = None
+    exact_high: Number = None
     nll: Number
     nll_stderr: Number = None
     nll_difference: Number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -91,7 +92,12 @@ def test_every_row_is_the_loss_of_the_same_tokens(run, texts, tmp_path, capsys, 
             assert rows[name]["answer"] in ("equivalent", "better", "worse", "undecided")
             assert rows[name]["bytes_kept"] < rows["dense"]["bytes_kept"]
             assert rows[name]["prefill_ratio"] > 0
+            assert rows[name]["keys_kept"] == BUDGET
     assert rows["dense"]["difference"] is None
+    assert rows["dense"]["keys_kept"] == 1 + PROMPT, "the sink"
+    a_key = rows["dense"]["bytes_kept"] / (2 * (1 + PROMPT))
+    assert rows["sink"]["bytes_held"] == (2 * BUDGET + 1) * a_key, "keys, values, and the sink's original key"
+    assert rows["sink"]["bytes_kept"] == 2 * BUDGET * a_key
 
 
 def test_few_documents_decide_nothing_about_others(run, texts, tmp_path, capsys):
@@ -120,9 +126,11 @@ def test_recompute_reads_its_window_again_for_each_token(run, texts, tmp_path, c
     assert found["rows"][1]["nll"] == pytest.approx(sum(total) / len(total), abs=1e-5)
 
 
-def test_as_published_snapkv_holds_as_many_times_more_as_heads_share_a_key(run, texts, tmp_path, capsys):
-    found = result(capsys, tmp_path, run, texts, "--memories", "snapkv", "snapkv-as-published")
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_as_published_a_memory_holds_as_many_times_more_as_heads_share_a_key(run, texts, tmp_path, capsys, name):
+    found = result(capsys, tmp_path, run, texts, "--memories", name, f"{name}-as-published")
     ours, published = (row["bytes_kept"] for row in found["rows"][1:])
+    assert found["rows"][1]["keys_kept"] == found["rows"][2]["keys_kept"] == BUDGET
     config = load_model(str(run)).model.config
     assert published == ours * config.num_attention_heads // config.num_key_value_heads > ours
 
@@ -141,8 +149,14 @@ def test_the_table_the_csv_and_the_picture(run, texts, tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     sizes = ["--prompt", PROMPT, "--continue", AFTER, "--budgets", BUDGET, "--window", 4]
     _, out, _ = memories(capsys, "--model", run, "--text", texts, *sizes, "--memories", "snapkv")
-    assert "snapkv 12" in out
-    assert "difference" in out
+    dense, snapkv = (
+        next(line for line in out.splitlines() if line.split()[:1] == [name]) for name in ("dense", "snapkv")
+    )
+    assert dense.split()[5] == str(1 + PROMPT), "keys"
+    assert snapkv.split()[:2] == ["snapkv", "12"]
+    assert "12" in snapkv.split()[6:]
+    assert re.search(r"dense\s+takes\s+[\d.,]+\s+ms\s+for\s+a\s+prompt\s+and\s+[\d.,]+\s+ms\s+for\s+a\s+token", out)
+    assert max(map(len, out.splitlines())) <= 140
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from eval.cli import main
 from eval.report import charts
-from eval.report.blocks import Chart, figure, short_names
+from eval.report.blocks import Chart, Table, figure, short_names
 from eval.report.inputs import Inputs, ResultFile, clean
 from eval.report.sections import memories
 from sinkmodel.errors import UserError
@@ -233,6 +233,35 @@ def test_a_namm_of_which_little_is_known_makes_a_page(monkeypatch, changes):
     made = memories.memories(Inputs(results=[ResultFile(Path("x"), "", result_of(content, Path("x")))]))
     names = [block.name for block in made.blocks if isinstance(block, Chart)]
     assert names == ["memories-1", *(["forgotten-1"] if any(content["forgets"]["heads"]) else [])]
+
+
+def test_keys_times_and_exact_matches_are_shown_or_left_open_for_an_older_file(monkeypatch):
+    """Risk: a column beside its numbers, or a page that files without them break."""
+    monkeypatch.setattr(memories, "panel", lambda *args: None)
+    monkeypatch.setattr(memories, "panels", lambda *args: [])
+
+    def table(make, content):
+        made = make(Inputs(results=[ResultFile(Path("x"), "", result_of(content, Path("x")))]))
+        (first, *_) = [block for block in made.blocks if isinstance(block, Table)]
+        assert {len(row) for row in first.rows} == {len(first.columns)}
+        return first
+
+    content = results.memories()
+    older = table(memories.memories, content)
+    assert {row[older.columns.index("keys")] for row in older.rows} == {"–"}
+    assert older.caption.endswith("ratio to dense's time.")
+    for row, keys in zip(content["rows"], (1234, 8, 16, 7.5, 16)):
+        row["keys_kept"] = keys
+    content["rows"][0] |= {"prefill_seconds": 0.0125, "decode_ms": 1.5}
+    shown = table(memories.memories, content)
+    assert [row[shown.columns.index("keys")] for row in shown.rows] == ["1,234", "8", "16", "7.5", "16"]
+    assert shown.caption.endswith("dense's time, 12.5 ms for a prompt, 1.50 ms for a token.")
+
+    content = results.longcontext()
+    assert {row[6] for row in table(memories.longcontext, content).rows} == {"–"}
+    content["rows"][0]["exact"] = 0.25
+    shown = table(memories.longcontext, content)
+    assert (shown.columns[6], shown.rows[0][6]) == ("exact", "0.250")
 
 
 @pytest.mark.parametrize(("answer", "tone"), [("better", "good"), ("worse", "bad"), ("undecided", "open")])

@@ -36,6 +36,7 @@ class Answer:
     Attributes:
         text: the greedy generation.
         score: the value of the metric, from 0 to 1.
+        exact: whether greedy choices give the right answer, token by token. Text after it does not matter.
         nll: nats per token of the right answer.
         rank: rank from 1 of the right answer among itself and its distractors, by nats per token; None without
             distractors.
@@ -43,6 +44,7 @@ class Answer:
 
     text: str
     score: float
+    exact: bool
     nll: float
     rank: float | None
 
@@ -66,9 +68,10 @@ class Reader:
         for asked, state, logits_V in self._states(memory, reading, place):
             held, kept = max(held, memory.bytes_held), max(kept, memory.bytes_kept)
             text = self.generate(state.fork(), logits_V, asked, metric)
-            nll_K = torch.stack([self._nll(state, logits_V, ids) for ids in asked.candidates])
+            found = [self._given(state, logits_V, ids) for ids in asked.candidates]
+            nll_K, exact = torch.stack([nll for nll, _ in found]), found[0][1]
             rank = rank_of_first(nll_K[None]).item() if len(nll_K) > 1 else None
-            answers.append(Answer(text, metric.score(text, asked.question), nll_K[0].item(), rank))
+            answers.append(Answer(text, metric.score(text, asked.question), exact, nll_K[0].item(), rank))
         return answers, held, kept
 
     @torch.inference_mode()
@@ -120,12 +123,12 @@ class Reader:
         output = self.model(input_ids=ids_1N, past_key_values=memory, use_cache=True, logits_to_keep=keep)
         return output.logits[0, -keep:]
 
-    def _nll(self, state: Any, logits_V: Tensor, ids: Sequence[int]) -> Tensor:
-        """Nats per token of an answer under teacher forcing, on a fork."""
+    def _given(self, state: Any, logits_V: Tensor, ids: Sequence[int]) -> tuple[Tensor, bool]:
+        """Nats per token of an answer under teacher forcing, on a fork; and whether greedy choices would give it."""
         logits_AV = logits_V[None]
         if len(ids) > 1:
             logits_AV = torch.cat([logits_AV, self._feed(state.fork(), ids[:-1], len(ids) - 1)])
-        return self._mean_nll(logits_AV, ids)
+        return self._mean_nll(logits_AV, ids), self._next.choose(logits_AV) == list(ids)
 
     def _mean_nll(self, logits_AV: Tensor, ids: Sequence[int]) -> Tensor:
         nll = nll_of(logits_AV[None], torch.tensor([list(ids)], device=self.model.device)).mean()

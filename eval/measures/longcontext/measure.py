@@ -6,10 +6,10 @@ same prompt without its context. If neither holds, the cell is at the floor, and
 forgetting would not make a difference.
 
 Numbers are means over contexts; the number of a context is the mean over its questions. Differences to dense are paired
-by context, with a bootstrap interval over contexts (`eval.measures.verdict.equivalence`). A score is between 0 and 1,
-and a few contexts may all agree by chance. So the interval of a score includes two more contexts, with differences of
-+1 and −1, as Bonett and Price (2012) adjust the interval of paired proportions. Without them the interval would have no
-width if all contexts agree, and would cover too rarely if nearly all do.
+by context, with a bootstrap interval over contexts (`eval.measures.verdict.equivalence`). A score and a share of exact
+matches are between 0 and 1, and a few contexts may all agree by chance. So their intervals include two more contexts,
+with differences of +1 and −1, as Bonett and Price (2012) adjust the interval of paired proportions. Without them the
+interval would have no width if all contexts agree, and would cover too rarely if nearly all do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from sinkmodel.results.tasks import LongContextRow
 from sinkmodel.tasks.cells import FLOOR_GAIN, FLOOR_SCORE, Cell
 
 LEVEL = 0.95
-NUMBERS = ("score", "nll", "rank")
+NUMBERS = ("score", "exact", "nll", "rank")
+BOUNDED = ("score", "exact")  # numbers between 0 and 1
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """The results of a memory in a cell: `score`, `nll` and `rank` by context (`rank` is None without distractors)."""
+    """The results of a memory in a cell: `score`, `exact`, `nll` and `rank` by context.
+
+    `exact` is the share of exact matches; `rank` is None without distractors.
+    """
 
     score: list[float]
+    exact: list[float]
     nll: list[float]
     rank: list[float] | None
     bytes_held: float
@@ -105,6 +110,7 @@ def measure(reader: Reader, cell: Cell, memory: Any, place: Place, label: str) -
     ranks = [[answer.rank for answer in of_context if answer.rank is not None] for of_context in answers]
     return Measured(
         [fmean(answer.score for answer in of_context) for of_context in answers],
+        [fmean(float(answer.exact) for answer in of_context) for of_context in answers],
         [fmean(answer.nll for answer in of_context) for of_context in answers],
         list(map(fmean, ranks)) if all(ranks) else None,
         fmean(held for held, _ in sizes),
@@ -127,7 +133,7 @@ def row_of(
         numbers[f"{name}_stderr"] = None if values is None else block_stderr([torch.tensor(values)], 1)
         difference: tuple[float | None, float | None, float | None] = None, None, None
         if values is not None and of_dense is not None:
-            difference = paired(values, of_dense, seed, bounded=name == "score")
+            difference = paired(values, of_dense, seed, bounded=name in BOUNDED)
         numbers |= dict(zip((f"{name}_difference", f"{name}_low", f"{name}_high"), difference))
     return LongContextRow(
         task=cell.task,

@@ -21,10 +21,10 @@ def memory_maker(options: argparse.Namespace, model: Any, name: str, budget: int
     settings: dict[str, Any] = {"positions": options.positions}
     if name == "gemfilter":
         settings = {} if options.layer is None else {"layer": options.layer}
-    if name == PUBLISHED:
+    if name in PUBLISHED:
         settings["group"] = "as_published"
     settings |= {key: getattr(options, key) for key in ("sinks", "window") if getattr(options, key) is not None}
-    return partial(make_memory, "snapkv" if name == PUBLISHED else name, model, budget, **settings)
+    return partial(make_memory, PUBLISHED.get(name, name), model, budget, **settings)
 
 
 def namm_rows(options: argparse.Namespace, model: Any, forgotten: Any = None) -> dict[str, Callable[[], Any]]:

@@ -30,7 +30,6 @@ from sinkmodel.memories.layer import MemoryLayer
 from sinkmodel.memories.namm import NAMMConfig
 from sinkmodel.memories.namm.network import token_scores
 from sinkmodel.memories.namm.spectrogram import features
-from sinkmodel.memories.selection import EMPTY
 
 KEEPS = {  # the rows of `namm`, with descriptions of the tokens that they keep
     "namm": "what an evolved network wants to keep",
@@ -50,8 +49,7 @@ class Sizes:
         self.forgotten = forgotten
 
     def note(self, prompt: bytes, memory: NAMM) -> None:
-        kept = [(layer.held_positions() != EMPTY).float().sum(dim=-1).mean() for layer in memory.layers]
-        self._kept[_digest(prompt)] = round(torch.stack(kept).mean().item())
+        self._kept[_digest(prompt)] = round(memory.keys_kept)
         if self.forgotten is not None:
             self.forgotten.add(torch.frombuffer(bytearray(prompt), dtype=torch.int64).tolist(), memory)
 

@@ -124,6 +124,7 @@ def row(
         **(UNKNOWN if readings is dense else against(scored, dense, question)),
         bytes_held=average([reading.bytes_held for reading in flat]),
         bytes_kept=average([reading.bytes_kept for reading in flat]),
+        keys_kept=average([reading.keys_kept for reading in flat]),
         kept_share=share(
             average([reading.bytes_kept for reading in flat]), average([reading.bytes_kept for reading in of_dense])
         ),

@@ -10,6 +10,7 @@ and an answer: equivalent, better, worse or undecided.
     snapkv … gemfilter   C slots of the prompt in each KV head (`sinkmodel.memories`). Tokens after the prompt are added
                          to these; only h2o and tova stay at C
     snapkv-as-published  a separate set of slots for each query head, as in the paper's code: H/G times the memory
+    h2o-as-published     the same; the published code has no heads that share keys
     namm                 the tokens that an evolved network (--artefact) keeps; it is measured together with five
                          controls of the same size (`eval.measures.memories.controls`)
 """

@@ -31,6 +31,7 @@ class Reading:
     decode_seconds: float | None  # per token; None if fewer than two tokens were fed one by one
     bytes_held: int | None  # all bytes of the cache at the end of the prompt; None if there is no cache
     bytes_kept: int | None  # the part of them that is keys and values of tokens
+    keys_kept: float | None  # tokens that a KV head holds at that time, as a mean over layers and heads
 
 
 Reader = Callable[
@@ -44,7 +45,7 @@ def memory_reader(make: Callable[[], Any]) -> Reader:
     def read(model: Any, prompt: list[int], continuation: list[int]) -> Reading:
         memory = make()
         memory.expect(len(prompt))
-        return _read(model, memory, prompt, continuation, lambda: (memory.bytes_held, memory.bytes_kept))
+        return _read(model, memory, prompt, continuation)
 
     return read
 
@@ -53,13 +54,7 @@ def stream_reader(make: Callable[[], Any]) -> Reader:
     """A reader that uses a new StreamingCache for each prompt."""
 
     def read(model: Any, prompt: list[int], continuation: list[int]) -> Reading:
-        cache = make()
-
-        def size() -> tuple[int, int]:
-            held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-            return held, held * min(cache.seen[0], cache.slots) // cache.slots
-
-        return _read(model, cache, prompt, continuation, size)
+        return _read(model, make(), prompt, continuation)
 
     return read
 
@@ -73,13 +68,13 @@ def recompute_reader(policy: Recompute, front: int) -> Reader:
         started = time.perf_counter()
         nll = policy.score(model, [text], PIECE, lambda count: None)[0][-len(continuation) :]
         seconds = (time.perf_counter() - started) / len(continuation)
-        return Reading(nll, None, seconds, None, None)
+        return Reading(nll, None, seconds, None, None, None)
 
     return read
 
 
 @torch.inference_mode()
-def _read(model: Any, cache: Any, prompt: list[int], continuation: list[int], size: Callable[[], Any]) -> Reading:
+def _read(model: Any, cache: Any, prompt: list[int], continuation: list[int]) -> Reading:
     device = model.get_input_embeddings().weight.device
     prompt_1P, after_1N = (torch.tensor([ids], device=device) for ids in (prompt, continuation))
     started = time.perf_counter()
@@ -87,7 +82,7 @@ def _read(model: Any, cache: Any, prompt: list[int], continuation: list[int], si
         logits = [model(input_ids=prompt_1P, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]]
     _wait(device)
     prefill = time.perf_counter() - started
-    held, kept = size()
+    sizes = cache.bytes_held, cache.bytes_kept, cache.keys_kept
     fed = after_1N[:, :-1]
     steps, rest = fed[:, :STEPS], fed[:, STEPS:]
     started = time.perf_counter()
@@ -98,7 +93,7 @@ def _read(model: Any, cache: Any, prompt: list[int], continuation: list[int], si
     for piece in rest.split(PIECE, dim=1) if rest.numel() else ():
         logits.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
     nll = nll_of(torch.cat(logits, dim=1), after_1N)[0].cpu()
-    return Reading(nll, prefill, decode, held, kept)
+    return Reading(nll, prefill, decode, *sizes)
 
 
 def _wait(device: torch.device) -> None:

@@ -24,6 +24,7 @@ from eval.measures.meters import PeakMemory, memory_now
 from eval.measures.prefill.crossover import Times, crossover, crossover_interval
 from eval.measures.statistics import paired_ratio, share
 from eval.measures.timing import BLOCK, Tokens, now
+from sinkmodel.cache.sizes import bytes_of
 from sinkmodel.errors import UserError
 from sinkmodel.loading import LoadedModel
 from sinkmodel.products import fast_products
@@ -138,7 +139,7 @@ def read(model: Any, side: Side, prompt: Tensor) -> Any:
 def sizes_of(cache: Any) -> tuple[int, int]:
     """All bytes that the cache holds, and the bytes of its kept keys and values."""
     if isinstance(cache, DynamicCache):
-        held = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+        held = bytes_of(x for layer in cache.layers for x in (layer.keys, layer.values))
         return held, held
     return cache.bytes_held, cache.bytes_kept
 

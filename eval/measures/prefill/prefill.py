@@ -2,7 +2,7 @@
 
     dense                transformers' own cache, which keeps everything
     snapkv … gemfilter   C slots of the prompt in each KV head (`sinkmodel.memories`)
-    snapkv-as-published  a separate set of slots for each query head, as in the paper's code
+    snapkv-as-published  a separate set of slots for each query head, as in the paper's code; also h2o-as-published
 
 GemFilter saves time on the prompt, the others on the steps after it. So for each pair the answer length is reported at
 which the side with the earlier first token falls behind. `measure` takes the times, `crossover` does the arithmetic.
@@ -90,13 +90,13 @@ def sides_of(options: argparse.Namespace, model_or_config: Any) -> list[Side]:
     """Dense first, then each memory at each budget. Raises UserError if one of them cannot be created."""
     sides = [dense_side()]
     for name in dict.fromkeys(options.memories):
-        settings: dict[str, Any] = {"group": "as_published"} if name == PUBLISHED else {}
+        settings: dict[str, Any] = {"group": "as_published"} if name in PUBLISHED else {}
         if name == "gemfilter" and options.layer is not None:
             settings["layer"] = options.layer
         if name == NAMM:
             sides += [Side(row, None, make) for row, make in namm_rows(options, model_or_config).items()]
         for budget in sorted(set(options.budgets)) if name not in ("dense", NAMM) else ():
-            make = partial(make_memory, "snapkv" if name == PUBLISHED else name, model_or_config, budget, **settings)
+            make = partial(make_memory, PUBLISHED.get(name, name), model_or_config, budget, **settings)
             try:
                 make()
             except UserError as error:

@@ -10,7 +10,7 @@ from eval.report.charts import panel, panels, shown
 from eval.report.inputs import Inputs
 from eval.report.plots import paint_heads, paint_kept, paint_memories
 from sinkmodel.results.latency import PrefillResult, tokens_or_never
-from sinkmodel.results.memories import AgeShare, Forgets, KindShare, MemoriesResult
+from sinkmodel.results.memories import AgeShare, Forgets, KindShare, MemoriesResult, keys_of
 from sinkmodel.results.tasks import LongContextResult, LongContextRow
 
 MEBIBYTE = 2**20
@@ -102,7 +102,10 @@ def _titled(axis: Any, content: MemoriesResult, title: str) -> None:
 
 def _table(content: MemoriesResult, name: str) -> Table:
     return Table(
-        ["memory", "answer", "nats", "− dense", "interval", "MiB held", "MiB kept", "kept %", "prefill ×", "decode ×"],
+        [
+            *("memory", "answer", "nats", "− dense", "interval"),
+            *("keys", "MiB held", "MiB kept", "kept %", "prefill ×", "decode ×"),
+        ],
         [
             [
                 row.label,
@@ -110,6 +113,7 @@ def _table(content: MemoriesResult, name: str) -> Table:
                 figure(row.nll, ".4f"),
                 figure(row.difference, "+.4f"),
                 between(row.low, row.high, "+.4f"),
+                keys_of(row.keys_kept),
                 *(
                     figure(getattr(row, key) and getattr(row, key) / MEBIBYTE, ",.1f")
                     for key in ("bytes_held", "bytes_kept")
@@ -122,9 +126,18 @@ def _table(content: MemoriesResult, name: str) -> Table:
         words=2,
         caption=f"{name}: {content.prompt:,} tokens of prompt, then {content.after:,} scored; − dense: paired "
         f"difference in nats per token, {100 * content.level:g} % interval, equivalent within "
-        f"±{content.margin:g}; MiB held: at the end of the prompt; kept: the keys and values of tokens in it; "
-        "%: share of dense's; ×: ratio to dense's time.",
+        f"±{content.margin:g}; keys: tokens that a head holds at the end of the prompt, a mean over layers and heads; "
+        "MiB held: at that time; kept: the keys and values of tokens in it; %: share of dense's; ×: ratio to dense's "
+        f"time{_times(content)}.",
     )
+
+
+def _times(content: MemoriesResult) -> str:
+    """Dense's times, to which the ratios refer; empty if the file has none."""
+    dense = next((row for row in content.rows if row.memory == "dense"), None)
+    if dense is None or dense.prefill_seconds is None or dense.decode_ms is None:
+        return ""
+    return f", {figure(1000 * dense.prefill_seconds, ',.1f')} ms for a prompt, {figure(dense.decode_ms)} ms for a token"
 
 
 def prefill(inputs: Inputs) -> Section | None:
@@ -214,12 +227,16 @@ def longcontext(inputs: Inputs) -> Section | None:
     for content in found:
         made.blocks.append(
             Table(
-                ["task", "memory", "length", "score", "− dense", "interval", "nats", "− dense", "interval", "MiB held"],
+                [
+                    *("task", "memory", "length", "score", "− dense", "interval"),
+                    *("exact", "nats", "− dense", "interval", "MiB held"),
+                ],
                 [_cell(row) for row in content.rows],
                 words=2,
                 caption=f"{names[content.model]}: the question is {content.rows[0].question} the compressed "
-                "prompt; score: the task's metric; nats: of the right answer; − dense: paired by context, 95 % "
-                "intervals; floor: dense cannot do the task either.",
+                "prompt; score: the task's metric; exact: share of the questions for which greedy choices give the "
+                "whole right answer; nats: of the right answer; − dense: paired by context, 95 % intervals; floor: "
+                "dense cannot do the task either.",
             )
         )
     return made
@@ -228,12 +245,13 @@ def longcontext(inputs: Inputs) -> Section | None:
 def _cell(row: LongContextRow) -> list[str]:
     front = [row.task, row.label, f"{row.length:,}"]
     if row.floor and row.score is None:
-        return [*front, "floor", *["–"] * 6]
+        return [*front, "floor", *["–"] * 7]
     return [
         *front,
         figure(row.score, ".3f") + (" (floor)" if row.floor else ""),
         figure(row.score_difference, "+.3f"),
         between(row.score_low, row.score_high, "+.3f"),
+        figure(row.exact, ".3f"),
         figure(row.nll, ".3f"),
         figure(row.nll_difference, "+.3f"),
         between(row.nll_low, row.nll_high, "+.3f"),

@@ -55,6 +55,7 @@ def test_a_needle_is_found_until_exactly_the_token_where_it_is_forgotten(scripte
             (answer,), held, kept = reader.ask(TokenMemory(budget), reading, place, CONTAINED)
             assert answer.score == found
             assert (answer.rank == 1) == found
+            assert answer.exact == bool(found)
             assert (answer.nll < 1) == found
             assert (held, kept) == (2 * min(budget, len(ids)), min(budget, len(ids)))
             assert answer.text == (f" {asked.question.reference}" if found else answer.text)
@@ -130,6 +131,25 @@ def test_dense_is_the_model_itself(loaded):
                 logits_V[never] = -torch.inf
                 greedy.append(int(logits_V.argmax()))
             assert answer.text == loaded.tokenizer.decode(greedy[len(prompt) :])
+
+
+def test_an_exact_match_is_the_beginning_of_the_greedy_generation(loaded):
+    """Risk: a match in which one token was not the model's choice, or a token that must not be generated was."""
+    reader, reading = Reader(loaded), in_tokens(loaded, several(), 5)
+    for place in ("outside", "inside"):
+        memory = Everything()
+        for number, (asked, state, logits_V) in enumerate(reader._states(memory, reading, place)):
+            greedy, fork = [], state.fork()
+            for _ in range(4):
+                greedy += reader._next.choose(logits_V[None])
+                logits_V = reader._feed(fork, greedy[-1:])[-1]
+            for wrong in (None, 0, 3):
+                ids = [token if at != wrong else (token + 1) % 100 for at, token in enumerate(greedy)]
+                given = dataclasses.replace(asked, candidates=[ids, *asked.candidates[1:]])
+                (answer,), *_ = reader.ask(
+                    Everything(), dataclasses.replace(reading, asked=(given,)), place, NEVER_FINAL
+                )
+                assert answer.exact == (wrong is None), (number, wrong)
 
 
 def test_the_answer_alone_is_scored_after_the_prompt_without_its_context(loaded):

@@ -67,6 +67,7 @@ def test_every_task_gives_a_row_for_every_memory_and_budget(run, book, longbench
         assert row["length"] == 1200
         assert 0.8 * 1200 < row["prompt_tokens"] <= 1202
         assert not row["floor"]
+        assert 0 <= row["exact"] <= 1
         if row["memory"] != "dense":
             assert row["nll_low"] <= row["nll_difference"] <= row["nll_high"]
             assert row["bytes_held"] == row["budget"] * 2 * 2 * 2 * 8 * 4, "layers, heads, K and V, size, fp32"

@@ -43,7 +43,7 @@ def cell(loaded, contexts=2, questions=2) -> Cell:
 
 
 def answers(*contexts):
-    return [[Answer("", score, nll, rank) for score, nll, rank in of_context] for of_context in contexts]
+    return [[Answer("", score, score == 1, nll, rank) for score, nll, rank in of_context] for of_context in contexts]
 
 
 DENSE = answers([(1, 1.0, 1), (0, 2.0, 2)], [(1, 0.5, 1), (1, 0.5, 1)])
@@ -99,7 +99,8 @@ def test_numbers_are_means_over_contexts_and_differences_are_paired(loaded):
     assert (dense.label, other.label) == ("dense", "snapkv 8")
     assert (dense.budget, other.budget) == (None, 8)
     assert (dense.score, dense.nll, dense.rank) == (0.75, 1.0, 1.25)
-    assert dense.by_context == {"score": [0.5, 1], "nll": [1.5, 0.5], "rank": [1.5, 1]}
+    assert dense.by_context == {"score": [0.5, 1], "exact": [0.5, 1], "nll": [1.5, 0.5], "rank": [1.5, 1]}
+    assert (dense.exact, other.exact, other.exact_difference) == (0.75, 0.25, -0.5)
     assert (other.score, other.nll, other.rank) == (0.25, 1.5, 2.0)
     assert (other.score_difference, other.nll_difference, other.rank_difference) == (-0.5, 0.5, 0.75)
     assert dense.score_difference is None
@@ -138,8 +139,9 @@ def test_a_real_cell_gives_the_numbers_of_its_answers(loaded):
 
 
 def test_rows_have_intervals_of_their_own_numbers():
-    found = Measured([0.0, 1, 0, 1, 0, 0], [2.0, 3, 1, 2, 3, 4], [1.0] * 6, 1, 1, 1)
-    dense = Measured([1.0] * 6, [1.0] * 6, [1.0] * 6, 1, 1, 1)
+    score = [0.0, 1, 0, 1, 0, 0]
+    found = Measured(score, score, [2.0, 3, 1, 2, 3, 4], [1.0] * 6, 1, 1, 1)
+    dense = Measured([1.0] * 6, [1.0] * 6, [1.0] * 6, [1.0] * 6, 1, 1, 1)
     row = row_of(
         Cell("t", 9, CONTAINED, [_reading()]), Side("x", 3, None), "inside", found, dense, Ability(2.0, 1.0, False), 0
     )
@@ -148,6 +150,7 @@ def test_rows_have_intervals_of_their_own_numbers():
     for name in ("score", "nll"):
         low, difference, high = (getattr(row, f"{name}_{part}") for part in ("low", "difference", "high"))
         assert low < difference < high
+    assert (row.exact_low, row.exact_high) == (row.score_low, row.score_high), "both are between 0 and 1"
     assert (row.rank_low, row.rank_difference, row.rank_high) == (0, 0, 0)
 
 

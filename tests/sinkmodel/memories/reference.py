@@ -72,7 +72,7 @@ def run(model, method: str, settings: dict[str, Any], prompt: list[int], continu
     """
     unknown = set(settings) - {"budget", "sinks", "positions", *DEFAULTS[method]}
     assert not unknown, f"{method} has no setting {unknown}"
-    assert settings.get("group") != "as_published" or method == "snapkv"
+    assert settings.get("group") != "as_published" or method in ("snapkv", "h2o")
     settings = {"sinks": 0, "positions": "text", **DEFAULTS[method], **settings}
     if settings["window"] is None:
         settings["window"] = settings["budget"] // 2
@@ -122,6 +122,7 @@ class Reader:
     prompt: int = 0
     calls: int = 0
     turns: bool = True  # whether the layer at work has RoPE
+    softcap: float | None = None  # of the layer at work
 
     def feed(self, ids: list[int]) -> Tensor:
         """Logits [len(ids), V]."""
@@ -145,9 +146,12 @@ class Reader:
         layers = [self.layers[i] for i in sorted(self.layers)]
         return [[[text[p] for p in sorted(head.held)] for head in layer.heads] for layer in layers]
 
-    def attend(self, module, query, key, value, attention_mask, scaling=None, **kwargs) -> tuple[Tensor, None]:
+    def attend(
+        self, module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs
+    ) -> tuple[Tensor, None]:
         """What transformers calls in each layer: q [1, H, n, D], k and v [1, G, n, D] → [1, n, H, D]."""
-        assert {kwargs.get(name) for name in ("softcap", "s_aux")} == {None}, "not handled"
+        assert kwargs.get("s_aux") is None, "not handled"
+        self.softcap = softcap
         assert (kwargs.get("sliding_window") or 1e9) >= self.seen + query.shape[2], "native windows are not handled"
         self.calls += 1
         self.turns = bool(getattr(module, "use_rope", True))
@@ -164,7 +168,7 @@ class Reader:
         later = torch.ones(count, count, dtype=torch.bool).triu(1)
         attention, out = [], []
         for h in range(queries):
-            scores = (scaling * turned_q[h] @ turned_k[h // shared].T).masked_fill(later, float("-inf"))
+            scores = self.capped(scaling * turned_q[h] @ turned_k[h // shared].T).masked_fill(later, float("-inf"))
             attention.append(softmax(scores, sink_score(module, turned_q[h], h, shared, scaling)))
             out.append(attention[h] @ v[h // shared])
         size = 1 if self.settings.get("group") == "as_published" else shared
@@ -201,7 +205,7 @@ class Reader:
             for h in head.readers:
                 query = self.rotated(q[h], places[-1:])
                 sink = sink_score(module, query, h, len(q) // len(k), scaling)
-                weights = softmax(scaling * query @ keys.T, sink)[0]
+                weights = softmax(self.capped(scaling * query @ keys.T), sink)[0]
                 out[h, 0] = weights @ values
                 layer.latest[h] = dict(zip(positions, weights.tolist()))
                 for p, weight in layer.latest[h].items():
@@ -215,7 +219,7 @@ class Reader:
         everyone = [h for head in layer.heads for h in head.readers]
         for i, head in enumerate(layer.heads):
             if self.method == "h2o":
-                join = JOIN[self.settings["group"]]
+                join = JOIN.get(self.settings["group"], JOIN["mean"])  # "as_published": sets of one
                 score = {p: join([layer.sums[h][p] for h in head.readers]) for p in head.held}
             elif self.method == "tova":
                 score = {p: fmean(layer.latest[h][p] for h in everyone) for p in head.held}
@@ -226,6 +230,10 @@ class Reader:
             kept, gap = keep(score, self.settings, newest)
             self.gaps.append(gap)
             head.held = {p: head.held[p] for p in kept}
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """Gemma2's cap of scores: nearly linear around 0, and never beyond ± `softcap`."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def plain(self, x: Tensor) -> Tensor:
         """x as before RoPE: at position 0 it turns nothing, but YaRN's factor has multiplied the rotary dimensions."""

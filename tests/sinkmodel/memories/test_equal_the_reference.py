@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinkmodel.memories import MEMORIES, Scored, make_memory
-from tests.models import IN_SOFTMAX, build, model_of, tokens
+from tests.models import IN_SOFTMAX, POSITIONS, build, model_of, tokens
 from tests.sinkmodel.memories.reference import run
 
 PROMPT, AFTER, SHORT = 40, 12, 9  # SHORT: a row below the budget
@@ -27,6 +27,7 @@ SETTINGS = {
     "h2o": ("h2o", {}),
     "h2o-max": ("h2o", {"window": 3, "group": "max", "sinks": 1}),
     "h2o-interval": ("h2o", {"window": 4, "interval": 5}),
+    "h2o-as-published": ("h2o", {"group": "as_published", "sinks": 1}),
     "tova": ("tova", {}),
     "tova-interval": ("tova", {"window": 2, "interval": 4, "sinks": 3}),
     "expected-attention": ("expected-attention", {}),
@@ -157,6 +158,41 @@ def test_other_families(family, name, positions):
     memory.expect(PROMPT)
     model(ids[:, :PROMPT], past_key_values=memory)
     check(memory, outcome, after(model, memory, ids[:, PROMPT:], 5, 1)[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["h2o", "h2o-max", "h2o-as-published", "tova"])
+@pytest.mark.parametrize("positions", ["text", "cache"])
+@pytest.mark.parametrize("sizes", [[1], [AFTER], [3, 1]], ids=["steps", "one-forward", "mixed"])
+def test_a_prompt_that_fits_is_kept_whole_and_evicted_from_later(family, name, positions, sizes):
+    """Risk: with "as_published", KV heads whose first eviction comes while decoding."""
+    model, ids = model_of(family), torch.tensor([tokens(PROMPT + AFTER)])
+    memory, outcome = memory_of(name, model, positions), expected(family, name, positions, SHORT)
+    memory.expect(SHORT)
+    model(ids[:, PROMPT - SHORT : PROMPT], past_key_values=memory)
+    assert SHORT < BUDGET < SHORT + AFTER
+    check(memory, outcome, after(model, memory, ids[:, PROMPT:], *sizes)[0])
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "tova", "expected-attention", "gemfilter"])
+@pytest.mark.parametrize("piece", [PROMPT, 11])
+def test_a_cap_of_the_scores(name, piece):
+    """Risk: a softcap that is left out where attention is observed, as of Gemma2 within its native window."""
+    model = model_of(
+        "Gemma2", num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=POSITIONS,
+        attn_logit_softcapping=0.5, attn_implementation="eager",
+    )  # fmt: skip
+    kind, settings = SETTINGS[name]
+    settings = {**settings, "budget": BUDGET}
+    ids = tokens(PROMPT + AFTER)
+    named = {NAMES.get(key, key): value for key, value in settings.items()}
+    outcome = run(model, kind.replace("-", "_"), named, ids[:PROMPT], ids[PROMPT:])
+    assert outcome.gap > 1e-5, "the choice hangs on rounding: change the seed"
+    memory, fed = make_memory(kind, model.config, **settings), torch.tensor([ids])
+    memory.expect(PROMPT)
+    for part in fed[:, :PROMPT].split(piece, dim=1):
+        model(part, past_key_values=memory)
+    check(memory, outcome, after(model, memory, fed[:, PROMPT:], 3, 1)[0])
 
 
 def test_every_memory_is_compared():
