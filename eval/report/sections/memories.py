@@ -210,16 +210,16 @@ def longcontext(inputs: Inputs) -> Section | None:
     if not found:
         return None
     names = short_names(content.model for content in found)
-    made = Section("longcontext", "Long prompts")
+    made, paired = Section("longcontext", "Long prompts"), ("− dense", "interval")
     for content in found:
         made.blocks.append(
             Table(
-                ["task", "memory", "length", "score", "− dense", "interval", "nats", "− dense", "interval", "MiB held"],
+                ["task", "memory", "length", "score", *paired, "nats", *paired, "MiB held", "kept %"],
                 [_cell(row) for row in content.rows],
                 words=2,
                 caption=f"{names[content.model]}: the question is {content.rows[0].question} the compressed "
                 "prompt; score: the task's metric; nats: of the right answer; − dense: paired by context, 95 % "
-                "intervals; floor: dense cannot do the task either.",
+                "intervals; kept: share of dense's keys and values; floor: dense cannot do the task either.",
             )
         )
     return made
@@ -228,7 +228,7 @@ def longcontext(inputs: Inputs) -> Section | None:
 def _cell(row: LongContextRow) -> list[str]:
     front = [row.task, row.label, f"{row.length:,}"]
     if row.floor and row.score is None:
-        return [*front, "floor", *["–"] * 6]
+        return [*front, "floor", *["–"] * 7]
     return [
         *front,
         figure(row.score, ".3f") + (" (floor)" if row.floor else ""),
@@ -238,4 +238,5 @@ def _cell(row: LongContextRow) -> list[str]:
         figure(row.nll_difference, "+.3f"),
         between(row.nll_low, row.nll_high, "+.3f"),
         figure(row.bytes_held and row.bytes_held / MEBIBYTE, ",.1f"),
+        _percent(row.kept_share),
     ]
