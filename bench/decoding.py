@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel, StaticCache
 
+from bench.ratios import interval
 from eval.measures.timing import now
 from sinkmodel.cache import StreamingCache
 from sinkmodel.models import build_model
@@ -189,14 +190,14 @@ def recompute(model: PreTrainedModel, budget: int, options: argparse.Namespace) 
 
 
 def ratio(taken: dict[str, list[float]], one: str, other: str, draws: int = 1000) -> str:
-    """`1.02× (1.00 to 1.05)`: the ratio of medians, and a 95 % interval from rounds drawn with replacement."""
+    """`1.02× (95 %: 1.00 to 1.05)`: the ratio of medians, and a 95 % interval from rounds drawn with replacement."""
     rng, rounds = random.Random(0), list(zip(taken[one], taken[other]))
 
     def of(pairs: list[tuple[float, float]]) -> float:
         return statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
 
     drawn = sorted(of(rng.choices(rounds, k=len(rounds))) for _ in range(draws))
-    return f"{of(rounds):.2f}× ({drawn[int(0.025 * draws)]:.2f} to {drawn[int(0.975 * draws)]:.2f})"
+    return f"{of(rounds):.2f}× {interval(drawn[int(0.025 * draws)], drawn[int(0.975 * draws)])}"
 
 
 def check() -> None:

@@ -1,6 +1,6 @@
 """The speed of training only the sink's row, as a ratio to training all weights of the same model, and its memory.
 
-    python -m bench.frozen [--model NAME] [--steps 8] [--rounds 3] [--sequence 256] [--rows 1]
+    python -m bench.frozen [--model NAME] [--steps 8] [--rounds 3] [--sequence 256] [--rows 2]
 
 `sink-pretrain` with `training.parts` sink and all, alternating, each in its own process with one thread. Tokens/s are
 those of metrics.csv. Memory is the peak of a forward and backward pass on top of weights and optimiser state, in units
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from bench.made_up import prepared, tokenizer
+from bench.ratios import of_rounds
 from sinkmodel.checkpoint import read_metrics
 
 # Prints the bytes that autograd saves in the first step, and the peak of allocated bytes in the second step beyond
@@ -115,11 +116,9 @@ def main() -> None:
             for parts, found in speeds.items():
                 speed, memory[parts] = measure([*words, f"--training.parts={parts}"], Path(folder) / f"{parts}{i}")
                 found.append(speed)
-    ratios = sorted(a / b for a, b in zip(speeds["sink"], speeds["all"]))
     print(
         f"frozen: only the sink's row {statistics.median(speeds['sink']):,.0f} tokens/s, all weights "
-        f"{statistics.median(speeds['all']):,.0f}; ratio {statistics.median(ratios):.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        f"{statistics.median(speeds['all']):,.0f}; ratio {of_rounds(speeds['sink'], speeds['all'])}"
     )
     for parts, size in memory.items():
         print(

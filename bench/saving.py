@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bench.ratios import of_rounds
 from recipes.training.callbacks.checkpoints import BackgroundCheckpointIO
 from sinkmodel.checkpoint import write_manifest
 from sinkmodel.files import atomic_file, sha256_of
@@ -55,11 +56,10 @@ def main() -> None:
             waited, total = in_background(checkpoint, Path(folder) / "step1.ckpt")
             waits.append(waited)
             totals.append(total)
-    ratios = sorted(wait / whole for wait, whole in zip(waits, plain))
     print(
         f"saving: training waits {statistics.median(waits):.2f} s, the file is complete after "
         f"{statistics.median(totals):.2f} s; written before training continues {statistics.median(plain):.2f} s; ratio "
-        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        f"{of_rounds(waits, plain)}"
     )
 
 

@@ -1,6 +1,6 @@
 """Weak scaling of sink-pretrain: tokens/s of two processes as a ratio to twice that of one, with a core per process.
 
-    python -m bench.scaling [--steps 40] [--rounds 3] [--strategies ddp fsdp2 deepspeed_stage_1 …]
+    python -m bench.scaling [--steps 40] [--rounds 3] [--strategies ddp]
 
 The `tiny` model, gloo over the loopback device. Every process has one thread and its own batch of the same size.
 """
@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from bench.made_up import prepared
+from bench.ratios import of_rounds
 from recipes.training.settings import STRATEGIES
 from sinkmodel.checkpoint import read_metrics
 
@@ -48,11 +49,10 @@ def main() -> None:
             for i in range(options.rounds):
                 one.append(speed(data, Path(folder) / f"{strategy}-one{i}", "auto", 1, options.steps))
                 two.append(speed(data, Path(folder) / f"{strategy}-two{i}", strategy, 2, options.steps))
-            ratios = sorted(b / (2 * a) for a, b in zip(one, two))
             print(
                 f"scaling, {strategy}: {statistics.median(two):,.0f} tokens/s on two processes, "
-                f"{statistics.median(one):,.0f} on one; ratio to twice that {statistics.median(ratios):.2f} "
-                f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+                f"{statistics.median(one):,.0f} on one; ratio to twice that "
+                f"{of_rounds(two, [2 * speed for speed in one])}"
             )
 
 

@@ -1,6 +1,6 @@
 """How much faster chunked scoring is than the paper's loop, which feeds a stream token by token, with equal numbers.
 
-    python -m bench.scoring [--layers 4 --hidden 128 --vocabulary 2048] [--budget 256 1024] [--sinks 4]
+    python -m bench.scoring [--layers 2 --hidden 32 --vocabulary 64] [--budget 256 1024] [--sinks 4]
 
 The baseline is the paper's evaluation of GPT-NeoX, rewritten from mit-han-lab/streaming-llm @2e50426
 (`examples/eval_long_ppl.py`, `pos_shift/modify_gpt_neox.py`, `kv_cache.py`) and transformers 4.33, which it pins. It
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from bench.ratios import of_rounds
 from sinkmodel.attention import CAUSAL
 from sinkmodel.scoring import streaming_nll
 
@@ -126,11 +127,10 @@ def compare(model: GPTNeoXForCausalLM, budget: int, options: argparse.Namespace)
             loop_speed.append((length - 1) / (time.perf_counter() - started))
     difference = (chunked[0] - nll).abs().max().item()
     assert difference < 1e-4, f"the two sides disagree by {difference} nats"
-    ratios = sorted(a / b for a, b in zip(chunked_speed, loop_speed))
     config, threads = model.config, torch.get_num_threads()
     return (
-        f"scoring: {statistics.median(ratios):.0f}× the paper's token-by-token loop ({ratios[0]:.0f} to "
-        f"{ratios[-1]:.0f}; {statistics.median(chunked_speed):,.0f} against {statistics.median(loop_speed):,.0f} "
+        f"scoring: {of_rounds(chunked_speed, loop_speed, digits=0)} × the paper's token-by-token loop "
+        f"({statistics.median(chunked_speed):,.0f} against {statistics.median(loop_speed):,.0f} "
         f"tokens/s; {sinks}+{budget - sinks}, GPT-NeoX {config.num_hidden_layers} layers d {config.hidden_size} "
         f"{config.num_attention_heads} heads vocabulary {config.vocab_size}, {threads} threads, largest difference "
         f"{difference:.0e} nats)"

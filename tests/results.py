@@ -232,6 +232,7 @@ def longcontext() -> dict[str, Any]:
             "floor": floor,
             **numbers,
             "bytes_held": size,
+            "kept_share": None if score is None else 0.375 if "h2o" in label else 1.0,
         }
 
     rows = [row("vt", "dense", False, 0.9), row("vt", "h2o 8", False, 0.7)]

@@ -29,8 +29,7 @@ class Gate:
         self.done += 1
         if self.done < self.steps:
             return
-        spent = {"cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall}
-        print(f"{MARK}{json.dumps(spent)}", file=sys.__stdout__, flush=True)
+        report(time.process_time() - self.cpu, time.perf_counter() - self.wall)
         if not sys.stdin.readline():
             os._exit(0)
         self.done = 0
@@ -38,6 +37,11 @@ class Gate:
 
     def _start(self) -> None:
         self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+
+def report(cpu: float, wall: float) -> None:
+    """Print the seconds that were spent, for the process that takes turns."""
+    print(f"{MARK}{json.dumps({'cpu': cpu, 'wall': wall})}", file=sys.__stdout__, flush=True)
 
 
 def pin() -> None:

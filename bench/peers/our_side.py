@@ -12,11 +12,14 @@ from bench.peers.gate import Gate
 JOB = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 GATE = Gate(JOB["block"])
 
-from lightning.pytorch import Callback  # noqa: E402  after the process is pinned
+from recipes.pretrain import main  # noqa: E402  after the process is pinned
+from sinkmodel.imports import slow_imports  # noqa: E402
 
-from recipes.pretrain import main  # noqa: E402
-from recipes.training import run  # noqa: E402
-from recipes.training.callbacks.steps import at_step_boundary  # noqa: E402
+with slow_imports():  # as the command does
+    from lightning.pytorch import Callback
+
+    from recipes.training import run
+    from recipes.training.callbacks.steps import at_step_boundary
 
 build_trainer = run.build_trainer
 

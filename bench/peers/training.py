@@ -1,11 +1,12 @@
-"""The speed of `sink-pretrain` beside the Hugging Face Trainer and litgpt: same model, batch, optimiser and text.
+"""The speed of `sink-pretrain` beside a bare loop, the Hugging Face Trainer and litgpt: same model, batch and text.
 
-    python -m bench.peers.training [--litgpt .venv-litgpt/bin/python] [--steps 10] [--rounds 9] [--compiled]
+    python -m bench.peers.training [--litgpt PYTHON] [--steps 10] [--rounds 9] [--compiled]
 
 Each side is a process of one thread, pinned to the same core; they take turns, a block of `--steps` steps each. All of
 them train the recipe `tiny` in fp32 as their users would, with their own loop, loss, logging (one line per block) and
-reading of tokens. litgpt compiles its model unless it is told not to; without `--compiled` no side compiles. The last
-line is the physical limit: what share of the peak of large matrix products each side reaches.
+reading of tokens. The bare loop is the simplest one in PyTorch (`bench/peers/bare_side.py`): full logits, no schedule,
+no log. litgpt compiles its model by default; without `--compiled` no side compiles. The last line is the physical
+limit: what share of the peak of large matrix products each side reaches.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from recipes.training.throughput import flops_per_token
 from sinkmodel.models import build_model
 
 VOCABULARY = 2176
-OURS, TRAINER, LITGPT = "sink-pretrain", "the Hugging Face Trainer", "litgpt"
+OURS, BARE, TRAINER, LITGPT = "sink-pretrain", "a bare PyTorch loop", "the Hugging Face Trainer", "litgpt"
 
 
 def write_job(folder: Path, steps: int, compiled: bool) -> tuple[Path, dict[str, Any], float]:
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         path, job, flops = write_job(Path(place), options.steps, options.compiled)
         commands: dict[str, list[str | Path]] = {
             OURS: [sys.executable, "-m", "bench.peers.our_side", path],
+            BARE: [sys.executable, "-m", "bench.peers.bare_side", path],
             TRAINER: [sys.executable, "-m", "bench.peers.trainer_side", path],
         }
         if options.litgpt:

@@ -21,6 +21,7 @@ from statistics import median
 import torch
 
 from bench.peers.gate import MARK
+from bench.ratios import interval
 from eval.measures.statistics import paired_ratio
 from sinkmodel.products import fast_products, library, matmul
 
@@ -56,13 +57,13 @@ def take_turns(sides: Mapping[str, Block], rounds: int) -> dict[str, list[Spent]
 
 
 def compared(ours: Sequence[Spent], theirs: Sequence[Spent]) -> str:
-    """`1.42 × as fast by CPU time (1.40 to 1.45), 1.40 × by wall time (1.31 to 1.52)`: the side `ours`."""
+    """`1.42 × as fast by CPU time (95 %: 1.40 to 1.45), 1.40 × by wall time (95 %: 1.31 to 1.52)`, of `ours`."""
     texts = []
     for clock, name in (("cpu", "CPU time"), ("wall", "wall time")):
         above, below = ([getattr(block, clock) for block in side] for side in (theirs, ours))
         ratio, low, high = paired_ratio(above, below)
-        interval = f" ({low:.2f} to {high:.2f})" if low is not None else ""
-        texts.append(f"{ratio:.2f} × {'' if texts else 'as fast '}by {name}{interval}")
+        within = f" {interval(low, high)}" if low is not None and high is not None else ""
+        texts.append(f"{ratio:.2f} × {'' if texts else 'as fast '}by {name}{within}")
     return ", ".join(texts)
 
 
@@ -88,11 +89,23 @@ def peak_product(tries: int = 8) -> tuple[float, str]:
 def run(command: Sequence[str]) -> Spent:
     """Run a process to its end: its CPU time and that of its children."""
     before, wall = children_seconds(), time.perf_counter()
+    _output_of(command)
+    return Spent(children_seconds() - before, time.perf_counter() - wall)
+
+
+def run_and_read(command: Sequence[str]) -> Spent:
+    """Run a process to its end: the part of its time that it reports (`bench.peers.gate.report`)."""
+    (line,) = [line for line in _output_of(command).splitlines() if line.startswith(MARK)]
+    return Spent(**json.loads(line.removeprefix(MARK)))
+
+
+def _output_of(command: Sequence[str]) -> str:
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, env=env)
+    nothing = subprocess.DEVNULL  # a side with a `Gate` ends after its first block
+    done = subprocess.run(command, stdin=nothing, capture_output=True, encoding="utf-8", cwd=ROOT, env=env)
     if done.returncode:
         raise RuntimeError(f"{command[:3]} ended with code {done.returncode}:\n{done.stderr}")
-    return Spent(children_seconds() - before, time.perf_counter() - wall)
+    return done.stdout
 
 
 def children_seconds() -> float:

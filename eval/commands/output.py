@@ -16,7 +16,7 @@ from sinkmodel.results.parts import Result
 from sinkmodel.secrets import redacted
 
 OUTPUTS = ("--json", "--csv", "--maps", "--plot")  # options for output paths; each takes one value
-PACKAGES = ("torch", "transformers")  # packages whose versions a result records
+PACKAGES = ("torch", "transformers")  # packages whose versions a result records, beside the library of products
 
 
 def give_result(options: argparse.Namespace, result: Result, show_tables: Callable[[], None]) -> None:
@@ -31,7 +31,10 @@ def _write(options: argparse.Namespace, result: Result) -> None:
     """Write the result as JSON to --json, if given, and add the command line, the date and the versions."""
     if options.json is None:
         return
+    from sinkmodel.products import library
+
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
+    versions["products"] = library(backward=False)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     typed = redacted(options.command_line)
     write_result(options.json, replace(result, command_line=typed, date=date, versions=versions))

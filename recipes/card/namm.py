@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import sinkmodel
 from recipes.card.card import README, Card, fill, kept_of
 from recipes.card.facts import HUB_NAME, count_parameters
 from recipes.card.metadata import CHOICES, UNKNOWN
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # As sinkmodel.memories.namm.config calls them, which would bring torch.
 FORMAT, CONFIG, WEIGHTS = "sinkmodel-namm", "config.json", "namm.safetensors"
+SHIPPED = Path(sinkmodel.__file__).parent / "memories" / "namm" / "evolved"
 TAGS = ("kv-cache", "namm", "attention-memory", "evolution")
 
 
@@ -80,11 +82,14 @@ def make_namm_card(
 
 
 def own_names(folder: Path, repository: str) -> Callable[[str], bool]:
-    """Whether a name in a result means this artefact: its repository, its folder, or a copy of it."""
+    """Whether a name in a result means this artefact: its repository, or a folder or shipped artefact with its weights.
+
+    A folder is preferred to an artefact of the same name that ships, as in `sinkmodel.memories.namm.config`.
+    """
     weights = (folder / WEIGHTS).read_bytes()
 
     def own(name: str) -> bool:
-        copy = Path(name) / WEIGHTS
+        copy = (Path(name) if Path(name).is_dir() else SHIPPED / name) / WEIGHTS
         return name == repository or (copy.is_file() and copy.read_bytes() == weights)
 
     return own

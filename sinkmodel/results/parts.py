@@ -18,7 +18,7 @@ class Result:
         COMMAND: the name of the command.
         command_line: the command line, without output paths.
         date: when the file was written, as ISO 8601 in UTC.
-        versions: versions of Python and of packages.
+        versions: versions of Python and of packages; `products`: the library of matrix products (`sinkmodel.products`).
     """
 
     COMMAND: ClassVar[str]

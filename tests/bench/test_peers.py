@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from bench.peers import decoding, preparation, training
-from bench.peers.turns import Spent, Worker, compared, take_turns, timed
+from bench.peers.turns import Spent, Worker, compared, run_and_read, take_turns, timed
+from bench.ratios import interval, of_rounds
 
 GATED = "from bench.peers.gate import Gate\ngate = Gate(3)\n"
 
@@ -38,8 +39,17 @@ def test_a_ratio_is_of_blocks_of_the_same_round_by_both_clocks():
     """Risk: load that slows one round down is taken for a difference, or the ratio is upside down."""
     ours = [Spent(cpu, 3 * cpu) for cpu in (1.0, 2.0, 10.0, 1.0, 1.0)]
     theirs = [Spent(1.5 * block.cpu, block.wall) for block in ours]
-    assert compared(ours, theirs) == ("1.50 × as fast by CPU time (1.50 to 1.50), 1.00 × by wall time (1.00 to 1.00)")
+    assert compared(ours, theirs) == (
+        "1.50 × as fast by CPU time (95 %: 1.50 to 1.50), 1.00 × by wall time (95 %: 1.00 to 1.00)"
+    )
     assert compared(ours[:2], theirs[:2]) == "1.50 × as fast by CPU time, 1.00 × by wall time"
+
+
+def test_a_ratio_states_what_its_parentheses_are():
+    """Risk: the extremes of a few rounds are taken for a confidence interval."""
+    assert of_rounds([3.0, 1.0, 2.5], [1.0, 1.0, 1.0]) == "2.50 (rounds: 1.00 to 3.00)"
+    assert of_rounds([30.0, 10.0], [1.0, 1.0], digits=0) == "20 (rounds: 10 to 30)"
+    assert interval(0.98, 1.051) == "(95 %: 0.98 to 1.05)"
 
 
 def test_a_worker_runs_one_block_for_each_turn_and_ends_with_the_bench(tmp_path):
@@ -60,6 +70,12 @@ def test_a_worker_that_fails_shows_its_error(tmp_path):
     assert "no such model" in str(error.value)
 
 
+def test_a_process_can_report_a_part_of_its_time():
+    """Risk: the imports count as loading."""
+    program = "from bench.peers.gate import report\nprint('other')\nreport(1.5, 2.5)"
+    assert run_and_read([sys.executable, "-c", program]) == Spent(1.5, 2.5)
+
+
 def test_time_is_measured_by_both_clocks():
     spent = timed(lambda: sum(range(300_000)))
     assert spent.cpu > 0
@@ -77,7 +93,7 @@ def test_decoding_prints_ratios_and_the_limit(capsys):
     sizes = {"layers": 1, "hidden": 64, "vocabulary": 64, "budgets": 16, "tokens": 1, "rounds": 5}
     decoding.main([word for name, value in sizes.items() for word in (f"--{name}", str(value))])
     ours, turned, limit = capsys.readouterr().out.splitlines()
-    assert " × as fast by CPU time (" in ours
+    assert " × as fast by CPU time (95 %: " in ours
     assert "as the paper's way (" in ours
     assert "as SinkCache's way (" in turned
     assert "share of the limit (" in limit
@@ -124,10 +140,11 @@ def test_both_ways_to_prepare_write_the_same_tokens(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_is_measured_beside_the_trainer(capsys):
+def test_training_is_measured_beside_a_bare_loop_and_the_trainer(capsys):
     training.main(["--steps", "1", "--rounds", "2"])
-    ratio, limit = capsys.readouterr().out.splitlines()
-    assert "as the Hugging Face Trainer (" in ratio
+    bare, trainer, limit = capsys.readouterr().out.splitlines()
+    assert "as a bare PyTorch loop (" in bare
+    assert "as the Hugging Face Trainer (" in trainer
     assert "share of the peak of large products (" in limit
 
 
@@ -135,8 +152,8 @@ def test_the_report_of_training_is_arithmetic():
     spent = {training.OURS: [Spent(1.0, 1.0)] * 5, training.TRAINER: [Spent(2.0, 2.0)] * 5}
     ratio, limit = training.report(spent, tokens=1000, flops=2e6, peak=(1e10, "onednn"), mode="eager")
     assert ratio == (
-        "training, eager: sink-pretrain (1,000 tokens per second of CPU time) is 2.00 × as fast by CPU time (2.00 to "
-        "2.00), 2.00 × by wall time (2.00 to 2.00) as the Hugging Face Trainer (500)"
+        "training, eager: sink-pretrain (1,000 tokens per second of CPU time) is 2.00 × as fast by CPU time (95 %: "
+        "2.00 to 2.00), 2.00 × by wall time (95 %: 2.00 to 2.00) as the Hugging Face Trainer (500)"
     )
     assert limit == (
         "training, eager: share of the peak of large products (10 GFLOP/s by onednn, 5,000 tokens/s): "

@@ -157,6 +157,14 @@ def test_numbers_beside_a_figure_are_those_that_were_given(whole):
     assert weights["3", "sink"] == "0.5"
 
 
+def test_tasks_with_long_prompts_show_what_is_kept(whole):
+    """Risk: two memories are compared that keep different shares of the cache, and nothing shows it."""
+    _, _, section = (whole / "report.md").read_text(encoding="utf-8").partition("## Long prompts")
+    assert "| MiB held | kept % |" in section
+    last = re.findall(r"(?m)^\| (vt|cwe) \|.*\| (.*?) \|$", section)
+    assert last == [("vt", "100.0"), ("vt", "37.5"), ("cwe", "100.0"), ("cwe", "–")]
+
+
 def test_the_papers_numbers_stand_below_the_models_that_are_as_its(tmp_path):
     page, markdown, _ = of_results(tmp_path, grid=results.grid())
     assert "none: the paper's none 1 8 27.87" in page.text, "below the budget that is the paper's"

@@ -17,6 +17,7 @@ from recipes.evolve import run
 from recipes.training.processes import signals
 from recipes.training.processes.ranks import World
 from tests.recipes.evolving import arguments, let_pass, make_inputs
+from tests.tiny import base_folder
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,7 @@ REFUSED = [
     ({"namm__interval": 512}, "namm.interval 512 is not below tasks.length 460"),
     ({"tasks__length": 100}, "validation prompts: --tasks.length 100 is too short for niah_single_2"),
     ({"model": "nowhere"}, "nowhere"),
+    ({"model": "{gptj}"}, "model type 'gptj' does not send its attention through"),
     ({"fitness__score": "size"}, "fitness.score is 'size'; choose one of likelihood, match, or null"),
     ({"fitness__size_penalty": -1}, "fitness.size_penalty"),
     ({"cma__sigma": 0}, "cma.sigma"),
@@ -161,6 +163,8 @@ def test_bad_input_is_one_line_before_anything_is_written(inputs, tmp_path, caps
     copy = tmp_path / "copy.txt"
     copy.write_bytes(Path(inputs["text"]).read_bytes())
     names = {"{text}": inputs["text"], "{copy}": str(copy)}
+    if "{gptj}" in changes.values():
+        names["{gptj}"] = str(base_folder(tmp_path / "gptj", "gptj", max_position_embeddings=1024))
     changes = {key: names.get(value, value) for key, value in changes.items()}
     assert run(arguments(inputs, tmp_path / "run", **changes)) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -20,6 +20,7 @@ from sinkmodel.memories.namm import NAMM, read_artefact
 from tests.models import model_of
 from tests.processes import Program
 from tests.recipes.evolving import arguments, files_of, let_pass, make_inputs
+from tests.recipes.logged import logged_steps, records_of
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,20 @@ def test_a_size_penalty_and_matches_are_what_is_selected_by(inputs, whole, tmp_p
     match = arguments(inputs, tmp_path / "match", generations=1, fitness__score="match", tasks__answer_tokens=2)
     assert run(match) == 0
     assert set(json.loads((tmp_path / "match" / "state.json").read_text())["fitness"][0]) == {0.0}
+
+
+def test_wandb_has_each_generation_once(inputs, tmp_path, monkeypatch):
+    """Risk: a resumed run is another one for wandb, or its generations are there twice or not at all."""
+    let_pass(monkeypatch)
+    for name, value in {"WANDB_MODE": "offline", "HOME": str(tmp_path / "home")}.items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path / "run"
+    for generations in (1, 2):
+        assert run(arguments(inputs, folder, generations=generations, logging__wandb="true")) == 0
+    assert logged_steps(folder) == [1, 2]
+    (known,) = records_of(folder, "run")
+    assert list(known.tags) == ["namm", "niah_single_2"]
+    assert known.run_group.startswith("namm-")
 
 
 def test_tensorboard_has_a_curve_of_generations(inputs, tmp_path, monkeypatch):

@@ -223,20 +223,20 @@ def longcontext(inputs: Inputs) -> Section | None:
     if not found:
         return None
     names = short_names(content.model for content in found)
-    made = Section("longcontext", "Long prompts")
+    made, paired = Section("longcontext", "Long prompts"), ("− dense", "interval")
     for content in found:
         made.blocks.append(
             Table(
                 [
-                    *("task", "memory", "length", "score", "− dense", "interval"),
-                    *("exact", "nats", "− dense", "interval", "MiB held"),
+                    *("task", "memory", "length", "score", *paired, "exact", "nats", *paired),
+                    *("MiB held", "kept %"),
                 ],
                 [_cell(row) for row in content.rows],
                 words=2,
                 caption=f"{names[content.model]}: the question is {content.rows[0].question} the compressed "
                 "prompt; score: the task's metric; exact: share of the questions for which greedy choices give the "
-                "whole right answer; nats: of the right answer; − dense: paired by context, 95 % intervals; floor: "
-                "dense cannot do the task either.",
+                "whole right answer; nats: of the right answer; − dense: paired by context, 95 % intervals; kept: "
+                "share of dense's keys and values; floor: dense cannot do the task either.",
             )
         )
     return made
@@ -245,7 +245,7 @@ def longcontext(inputs: Inputs) -> Section | None:
 def _cell(row: LongContextRow) -> list[str]:
     front = [row.task, row.label, f"{row.length:,}"]
     if row.floor and row.score is None:
-        return [*front, "floor", *["–"] * 7]
+        return [*front, "floor", *["–"] * 8]
     return [
         *front,
         figure(row.score, ".3f") + (" (floor)" if row.floor else ""),
@@ -256,4 +256,5 @@ def _cell(row: LongContextRow) -> list[str]:
         figure(row.nll_difference, "+.3f"),
         between(row.nll_low, row.nll_high, "+.3f"),
         figure(row.bytes_held and row.bytes_held / MEBIBYTE, ",.1f"),
+        _percent(row.kept_share),
     ]

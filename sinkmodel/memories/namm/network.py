@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinkmodel.memories.observation import BLOCK_NUMBERS
+
+FUSED = ("cpu",)  # devices on which torch has a fused attention in fp64; on others it makes all weights at once
+
 
 def layout(features: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors, in the order of the flat vector."""
@@ -60,9 +64,24 @@ def token_scores(x_BGKF: Tensor, parameters: Tensor, hidden: int) -> Tensor:
     """
     weights = split(parameters, x_BGKF.shape[-1], hidden)
     q, k, v = _linear(x_BGKF, weights, "qkv").flip(-2).chunk(3, dim=-1)  # newest first: then backward is causal
-    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).flip(-2)
+    seen = _causal(q, k, v).flip(-2)
     residual, multiplier = _linear(seen, weights, "out").chunk(2, dim=-1)
     return _linear(torch.addcmul(residual, x_BGKF, 1 + multiplier), weights, "score")[..., 0]
+
+
+def _causal(q_BGKD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor) -> Tensor:
+    """Causal attention. Without a fused kernel it is computed for some queries at a time, which bounds its memory."""
+    if q_BGKD.device.type in FUSED:
+        return F.scaled_dot_product_attention(q_BGKD, k_BGKD, v_BGKD, is_causal=True)
+    B, G, K, _ = q_BGKD.shape
+    block = max(1, BLOCK_NUMBERS.get(q_BGKD.device.type, BLOCK_NUMBERS["cuda"]) // (B * G * K))
+    parts = []
+    for start in range(0, K, block):
+        end = min(K, start + block)
+        sees = torch.ones(end - start, end, dtype=torch.bool, device=q_BGKD.device).tril(start)
+        keys, values = k_BGKD[:, :, :end], v_BGKD[:, :, :end]
+        parts.append(F.scaled_dot_product_attention(q_BGKD[:, :, start:end], keys, values, attn_mask=sees))
+    return torch.cat(parts, dim=2)
 
 
 def _linear(x_BGKF: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:

@@ -162,12 +162,25 @@ def test_results_with_this_artefact_are_on_the_card(hub, push, namm):
     assert re.findall(r"(?m)^\| (.*?) \| .*? \| (.*?) \| (.*?) \|$", card.partition("## Results")[2])[2:] == [
         (f"namm − dense, {front}", "+0.0200", r"95 %: \[+0.0100, +0.0300\]"),
         (f"namm-random − dense, {front}", "+0.0200", r"95 %: \[+0.0100, +0.0300\]"),
-        ("long prompt, namm, 256 tokens, question outside, on token", "0.7000", "–"),
+        ("long prompt, namm, 256 tokens, question outside, on token, 38 % kept", "0.7000", "–"),
     ]
     assert "ppl.json: sink-eval ppl measures no memory" in err
     assert "of-another.json names other models" in err
     index = [metric for one in front_matter(card)["model-index"][0]["results"] for metric in one["metrics"]]
     assert [metric["value"] for metric in index] == [0.02, 0.02, 0.7]
+
+
+def test_results_by_the_name_of_a_shipped_artefact_are_on_its_card(hub, push):
+    """Risk: `--artefact namm-recall`, as the README has it, is taken for another artefact than the one that ships."""
+    folder = artefact.SHIPPED / "namm-recall"
+    long = results.longcontext() | {"artefact": "namm-recall"}
+    long["rows"] += [{**long["rows"][1], "label": "namm"}]
+    paths = results.write(Path(), {"longcontext": long})
+    assert push("--model", folder, "--repo", "org/recall", "--results", *paths)[0] == 0
+    assert "long prompt, namm, 256 tokens" in card_of(hub, "org/recall")
+    write_artefact(Path("namm-recall"))  # a folder of this name is preferred, as when it was measured
+    _, _, err = push("--model", folder, "--repo", "org/recall", "--results", *paths)
+    assert "longcontext.json names other models" in err
 
 
 def test_what_was_written_by_hand_and_the_licence_stay(hub, push, namm):

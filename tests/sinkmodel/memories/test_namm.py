@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinkmodel.memories import NAMM, Dense, observation
-from sinkmodel.memories.namm import PARAMETERS, NAMMConfig, flatten, layout, measure_statistics, memory, split
+from sinkmodel.memories.namm import PARAMETERS, NAMMConfig, flatten, layout, measure_statistics, memory, network, split
 from tests.models import IN_SOFTMAX, build, model_of, tokens
 from tests.sinkmodel.memories.namm_reference import run
 
@@ -278,6 +278,27 @@ def test_no_matrix_of_prompt_times_prompt_is_made(monkeypatch):
     monkeypatch.setattr(observation.Observation, "_weights", lambda self, *a: made.append(x := weights(self, *a)) or x)
     model(torch.tensor([tokens(200)]), past_key_values=NAMM(model, config))
     assert max(x.numel() for x in made) <= 4 * 200 * config.hop
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_without_a_fused_attention_scores_are_computed_in_blocks(monkeypatch, candidates):
+    """Risk: on a GPU, whose fused attention does not take fp64, a decision makes a matrix of kept × kept weights."""
+    kept, queries = 50, 8
+    generator = torch.Generator().manual_seed(1)
+    x_BGKF = torch.randn(candidates, 1, kept, SMALL.features, generator=generator).double()
+    parameters = torch.randn(candidates, SMALL.parameters, generator=generator).double()
+    fused = network.token_scores(x_BGKF, parameters, SMALL.hidden)
+    monkeypatch.setattr(network, "FUSED", ())
+    monkeypatch.setitem(observation.BLOCK_NUMBERS, "cpu", candidates * kept * queries)
+    sizes, attention = [], network.F.scaled_dot_product_attention
+
+    def watched(q, k, v, **settings):
+        sizes.append((q.shape[2], k.shape[2]))
+        return attention(q, k, v, **settings)
+
+    monkeypatch.setattr(network.F, "scaled_dot_product_attention", watched)
+    torch.testing.assert_close(network.token_scores(x_BGKF, parameters, SMALL.hidden), fused, atol=1e-12, rtol=0)
+    assert sizes == [(8, 8), (8, 16), (8, 24), (8, 32), (8, 40), (8, 48), (2, 50)]
 
 
 def test_the_flat_vector_has_the_papers_length_and_the_documented_order():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ def test_it_is_small_and_says_how_it_was_made(name):
     config, parameters = read_artefact(name)
     assert config.seeds
     assert config.fitness is not None
+    assert re.fullmatch("[0-9a-f]{40}", config.commit or "")
     assert config.evolved_on["tasks"]
     assert len(parameters) == config.parameters == 4172
     assert sum(path.stat().st_size for path in (SHIPPED / name).iterdir()) < 30_000
