@@ -119,6 +119,11 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
         model = model.to(device=device, dtype=getattr(torch, dtype or "float32")).eval().requires_grad_(False)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the model cannot be moved to device {device!r}: {first_line(error)}") from None
+    except ValueError as error:  # transformers casts no weights of bitsandbytes or GPTQ
+        raise UserError(
+            f"{name} has weights that cannot be cast to {dtype or 'float32'}: {first_line(error)}; use the model that "
+            "was quantised"
+        ) from None
     if is_ours(model.config):
         model.generation_config.suppress_tokens = sorted(suppressed_ids(model, tokenizer))
     beyond = frozenset(token for token in tokenizer.get_vocab().values() if token >= rows)
