@@ -112,17 +112,27 @@ def load_model(name: str, dtype: str | None = None, device: str | None = None, s
             f"{name}: the tokenizer does not fit the model: it has ids up to {largest}, the model only {rows} rows; "
             "use the tokenizer that the model was trained with"
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "meta":
-        raise UserError("device 'meta' has shapes and no numbers; use cpu, or a GPU")
-    try:
-        model = model.to(device=device, dtype=getattr(torch, dtype or "float32")).eval().requires_grad_(False)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the model cannot be moved to device {device!r}: {first_line(error)}") from None
+    model = _placed(model, name, dtype, device)
     if is_ours(model.config):
         model.generation_config.suppress_tokens = sorted(suppressed_ids(model, tokenizer))
     beyond = frozenset(token for token in tokenizer.get_vocab().values() if token >= rows)
     return LoadedModel(model, tokenizer, sink_ids, name, beyond)
+
+
+def _placed(model: PreTrainedModel, name: str, dtype: str | None, device: str | None) -> PreTrainedModel:
+    """The model on its device in its dtype, in eval mode and without gradients; defaults as for `load_model`."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "meta":
+        raise UserError("device 'meta' has shapes and no numbers; use cpu, or a GPU")
+    try:
+        return model.to(device=device, dtype=getattr(torch, dtype or "float32")).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the model cannot be moved to device {device!r}: {first_line(error)}") from None
+    except ValueError as error:  # transformers casts no weights of bitsandbytes or GPTQ
+        raise UserError(
+            f"{name} has weights that cannot be cast to {dtype or 'float32'}: {first_line(error)}; use the model that "
+            "was quantised"
+        ) from None
 
 
 def encode(loaded: LoadedModel, text: str, limit: int | None = None) -> list[int]:

@@ -36,6 +36,27 @@ def refuse_names_outside(folder: Path) -> None:
                 inside(folder, name, path)
 
 
+def config_at(name: str, **where: Any) -> Any:
+    """The config of a model folder or Hub repository; None if transformers cannot read it, which loading reports."""
+    from transformers import AutoConfig
+
+    with _quiet():
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        except Exception:  # a damaged file raises anything
+            return None
+
+
+def quantisation_of(config: Any) -> str | None:
+    """The method by which a model's weights are quantised, according to its config; None if they are whole."""
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            if stated := getattr(part, key, None):
+                method = stated.get("quant_method") if isinstance(stated, dict) else stated.quant_method
+                return str(getattr(method, "value", method) or "unknown method")
+    return None
+
+
 def check_gguf_packages(path: Path) -> None:
     """Raise UserError if a package is missing that transformers needs to read a GGUF file."""
     for package in ("gguf", "accelerate"):  # transformers reports only one at a time, in a long message
@@ -102,9 +123,12 @@ def from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
                 name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
             )
         except Exception as error:  # a damaged file raises anything, from OSError to struct.error
+            remedy = f"transformers needs {needs}, so copy or export it again"
+            config = None if "gguf_file" in where else config_at(name, **_local(where))
+            if config is not None and (method := quantisation_of(config)):
+                remedy = f"its weights are quantised ({method}), so use the model that was quantised"
             raise UserError(
-                f"{label} cannot be loaded as a causal language model: {first_line(error)}; "
-                f"transformers needs {needs}, so copy or export it again"
+                f"{label} cannot be loaded as a causal language model: {first_line(error)}; {remedy}"
             ) from None
         missing = sorted(report["missing_keys"]) + [str(key) for key in report.get("mismatched_keys", [])]
         if missing:
@@ -112,12 +136,17 @@ def from_transformers(name: str, **where: Any) -> tuple[Any, Any]:
                 f"{label}: the weights lack {len(missing)} tensors of the model in the config, the first is "
                 f"{missing[0]}; copy or export it again"
             )
-    tokenizer = tokenizer_at(name, **{key: where[key] for key in ("gguf_file", "local_files_only") if key in where})
+    tokenizer = tokenizer_at(name, **_local(where))
     try:
         check_record(model.config)
     except UserError as error:
         raise UserError(f"{label}: {error}") from None
     return model, tokenizer
+
+
+def _local(where: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments that find a model, those that find its config and tokenizer too."""
+    return {key: where[key] for key in ("gguf_file", "local_files_only") if key in where}
 
 
 def tokenizer_at(name: str, **where: Any) -> Any:

@@ -1,5 +1,6 @@
 """Check whether the training path supports a model: by its config, then by a trial run of the model itself.
 
+    refuse_by_config("org/name")          # raises UserError, before weights are loaded
     check_trainable(model, "org/name")    # raises UserError; the model is unchanged
     silence_dropout(model)
 
@@ -17,18 +18,59 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+import sinkmodel.architectures  # noqa: F401  transformers' mappings then have our models
 from sinkmodel.attention import CAUSAL
 from sinkmodel.attention_maps import set_attention, watch
 from sinkmodel.errors import UserError, first_line, not_finite
+from sinkmodel.model_files import config_at, quantisation_of
 from sinkmodel.model_support import check_config, own_window
+from sinkmodel.names import find_model
 from sinkmodel.probe import rotary_of
 
 TRIAL_TOKENS = 16
 TOLERANCE = 1e-4  # relative
 COARSE = 0.05  # relative, between two attentions in half precision; a wrong one differs by far more
 REMEDY = "start from a dense decoder with RoPE, such as Llama, Mistral, Qwen3 or GPT-NeoX"
+
+
+def refuse_by_config(name: str) -> None:
+    """Raise UserError if the config.json of a model folder or Hub name shows an encoder or quantised weights.
+
+    Nothing else of the model is read. Of other kinds of models, and if the config cannot be read, nothing is known yet.
+    """
+    kind, _ = find_model(name)
+    if kind not in ("folder", "hub"):
+        return
+    config = config_at(name, local_files_only=True) if kind == "folder" else config_at(name)
+    if config is None:
+        return
+    place = f"training cannot start from {name}: "
+    if method := quantisation_of(config):
+        raise UserError(f"{place}{_quantised(method)}")
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    problem = None
+    if getattr(config, "is_encoder_decoder", False):
+        problem = "has an encoder; only decoders can be trained here"
+    elif encoder:
+        problem = "is an encoder: its tokens see those after them"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        problem = "is not a causal language model"
+    if problem is not None:
+        raise UserError(f"{place}model type {config.model_type!r} {problem}; {REMEDY}")
+
+
+def _quantised(method: str) -> str:
+    return (
+        f"its weights are quantised ({method}) and cannot be trained; "
+        "start from the model that was quantised, in float32 or bfloat16"
+    )
 
 
 def check_trainable(model: PreTrainedModel, name: str, sequence: int = TRIAL_TOKENS) -> None:
@@ -95,15 +137,10 @@ def _check_by_config(model: PreTrainedModel, sequence: int) -> None:
             f"model type {kind!r} has its own window of {window} tokens, narrower than rows of {sequence}; "
             f"train on rows of at most {window}"
         )
-    method = getattr(model.config, "quantization_config", None)
-    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
-    method = getattr(method, "value", method)
+    method = quantisation_of(model.config)
     whole = all(p.is_floating_point() and p.element_size() > 1 for p in model.parameters())
     if method not in (None, "gguf") or not whole:  # transformers reads GGUF into whole weights
-        raise UserError(
-            f"its weights are quantised ({method or 'not floating point'}) and cannot be trained; "
-            "start from the model that was quantised, in float32 or bfloat16"
-        )
+        raise UserError(_quantised(method or "not floating point"))
 
 
 def _experts(config: dict[str, Any]) -> str | None:

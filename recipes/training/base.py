@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from recipes.data.shards import TokenSplit
 from recipes.training.inputs import vocabulary_rows
-from recipes.training.memory import refuse_too_little_memory
+from recipes.training.memory import parameters_of, refuse_too_little_memory
 from recipes.training.optimizer import parameter_groups
+from recipes.training.processes.ranks import World, agree, from_first
 from recipes.training.schedule import ScheduleSettings
 from recipes.training.settings import ModelSettings, PretrainConfig
 from sinkmodel.bases import Base, SinkEmbedding, freeze, generation_of, grow, start_rows
@@ -27,10 +28,11 @@ from sinkmodel.sinks import IN_SOFTMAX, is_ours, kind_of, sink_ids_of, write_sin
 from sinkmodel.text_tokenizer import same_tokenizer
 from sinkmodel.tokenizer import TextTokenizer
 from sinkmodel.tokenizer_loading import load_text_tokenizer
-from sinkmodel.trainable import check_trainable, silence_dropout
+from sinkmodel.trainable import check_trainable, refuse_by_config, silence_dropout
 
-UNKNOWN_LR = 5e-5  # if the base records no learning rate
-FROZEN_LR = {"sink": 2e-2, "sink+norms": 1e-3}  # norms trained at the row's rate would ruin the model
+# If the base is not a run that trained the same parts. Norms trained at the row's rate would ruin the model.
+UNKNOWN_LR = 5e-5
+FROZEN_LR = {"sink": 2e-2, "sink+norms": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,29 @@ class Start:
     generation: dict[str, Any] | None = None
 
 
+def check_before_loading(config: PretrainConfig, world: World) -> None:
+    """Check what can be known of the model in `model.start_from` without its weights. Every process calls this.
+
+    Memory is checked before any process loads the model, since it takes what the others would see as free.
+
+    Raises UserError if its config shows that it cannot be trained here, or if memory is too small for it.
+    """
+    name = config.model.start_from
+    if name is None:
+        return
+    from_first(lambda: refuse_by_config(name))
+    count = from_first(lambda: parameters_of(name, config.step))
+    agree(lambda: refuse_too_little_memory(config, count, world))
+
+
 def open_base(config: PretrainConfig) -> OpenBase | None:
     """Load the model in `model.start_from`; None if the config names none.
 
-    Raises UserError if there is no such model, if memory is too small for it, or if it cannot be trained here.
+    Raises UserError if there is no such model, or if it cannot be trained here.
     """
     name = config.model.start_from
     if name is None:
         return None
-    refuse_too_little_memory(name, config.step, config.training.parts, config.training.device)
     loaded, record = load_base(name, config.step)
     check_trainable(loaded.model, name, config.data.sequence)
     silence_dropout(loaded.model)
@@ -91,7 +107,8 @@ def settle(config: PretrainConfig, base: OpenBase | None, train: TokenSplit) -> 
         return config
     lr = config.optimizer.lr
     if lr is None:
-        lr = FROZEN_LR.get(config.training.parts) or _last_rate(base) or UNKNOWN_LR
+        parts = config.training.parts
+        lr = _last_rate(base, parts) or FROZEN_LR.get(parts, UNKNOWN_LR)
     min_lr = lr / 10 if config.schedule.min_lr is None else config.schedule.min_lr
     skip = _rows_read(config, base, train) if config.data.skip is None else config.data.skip
     settled = replace(
@@ -189,9 +206,11 @@ def _shape_of(asked: ModelSettings, base: OpenBase) -> ModelSettings:
     return replace(asked, **found)
 
 
-def _last_rate(base: OpenBase) -> float | None:
-    """The learning rate of the base's last step, if a run of ours trained all its weights; else, or if 0, None."""
-    if base.provenance.get("parts", "all") != "all":  # the rate of a sink's row would ruin the other weights
+def _last_rate(base: OpenBase, parts: str) -> float | None:
+    """The learning rate of the base's last step, if it is a run of ours that trained the same `parts`; else, or if 0,
+    None. The rate of a sink's row would ruin other weights, and their rate would hardly move the row.
+    """
+    if base.provenance.get("parts", "all") != parts:
         return None
     try:
         run, step = base.provenance["config"], base.provenance["step"]

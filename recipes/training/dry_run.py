@@ -36,7 +36,9 @@ def dry_run(config: PretrainConfig, processes: int) -> int:
     """
     data = Path(config.data.path)
     resolve_strategy(replace(config.training, precision=_precision(config)), World(size=processes))
-    setup = set_up(config, processes, config.data.verify)
+    on_a_node = min(processes, config.training.devices or 1)  # not known if training.devices is left out
+    world = World(size=processes, local_size=on_a_node)
+    setup = set_up(config, world, config.data.verify)
     config, run, model, train, plan = setup.config, setup.run, setup.begin.model, setup.train, setup.plan
     logging = describe_loggers(config)
     start = setup.starting_point() if run.exists() else None

@@ -51,7 +51,7 @@ def pretrain(config: PretrainConfig) -> int:
     if strategy != "one":
         join(world, config.training.timeout, config.training.device)
     verify = config.data.verify if world.local_rank == 0 else "sizes"  # one rank of each node compares checksums
-    setup = set_up(config, world.size, verify)
+    setup = set_up(config, world, verify)
     run, steps = setup.run, setup.config.schedule.steps
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(locked(run)))

@@ -81,8 +81,9 @@ class OptimizerSettings:
     """AdamW. Defaults: Pythia-160M's.
 
     Args:
-        lr: peak learning rate. Null takes 6e-4 for a new model, the last rate of a run in `model.start_from` (5e-5 if
-            that is not known), 2e-2 if only sinks are trained, and 1e-3 for `sink+norms`.
+        lr: peak learning rate. Null takes 6e-4 for a new model. For a run in `model.start_from` that trained the same
+            parts it takes the last rate of that run; for other models 5e-5, 2e-2 if only sinks are trained, and 1e-3
+            for `sink+norms`.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, on every matrix, embeddings included; never on norms and biases.

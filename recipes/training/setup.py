@@ -13,9 +13,18 @@ import torch
 from recipes.config import flatten
 from recipes.data.datamodule import BatchPlan, TextDataModule, plan_batches
 from recipes.data.shards import TokenSplit
-from recipes.training.base import OpenBase, Start, build_start, check_unchanged, moments_of, open_base, settle
+from recipes.training.base import (
+    OpenBase,
+    Start,
+    build_start,
+    check_before_loading,
+    check_unchanged,
+    moments_of,
+    open_base,
+    settle,
+)
 from recipes.training.inputs import build_datamodule, open_data, open_tokenizer
-from recipes.training.processes.ranks import agree, from_first, refuse_unequal
+from recipes.training.processes.ranks import World, agree, from_first, refuse_unequal
 from recipes.training.run_folder import check_checkpoint, check_folder, starting_point
 from recipes.training.settings import PretrainConfig
 
@@ -56,22 +65,23 @@ class Setup:
             agree(lambda: check_checkpoint(start, self.begin.model, self.datamodule, self.config.sink))
 
 
-def set_up(config: PretrainConfig, processes: int, verify: str) -> Setup:
+def set_up(config: PretrainConfig, world: World, verify: str) -> Setup:
     """Open data, tokenizer and base, build model and batches, and check that they fit each other and the run folder.
 
     Every process of the run calls this. Raises UserError on all of them.
 
     Args:
-        processes: number of processes that share a batch.
+        world: the processes that share a batch, and the place of this one.
         verify: how the token shards are checked; see `data.verify`.
     """
     train, validation = agree(lambda: open_data(config, verify))
+    check_before_loading(config, world)
     base = agree(lambda: open_base(config))
     settled = agree(lambda: settle(config, base, train))
     _refuse_unequal_ranks(settled, train, base)
     text = open_tokenizer(settled, train)
     training = settled.training
-    plan = plan_batches(training.batch_tokens, settled.data.sequence, training.micro_rows, processes)
+    plan = plan_batches(training.batch_tokens, settled.data.sequence, training.micro_rows, world.size)
     from_first(lambda: check_folder(Path(settled.output), settled))
     if training.threads:
         torch.set_num_threads(training.threads)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 
 from eval.cli import main
 from eval.measures.verdict.training import not_seeds, not_twins, training_of
 from sinkmodel import StreamingCache
+from sinkmodel.export.row import export_row
 from sinkmodel.loading import load_base, load_model
+from sinkmodel.scoring import streaming_nll
+from sinkmodel.streaming.command import main as stream_command
 from tests import bases, tiny
 from tests.recipes.test_start_from import train
 
@@ -114,6 +118,29 @@ def test_a_stream_keeps_the_sink_and_generates_none(rows):
     )  # fmt: skip
     assert (ids[0] == 300).sum() == 1
     assert cache.sinks == 1
+
+
+def test_sink_stream_scores_and_continues_a_text_behind_the_row(base, rows, tmp_path, monkeypatch, capsys):
+    """Risk: the command reads the base without its row, or with the row where the first token of the text is kept."""
+    text = tiny.words(60)
+    row = export_row(rows[0], tmp_path / "row.safetensors")
+    (tmp_path / "piped").write_text(text)
+
+    def stream(*words: object) -> str:
+        with (tmp_path / "piped").open() as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            assert stream_command(["--budget", "16", "--model", *map(str, words)]) == 0
+        return capsys.readouterr().out
+
+    for name in (rows[0], row, base):
+        loaded = load_model(str(name))
+        ids = loaded.tokenizer(text, add_special_tokens=False).input_ids
+        (nll,) = streaming_nll(loaded.model, [loaded.sink_ids + ids], 16, max(1, len(loaded.sink_ids)))
+        tokens, mean = stream(name, "--score").split()[1:4:2]
+        assert int(tokens) == len(ids) - 1
+        assert float(mean) == pytest.approx(nll[len(loaded.sink_ids) :].mean().item(), abs=1e-5)
+        assert "sink" not in stream(name, "--max-tokens", "20", "--temperature", "1")
+    assert stream(rows[0], "--score") == stream(row, "--score") != stream(base, "--score")
 
 
 def test_a_base_that_is_gone_is_one_line(base, rows, texts, tmp_path, capsys):

@@ -18,12 +18,13 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from recipes.hub import runs
 from sinkmodel.checkpoint import PREFIX, write_manifest
 from sinkmodel.export import export
 from sinkmodel.files import sha256_of
+from sinkmodel.loading import load_base, load_model
 from tests import tiny
 from tests.hub import Hub
 from tests.recipes.corpus import tree
@@ -189,6 +190,26 @@ def test_a_dry_run_tells_the_size_of_the_whole_model_if_a_checkpoint_holds_a_row
     number, unit = re.search(r"step7  (\d+)(k?B)", out).groups()
     assert (code, unit) == (0, "kB")
     assert int(number) == pytest.approx(size / 1000, rel=0.05)
+
+
+def test_what_is_pushed_of_a_frozen_run_is_the_whole_model(hub, push):
+    """Risk: the row alone is pushed, which nobody can load; or the base without the row, or without its name."""
+    base = tiny.base_folder(Path("base"), "qwen2", license="mit")
+    tiny.partial_checkpoint(RUN, base)
+    (RUN / "config.yaml").write_text("schedule:\n  steps: 7\n")
+    code, _, err = push("--run", RUN, "--repo", "org/sink")
+    assert code == 0, err
+    expected = load_model(str(RUN))
+    pushed, tokenizer = AutoModelForCausalLM.from_pretrained("org/sink"), AutoTokenizer.from_pretrained("org/sink")
+    batch = tokenizer("a b c d", return_tensors="pt")
+    assert batch.input_ids[0, 0] == expected.sink_ids[0]
+    with torch.no_grad():
+        assert torch.equal(pushed(**batch).logits, expected.model(**batch).logits)
+        plain = load_model(str(base)).model(input_ids=batch.input_ids[:, 1:]).logits
+        assert not torch.allclose(pushed(**batch).logits[:, 1:, :300], plain[..., :300], atol=1e-3)
+    card = hub.repositories["org/sink"].files()["README.md"].content.decode()
+    assert "license: mit" in card
+    assert load_base(str(base))[1].fingerprint[:12] in card
 
 
 # -------------------------------------------------------------------------------------------------------------- breaks
