@@ -14,8 +14,8 @@ from recipes.hub.revisions import LIST, MAIN, is_checkpoint, listing
 from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError
 from sinkmodel.export.command import DTYPES
+from sinkmodel.hub_token import hub_token
 from sinkmodel.parser import OneLineParser, path_of, positive
-from sinkmodel.secrets import hub_token
 
 if TYPE_CHECKING:
     from recipes.hub.folder import CardInput

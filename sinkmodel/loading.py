@@ -33,11 +33,11 @@ from sinkmodel.checkpoint import (
     weights_of,
 )
 from sinkmodel.errors import UserError, first_line
+from sinkmodel.hub_token import hub_token
 from sinkmodel.model_files import from_gguf, from_transformers, refuse_names_outside
 from sinkmodel.names import find_model
 from sinkmodel.provenance import read_provenance
 from sinkmodel.row_file import read_row, vocabulary_sha256
-from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, front_of, is_ours, write_sink
 from sinkmodel.streaming.text_codec import TextEncoder
 from sinkmodel.tokenizer import base_ids, check_rows, load_tokenizer, suppressed_ids

@@ -12,7 +12,7 @@ from recipes.data.corpus import Document, stamp
 from recipes.data.errors import dataset_error
 from sinkmodel.console import quiet
 from sinkmodel.errors import UserError
-from sinkmodel.secrets import hub_token
+from sinkmodel.hub_token import hub_token
 from sinkmodel.text.content import open_uncompressed
 
 
