@@ -25,7 +25,7 @@ def test_it_prints_what_the_run_will_need_and_writes_nothing(data, tmp_path, cap
     assert "40 steps × 512 = 20,480 tokens, 1.11 × the data" in said
     assert re.search(r"[\d,]+ tokens/s on 2 of this CPU \(measured", said)
     assert "0.5 MB each, 4 at a time at most: 2.0 MB" in said
-    assert "starts anew" in said
+    assert "starts at step 0" in said
     assert not (tmp_path / "run").exists()
 
 
