@@ -132,7 +132,7 @@ OPENS, NOT_FILES = {"open", "read_text", "write_text", "fdopen"}, {"os", "Image"
 
 
 def unnamed_encodings(path: Path) -> list[int]:
-    """Lines where a text file, or a pipe as text, is opened without naming its encoding."""
+    """Lines on which a text file, or a pipe as text, is opened without naming its encoding."""
     lines = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):

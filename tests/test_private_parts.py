@@ -130,7 +130,7 @@ def test_the_table_was_read_in_the_installed_version(package):
 
 
 def test_every_private_name_of_others_is_in_the_table():
-    """Risk: the table rots, and an upgrader does not know where to look."""
+    """Risk: the table rots, and an upgrader does not know which code to read."""
     known = {(file, word) for part in PRIVATE_PARTS for file in part.files for word in part.name.split(".")}
     missing = [(file, name) for file, names in used().items() for name in sorted(names) if (file, name) not in known]
     assert not missing, "add these to tests/private_parts"
