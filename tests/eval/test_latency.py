@@ -146,7 +146,7 @@ def test_a_long_stream_goes_on_to_its_end_and_keeps_nothing(monkeypatch):
     model, head, fed = build("llama"), [], []
     model.lm_head.register_forward_hook(lambda _, args, out: head.append(out.shape))
     model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-    monkeypatch.setattr(timing, "FED", 300)
+    monkeypatch.setattr(timing, "PIECE", 300)
     loaded = type("Loaded", (), {"model": model, "sink_ids": [0]})()
     (policy,) = choose(["sink"], [2], 12)
     rows = timing.along_stream(loaded, policy, 12, 1000, points=5, tokens=10)
