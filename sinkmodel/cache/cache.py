@@ -34,13 +34,13 @@ from sinkmodel.cache.hook import install_hook
 from sinkmodel.cache.plan import Ring
 from sinkmodel.cache.serialization import FORMAT, check_state, read_state, settings_of
 from sinkmodel.cache.state import State
+from sinkmodel.checks import one_of
+from sinkmodel.choices import Convention, Positions
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 from sinkmodel.model_support import check_config, signature
 from sinkmodel.sinks import IN_SOFTMAX, kind_of, sinks_to_keep
 
-POSITIONS = ("cache", "text")
-CONVENTIONS = ("inclusive", "paper")
 MODES_THAT_CROP = {  # generation modes that remove tokens from the cache, and the arguments that select them
     "assisted_generation": "assistant_model, prompt_lookup_num_tokens, assistant_early_exit and use_mtp",
     "contrastive_search": "penalty_alpha",
@@ -78,8 +78,8 @@ class StreamingCache(Cache):
         config: Any,
         budget: int = 1024,
         sinks: int | None = None,
-        positions: str = "cache",
-        convention: str = "inclusive",
+        positions: Positions = "cache",
+        convention: Convention = "inclusive",
     ):
         model_or_config, config = config, getattr(config, "config", config)
         sinks = sinks_to_keep(config) if sinks is None else sinks
@@ -87,9 +87,8 @@ class StreamingCache(Cache):
             budget, sinks = operator.index(budget), operator.index(sinks)
         except TypeError:
             raise UserError(f"budget and sinks must be whole numbers, not {budget!r} and {sinks!r}") from None
-        for name, value, choices in (("positions", positions, POSITIONS), ("convention", convention, CONVENTIONS)):
-            if value not in choices:
-                raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        one_of("positions", positions, Positions)
+        one_of("convention", convention, Convention)
         if sinks < 0 or budget <= sinks:
             raise UserError(
                 f"a budget of {budget} does not hold {sinks} sinks and the current token; make it at least "

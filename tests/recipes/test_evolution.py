@@ -129,7 +129,7 @@ def test_groups_of_candidates_are_shared_and_come_back_in_order(monkeypatch, ran
 
 
 REFUSED = [
-    ({"population": 3}, "population is 3; CMA-ES needs at least 4"),
+    ({"population": 3}, "population is 3; it must be at least 4 candidates"),
     ({"namm__interval": 18}, "namm: hop 4 does not divide interval 18; make interval a multiple of hop"),
     ({"namm__gamma": 1.5}, "namm: gamma is 1.5"),
     ({"tasks__names": "[key_valu]"}, "there is no task 'key_valu'; did you mean key_value?"),
