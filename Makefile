@@ -5,7 +5,7 @@ VENV   ?= .venv
 DEMO   ?= runs/demo
 BIN    := $(VENV)/bin
 PIP     = $(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Where torch comes from its pin first, nothing later pulls another build of it.
+# If torch is installed first, by its pin, nothing later pulls another build of it.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 # The oldest transformers that exported models must load in, alone with torch.
 OLD    := 4.57.6
@@ -13,12 +13,12 @@ PLAIN  := .venv-transformers-$(OLD)
 # A peer in the bench, in an environment of its own: it pins older packages than ours.
 LITGPT := 0.5.13
 PEER   := .venv-litgpt-$(LITGPT)
-# Two test files at a time, each of one thread, in the order of tests/conftest.py; a process that ends in the middle ends
-# the tests.
+# Two test files at a time, each of one thread, in the order of tests/conftest.py; if a process crashes,
+# the tests end.
 BOTH   := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-# The GPU's targets. REHEARSE=1 runs the same lines with tiny sizes on a CPU. GPU_PYTHON is a Python whose environment is
-# there already, as on a machine without a network or with a torch of its own; without it the usual one is made.
+# The GPU's targets. REHEARSE=1 runs the same lines with tiny sizes on a CPU. GPU_PYTHON is a Python that has all packages
+# already, for a machine without a network or with a torch of its own. If it is empty, make makes the usual environment.
 REHEARSE ?=
 GPU_PYTHON ?=
 OUTPUT ?= runs/$(if $(REHEARSE),rehearsal,gpu)
@@ -44,7 +44,7 @@ help:
 	@echo "make bench-peers    the same beside a bare loop, the Hugging Face Trainer, litgpt, other sink caches, datasets.map"
 	@echo "make clean   remove the environments and the demo's output"
 
-# What constraints.txt pins needs Python 3.11; the wheel itself takes 3.10 with the older releases that it then gets.
+# The versions in constraints.txt need Python 3.11. The wheel also installs on 3.10, with older releases of packages.
 define MAKE_VENV
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make needs Python 3.11 or newer, $(PYTHON) is older: give another as PYTHON=…" >&2; exit 2; }
@@ -70,12 +70,12 @@ test: $(VENV)/.ready $(PLAIN)/.ready
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow and not cluster and not browser and not two_gpus" $(BOTH)
 
-# Real SLURM on this machine, started and ended by the tests; where it cannot be installed this fails.
+# Real SLURM on this machine, started and ended by the tests. If it cannot be installed, this fails.
 test-cluster: $(VENV)/.ready
 	tests/cluster/cluster.sh install
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
-# The report in headless Chromium; where it cannot be installed this fails.
+# The report in headless Chromium. If it cannot be installed, this fails.
 test-browser: $(VENV)/.ready
 	tests/eval/browser.sh
 	$(BIN)/python -m pytest -m browser tests/eval
@@ -89,7 +89,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Whatever the tool warns of, and every name that leads nowhere, fails it.
+# It fails on every warning of the tool, and on every name that does not exist.
 docs: $(VENV)/.ready
 	rm -rf build/docs
 	$(BIN)/python docs/reference.py build/docs
@@ -148,7 +148,7 @@ clean:
 	rm -rf $(VENV) $(PLAIN) $(PEER) $(DEMO) build/docs runs/rehearsal
 
 # ---------------------------------------------------------------------------------------------------------------- demo
-# Each step is a file that the next one needs, so that a demo that was stopped goes on where it was.
+# Each step is a file that the next one needs, so a demo that was stopped resumes at the step that it had reached.
 
 STREAM := --text $(DEMO)/data/test.jsonl --policies dense window sink --sinks 0 1 2 4
 

@@ -5,7 +5,7 @@
 Both sides take turns in one process of one thread, and its CPU time counts, so that what else the machine does matters
 little. Training is the recipe `tiny`: forward, chunked loss, backward, clipping and AdamW. Scoring is `streaming_nll`
 at C = 256 with one sink, of a random model in SmolLM2-135M's shape with fewer layers, or of `--model`. The first line
-is what SINKMODEL_PRODUCTS=auto chooses here. Where PyTorch is fast, MKL_ENABLE_INSTRUCTIONS=AVX2 in the environment
+is what SINKMODEL_PRODUCTS=auto chooses here. If PyTorch is fast here, MKL_ENABLE_INSTRUCTIONS=AVX2 in the environment
 makes MKL compute as it does on processors of other makers.
 """
 

@@ -8,7 +8,6 @@ One SVG for light and dark pages. The same numbers give the same bytes.
 from __future__ import annotations
 
 import io
-import math
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.report.charts import GRID, STYLE, draw_lines, inline, plain, scale_values
+from sinkmodel.perplexity import perplexity
 from sinkmodel.results.files import read_kind
 from sinkmodel.results.perplexity import PerplexityResult
 
@@ -66,7 +66,7 @@ def line_of(result: PerplexityResult, policy: str, sinks: int) -> list[tuple[flo
     for group in groups:
         losses = [nll for *_, nll in group if nll is not None]
         place = (group[0][0] + group[-1][1]) / 2
-        points.append((place, math.exp(sum(losses) / len(losses)) if losses else None))
+        points.append((place, perplexity(sum(losses) / len(losses)) if losses else None))
     return points
 
 

@@ -13,7 +13,6 @@ import argparse
 import csv
 import gc
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from sinkmodel.console import command, put
 from sinkmodel.errors import UserError
 from sinkmodel.parser import OneLineParser, name_of, path_of, positive, whole
+from sinkmodel.perplexity import perplexity
 
 EXAMPLE = "python examples/million_tokens.py --model models/sink --budget 128 --output million.png"
 POINTS = 200  # points in the figure
@@ -113,8 +113,8 @@ def measure(stream: Any, pieces: Iterator[str], tokens: int, points: int = POINT
             rows.append(
                 {
                     "tokens": count,
-                    "ppl": math.exp(total / count),
-                    "ppl_latest": math.exp(latest / (count - reported)),
+                    "ppl": perplexity(total / count),
+                    "ppl_latest": perplexity(latest / (count - reported)),
                     "memory_mib": memory_now(stream.model.device) / MIB,
                 }
             )

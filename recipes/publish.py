@@ -11,11 +11,12 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from recipes.hub.revisions import LIST, MAIN, is_checkpoint, listing
+from sinkmodel.checks import choices_of
+from sinkmodel.choices import Dtype
 from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError
-from sinkmodel.export.command import DTYPES
+from sinkmodel.hub_token import hub_token
 from sinkmodel.parser import OneLineParser, path_of, positive
-from sinkmodel.secrets import hub_token
 
 if TYPE_CHECKING:
     from recipes.hub.folder import CardInput
@@ -63,7 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     run = parser.add_argument_group("options for --run")
     run.add_argument("--every", type=positive, metavar="N", help="push branches of steps divisible by N (default: all)")
     run.add_argument("--follow", action="store_true", help="wait for new checkpoints until the run is complete")
-    run.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: float32)")
+    run.add_argument("--dtype", choices=choices_of(Dtype), help="type of the weights (default: float32)")
     run.add_argument(
         "--workdir", type=path_of, metavar="DIR", help="folder for one export at a time (default: beside the run)"
     )

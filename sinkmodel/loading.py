@@ -32,18 +32,19 @@ from sinkmodel.checkpoint import (
     read_checkpoint,
     weights_of,
 )
+from sinkmodel.checks import one_of
+from sinkmodel.choices import Dtype
 from sinkmodel.errors import UserError, first_line
+from sinkmodel.hub_token import hub_token
 from sinkmodel.model_files import from_gguf, from_transformers, refuse_names_outside
 from sinkmodel.names import find_model
 from sinkmodel.provenance import read_provenance
 from sinkmodel.row_file import read_row, vocabulary_sha256
-from sinkmodel.secrets import hub_token
 from sinkmodel.sinks import SinkConfig, front_of, is_ours, write_sink
 from sinkmodel.streaming.text_codec import TextEncoder
 from sinkmodel.tokenizer import base_ids, check_rows, load_tokenizer, suppressed_ids
 from sinkmodel.tokenizer_loading import load_text_tokenizer
 
-DTYPES = ("float32", "bfloat16", "float16")
 PIECE = 1 << 18  # characters that are encoded at a time
 SPARE = 64  # tokens before a cut in the text that the cut may change
 
@@ -67,19 +68,21 @@ class LoadedModel:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(name: str, dtype: str | None = None, device: str | None = None, step: int | None = None) -> LoadedModel:
+def load_model(
+    name: str, dtype: Dtype | None = None, device: str | None = None, step: int | None = None
+) -> LoadedModel:
     """Load a model for inference.
 
     Args:
         name: any name that the module's docstring lists.
-        dtype: one of DTYPES; None is float32.
+        dtype: the type of the weights; None is float32.
         device: as for torch; None is a GPU if there is one, else the CPU.
         step: for a run folder: load the checkpoint of this step instead of the newest.
 
     Raises UserError if there is no such model, if it is damaged or incomplete, or if its tokenizer does not fit.
     """
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        one_of("dtype", dtype, Dtype)
     kind, path = find_model(name)
     if step is not None and kind != "run":
         raise UserError(f"{name} is not a run folder, so it has no checkpoint of step {step}; leave the step out")

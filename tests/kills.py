@@ -28,7 +28,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 
 
 def kill_again_and_again(folder: Path, kills: int, seed: int, **settings: object) -> None:
-    """Raises AssertionError where the run that was killed `kills` times is not the one that was not."""
+    """Raises AssertionError if the run that was killed `kills` times is not the one that was not."""
     rng, data = random.Random(seed), folder / "data"
     tiny.prepared(data)
     steps = int(str(settings["schedule__steps"]))
@@ -40,11 +40,11 @@ def kill_again_and_again(folder: Path, kills: int, seed: int, **settings: object
         before = max(checkpoint_steps(run), default=0)
         process = start_process(data, run, **settings)
         how = strike(process, run, before, rng)
-        _, said = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=120)
         after = max(checkpoint_steps(run), default=0)
         say(f"kill {number}: {how}; exit code {process.returncode}; step {before} to {after}")
-        assert "Traceback" not in said, said
-        assert process.returncode != 2, said
+        assert "Traceback" not in stderr, stderr
+        assert process.returncode != 2, stderr
         assert after >= before
         assert after < steps, "the run ended before all the kills: give more --steps"
     finish(start_process(data, run, **settings))
@@ -90,8 +90,8 @@ def children_of(pid: int) -> list[int]:
 
 
 def finish(process: Program) -> None:
-    _, said = process.communicate(timeout=3600)
-    assert process.returncode == 0, said
+    _, stderr = process.communicate(timeout=3600)
+    assert process.returncode == 0, stderr
 
 
 def say(line: str) -> None:

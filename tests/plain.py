@@ -1,4 +1,4 @@
-"""Where exports are tried with nothing of ours: the Pythons of environments that hold torch and transformers alone."""
+"""Environments with torch and transformers, and without our packages: tests load exports in them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def transformers_4() -> str:
     return python
 
 
-def told(python: str, program: str, *words: Path, place: Path) -> Any:
-    """What a program prints last, as JSON; it runs in `place`, away from the checkout and from the user's caches."""
+def json_printed_by(python: str, program: str, *words: Path, place: Path) -> Any:
+    """Run a program in `place`, without the checkout and the user's caches; returns its last line, read as JSON."""
     command = [python, "-I", "-c", program, *map(str, words)]
-    environment = {**os.environ, "HF_HOME": str(place / "home")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
+    env = {**os.environ, "HF_HOME": str(place / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

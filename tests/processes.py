@@ -1,6 +1,6 @@
 """Our commands in processes of their own that need not import the packages of others: that costs 10 s of CPU each.
 
-A server imports them once, and every process is forked from it. Our own modules are imported anew by each process, and
+A server imports them once, and every process is forked from it. Each process imports our own modules itself, and
 it has an environment, signals and an exit code like a program that is started as users do; so have the ranks that it
 starts. What such a process shares with others is what a package of others reads from the environment when it is
 imported, and Python's seed of hashes.

@@ -1,6 +1,6 @@
 """Streaming any family the slow, obvious way: one token at a time, every key turned from its raw form at every step.
 
-The model itself is left as it is, and runs on one token with a stock `DynamicCache` that is filled anew each time.
+The model itself is left as it is, and runs on one token with a stock `DynamicCache` that is filled again each time.
 Nothing is kept but raw keys and values; rotation, frequencies and places are written out here, after StreamingLLM
 section 3.2 and the families' own papers. Budget C counts the sinks and the current token: query t sees all t + 1 keys
 while t < C, and afterwards the first S and the C − S latest.
@@ -82,7 +82,7 @@ class Stream:
         return logits[0, -1]
 
     def places(self) -> list[int]:
-        """Where each kept token stands, the current one last."""
+        """The position of each kept token, the current one last."""
         if self.positions == "cache":
             return list(range(len(self.index)))
         # Attention sees differences alone, so the origin is free: it is moved when the text is so long that the fp32
@@ -91,7 +91,7 @@ class Stream:
         return [i - origin for i in self.index]
 
     def skip(self, count: int) -> None:
-        """As if `count` tokens had been fed long ago: whatever is no sink, and what comes, stands that much later."""
+        """As if `count` tokens had been fed long ago: all tokens but the sinks have positions that much later."""
         self.seen += count
         self.index = [i if i < self.sinks else i + count for i in self.index]
 

@@ -76,13 +76,13 @@ def test_links_and_sections_are_found_at_all():
 
 @functools.lru_cache
 def options_of(command: str) -> frozenset[str]:
-    """What `--help` of `sink-x` or `sink-eval question` tells of, in this process: a dozen of them are asked."""
+    """What `--help` of `sink-x` or `sink-eval question` lists, in this process: a dozen of them are asked."""
     name, *rest = command.split()
     module, _, function = SCRIPTS[name].partition(":")
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
         getattr(importlib.import_module(module), function)([*rest, "--help"])
-    return frozenset(OPTION.findall(told.getvalue()))
+    return frozenset(OPTION.findall(output.getvalue()))
 
 
 def test_a_flag_has_hyphens_and_only_a_dotted_key_has_underscores():
@@ -135,10 +135,10 @@ def test_every_option_in_the_prose_is_one_of_a_command(room):
 
 def test_every_key_of_a_config_is_explained_by_help():
     """Needs docstring-parser, without which jsonargparse shows names and types alone."""
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), pytest.raises(SystemExit):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
         importlib.import_module("recipes.pretrain").main(["--help"])
-    assert "the run folder; if it holds a run that stopped, that run is resumed" in " ".join(told.getvalue().split())
+    assert "the run folder; if it holds a run that stopped, that run is resumed" in " ".join(output.getvalue().split())
 
 
 def tour() -> list[tuple[str, list[str]]]:
@@ -229,7 +229,7 @@ def test_the_reference_is_made_of_all_docstrings_without_a_warning(tmp_path):
     build = [sys.executable, ROOT / "docs" / "reference.py", tmp_path / "docs"]
     done = subprocess.run(build, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert not done.stderr, "what is said there is a warning"
+    assert not done.stderr, "all that is written there is a warning"
     cache = (tmp_path / "docs" / "sinkmodel" / "cache" / "cache.html").read_text(encoding="utf-8")
     assert "slots of a KV head" in cache
     assert "convention" in cache

@@ -44,7 +44,7 @@ def main(what: str, where: str) -> int:
     if what == "write":
         Path(f"{where}{os.environ.get('RANK', '')}").write_text(json.dumps(seen()))
     elif what == "raise":
-        raise ValueError("as it was told")
+        raise ValueError("as the test asked")
     elif what == "wait":
         Path(where).touch()
         time.sleep(60)
@@ -68,11 +68,11 @@ def test_it_sees_what_a_started_process_sees(tmp_path, monkeypatch, what):
 
 
 def test_it_ends_as_a_started_process_does(tmp_path):
-    ends = {"raise": (1, "ValueError: as it was told"), "end": (1, "why it ends")}
+    ends = {"raise": (1, "ValueError: as the test asked"), "end": (1, "why it ends")}
     for what, (code, last_line) in ends.items():
         process = Program(NAME, [what, "why it ends"])
-        _, said = process.communicate(60)
-        assert (process.returncode, said.splitlines()[-1]) == (code, last_line)
+        _, stderr = process.communicate(60)
+        assert (process.returncode, stderr.splitlines()[-1]) == (code, last_line)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

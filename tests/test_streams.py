@@ -21,7 +21,7 @@ def masked(model, ids: list[int], budget: int, sinks: int) -> torch.Tensor:
     seen = (key <= query) & (window | (key < sinks) | (query < budget))
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     if model.config.model_type == "mpt":
-        mask = ~seen  # MPT's mask says where not to look
+        mask = ~seen  # MPT's mask marks what must not be seen
     return model(torch.tensor([ids]), attention_mask=mask[None, None]).logits[0]
 
 

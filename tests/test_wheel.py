@@ -1,4 +1,4 @@
-"""Guards: the wheel is whole, works away from the checkout, and streams where there is only torch and transformers."""
+"""Guards: the wheel is whole, works away from the checkout, and streams if there is only torch and transformers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_rooms_and_the_configs_and_works_away_from_the_check
 
 @pytest.fixture(scope="module")
 def streamed(wheel, tmp_path_factory):
-    """What ten lines with the wheel say where nothing else is installed, and which modules its import brought."""
+    """What ten lines with the wheel print if nothing else is installed, and which modules its import brought."""
     site = tmp_path_factory.mktemp("empty") / "site"
     link_distributions(site, needed("torch", "transformers"))
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]

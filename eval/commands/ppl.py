@@ -8,7 +8,7 @@ from eval.commands import options as shared
 from eval.commands.checks import check_files, check_outputs
 from eval.commands.output import give_result
 from eval.commands.tables import keys_seen, mebibytes, new_table, number, show
-from eval.policies.options import NAMES, check, check_stride
+from eval.policies.options import check, check_stride
 from sinkmodel.errors import UserError
 from sinkmodel.imports import slow_imports
 from sinkmodel.parser import positive
@@ -23,11 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_text(parser)
     shared.add_budget(parser, "its own and the sinks")
     shared.add_sinks(parser)
-    parser.add_argument(
-        "--policies",
-        nargs="+",
-        choices=NAMES,
-        help="default: window (if --sinks has a 0) and sink; -paper: a query sees C + 1 keys, as in the paper's code",
+    shared.add_policies(
+        parser, "window (if --sinks has a 0) and sink; -paper: a query sees C + 1 keys, as in the paper's code"
     )
     parser.add_argument(
         "--stride",

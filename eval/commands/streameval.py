@@ -11,7 +11,7 @@ from eval.commands import options as shared
 from eval.commands.checks import check_outputs
 from eval.commands.output import give_result
 from eval.commands.tables import keys_seen, new_table, number, show, span
-from eval.policies.options import BORROWED, NAMES, check
+from eval.policies.options import BORROWED, check
 from sinkmodel.errors import UserError
 from sinkmodel.imports import slow_imports
 from sinkmodel.parser import path_of, positive, whole
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="first keys that are never evicted (default: 0 and the number of the model's own sinks, or "
         f"{BORROWED} if it has none)",
     )
-    parser.add_argument("--policies", nargs="+", choices=NAMES, help="default: window (if --sinks has a 0) and sink")
+    shared.add_policies(parser, "window (if --sinks has a 0) and sink")
     lines = parser.add_argument_group("lines")
     lines.add_argument(
         "--distances",

@@ -13,7 +13,7 @@ from eval.policies.options import BORROWED, check
 from sinkmodel.console import put
 from sinkmodel.errors import UserError
 from sinkmodel.imports import slow_imports
-from sinkmodel.parser import name_of, positive, real
+from sinkmodel.parser import MODEL_HELP, name_of, positive, real
 from sinkmodel.results.verdict import Comparison, VerdictResult
 
 DESCRIPTION = "Is one trained sink worth four borrowed ones? Exit code 0: equivalent or better; 1: worse or undecided."
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="NAME",
-        help=f"the model with a sink, or several, one per seed: {shared.MODEL_HELP}",
+        help=f"the model with a sink, or several, one per seed: {MODEL_HELP}",
     )
     parser.add_argument(
         "--vanilla",

@@ -27,7 +27,7 @@ from sinkmodel.progress import CountedProgress
 from sinkmodel.results.latency import LatencyRow, Ratio, StreamRow
 
 RATIOS = (("recompute", "sink"), ("sink", "dense"))
-FED = 4096  # tokens of a long stream that are drawn at once
+PIECE = 4096  # tokens of a long stream that are drawn and fed at once
 BLOCK = 8  # timed steps of a side in a round; recompute takes one, which is long enough
 
 
@@ -62,10 +62,16 @@ def measure(
 def along_stream(
     loaded: LoadedModel, policy: Policy, budget: int, length: int, points: int, tokens: int
 ) -> list[StreamRow]:
-    """One row for each of `points` positions of a stream: its steps there, in turns with a stream that has just filled.
+    """Time a policy's steps at several positions of one long stream; returns a row for each position.
 
-    `seen` in a row is the number of tokens fed before its steps. The tokens between the positions are fed in pieces and
-    are not timed.
+    At each position the steps take turns with those of a new stream that has just filled its budget. The ratio in the
+    row compares the two, so a stream at constant cost has ratios of 1. Tokens between the positions are not timed.
+
+    Args:
+        budget: cache slots of a KV head; the first position is this number of tokens.
+        length: tokens of the whole stream; the last position is as near to its end as the timed steps allow.
+        points: number of positions, evenly spaced; at least 2. `seen` in a row is the tokens fed before its steps.
+        tokens: timed steps at each position, rounded up to whole blocks.
     """
     model, sink_ids = loaded.model, loaded.sink_ids
     rounds = -(-tokens // BLOCK)
@@ -77,7 +83,7 @@ def along_stream(
         for point in range(points):
             place = budget + point * (length - timed - budget) // (points - 1)
             while seen < place:
-                count = min(FED, place - seen)
+                count = min(PIECE, place - seen)
                 old.stream.feed(ids.next(count))
                 seen += count
                 progress.add(count)
@@ -85,7 +91,7 @@ def along_stream(
             alternate([old, new], ids, rounds, lambda _: None)
             seen += timed
             progress.add(timed)
-            taken = {**times(old), **ratio(old, new), "ratio": f"{place}/{budget}"}
+            taken = {**times(old), **ratio(old, new, f"{place}/{budget}")}
             del new
             held = memory_now(model.device)
             rows.append(StreamRow(**vars(policy.row(budget)), seen=place, **taken, resident_bytes=held))
@@ -97,9 +103,10 @@ def times(side: Side) -> dict[str, Any]:
     return {"tokens": len(steps), "ms_per_token": median(steps), "ms_per_token_p99": quantile(steps, 0.99)}
 
 
-def ratio(above: Side, below: Side) -> dict[str, Any]:
+def ratio(above: Side, below: Side, name: str | None = None) -> dict[str, Any]:
+    """The fields of a ratio of two sides that took turns. Its name is that of their policies if none is given."""
     value, low, high = paired_ratio(above.medians, below.medians)
-    name = f"{above.policy.name}/{below.policy.name}"
+    name = name or f"{above.policy.name}/{below.policy.name}"
     return {"ratio": name, "value": value, "low": low, "high": high, "rounds": len(above.blocks)}
 
 
@@ -150,8 +157,9 @@ class Tokens:
 def full_side(model: Any, policy: Policy, budget: int, sink_ids: Sequence[int]) -> Side:
     """A new stream of a policy, filled so that its next query sees `budget` keys and eviction, if any, starts there."""
     stream = policy.stream(model)
-    grows = policy.budget is None
-    stream.feed(Tokens(model, sink_ids).first(budget - grows))
+    # A cache without a budget evicts nothing: its query sees the keys that are held and its own, so one less is fed.
+    fed = budget - 1 if policy.budget is None else budget
+    stream.feed(Tokens(model, sink_ids).first(fed))
     return Side(policy, stream)
 
 
@@ -187,6 +195,7 @@ def peak_alone(model: Any, policy: Policy, budget: int, sink_ids: Sequence[int])
     """Peak bytes over decoding steps of this policy, while no other stream exists."""
     side, tokens = full_side(model, policy, budget, sink_ids), Tokens(model, sink_ids)
     memory = PeakMemory(model.device)
+    # The second step shows what the first leaves in memory. A step of recompute is a whole forward: one is enough.
     for _ in range(min(2, side.block)):
         step(side, tokens.next(1))
     return memory.peak()

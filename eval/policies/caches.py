@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from eval.policies.policy import CachedStream, Policy, refuse_narrower_window
 from sinkmodel.cache import StreamingCache
+from sinkmodel.choices import Convention
 from sinkmodel.scoring import check_decoder, dense_nll, streaming_nll
 
 
@@ -46,7 +47,7 @@ class Streaming(Policy):
     name: str
     sinks: int
     budget: int
-    convention: str = "inclusive"
+    convention: Convention = "inclusive"
     needs = "nothing"
     positions = "cache"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from eval.policies.caches import Dense, Streaming
 from eval.policies.policy import Policy
 from eval.policies.recompute import Recompute
+from sinkmodel.choices import Convention
 
 
 def choose(
@@ -25,7 +26,7 @@ def choose(
     rows: list[Policy] = []
     for name in dict.fromkeys(names):
         kind, _, paper = name.partition("-")
-        convention = "paper" if paper else "inclusive"
+        convention: Convention = "paper" if paper else "inclusive"
         if name == "dense":
             rows.append(Dense())
         elif name == "recompute":

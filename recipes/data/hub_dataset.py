@@ -12,16 +12,16 @@ from recipes.data.corpus import Document, stamp
 from recipes.data.errors import dataset_error
 from sinkmodel.console import quiet
 from sinkmodel.errors import UserError
-from sinkmodel.secrets import hub_token
+from sinkmodel.hub_token import hub_token
 from sinkmodel.text.content import open_uncompressed
 
 
 class HubDataset:
     """One split of a data set, streamed: only the rows that are read are downloaded.
 
-    All rows come from one commit: the newest when the preparation began. `go_on_with` keeps to it when the preparation
-    is resumed. A cursor holds a state of `datasets`, taken every REMEMBER rows, and the number of rows since then, so
-    that a resume skips whole files.
+    All rows come from one commit: the newest when the preparation began. If the preparation is resumed,
+    `use_revision_of` keeps that commit. A cursor holds a state of `datasets`, taken every REMEMBER rows, and the number
+    of rows since then, so that a resume skips whole files.
     """
 
     REMEMBER = 1000
@@ -45,7 +45,7 @@ class HubDataset:
             identity |= {"revision": self._revision or self._open().hash}
         return identity | {"text_key": self.text_key}
 
-    def go_on_with(self, recorded: dict[str, Any]) -> None:
+    def use_revision_of(self, recorded: dict[str, Any]) -> None:
         """Read the same commit as an earlier run of this preparation, whose identity is `recorded`."""
         if recorded.get("dataset") == self.name:
             self._revision = recorded.get("revision")

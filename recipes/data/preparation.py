@@ -79,7 +79,7 @@ def _adopt(sources: list[Source], state: dict[str, Any]) -> dict[str, Any]:
     recorded = state["settings"]["sources"]
     for source, earlier in zip(sources, recorded):
         if isinstance(source.corpus, HubDataset):
-            source.corpus.go_on_with(earlier)
+            source.corpus.use_revision_of(earlier)
     candidates, before = [state], state.get("file_start")
     if before is not None and Place(*before["place"]) != Place():
         candidates.append({**state, **before, "file_start": None})

@@ -13,6 +13,7 @@ from typing import Literal
 from recipes.config import PathText, option_of
 from recipes.training.settings import CopySettings, Device
 from sinkmodel.checks import check_bounds, one_of
+from sinkmodel.choices import Dtype
 from sinkmodel.errors import UserError
 from sinkmodel.tasks import own_text, ruler
 from sinkmodel.tasks.samples import Task
@@ -21,7 +22,6 @@ TASKS: dict[str, Task] = ruler.TASKS | own_text.TASKS
 SMALLEST_POPULATION = 4  # CMA-ES recombines the better half, which must be more than one candidate
 Score = Literal["likelihood", "match"]
 CmaKind = Literal["separable", "full"]
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,7 @@ class EvolveConfig:
         if not self.output:
             raise UserError("output is missing; name the run folder, as in --output runs/namm")
         check_bounds("seed", self.seed, least=0, below=2**32)
-        if self.population < SMALLEST_POPULATION:
-            raise UserError(f"population is {self.population}; CMA-ES needs at least {SMALLEST_POPULATION} candidates")
+        check_bounds("population", self.population, least=SMALLEST_POPULATION, unit="candidates, for CMA-ES")
         check_bounds("generations", self.generations, least=1)
         self._check_texts()
 

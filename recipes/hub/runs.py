@@ -24,6 +24,7 @@ from recipes.hub.repository import Repository
 from recipes.hub.revisions import LIST, MAIN, branch_of, final_tag, listing
 from sinkmodel.bounds import real
 from sinkmodel.checkpoint import Recipe, checkpoint_steps, digest_of, read_checkpoint, weights_of
+from sinkmodel.choices import Dtype
 from sinkmodel.console import say
 from sinkmodel.errors import UserError
 from sinkmodel.export import export
@@ -46,7 +47,7 @@ class RunPush:
     """
 
     def __init__(
-        self, run: Path, repository: Repository, every: int | None, dtype: str, workdir: Path, card: CardInput | None
+        self, run: Path, repository: Repository, every: int | None, dtype: Dtype, workdir: Path, card: CardInput | None
     ):
         self.run, self.repository, self.every, self.dtype, self.card = run, repository, every, dtype, card
         self.workdir = workdir / f".{run.resolve().name}.push"

@@ -63,7 +63,7 @@ def dry_run(config: PretrainConfig, processes: int) -> int:
         ("checkpoint", f"{_gigabytes(size)} each, {files} at a time at most: {_gigabytes(size * files)}"),
         ("disk", f"{_gigabytes(free)} free for {run}"),
         ("logging", logging),
-        ("folder", f"{run} resumes from {start.name}" if start else f"{run} starts anew"),
+        ("folder", f"{run} resumes from {start.name}" if start else f"{run} starts at step 0"),
     ]  # fmt: skip
     for name, value in everything:
         put(f"{name:>11}  {value}")

@@ -138,7 +138,9 @@ def _jump(run: Path, config: PretrainConfig, step: int, before: ScheduleSettings
             what += ", and there is no checkpoint from before its decay"
     other = {f"schedule.{key}": value for key, value in asdict(before).items() if value != getattr(now, key)}
     longer = "" if now.kind == "wsd" else "; a run with schedule.kind wsd can be made longer"
-    return UserError(f"{what}; resume with {as_options(other)}, or choose another --output to train anew{longer}")
+    return UserError(
+        f"{what}; resume with {as_options(other)}, or choose another --output to train from the start{longer}"
+    )
 
 
 def as_options(values: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sinkmodel.checks import check_bounds, one_of
-from sinkmodel.errors import UserError
 
 ScheduleKind = Literal["cosine", "wsd"]
 
@@ -35,8 +34,8 @@ class ScheduleSettings:
         one_of("schedule.kind", self.kind, ScheduleKind)
         check_bounds("schedule.steps", self.steps, least=1)
         check_bounds("schedule.warmup", self.warmup, least=0, below=1, unit="(a share of the steps)")
-        if not 0 <= self.decay <= 1 - self.warmup:
-            raise UserError(f"schedule.decay is {self.decay}; it is a share of the steps that warmup leaves")
+        unit = "(a share of the steps, of which warmup takes the first)"
+        check_bounds("schedule.decay", self.decay, least=0, most=1 - self.warmup, unit=unit)
 
     def lr(self, step: int, peak: float) -> float:
         """Learning rate of optimiser step `step`, counted from 0."""

@@ -106,8 +106,10 @@ class OptimizerSettings:
         return self.lr
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if len(self.betas) != 2:
             raise UserError(f"optimizer.betas is {self.betas}; it takes two numbers from 0 to below 1")
+        for place, beta in enumerate(self.betas):
+            check_bounds(f"optimizer.betas[{place}]", beta, least=0, below=1)
         check_bounds("optimizer.lr", self.lr, above=0)
         for name in ("eps", "weight_decay", "clip"):
             check_bounds(f"optimizer.{name}", getattr(self, name), least=0)

@@ -5,10 +5,12 @@
     model.generate(ids, past_key_values=cache, max_new_tokens=64)
 
 It keeps S sinks and the W = C − S latest keys in C slots per layer and KV head, allocated once (StreamingLLM, section
-3.2; DESIGN.md, "Only sinks move"). Window keys keep the rotation that the model gave them. Only the S sink keys are
-turned, always from their originals, so that their positions come right before the window. That costs O(S) work per step
-and adds no drift. From time to time positions are counted from a new origin, and window keys are turned once for that.
-So a key is turned at most once, and positions stay small however long the stream is.
+3.2; DESIGN.md, "Only sinks move"). To *turn* a key is to rotate it by RoPE from one position to another. Window keys
+keep the rotation that the model gave them. From the first eviction on, the S sink keys are turned at every step, so
+that their positions come right before the window. They are always turned from their *originals*, copies of the sink
+keys as the model first rotated them. That costs O(S) work per step, and rounding errors do not add up. From time to
+time positions are counted from a new origin, and window keys are turned for that. It happens to a window key at most
+once, and positions stay small however long the stream is.
 
 This file has the settings, and the methods that transformers and the hook call. A forward goes through `hook`, which
 hands it over, `forward`, which runs it, `inputs`, which checks the input, `plan`, which decides, and `state` and
@@ -34,14 +36,14 @@ from sinkmodel.cache.plan import Ring
 from sinkmodel.cache.serialization import FORMAT, check_state, read_state, settings_of
 from sinkmodel.cache.sizes import bytes_of
 from sinkmodel.cache.state import State
+from sinkmodel.checks import one_of
+from sinkmodel.choices import Convention, Positions
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 from sinkmodel.model_support import check_config, signature
 from sinkmodel.sinks import IN_SOFTMAX, kind_of, sinks_to_keep
 
-POSITIONS = ("cache", "text")
-CONVENTIONS = ("inclusive", "paper")
-TAKES_BACK = {  # generation modes that crop the cache, and the arguments that select them
+MODES_THAT_CROP = {  # generation modes that remove tokens from the cache, and the arguments that select them
     "assisted_generation": "assistant_model, prompt_lookup_num_tokens, assistant_early_exit and use_mtp",
     "contrastive_search": "penalty_alpha",
 }
@@ -78,8 +80,8 @@ class StreamingCache(Cache):
         config: Any,
         budget: int = 1024,
         sinks: int | None = None,
-        positions: str = "cache",
-        convention: str = "inclusive",
+        positions: Positions = "cache",
+        convention: Convention = "inclusive",
     ):
         model_or_config, config = config, getattr(config, "config", config)
         sinks = sinks_to_keep(config) if sinks is None else sinks
@@ -87,9 +89,8 @@ class StreamingCache(Cache):
             budget, sinks = operator.index(budget), operator.index(sinks)
         except TypeError:
             raise UserError(f"budget and sinks must be whole numbers, not {budget!r} and {sinks!r}") from None
-        for name, value, choices in (("positions", positions, POSITIONS), ("convention", convention, CONVENTIONS)):
-            if value not in choices:
-                raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        one_of("positions", positions, Positions)
+        one_of("convention", convention, Convention)
         if sinks < 0 or budget <= sinks:
             raise UserError(
                 f"a budget of {budget} does not hold {sinks} sinks and the current token; make it at least "
@@ -165,13 +166,14 @@ class StreamingCache(Cache):
     def check_generation(self, mode: str, prompt: int | None, most: int) -> None:
         """Raise UserError, before the first token, if `generate` would remove tokens after the first eviction.
 
-        `most` is the number of tokens that `generate` may feed. A used cache may already hold some of them.
+        `most` is the number of tokens that `generate` may feed. A used cache may already hold some of them. `prompt` is
+        part of the interface of the hook (`ForwardCache`), and is not needed here.
         """
-        if mode in TAKES_BACK and (tokens := self.state.columns + most + 1) > self.slots:
+        if mode in MODES_THAT_CROP and (tokens := self.state.columns + most + 1) > self.slots:
             raise UserError(
                 f"{mode.replace('_', ' ')} removes tokens again, which a StreamingCache can do only until it is full: "
-                f"this text may become {tokens} tokens long; leave out {TAKES_BACK[mode]}, or use a budget of at least "
-                f"{tokens}"
+                f"this text may become {tokens} tokens long; leave out {MODES_THAT_CROP[mode]}, or use a budget of at "
+                f"least {tokens}"
             )
 
     # ------------------------------------------------------------------------------------- what transformers calls
@@ -191,7 +193,11 @@ class StreamingCache(Cache):
     get_max_cache_shape = get_max_length  # its name in transformers 4
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """The number of keys that `update` returns, and the offset with which a causal mask shows all of them."""
+        """The number of keys that `update` will return for a forward of `query_length` columns, and their offset.
+
+        transformers makes a causal mask from both: it numbers the keys from the offset on, and a query sees the keys
+        up to its own column. The offset is such that the last key has the number of the last query.
+        """
         plan, end = self.state.plan, self.state.columns + query_length
         held = plan.held if plan is not None else end
         return held, end - held

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from sinkmodel.checks import choices_of
+from sinkmodel.choices import Dtype
 from sinkmodel.console import command, say
 from sinkmodel.errors import UserError, shell
 from sinkmodel.files import atomic_folder
@@ -13,7 +15,6 @@ from sinkmodel.parser import OneLineParser, path_of
 
 FORMATS = ("transformers", "gguf", "row", "custom_generate")
 SUFFIXES = {"gguf": ".gguf", "row": ".safetensors"}  # of the formats that are one file
-DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLE = """Examples:
   sink-export --checkpoint runs/sink --output models/sink
   sink-export --checkpoint runs/sink --output models/sink.gguf --format gguf
@@ -34,7 +35,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=path_of, required=True, help="the folder or file to write; must not exist yet")
     parser.add_argument("--format", choices=FORMATS, default="transformers", help="(default: transformers)")
     parser.add_argument("--step", type=int, help="for a run folder: the checkpoint of this step (default: the newest)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights (default: float32)")
+    parser.add_argument(
+        "--dtype", choices=choices_of(Dtype), default="float32", help="dtype of the weights (default: float32)"
+    )
     options = parser.parse_args(argv)
     for form, suffix in SUFFIXES.items():
         if (options.output.suffix == suffix) != (options.format == form):

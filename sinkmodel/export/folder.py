@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from sinkmodel.bases import generation_of
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verifying
+from sinkmodel.choices import Dtype
 from sinkmodel.files import atomic_folder, json_bytes, refuse_if_occupied
 from sinkmodel.loading import load_model_of
 from sinkmodel.provenance import PROVENANCE
@@ -30,7 +31,7 @@ OWN: dict[str, dict[str, str]] = {
 SHARD = "50GB"  # the size from which `save_pretrained` writes several files
 
 
-def export(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
+def export(checkpoint: Path, output: Path, dtype: Dtype = "float32", step: int | None = None) -> Path:
     """Write the model folder `output` from a checkpoint file or a run folder.
 
     The folder has config, weights (safetensors), tokenizer, generation config and `training.json`. It is written

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verifying
+from sinkmodel.choices import Dtype
 from sinkmodel.errors import UserError
 from sinkmodel.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from sinkmodel.files import atomic_file
@@ -45,7 +46,7 @@ SCALINGS: dict[str, set[str]] = {  # kinds of rotary scaling, with the parameter
 ROPE = {"rope_type", "rope_theta", "partial_rotary_factor"}
 
 
-def export_gguf(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
+def export_gguf(checkpoint: Path, output: Path, dtype: Dtype = "float32", step: int | None = None) -> Path:
     """Write the file `output` from a checkpoint file or a run folder, atomically.
 
     Args:

@@ -9,12 +9,13 @@ import torch
 
 from sinkmodel.bases import PARTS
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint, verify, weights_of
+from sinkmodel.choices import Dtype
 from sinkmodel.errors import UserError
 from sinkmodel.files import atomic_file
 from sinkmodel.row_file import SUFFIX, Row, vocabulary_sha256
 
 
-def export_row(checkpoint: Path, output: Path, dtype: str = "float32", step: int | None = None) -> Path:
+def export_row(checkpoint: Path, output: Path, dtype: Dtype = "float32", step: int | None = None) -> Path:
     """Write the row file `output` from a checkpoint file or a run folder. The base is not read.
 
     Args:

@@ -70,8 +70,8 @@ class SinkLlamaConfig(_SinkInConfig, LlamaConfig):
 class _SinkInSoftmax:
     """Mixin of a model: adds `attention.sink` to every layer.
 
-    `logit` [H] and `kv_bias` [G, D] start as zeros, so that all three kinds start as the same function. The optimiser
-    never decays them (`recipes.training.optimizer`).
+    `logit` [H] and `kv_bias` [G, D] start as zeros, so that all three kinds compute the same output at first. The
+    optimiser never decays them (`recipes.training.optimizer`).
     """
 
     def __init__(self, config: Any):

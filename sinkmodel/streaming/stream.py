@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinkmodel.cache import StreamingCache
+from sinkmodel.choices import Positions
 from sinkmodel.errors import UserError
 from sinkmodel.sinks import front_of, sinks_to_keep
 from sinkmodel.streaming.intake import BLOCK, Intake, rows_of
@@ -74,7 +75,7 @@ class Stream:
         pinned: str | Sequence[int] = (),
         on_evict: OnEvict | None = None,
         batch: int | None = None,
-        positions: str = "cache",
+        positions: Positions = "cache",
     ):
         self.model, self.tokenizer, self.on_evict, self.batch = model, tokenizer, on_evict, batch
         if batch is not None and batch < 1:

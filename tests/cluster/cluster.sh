@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # A throw-away SLURM cluster on this machine: real slurmctld and slurmd, its own munge, virtual nodes n1 … nN.
 #
-#   cluster.sh install               the Debian packages, where root; elsewhere says what to install, and fails
+#   cluster.sh install               installs the Debian packages; without root it prints what to install, and fails
 #   cluster.sh start FOLDER NODES    starts it, all files below FOLDER; then:  export SLURM_CONF=FOLDER/slurm.conf
-#   cluster.sh kill-node FOLDER n2   node n2 loses its power: its slurmd and all that runs on it, by SIGKILL
-#   cluster.sh boot-node FOLDER n2   and comes back
+#   cluster.sh kill-node FOLDER n2   as if node n2 lost its power: SIGKILL for its slurmd and all that runs on it
+#   cluster.sh boot-node FOLDER n2   starts it again
 #   cluster.sh stop FOLDER           ends what start and boot-node have started, and nothing else
 #
-# No systemd, no cgroups, no accounting. Tested with SLURM 22.05 of Debian 12. One process a node is what it is for: the
+# No systemd, no cgroups, no accounting. Tested with SLURM 22.05 of Debian 12. It is meant for one process per node: the
 # nodes share one machine, and nothing keeps their jobs apart.
 set -euo pipefail
-export PATH=$PATH:/usr/sbin:/sbin # where slurmctld, slurmd and munged are; not everybody looks there
+export PATH=$PATH:/usr/sbin:/sbin # slurmctld, slurmd and munged are there, and not every PATH has it
 
 PACKAGES=(slurmctld slurmd slurm-client munge)
 
@@ -41,7 +41,7 @@ within() {
 write_config() {
   local folder=$1 nodes=$2 me host port
   me=$(id -un) host=$(hostname -s)
-  # Below the range that the kernel hands out; where another cluster has them, slurmctld says so and start fails.
+  # Below the range that the kernel hands out. If another cluster uses these ports, slurmctld logs it and start fails.
   port=$((20000 + RANDOM % 10000))
   cat >"$folder/slurm.conf" <<CONFIG
 ClusterName=throwaway
@@ -63,7 +63,7 @@ AuthType=auth/munge
 CryptoType=crypto/munge
 AuthInfo=socket=$folder/munge.sock,cred_expire=5
 
-# Without cgroups: with their plugins srun fails where there is no systemd.
+# Without cgroups: with their plugins srun fails if there is no systemd.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -72,7 +72,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 
 # Decide often, preempt by partition, and find a dead node within seconds instead of minutes. A job is put back into the
-# queue where it has asked for it: not every site does so by default.
+# queue only if it asks for that, since not every site does so by default.
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
@@ -94,7 +94,7 @@ CONFIG
 
 all_idle() { [ "$(sinfo --noheader --Node --partition main --format %T | grep -cx idle)" = "$1" ]; }
 
-# With descriptors closed: a daemon that kept the caller's pipe would keep the caller waiting.
+# With its descriptors redirected: if a daemon kept the caller's pipe open, the caller would wait for it.
 boot_node() {
   local folder=$1 node=$2
   mkdir -p "$folder/spool/$node"
@@ -119,7 +119,7 @@ start() {
   for node in $(seq -f n%g "$nodes"); do boot_node "$folder" "$node"; done
   if ! within 30 all_idle "$nodes"; then
     tail -n 20 "$folder"/log/* >&2
-    fail "the cluster has not come up; the ends of its logs stand above"
+    fail "the cluster has not come up; the ends of its logs are above"
   fi
 }
 
@@ -128,7 +128,7 @@ no_jobs() { [ -z "$(squeue --noheader)" ]; }
 # A process's environment variable, as it was when it started.
 variable_of() { tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | sed -n "s/^$2=//p"; }
 
-# Each node's slurmstepd looks alike, so they are told by their children, which know their node.
+# The slurmstepd of all nodes look alike. Their children know their node, so we find each by its children.
 kill_node() {
   local folder=$1 wanted=$2 process parent
   local tasks=() guards=()
@@ -139,7 +139,7 @@ kill_node() {
     parent=$(ps -o ppid= -p "$process" | tr -d ' ') || continue
     if [ "$(ps -o comm= -p "$parent")" = slurmstepd ]; then guards+=("$parent"); fi
   done
-  # The daemon first, so that nobody is left who could tell the controller of what follows.
+  # The daemon first, so that it cannot report the deaths that follow to the controller.
   kill -9 "$(cat "$folder/slurmd-$wanted.pid")"
   if ((${#tasks[@]})); then kill -9 "${guards[@]}" "${tasks[@]}" 2>/dev/null || true; fi
 }

@@ -1,4 +1,4 @@
-"""One throw-away cluster for all tests of this folder. Where it cannot be started they fail; nothing is skipped."""
+"""One throw-away cluster for all tests of this folder. If it cannot be started they fail; nothing is skipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests import tiny
 from tests.cluster.jobs import SCRIPT, Cluster
 
-NODES = 3  # two to train on, and one to go on with when one of them dies
+NODES = 3  # two to train on, and one to continue with when one of them dies
 SITE = """\
 # The throw-away cluster's site file: all its nodes are this machine.
 export SBATCH_PARTITION=main # no partition is the default: a job that has not read this is refused
@@ -30,11 +30,11 @@ def cluster(tmp_path_factory):
     site, logs = folder / "site.sh", folder / "jobs"
     logs.mkdir()
     site.write_text(SITE.format(bin=Path(sys.executable).parent))
-    told = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SINK_"))}
-    told |= {"SLURM_CONF": str(folder / "slurm.conf"), "SINK_SITE": str(site)}
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SINK_"))}
+    env |= {"SLURM_CONF": str(folder / "slurm.conf"), "SINK_SITE": str(site)}
     try:
         subprocess.run([SCRIPT, "start", folder, str(NODES)], check=True)
-        yield Cluster(folder, site, told, logs)
+        yield Cluster(folder, site, env, logs)
     finally:
         subprocess.run([SCRIPT, "stop", folder], check=True)
 

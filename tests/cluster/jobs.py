@@ -60,9 +60,9 @@ class Cluster:
         until = time.monotonic() + seconds
         while not what():
             state = self.show(job)
-            told = f"job {job} is {state['JobState']}, {state.get('Reason')}; its log:\n{self.log(job)}"
-            assert time.monotonic() < until, f"waited for {seconds} s; {told}"
-            assert state["JobState"] not in ENDED or what(), told
+            message = f"job {job} is {state['JobState']}, {state.get('Reason')}; its log:\n{self.log(job)}"
+            assert time.monotonic() < until, f"waited for {seconds} s; {message}"
+            assert state["JobState"] not in ENDED or what(), message
             time.sleep(0.2)
 
     def wait(self, job: str, seconds: float = 240) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Guards: an evolution on two nodes, as slurm/evolve.sbatch starts it, that is stopped and goes on by itself."""
+"""Guards: an evolution on two nodes, as slurm/evolve.sbatch starts it, that is stopped and resumes by itself."""
 
 from __future__ import annotations
 

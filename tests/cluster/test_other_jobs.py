@@ -48,13 +48,13 @@ def test_an_array_evaluates_every_checkpoint_and_collects_one_table(cluster, twi
     rows = list(csv.DictReader((folder / "table.csv").open()))
     assert [int(row["step"]) for row in rows] == [step for step in steps for _ in range(len(rows) // 3)]
     for step in steps:
-        told = json.loads((folder / f"step{step}.json").read_text())["rows"]
-        assert len(told) >= 2
-        assert [float(row["nll"]) for row in rows if row["step"] == str(step)] == [row["nll"] for row in told]
+        evaluated = json.loads((folder / f"step{step}.json").read_text())["rows"]
+        assert len(evaluated) >= 2
+        assert [float(row["nll"]) for row in rows if row["step"] == str(step)] == [row["nll"] for row in evaluated]
     assert (folder / "table.md").read_text().count("\n") == len(rows) + 2
     assert not list((folder / "models").iterdir())
 
-    # Again, with one result lost: that one alone is made anew.
+    # Again, with one result lost: only that one is made again.
     (folder / "step28.json").unlink()
     before = (folder / "step14.json").stat().st_mtime_ns
     cluster.finish(cluster.submit("eval.sbatch", words, "--array=0"))
@@ -77,9 +77,9 @@ def test_prepare_makes_shards_that_pretrain_reads(cluster, tmp_path):
 def test_push_brings_the_run_to_the_hub(cluster, twins, tmp_path):
     """Risk: another run goes there, or under another name; or the job does not find its way, or its token."""
     with serving_hub() as hub:
-        told = "".join(f"export {name}={value}\n" for name, value in {**hub.environment, "HF_TOKEN": TOKEN}.items())
+        exports = "".join(f"export {name}={value}\n" for name, value in {**hub.environment, "HF_TOKEN": TOKEN}.items())
         site = tmp_path / "site.sh"
-        site.write_text(cluster.site.read_text() + told)
+        site.write_text(cluster.site.read_text() + exports)
         words = [str(twins / "token-seed1234"), "me/sink", "--dtype", "bfloat16"]
         job = cluster.submit("push.sbatch", words, f"--export=ALL,SINK_SITE={site}")
         cluster.finish(job)

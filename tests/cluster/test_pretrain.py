@@ -1,4 +1,4 @@
-"""Guards: a job that is interrupted in any of the ways of a real cluster goes on by itself, and nothing changes.
+"""Guards: a job that is interrupted in any of the ways of a real cluster resumes by itself, and nothing changes.
 
 Each test interrupts the same run of two nodes and compares it, bit by bit, with the one that nobody touched.
 """
@@ -94,7 +94,7 @@ def test_preemption_loses_nothing(cluster, data, undisturbed, tmp_path):
     cluster.finish(cluster.command("sbatch", "--parsable", *urgent).strip())
     assert_went_on(cluster, job, tmp_path / "run", undisturbed)
     saved, resumed = (re.search(rf"{what}(\d+)", cluster.log(job)) for what in ("stopped at step ", "from .*/step"))
-    assert saved[1] == resumed[1], "it went on from an older checkpoint than the one that preemption made"
+    assert saved[1] == resumed[1], "it resumed from an older checkpoint than the one that preemption made"
 
 
 @pytest.mark.parametrize("place", [1, 0], ids=["a node", "the node of the script and of rank 0"])

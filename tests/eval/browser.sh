@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A browser for the tests marked `browser`: Chromium from Debian, where root; elsewhere says what to install, and fails.
+# Installs Chromium from Debian for the tests marked `browser`. Without root it prints what to install, and fails.
 set -euo pipefail
 if type chromium chromium-browser google-chrome 2>/dev/null | grep -q .; then exit; fi
 if [ "$(id -u)" != 0 ] || ! type apt-get >/dev/null 2>&1; then

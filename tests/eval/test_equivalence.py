@@ -70,7 +70,7 @@ def test_documents_of_unlike_length_are_covered_as_a_population():
     "lengths", [[60] * 5, [300] * 8, [800] * 5 + [10] * 300, [900, 900, 700, 500, 400, 400, 300, 20]]
 )
 def test_degrees_of_freedom_are_those_of_the_variance_that_resampling_gives(lengths):
-    """Against the matrix of the quadratic form, and n − 1 to the last bit where documents are alike; its bias too."""
+    """Against the matrix of the quadratic form, and n − 1 to the last bit if documents are alike; its bias too."""
     rng = np.random.default_rng(0)
     found = interval([rng.standard_normal(n) + 9 * rng.standard_normal() for n in lengths], 50, resamples=10)
     weight = np.array(lengths) / sum(lengths)
@@ -88,7 +88,7 @@ def test_degrees_of_freedom_survive_one_document_that_holds_nearly_all():
 
 
 def test_noise_within_documents_is_not_counted_twice():
-    """Resampling documents and blocks as they are doubles the variance where documents are alike: 99 % coverage."""
+    """Resampling documents and blocks as they are doubles the variance if documents are alike: 99 % coverage."""
     assert 0.93 <= coverage(12, 400, 50) <= 0.98
 
 
@@ -133,7 +133,7 @@ def test_it_covers_whichever_error_is_larger_and_however_few_tell_it(runs, level
 
 @pytest.mark.parametrize("runs", [2, 3])
 def test_several_pairs_are_seldom_equivalent_at_the_margin(runs):
-    """Risk: two pairs were called equivalent in 6 % of cases where the difference is the margin: 2.5 % are promised."""
+    """Risk: two pairs were called equivalent in 6 % of cases if the difference is the margin: 2.5 % are promised."""
     margin, times = 4.0, 1000
     equivalent = 0
     for seed in range(times):
@@ -154,10 +154,10 @@ def test_an_interval_that_does_not_cover_other_texts_does_not_speak_of_them(leng
         rng = np.random.default_rng(seed)
         of_document = 0.5 * rng.standard_normal(len(lengths))
         series = [autocorrelated(rng, (1, n))[0] + own for n, own in zip(lengths, of_document)]
-        said = interval(series, 20, seed=seed, resamples=300)
-        assert said.speaks_of == "these texts"
-        others += said.low <= 0 <= said.high
-        these += said.low <= np.average(of_document, weights=lengths) <= said.high
+        result = interval(series, 20, seed=seed, resamples=300)
+        assert result.speaks_of == "these texts"
+        others += result.low <= 0 <= result.high
+        these += result.low <= np.average(of_document, weights=lengths) <= result.high
     assert these / times >= 0.92
     assert others / times < 0.5
 
@@ -219,7 +219,7 @@ def test_more_text_narrows_it_by_the_square_root():
 
 
 def test_the_standard_error_is_that_of_the_model_behind_it():
-    """Guards what centring takes from few blocks, and the shrinking of document means where they do differ."""
+    """Guards what centring takes from few blocks, and the shrinking of document means if they do differ."""
     blocks, documents = [], []
     for seed in range(400):
         rng = np.random.default_rng(seed)
@@ -234,10 +234,10 @@ def test_documents_weigh_as_much_as_they_have_tokens():
     """Guards documents of unlike length, the long ones with another mean: the interval is about the mean of tokens."""
     rng = np.random.default_rng(0)
     series = [rng.standard_normal(400) + 1 for _ in range(6)] + [rng.standard_normal(100) - 1 for _ in range(18)]
-    said = interval(series, 50)
-    assert said.resampled == "documents and blocks"
-    assert (said.low + said.high) / 2 == pytest.approx(said.mean, abs=0.25 * (said.high - said.low))
-    assert said.mean == pytest.approx(600 / 4200, abs=0.05)
+    result = interval(series, 50)
+    assert result.resampled == "documents and blocks"
+    assert (result.low + result.high) / 2 == pytest.approx(result.mean, abs=0.25 * (result.high - result.low))
+    assert result.mean == pytest.approx(600 / 4200, abs=0.05)
 
 
 # ------------------------------------------------------------------------------------------------------ the rules
@@ -294,7 +294,7 @@ def test_how_much_more_text_decides(low, high, mean, more):
     ],
 )
 def test_of_several_runs_more_text_decides_though_their_spread_stays(means, stderr, margin):
-    """Guards 'undecided' over several pairs, which said 0; it decides with so much text, and not with 2 % less."""
+    """Guards 'undecided' over several pairs, which printed 0; it decides with so much text, and not with 2 % less."""
     texts = dataclasses.replace(found(-1.0, 1.0, float(np.mean(means))), stderr=stderr, freedom=40.0)
 
     def with_text(times: float) -> Interval:
@@ -347,11 +347,11 @@ def test_what_is_resampled_depends_on_what_there_is():
         ([60] * 5, 50, "documents"),
     ):
         series = [rng.standard_normal(n) for n in lengths]
-        said = interval(series, block)
-        assert said.resampled == resampled
-        assert (said.documents, said.tokens) == (len(lengths), sum(lengths))
-        assert said.blocks == sum(n // block for n in lengths)
-        assert said.mean == pytest.approx(np.concatenate(series).mean()), "over tokens, not over documents"
+        result = interval(series, block)
+        assert result.resampled == resampled
+        assert (result.documents, result.tokens) == (len(lengths), sum(lengths))
+        assert result.blocks == sum(n // block for n in lengths)
+        assert result.mean == pytest.approx(np.concatenate(series).mean()), "over tokens, not over documents"
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [249], [49] * 4, [90, 90, 60]])

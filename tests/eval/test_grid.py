@@ -1,4 +1,4 @@
-"""Guards `sink-eval grid`: the same targets for every cell, runs as an axis, the paper's numbers where they belong."""
+"""Guards `sink-eval grid`: the same targets for every cell, runs as an axis, the paper's numbers in their cells."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def grid(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def test_every_cell_is_the_mean_over_runs_on_the_same_targets(runs, texts, tmp_path, capsys):
-    """Token by token: behind k sinks, and after the largest budget whatever the cell's own."""
+    """Token by token: after k sinks, and after the largest budget, whatever the budget of the cell is."""
     arguments = ["--models", f"vanilla={runs['none1']},{runs['none2']}", f"sink={runs['token1']},{runs['token2']}",
                  f"off-by-one={runs['zero1']}", "--sinks", 0, 1, "--budgets", *BUDGETS, "--text", texts]  # fmt: skip
     code, out, err = grid(capsys, *arguments, "--json", tmp_path / "o.json")
@@ -100,9 +100,9 @@ def test_the_papers_numbers_stand_where_model_and_cache_are_the_papers(runs, tex
     arguments = ["--models", f"a={runs['token1']}", f"b={runs['none1']}", "--sinks", 0, 1, 4, "--budgets", *BUDGETS]
     code, out, err = grid(capsys, *arguments, "--text", texts, "--json", tmp_path / "o.json")
     assert code == 0, err
-    told = {(row["model"], row["budget"], row["sinks"]): row["paper_ppl"]
+    papers = {(row["model"], row["budget"], row["sinks"]): row["paper_ppl"]
             for row in json.loads((tmp_path / "o.json").read_text())["rows"]}  # fmt: skip
-    assert {key: ppl for key, ppl in told.items() if ppl} == {("a", 20, 0): 1235.0, ("a", 20, 1): 18.01}
+    assert {key: ppl for key, ppl in papers.items() if ppl} == {("a", 20, 0): 1235.0, ("a", 20, 1): 18.01}
     lines = [line.split() for line in out.splitlines()]
     (line,) = (line for line in lines if line[:1] == ["paper"])
     assert line == ["paper", "token", "×1", "1", "20", "1,235.00", "18.01", "–"]
@@ -199,7 +199,7 @@ def test_the_same_call_gives_the_same_bytes(runs, texts, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"--models": ["a={none1},{none1}"]}, "has a run twice, which is not another seed"),
         ({"--models": ["a={none1},{none1}/"]}, "has a run twice, which is not another seed"),
@@ -216,14 +216,14 @@ def test_the_same_call_gives_the_same_bytes(runs, texts, tmp_path, capsys):
         ({"--json": ["none/o.json"]}, "none does not exist"),
     ],
 )
-def test_bad_input_is_one_line_before_anything_is_scored(runs, texts, tmp_path, capsys, changes, says):
+def test_bad_input_is_one_line_before_anything_is_scored(runs, texts, tmp_path, capsys, changes, message):
     given = {"--models": ["a={none1}"], "--text": [texts], "--budgets": BUDGETS, "--sinks": [1]}
     given |= {"--json": [tmp_path / "o.json"]} | changes
     given["--models"] = [name.format(**runs) for name in given["--models"]]
     code, out, err = grid(capsys, *(part for key, values in given.items() for part in (key, *values)))
     assert (code, out) == (2, "")
     assert err.count("\n") == 1, err
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert not (tmp_path / "o.json").exists()
 
 

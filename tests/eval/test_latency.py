@@ -79,7 +79,7 @@ def test_every_timed_query_sees_as_many_keys_as_the_row_says(budget, attention, 
     assert all(side.policy.row(budget).keys_seen == budget for side in sides)
     kept = sides[1].stream.ids_BT
     assert kept.shape == (1, budget)
-    assert kept[0, 0] == 0, "the model's sink stands in front of what is read again"
+    assert kept[0, 0] == 0, "the model's sink is in front of what is read again"
     assert sides[3].stream.cache.get_seq_length() == budget + steps, "and the stream has gone on"
 
 
@@ -142,11 +142,11 @@ def test_quantiles_and_paired_ratios():
 
 
 def test_a_long_stream_goes_on_to_its_end_and_keeps_nothing(monkeypatch):
-    """Guards "flat": the places lie where they are said to, and no logits of what lies between are computed."""
+    """Guards "flat": the places are those that are printed, and no logits are computed between them."""
     model, head, fed = build("llama"), [], []
     model.lm_head.register_forward_hook(lambda _, args, out: head.append(out.shape))
     model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
-    monkeypatch.setattr(timing, "FED", 300)
+    monkeypatch.setattr(timing, "PIECE", 300)
     loaded = type("Loaded", (), {"model": model, "sink_ids": [0]})()
     (policy,) = choose(["sink"], [2], 12)
     rows = timing.along_stream(loaded, policy, 12, 1000, points=5, tokens=10)
@@ -242,7 +242,7 @@ def test_threads_are_set_and_written_down(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (["--budgets", 4, 64, "--sinks", 4], "--budgets 4 does not hold --sinks 4"),
         (["--budgets", 2], "--budgets 2 does not hold --sinks 2"),  # the model's own
@@ -266,7 +266,7 @@ def test_threads_are_set_and_written_down(run, tmp_path, capsys):
         (["--budget", 4], "did you mean --budgets?"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(run, tmp_path, capsys, changes, says):
+def test_bad_input_is_one_line_and_nothing_is_written(run, tmp_path, capsys, changes, message):
     (tmp_path / "folder").mkdir()
     base = {"--model": [run], "--budgets": [24], "--json": [tmp_path / "out.json"]}
     given = [str(part).replace("BAD", str(tmp_path)) for part in changes]
@@ -277,12 +277,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(run, tmp_path, capsys, cha
     assert code == 2
     assert out == ""
     assert err.count("\n") == 1, err
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         (None, "does not exist"),
         ("hidden: 4", "has no shape of a model"),
@@ -293,13 +293,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(run, tmp_path, capsys, cha
         ("- 4", "has no shape of a model"),
     ],
 )
-def test_a_shape_that_is_none_is_one_line(tmp_path, capsys, text, says):
+def test_a_shape_that_is_none_is_one_line(tmp_path, capsys, text, message):
     path = tmp_path / "shape.yaml"
     if text is not None:
         path.write_text(text)
     code, _, err = measured(capsys, "--shape", path, "--budgets", 16)
     assert (code, err.count("\n")) == (2, 1), err
-    assert says in err
+    assert message in err
 
 
 def test_a_missing_plot_package_is_said_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
@@ -320,7 +320,7 @@ def test_help_is_quick_and_has_an_example(capsys):
 
 
 def test_a_model_with_a_narrower_window_of_its_own_is_refused():
-    """Guards "keys seen": transformers would let a query see 8 keys where the row says 16."""
+    """Guards "keys seen": transformers would let a query see 8 keys although the row states 16."""
     model = build("mistral", sliding_window=8)
     loaded = type("Loaded", (), {"model": model, "sink_ids": [], "positions": 64, "name": "m"})()
     with pytest.raises(UserError, match="'mistral' has its own window of 8"):

@@ -183,7 +183,7 @@ def test_the_text_of_a_token_is_what_it_adds_to_the_one_before():
 
 
 def test_a_tokens_age_is_that_of_its_bin():
-    """Guards where a bin begins: the token before the last one has age 1, and 16 is in the bin from 16 on."""
+    """Guards the start of a bin: the token before the last one has age 1, and 16 is in the bin from 16 on."""
 
     class Letters:
         decode = staticmethod(lambda ids: "a" * len(ids))

@@ -32,7 +32,7 @@ def slow_recompute(model, ids: list[int], budget: int, sinks: int, stride: int =
         if p < budget:
             seen = ids[: p + 1]
         else:
-            last = min(p + stride - 1 - (p - budget) % stride, len(ids) - 2)  # where the window of query p ends
+            last = min(p + stride - 1 - (p - budget) % stride, len(ids) - 2)  # the end of the window of query p
             seen = ids[:sinks] + ids[last + 1 - (budget - sinks) : p + 1]
         logits = model(torch.tensor([seen])).logits[0, -1]
         nll.append(-torch.log_softmax(logits, -1)[ids[p + 1]])
@@ -47,12 +47,12 @@ def test_recompute_is_a_fresh_forward_for_every_query(family, stride, sinks, mon
     monkeypatch.setattr(recompute, "TOKENS_AT_ONCE", 5 * BUDGET)  # windows of two documents meet in a batch
     model = model_of(family)
     documents = [tokens(length, seed=length) for length in LENGTHS]
-    told: list[int] = []
-    results = Recompute(sinks, BUDGET, stride).score(model, documents, 20, told.append)
+    reported: list[int] = []
+    results = Recompute(sinks, BUDGET, stride).score(model, documents, 20, reported.append)
     for ids, nll in zip(documents, results):
         assert nll.shape == (len(ids) - 1,)
         torch.testing.assert_close(nll, slow_recompute(model, ids, BUDGET, sinks, stride), atol=1e-4, rtol=0)
-    assert sum(told) == sum(len(ids) - 1 for ids in documents)
+    assert sum(reported) == sum(len(ids) - 1 for ids in documents)
 
 
 def test_a_window_a_stride_and_a_sink_more_are_other_results():

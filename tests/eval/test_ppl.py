@@ -60,7 +60,7 @@ def rows_of(capsys, tmp_path, *arguments) -> dict:
 
 
 def test_a_stranger_with_a_token_of_its_own_in_front_is_measured_with_it(runs, book, tmp_path, capsys):
-    """The same model without our record: the same numbers, and it is said."""
+    """The same model without our record: the same numbers, and a message states it."""
     ours, theirs = export(runs["llama", 2], tmp_path / "ours"), export(runs["llama", 2], tmp_path / "theirs")
     config = json.loads((theirs / "config.json").read_text())
     del config["sink"]
@@ -246,7 +246,7 @@ def bad(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (["--budget", 4, "--sinks", 1, 4], "--budget 4 does not hold --sinks 4"),
         (["--budget", 0], "--budget"),
@@ -273,7 +273,7 @@ def bad(tmp_path):
         (["--budgt", 4], "unknown option --budgt; did you mean --budget?"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(runs, book, bad, capsys, changes, says):
+def test_bad_input_is_one_line_and_nothing_is_written(runs, book, bad, capsys, changes, message):
     base = {"--model": [runs["llama", 0]], "--text": [book], "--budget": [BUDGET], "--json": [bad / "out.json"]}
     given = [str(part).replace("BAD", str(bad)) for part in changes]
     for i in range(len(given)):
@@ -284,7 +284,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(runs, book, bad, capsys, c
     assert out == ""
     assert err.count("\n") == 1, err
     assert err.startswith("sink-eval: ")
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert sorted(bad.rglob("*")) == before
 
 

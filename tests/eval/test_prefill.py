@@ -100,7 +100,7 @@ def test_rounds_that_do_not_agree_widen_the_interval_of_a_crossover():
 
 
 def test_sides_take_turns_and_ratios_are_of_one_round(monkeypatch):
-    """Guards against noise: a round that is slow for all leaves every ratio as it is, and the order is drawn anew."""
+    """Guards against noise: a round that is slow for all leaves ratios as they are, and each round draws its order."""
     cost, order = {"dense": 10.0, "snapkv": 20.0, "gemfilter": 5.0}, []
 
     def fake_read(model, side, prompt):
@@ -294,7 +294,7 @@ def test_a_process_that_has_kept_more_is_reported(capsys):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (["--budgets", 8, 40], "--budgets 40 keeps every token of --length 40"),
         (["--memories", "snap"], "invalid choice: 'snap'"),
@@ -315,7 +315,7 @@ def test_a_process_that_has_kept_more_is_reported(capsys):
         (["--memory", "snapkv"], "did you mean --memories?"),
     ],
 )
-def test_bad_input_is_one_line_before_weights_are_made(shape, tmp_path, capsys, monkeypatch, changes, says):
+def test_bad_input_is_one_line_before_weights_are_made(shape, tmp_path, capsys, monkeypatch, changes, message):
     monkeypatch.setattr(prefill, "load_shape", lambda *_: pytest.fail("weights were made"))
     base = {"--shape": [shape], "--length": [40], "--budgets": [36], "--memories": ["snapkv", "gemfilter"],
             "--answers": [4], "--json": [tmp_path / "out.json"]}  # fmt: skip
@@ -325,7 +325,7 @@ def test_bad_input_is_one_line_before_weights_are_made(shape, tmp_path, capsys, 
     before = sorted(tmp_path.rglob("*"))
     code, out, err = latency(capsys, *given, *(part for key, values in base.items() for part in (key, *values)))
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert sorted(tmp_path.rglob("*")) == before
 
 

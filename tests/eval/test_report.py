@@ -281,11 +281,11 @@ def test_a_verdict_is_said_in_a_word_and_not_by_colour_alone(tmp_path, answer, t
 
 def test_it_says_what_would_decide_or_that_no_text_would(tmp_path):
     content = results.verify("undecided")
-    for more, says in ((1234, "About 1,234 more tokens would decide"), (None, "No amount of text decides this")):
+    for more, sentence in ((1234, "About 1,234 more tokens would decide"), (None, "No amount of text decides this")):
         content["verdict"]["more_tokens"] = more
         (tmp_path / str(more)).mkdir()
         page, _, _ = of_results(tmp_path / str(more), verify=content)
-        assert says in page.text
+        assert sentence in page.text
     content["verdict"]["answer"] = "equivalent"
     assert "No amount" not in of_results(tmp_path, verify=content)[0].text
 
@@ -463,7 +463,7 @@ def test_what_the_commands_write_is_what_a_report_reads(tmp_path, monkeypatch):
 
 
 def test_the_page_stands_alone(whole):
-    """Guards a page that looks right only where there is a network, or that runs anything."""
+    """Guards a page that looks right only if there is a network, or that runs anything."""
     text = (whole / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "script" not in page.tags

@@ -1,6 +1,6 @@
 """Guards: the page looks right in a browser: phone and laptop, light and dark, on paper; it asks nothing of a server.
 
-`make test-browser` installs Chromium, where it may, and runs these.
+`make test-browser` installs Chromium, if it may, and runs these.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def report(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, report, request):
-    """The page at a width and in a scheme, with what it said on the console and what it asked for."""
+    """The page at a width and in a scheme, with its messages on the console and the addresses that it asked for."""
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    page, said, asked = context.new_page(), [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    page, messages, asked = context.new_page(), [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     page.on("request", lambda asking: asked.append(asking.url))
     page.goto(report)
-    yield page, said, asked
+    yield page, messages, asked
     context.close()
 
 
@@ -76,7 +76,7 @@ each_screen = pytest.mark.parametrize("opened", SCREENS, indirect=True, ids=str)
 
 @each_screen
 def test_it_fits_the_screen_and_asks_for_nothing_and_runs_no_script(opened, report):
-    page, said, asked = opened
+    page, messages, asked = opened
     width = page.viewport_size["width"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("document.body.getBoundingClientRect().right") <= width
@@ -84,7 +84,7 @@ def test_it_fits_the_screen_and_asks_for_nothing_and_runs_no_script(opened, repo
         "Math.max(...[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().right))"
     )
     assert 0 < widest <= width
-    assert said == []
+    assert messages == []
     assert asked == [report]
     assert page.evaluate("window.done") is None
     assert page.locator("script").count() == 0
@@ -131,7 +131,7 @@ def test_it_prints_dark_on_white_with_all_that_was_folded(opened):
     style = "getComputedStyle(document.body)"
     assert page.evaluate(f"({LIGHTNESS})({style}.color)") < 0.05
     assert page.evaluate(f"({LIGHTNESS})({style}.backgroundColor)") > 0.95
-    assert page.evaluate(f"{style}.colorScheme") == "light"  # else the paper behind the body is dark
+    assert page.evaluate(f"{style}.colorScheme") == "light"  # else the page around the body is dark
     unfolded = "getComputedStyle(document.querySelector('details'), '::details-content').contentVisibility"
     assert page.evaluate(unfolded) == "visible"
     assert page.locator("nav").is_hidden()

@@ -427,7 +427,7 @@ def bad(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (["--sequences", 0], "--sequences"),
         (["--length", 1], "--length 1 is too short"),
@@ -453,7 +453,7 @@ def bad(tmp_path):
         (["--checkpoints", "--model", "BAD/broken"], "step2.ckpt is not a complete checkpoint"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(runs, texts, bad, capsys, changes, says):
+def test_bad_input_is_one_line_and_nothing_is_written(runs, texts, bad, capsys, changes, message):
     given = {"--model": [runs["llama", "token"]], "--text": texts, "--length": [LENGTH], "--json": [bad / "o.json"]}
     changes = [str(part).replace("BAD", str(bad)) for part in changes]
     for part in changes:
@@ -462,14 +462,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(runs, texts, bad, capsys, 
     code, out, err = sinks(capsys, *changes, *(part for key, values in given.items() for part in (key, *values)))
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert err.startswith("sink-eval: ")
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert sorted(bad.rglob("*")) == before
 
 
 def test_a_model_that_cannot_be_watched_and_one_that_gives_nan_leave_no_file(texts, tmp_path, capsys):
     from sinkmodel.tokenizer import load_tokenizer
 
-    for family, settings, says in (("Bloom", {}, "'bloom' does not send"), ("llama", {"break": True}, "not finite")):
+    for family, settings, message in (("Bloom", {}, "'bloom' does not send"), ("llama", {"break": True}, "not finite")):
         broken = settings.pop("break", False)
         model = build(family, vocab_size=400, **settings)
         if broken:
@@ -479,7 +479,7 @@ def test_a_model_that_cannot_be_watched_and_one_that_gives_nan_leave_no_file(tex
         capsys.readouterr()
         code, _, err = sinks(capsys, *base(tmp_path / family, texts), "--json", tmp_path / "o.json")
         assert (code, err.count("\n")) == (2, 1), err
-        assert says in err
+        assert message in err
         assert not (tmp_path / "o.json").exists()
 
 

@@ -58,26 +58,26 @@ def test_verify_takes_the_base_as_the_twin_of_every_row(base, rows, texts, tmp_p
     assert f"not twins: the first has a trained sink on another base, {base}" in capsys.readouterr().err
 
 
-def said(name: object, dtype: str = "float32") -> dict:
+def record(name: object, dtype: str = "float32") -> dict:
     return training_of(load_model(str(name), dtype))
 
 
 def test_the_base_is_no_twin_of_a_run_that_trained_all(base, rows, tmp_path):
     """Risk: what a run gained by further training passes for the work of its sink."""
     run = train(tiny.prepared(tmp_path / "data"), base, tmp_path / "all", schedule__steps=2, checkpoints__every=2)
-    assert not_twins(said(run), said(base)) == ["the second is the base that the first was trained further from"]
-    both = {"row": said(rows[0]), "all": said(run)}
+    assert not_twins(record(run), record(base)) == ["the second is the base that the first was trained further from"]
+    both = {"row": record(rows[0]), "all": record(run)}
     assert "other parts trained" in not_seeds(both)[0]
 
 
 def test_another_base_is_named_in_half_precision_as_well(base, rows, tmp_path, monkeypatch):
     """Risk: fingerprints are of fp32, so that in bf16 any model passes for the base."""
     other = shutil.copytree(base, tmp_path / "other")
-    row = said(rows[0], "bfloat16")
-    assert not_twins(row, said(base, "bfloat16")) == []
+    row = record(rows[0], "bfloat16")
+    assert not_twins(row, record(base, "bfloat16")) == []
     monkeypatch.chdir(base.parent)
-    assert not_twins(row, said(base.name, "bfloat16")) == []
-    assert not_twins(row, said(other, "bfloat16")) == [
+    assert not_twins(row, record(base.name, "bfloat16")) == []
+    assert not_twins(row, record(other, "bfloat16")) == [
         f"as --dtype is not float32, it is not checked that the second is {base}, the base"
     ]
 

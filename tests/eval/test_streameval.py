@@ -1,4 +1,4 @@
-"""Guards `sink-eval streameval`: what is asked, what an answer costs, and where the cache ends, to the token."""
+"""Guards `sink-eval streameval`: the questions, the cost of an answer, and the end of the cache, exact to the token."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def result_of(capsys, path, *arguments) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Scripted(Policy):
-    """Gives the right answer as long as the whole line stands among the latest `budget` tokens, and "?" otherwise."""
+    """Gives the right answer as long as the whole line is among the latest `budget` tokens, and "?" otherwise."""
 
     tokenizer: object
     budget: int
@@ -99,16 +99,16 @@ class ScriptedStream(Stream):
         text = self.tokenizer.decode(row[-self.budget :])
         query = re.search(r"Query: The REGISTER_CONTENT in line (\d+) is <(\d*)$", text)
         line = query and re.search(rf"^The REGISTER_CONTENT in line {query[1]} is <(\d+>)", text, re.MULTILINE)
-        says = line[1][len(query[2])] if line and line[1].startswith(query[2]) else "?"
-        (said,) = self.tokenizer(says, add_special_tokens=False).input_ids
-        return 9.0 * F.one_hot(torch.tensor(said), 384).float()
+        answer = line[1][len(query[2])] if line and line[1].startswith(query[2]) else "?"
+        (token,) = self.tokenizer(answer, add_special_tokens=False).input_ids
+        return 9.0 * F.one_hot(torch.tensor(token), 384).float()
 
 
 def test_accuracy_falls_from_one_to_nothing_at_exactly_the_token_where_the_line_is_cut(loaded, record):
     """Guards the measure itself: distances, the true answer in the stream, greedy match, and what `kept` says."""
     samples = [record.sample(0, n, DISTANCE, EVERY, QUERIES, DISTRACTORS) for n in range(3)]
     backs = sorted({query.back for sample in samples for query in sample})
-    assert len(backs) > 1, "the first queries have fewer others behind them"
+    assert len(backs) > 1, "the first queries have fewer others after them"
     for budget in sorted({back + shift for back in backs for shift in (-1, 0, 1)}):
         row = measure_lines(loaded.model, Scripted(loaded.tokenizer, budget), samples, 2, "")
         share = sum(query.back <= budget for sample in samples for query in sample) / (3 * QUERIES)
@@ -169,7 +169,7 @@ def test_the_text_is_that_of_the_papers_figure(loaded, record):
     ids = [token for query in queries for token in query.fed]
     text = decode(ids[2:])
     contents = dict(re.findall(r"^The REGISTER_CONTENT in line (\d+) is <(\d{5})>\n", text, re.MULTILINE))
-    assert list(contents) == [str(n) for n in range(11)]  # behind lines 4, 6, 8 and 10, for 1, 3, 5 and 7
+    assert list(contents) == [str(n) for n in range(11)]  # after lines 4, 6, 8 and 10, for 1, 3, 5 and 7
     expected = HEADER
     for n in range(11):
         expected += f"The REGISTER_CONTENT in line {n} is <{contents[str(n)]}>\n"
@@ -189,7 +189,7 @@ def test_the_text_is_that_of_the_papers_figure(loaded, record):
 
 
 def test_streams_follow_from_the_seed_and_are_of_equal_length(loaded, record):
-    """Guards the batch: samples are its rows. Numbers that the stream does not have fill up where lines are few."""
+    """Guards the batch: samples are its rows. Numbers that the stream does not have fill up if lines are few."""
     first = record.sample(0, 0, 1, 1, 2, 8)
     assert first == Record(loaded).sample(0, 0, 1, 1, 2, 8)
     others = [record.sample(seed, n, 1, 1, 2, 8) for seed, n in ((0, 1), (1, 0))]
@@ -409,7 +409,7 @@ GOOD = '{"question": "a?", "choices": ["b", "c"], "answer": 0}\n'
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ("", "holds no question"),
         (GOOD + "{", "q.jsonl:2: not a JSON object"),
@@ -446,18 +446,18 @@ GOOD = '{"question": "a?", "choices": ["b", "c"], "answer": 0}\n'
         (GOOD.replace("a?", "a? " * 80), "question 1 takes 179 tokens with its longest choice, and .* for 126"),
     ],
 )
-def test_a_bad_file_is_one_line(runs, tmp_path, capsys, content, says):
+def test_a_bad_file_is_one_line(runs, tmp_path, capsys, content, message):
     file = tmp_path / "q.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     arguments = ["--model", runs[2], "--task", "questions", "--budgets", 40, "--file", file]
     code, out, err = streameval(capsys, *arguments, "--json", tmp_path / "out.json")
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--budgets", 4, 64], "--budgets 4 does not hold --sinks 4"),
         (["--budgets", 2, "--sinks", 0, "--policies", "recompute"], "--budgets 2 leaves no window .* at least 3"),
@@ -476,13 +476,13 @@ def test_a_bad_file_is_one_line(runs, tmp_path, capsys, content, says):
         (["--json", "none/out.json"], "none does not exist"),
     ],
 )
-def test_bad_input_is_one_line(runs, tmp_path, monkeypatch, capsys, arguments, says):
+def test_bad_input_is_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     base = ["--sinks", 0, 4] if "--sinks" not in arguments else []
     sizes = [] if "questions" in arguments else ["--samples", 1] + ["--queries", 2] * ("--queries" not in arguments)
     code, out, err = streameval(capsys, "--model", runs[2], *base, *sizes, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert not list(tmp_path.iterdir())
 
 

@@ -94,7 +94,7 @@ def documents_of(loaded, texts) -> list[list[int]]:
 
 @pytest.mark.parametrize(("kind", "kept"), [("token", 1), ("token2", 2), *((kind, 0) for kind in IN_SOFTMAX)])
 def test_the_verdict_pairs_the_same_targets_of_two_streams(runs, texts, tmp_path, capsys, kind, kept):
-    """Guards the pairing by text token behind k sinks, and which targets have overflowed in both; token by token."""
+    """Guards the pairing by text token after k sinks, and which targets have overflowed in both; token by token."""
     found = result(capsys, tmp_path, runs[kind], runs["none"], texts)
     sink, vanilla = load_model(str(runs[kind])), load_model(str(runs["none"]))
     differences = []
@@ -292,7 +292,7 @@ def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    ("lengths", "says"),
+    ("lengths", "message"),
     [
         ([150, 150, 0, 150, 150], "4 documents, and an answer for other texts needs 5; give 1 more"),
         ([700, 700, 700, 699, 697], "5 documents, and an answer for other texts needs 5"),
@@ -306,9 +306,9 @@ def test_texts_that_are_no_sample_decide_nothing_about_others(runs, tmp_path, ca
         ),
     ],
 )
-def test_what_is_missing_of_a_sample_is_said_in_numbers(lengths, says):
+def test_what_is_missing_of_a_sample_is_said_in_numbers(lengths, message):
     """Risk: five texts of nearly one length are called too unlike, without how many more would do."""
-    assert says in no_sample(lengths)
+    assert message in no_sample(lengths)
     more = int(re.search(r"give (\d+) more", no_sample(lengths)).group(1))
     assert is_sample([*lengths, *[max(lengths)] * more])
     assert not is_sample([*lengths, *[max(lengths)] * (more - 1)])
@@ -414,7 +414,7 @@ def test_several_pairs_answer_for_other_seeds(runs, texts, tmp_path, capsys):
 
 
 def test_one_vanilla_for_all_is_loaded_and_scored_once(runs, texts, tmp_path, capsys, monkeypatch):
-    """Guards hours of a large base, and that what is scored once is paired with every run as if it were scored anew."""
+    """Guards hours of a large base; and what is scored once is paired with every run as if it were scored again."""
     from eval.measures.verdict import paired, verify
 
     sinks = [altered(runs["token"], tmp_path / f"{scale}", lambda head, scale=scale: scale * head) for scale in (1, 2)]
@@ -445,7 +445,7 @@ def test_an_undecided_verdict_over_pairs_says_what_would_decide():
 
 
 @pytest.mark.parametrize(
-    ("sink", "vanilla", "says"),
+    ("sink", "vanilla", "message"),
     [
         (["token", "token2", "token"], ["none", "copy"], "--sink has 3 models and --vanilla has 2; give pairs"),
         (["token", "token"], ["none", "neox"], "--sink .* twice, which is not another seed"),
@@ -455,7 +455,7 @@ def test_an_undecided_verdict_over_pairs_says_what_would_decide():
     ],
 )
 def test_pairs_that_answer_no_one_question_are_one_line(
-    runs, texts, tmp_path, capsys, monkeypatch, sink, vanilla, says
+    runs, texts, tmp_path, capsys, monkeypatch, sink, vanilla, message
 ):
     shutil.copytree(runs["none"], tmp_path / "copy")
     short = dataclasses.replace(tiny.SHAPES["llama"], positions=64)
@@ -467,7 +467,7 @@ def test_pairs_that_answer_no_one_question_are_one_line(
     code = main(["verify", *map(str, arguments), "--text", str(texts), "--budget", str(BUDGET)])
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
-    assert re.search(says, err), err
+    assert re.search(message, err), err
 
 
 def test_texts_is_another_name_of_text(runs, texts, capsys):
@@ -514,7 +514,7 @@ def test_text_that_was_trained_on_is_named_and_held_out_text_is_not(tmp_path, ca
     file = tmp_path / "data" / "manifest.json"
     known = file.read_text()
     file.write_text(known.replace(manifest["fingerprint"], "0" * 64))
-    assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "other data where the training data was"
+    assert lacking in verify(capsys, runs["token"], runs["none"], train)[2], "other data in its place"
     file.write_text(known)
     others = "".join(json.dumps({"text": part}) + "\n" for part in parts[6:])
     (tmp_path / "others.jsonl").write_text(others)
@@ -558,7 +558,7 @@ def test_a_document_was_trained_on_if_a_training_document_begins_as_it_does(tmp_
     )  # fmt: skip
     shards = [data / shard["file"] for shard in manifest["splits"]["train"]["shards"]]
     assert len(shards) > 1
-    texts = {}  # of each shard its tokens, and where documents begin
+    texts = {}  # of each shard its tokens, and the starts of its documents
     for shard in shards:
         texts[shard] = np.fromfile(shard, "<u2").tolist(), np.load(shard.with_suffix(".offsets.npy")).tolist()
     (first, starts), (last, its_starts) = texts[shards[0]], texts[shards[-1]]
@@ -629,14 +629,18 @@ def test_the_same_text_twice_is_refused_however_it_is_named(runs, texts, tmp_pat
     """Guards the interval: a text that counts twice makes it narrower by a third, and the texts no more."""
     shutil.copy(texts, tmp_path / "copy.jsonl")
     (tmp_path / "link.jsonl").symlink_to(texts)
-    for other, says in ((texts, "twice"), (tmp_path / "link.jsonl", "twice"), (tmp_path / "copy.jsonl", "same text")):
+    for other, message in (
+        (texts, "twice"),
+        (tmp_path / "link.jsonl", "twice"),
+        (tmp_path / "copy.jsonl", "same text"),
+    ):
         code, out, err = verify(capsys, runs["token"], runs["none"], texts, other)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert re.search(f"--text has .*{other.name}.* {says}", err), err
+        assert re.search(f"--text has .*{other.name}.* {message}", err), err
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"sink": "none", "vanilla": "token"}, "they are swapped: exchange them"),
         ({"sink": "none"}, "--sink .* has no sink of its own"),
@@ -654,7 +658,7 @@ def test_the_same_text_twice_is_refused_however_it_is_named(runs, texts, tmp_pat
         ({"--json": "none/out.json"}, "none does not exist"),
     ],
 )
-def test_bad_input_is_one_line(runs, texts, tmp_path, capsys, changes, says):
+def test_bad_input_is_one_line(runs, texts, tmp_path, capsys, changes, message):
     given = {"sink": "token", "vanilla": "none", "--text": texts, "--budget": BUDGET, "--json": tmp_path / "o.json"}
     given |= changes
     models = ["--sink", runs[given.pop("sink")], "--vanilla", runs[given.pop("vanilla")]]
@@ -663,7 +667,7 @@ def test_bad_input_is_one_line(runs, texts, tmp_path, capsys, changes, says):
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("sink-eval: ")
     assert err.count("\n") == 1 + err.count("left out"), err
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert not (tmp_path / "o.json").exists()
 
 

@@ -129,7 +129,7 @@ def test_windows_of_any_length_are_whole(seed):
         whole = read + scored
         place = tokens.index(scored[0]) - len(read)
         assert whole == tokens[place : place + len(whole)], "neighbours in the text"
-        assert len(whole) - 1 == min(room, place + len(whole) - 1), "the room is filled where there is text to fill it"
+        assert len(whole) - 1 == min(room, place + len(whole) - 1), "the room is filled if there is text to fill it"
         assert read or place == 0
 
 
@@ -204,7 +204,7 @@ def test_no_other_token_stands_for_an_empty_context(models, fed):
 
 @pytest.mark.parametrize("sinks", [1, 2])
 def test_the_sinks_stand_in_front_of_every_prompt_once(models, fed, sinks):
-    """Behind the padding of a batch too, and where a prompt is cut to leave room for what is generated."""
+    """After the padding of a batch too, and if a prompt is cut to leave room for what is generated."""
     lm = SinkLM(models[sinks], batch_size=4)
     prompts = [tiny.words(4), LONG, "<|sink|> " + tiny.words(9), "a"]
     given = {"until": ["\n"], "max_gen_toks": 5}
@@ -237,7 +237,7 @@ def test_stock_is_lm_evals_own_model_with_its_sinks_left_to_the_tokenizer(models
 
 
 def after(loaded, read: list[int]) -> torch.Tensor:
-    """The log-probabilities [V] of the token behind the sinks and what was read, by a plain forward."""
+    """The log-probabilities [V] of the token after the sinks and what was read, by a plain forward."""
     with torch.no_grad():
         return loaded.model(torch.tensor([loaded.sink_ids + read])).logits[0, -1].log_softmax(-1)
 
@@ -270,12 +270,12 @@ def test_log_likelihoods_are_those_of_a_plain_forward(models, sinks):
 def test_an_answer_is_greedy_where_all_its_windows_are(models, sinks):
     """By token ids, since what a random model says is hardly text."""
     loaded, room = models[sinks], POSITIONS - sinks
-    said: list[int] = []
-    while len(said) < room + 1:
-        said.append(int(after(loaded, said).argmax()))
-    another = (int(after(loaded, said[-room:]).argmax()) + 1) % 300
+    generated: list[int] = []
+    while len(generated) < room + 1:
+        generated.append(int(after(loaded, generated).argmax()))
+    another = (int(after(loaded, generated[-room:]).argmax()) + 1) % 300
     answers = SinkLM(loaded, 1)._loglikelihood_tokens(
-        [(None, [], said), (None, [], [*said, another])], disable_tqdm=True
+        [(None, [], generated), (None, [], [*generated, another])], disable_tqdm=True
     )
     assert [is_greedy for _, is_greedy in answers] == [True, False]
 
@@ -334,8 +334,10 @@ def test_a_task_that_generates_is_answered_as_the_others_are(models):
     loaded, prompts = models[1], [tiny.words(4), tiny.words(12, seed=2)]
     given = {"until": ["\n\n"], "max_gen_toks": 6}
     lm = SinkLM(loaded, 2)
-    said = lm.generate_until(requests("generate_until", *[(prompt, given) for prompt in prompts]), disable_tqdm=True)
-    rows = [{"prompt": prompts[0], "gold": said[0]}, {"prompt": prompts[1], "gold": "something else"}]
+    generated = lm.generate_until(
+        requests("generate_until", *[(prompt, given) for prompt in prompts]), disable_tqdm=True
+    )
+    rows = [{"prompt": prompts[0], "gold": generated[0]}, {"prompt": prompts[1], "gold": "something else"}]
     task = ConfigurableTask(
         config={
             "task": "t",
@@ -372,9 +374,9 @@ def test_tasks_of_files_give_what_a_direct_computation_gives(runs, models, data,
         assert rows["choice", metric]["adapter_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / (n - 1)))
         assert rows["choice", metric]["questions"] == n == 28
     pairs = [json.loads(line) for line in (data / "last.jsonl").read_text().splitlines()]
-    said = [by_hand(loaded, row["context"], row["continuation"]) for row in pairs]
-    assert rows["last", "acc"]["adapter"] == sum(right for _, right in said) / len(said)
-    mean = sum(nats for nats, _ in said) / len(said)
+    answers = [by_hand(loaded, row["context"], row["continuation"]) for row in pairs]
+    assert rows["last", "acc"]["adapter"] == sum(right for _, right in answers) / len(answers)
+    mean = sum(nats for nats, _ in answers) / len(answers)
     assert rows["last", "perplexity"]["adapter"] == pytest.approx(math.exp(-mean), rel=1e-4)
     assert rows["last", "perplexity"]["adapter_stderr"] > 0
     texts = [json.loads(line)["text"] for line in (data / "texts.jsonl").read_text().splitlines()]
@@ -546,7 +548,7 @@ def bad(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (["--data", "BAD/none"], "--data .*none is not a folder"),
         (["--data", "BAD/empty"], "empty has no .jsonl file in it"),
@@ -575,7 +577,7 @@ def bad(tmp_path):
         (["--task", "piqa"], "unknown option --task; did you mean --tasks"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(runs, data, bad, capsys, changes, says):
+def test_bad_input_is_one_line_and_nothing_is_written(runs, data, bad, capsys, changes, message):
     base = {"--model": runs[0], "--data": data, "--json": bad / "out.json"}
     given = [str(part).replace("BAD", str(bad)) for part in changes]
     for option in given:
@@ -585,7 +587,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(runs, data, bad, capsys, c
     assert code == 2
     assert out == ""
     assert err.count("\n") == 1, err
-    assert re.search(says, err), err
+    assert re.search(message, err), err
     assert sorted(bad.rglob("*")) == before
 
 
@@ -615,13 +617,13 @@ def test_a_data_set_that_cannot_be_reached_is_one_line(runs, capsys, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("scale", "says"),
+    ("scale", "message"),
     [
         (math.nan, "in float32 gives logits that are not finite; its weights are damaged"),
         (1e3, "the perplexity of a continuation overflows"),
     ],
 )
-def test_numbers_that_are_none_are_one_line(runs, data, tmp_path, capsys, monkeypatch, scale, says):
+def test_numbers_that_are_none_are_one_line(runs, data, tmp_path, capsys, monkeypatch, scale, message):
     """Guards against an accuracy of argmaxes over NaN, and a traceback from a perplexity above e^709."""
     loaded = load_model(str(runs[1]))
     loaded.model.get_output_embeddings().weight[3:] *= scale
@@ -630,7 +632,7 @@ def test_numbers_that_are_none_are_one_line(runs, data, tmp_path, capsys, monkey
         capsys, "--model", runs[1], "--data", data, "--tasks", "last", "--json", tmp_path / "o.json"
     )
     assert (code, err.count("\n")) == (2, 1)
-    assert says in err
+    assert message in err
     assert not (tmp_path / "o.json").exists()
 
 

@@ -65,15 +65,15 @@ def test_a_key_takes_what_its_keys_and_values_take(model):
 
 
 @pytest.mark.parametrize(
-    ("words_of", "told"),
+    ("words_of", "message"),
     [
         (["--output", "million.doc"], "the name of a figure must end in one of"),
         (["--output", "no/such/million.png"], "the folder does not exist"),
         (["--output", "million.png", "--text", "none.txt"], "none.txt does not exist"),
     ],
 )
-def test_a_mistake_is_known_before_a_model_is_loaded(words_of, told, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_known_before_a_model_is_loaded(words_of, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert million_tokens.main(["--model", "no-such-model", *words_of]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Guards: the recall model's text has every kind of document, and every answer stands in its context."""
+"""Guards: the recall model's text has every kind of document, and every answer is in its context."""
 
 from __future__ import annotations
 

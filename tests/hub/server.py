@@ -102,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------ who may do what
 
     def user(self) -> tuple[str, set[str]] | None:
-        """The user of the token and where it may write; None without one."""
+        """The user of the token and the owners that it may write to; None without a token."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if not token:
             return None
@@ -185,8 +185,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(name)
         self.commit_of(repository, revision)
         history = repository.history(revision)
-        told = [{"id": one.id, "title": one.title, "message": one.message, "date": one.date} for one in history]
-        return as_json([{**one, "authors": [{"user": "me"}]} for one in told])
+        listed = [{"id": one.id, "title": one.title, "message": one.message, "date": one.date} for one in history]
+        return as_json([{**one, "authors": [{"user": "me"}]} for one in listed])
 
     # ---------------------------------------------------------------------------------------------------------- files
 

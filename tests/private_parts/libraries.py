@@ -20,7 +20,7 @@ TORCH = [
     PrivatePart(
         "torch",
         "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
-        (ATTENTION,),
+        (ATTENTION, "bench/gpu/scoring.py"),
         f"{RENORMALISED}, on a CPU",
         check=checks.operator(
             "aten._scaled_dot_product_flash_attention_for_cpu",
@@ -94,6 +94,30 @@ TORCH = [
     ),
     PrivatePart(
         "torch",
+        "torch._dynamo.reset",
+        ("bench/decoding.py", "bench/gpu/machine.py"),
+        "forgets what earlier measurements compiled, so that none changes the next",
+    ),
+    PrivatePart(
+        "torch",
+        "torch._dynamo.utils.counters",
+        ("bench/gpu/decoding.py",),
+        "the number of graphs that the compiler did not make CUDA graphs of",
+    ),
+    PrivatePart(
+        "torch",
+        "torch.ops.aten._flash_attention_forward",
+        ("bench/gpu/scoring.py",),
+        "FlashAttention with a window: the time to compare the scoring of a stream with",
+        check=checks.operator(
+            "aten._flash_attention_forward",
+            *("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"),
+            *("return_debug_mask", "scale", "window_size_left", "window_size_right", "seqused_k", "alibi_slopes"),
+            *("block_table", "num_splits"),
+        ),
+    ),
+    PrivatePart(
+        "torch",
         "torch._dynamo.mark_static_address",
         ("sinkmodel/cache/layer.py",),
         "CUDA graphs read the ring of keys in place; without it each step copies the ring",
@@ -135,6 +159,7 @@ TRANSFORMERS = [
             "sinkmodel/memories/admission.py",
             "sinkmodel/memories/memory.py",
             "sinkmodel/trainable.py",
+            "bench/scoring.py",
         ),
         "the name of a model's attention function: to refuse one that takes no mask, and to put it back afterwards",
     ),

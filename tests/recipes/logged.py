@@ -1,4 +1,4 @@
-"""What of a run's lines stands in metrics.csv, in wandb's files and in TensorBoard's."""
+"""Reads the lines of a run from metrics.csv, from wandb's files and from TensorBoard's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def points(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def forget(run: Path, above: int) -> None:
-    """Leave the run as a kill does: lines and curves go on behind its last checkpoint."""
+    """Leave the run as a kill does: lines and curves have steps after its last checkpoint."""
     for step, path in checkpoint_steps(run).items():
         if step > above:
             path.unlink()

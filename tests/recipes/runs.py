@@ -87,11 +87,11 @@ def foreign_id(folder: Path, split: str, places: slice = slice(100, 101), train_
 
 
 def complete(data: Path, run: Path, processes: int = 2, start: Start = start_process, **changes: object) -> str:
-    """Run to the end on `processes` of this machine; what was said."""
+    """Run to the end on `processes` of this machine; returns what it wrote to stderr."""
     process = start(data, run, **(QUICK | {"training__devices": processes} | changes))
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return said
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    return stderr
 
 
 def wait_for_checkpoint(process: Program | subprocess.Popen, run: Path, at_least: int) -> None:

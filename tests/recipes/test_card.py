@@ -95,14 +95,14 @@ def test_the_hub_reads_metadata_and_results(model, run, tmp_path):
     files = result_files(tmp_path, {"runs/token": run}, "verify", "ppl", "zeroshot")
     write_card(model, run=run, results=files)
     card = ModelCard.load(model / "README.md")
-    told = card.data.to_dict()
-    assert told["license"] == "apache-2.0"
-    assert told["language"] == ["en"]
-    assert told["library_name"] == "transformers"
-    assert told["pipeline_tag"] == "text-generation"
-    assert told["datasets"] == ["emozilla/pg19"]
-    assert "base_model" not in told
-    assert "sink-token" in told["tags"]
+    metadata = card.data.to_dict()
+    assert metadata["license"] == "apache-2.0"
+    assert metadata["language"] == ["en"]
+    assert metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert metadata["datasets"] == ["emozilla/pg19"]
+    assert "base_model" not in metadata
+    assert "sink-token" in metadata["tags"]
     assert card.data.model_name == "tiny-sink"
     found = {(one.metric_name, one.dataset_name): one for one in card.data.eval_results}
     assert len(found) == len(card.data.eval_results) == 7
@@ -157,7 +157,7 @@ def test_a_verdict_for_other_texts_is_not_said_to_be_of_these(run, tmp_path, spe
 
 
 def test_memories_and_long_prompts_stand_on_the_card(run, tmp_path):
-    """Risk: a difference to dense taken for a loss, or a task at the floor shown as if it said something."""
+    """Risk: a difference to dense taken for a loss, or a task at the floor shown as if it meant something."""
     files = result_files(tmp_path, {"runs/token": run}, "memories", "longcontext")
     found = {one.what: one for one in read_results(files, lambda name: name == str(run))}
     assert found["perplexity, dense, 16 tokens after a prompt of 32"].value == pytest.approx(math.exp(3.0))
@@ -174,9 +174,9 @@ def test_results_of_other_models_are_left_out_and_said(model, run, tmp_path, cap
     files = result_files(tmp_path, {}, "ppl", "latency")
     text = card_of(model, run=run, results=files)
     assert "model-index" not in text
-    said = capsys.readouterr().err
-    assert "ppl.json names other models" in said
-    assert "latency.json: results of sink-eval latency are shown only in a report" in said
+    stderr = capsys.readouterr().err
+    assert "ppl.json names other models" in stderr
+    assert "latency.json: results of sink-eval latency are shown only in a report" in stderr
 
 
 def test_a_model_is_known_by_its_repository_its_run_and_copies_of_its_folder(model, exported, run, tmp_path):
@@ -198,7 +198,7 @@ def test_what_was_recorded_of_the_training_stands_there(model, run):
     text = card_of(model, run=run)
     last = {name: value for row in read_metrics(run) for name, value in row.items() if value}
     tokens = json.loads((model / PROVENANCE).read_text())["data"]["train_tokens"]
-    for name, said in {
+    for name, stated in {
         "text": "emozilla/pg19@0a1b2c train",
         "tokens trained on": f"20,480, {20480 / tokens:.2f} × the text",
         "steps": "40 of 40",
@@ -210,23 +210,23 @@ def test_what_was_recorded_of_the_training_stands_there(model, run):
         "held-out loss at the end": f"{float(last['val_loss']):.4f} nats per token",
         "parameters": "41,728; 17,152 without embeddings",
     }.items():
-        assert f"| {name} | {said} |" in text
+        assert f"| {name} | {stated} |" in text
     assert re.search(r"\| hardware \| .+, 1 process \|", text)
     assert "[Loss" in text
     assert "energy" not in text.lower()
 
 
 def test_what_is_not_known_is_not_there(tmp_path):
-    """Risk: `None`, `auto`, or a default, where nothing was recorded."""
+    """Risk: `None`, `auto`, or a default, if nothing was recorded."""
     folder = export(tiny.checkpoint(tmp_path), tmp_path / "model")
     text = card_of(folder)
     assert "| fingerprint of data and tokenizer | f00d |" in text
     for word in ("None", "auto", "nan", "hardware", "optimiser", "## Results", "figures/", "datasets", "language:"):
         assert word not in text.replace("Auto", ""), word
-    said = json.loads((folder / PROVENANCE).read_text())
+    provenance = json.loads((folder / PROVENANCE).read_text())
     config = {"seed": None, "training": {"precision": "auto"}, "optimizer": {"lr": "fast"}, "schedule": []}
     more = {"config": config, "git_commit": None, "processes": 2, "hardware": None, "versions": None}
-    (folder / PROVENANCE).write_text(json.dumps(said | more | {"data": {**said["data"], "source": None}}))
+    (folder / PROVENANCE).write_text(json.dumps(provenance | more | {"data": {**provenance["data"], "source": None}}))
     assert card_of(folder) == text
     (folder / PROVENANCE).unlink()
     with pytest.raises(UserError, match=r"training\.json does not exist"):  # of somebody else: nothing is known of it
@@ -292,7 +292,7 @@ def test_the_code_on_the_card_runs(tmp_path, sink):
     """Risk: an example that fails, or that streams with other sinks than the model's."""
     folder = export(tiny.checkpoint(tmp_path, sink=sink), tmp_path / "model")
     settings = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": None}))  # it goes on and on
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": None}))  # it never ends
     text = make_card(folder, repository=str(folder)).text
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 2
@@ -367,7 +367,7 @@ def test_a_card_says_what_was_trained(tmp_path, parts, count, what):
     assert f"parameters: `base` with {sinks} in front of every text, for streams without end.\nOnly the row" in text
     assert "trained on emozilla/pg19@0a1b2c train.\n" in text
     assert "base_model" not in ModelCard(text).data.to_dict(), "a folder is not on the Hub"
-    assert str(tmp_path) not in text, "nor is it anybody's business where it lay"
+    assert str(tmp_path) not in text, "nor does a reader need the folder that it was in"
     assert "\n\n\n" not in text
     assert not re.search(r"[ \t]\n", text)
 
@@ -435,10 +435,10 @@ def test_choices_in_the_metadata_stay_and_old_results_go(model, run, tmp_path):
     previous = card_of(model, run=run, results=result_files(tmp_path, {"runs/token": run}, "ppl"))
     previous = previous.replace("license: apache-2.0", "license: mit\nthumbnail: x.png").replace("- en", "- de")
     previous = previous.replace("- kv-cache", "- kv-cache\n- books")
-    told = ModelCard(card_of(model, run=run, previous=previous)).data.to_dict()
-    assert (told["license"], told["language"], told["thumbnail"]) == ("mit", ["de"], "x.png")
-    assert told["tags"] == ["attention-sink", "streaming", "kv-cache", "sink-token", "books"]
-    assert "model-index" not in told
+    metadata = ModelCard(card_of(model, run=run, previous=previous)).data.to_dict()
+    assert (metadata["license"], metadata["language"], metadata["thumbnail"]) == ("mit", ["de"], "x.png")
+    assert metadata["tags"] == ["attention-sink", "streaming", "kv-cache", "sink-token", "books"]
+    assert "model-index" not in metadata
 
 
 def test_a_card_that_is_all_by_hand_becomes_the_hand_written_section(model):
@@ -448,7 +448,7 @@ def test_a_card_that_is_all_by_hand_becomes_the_hand_written_section(model):
 
 
 def test_two_different_hand_written_sections_are_refused(model):
-    """Risk: what was written here is lost where the Hub has something else."""
+    """Risk: what was written here is lost if the Hub has something else."""
     write_card(model)
     here = (model / "README.md").read_text()
     (model / "README.md").write_text(here.replace(f"{BEGIN}\n", f"{BEGIN}\nhere"))
@@ -566,10 +566,10 @@ def put_everywhere(value, text: str, path: str = ""):
 
 def test_no_text_of_a_file_leaves_its_place_in_a_card(model, run):
     """Risk: a stranger's training.json ends the block of BibTeX, and writes the rest of the card."""
-    said = json.loads((model / PROVENANCE).read_text())
-    (model / PROVENANCE).write_text(json.dumps(put_everywhere(said, "some words")))
+    provenance = json.loads((model / PROVENANCE).read_text())
+    (model / PROVENANCE).write_text(json.dumps(put_everywhere(provenance, "some words")))
     plain = card_of(model)
-    (model / PROVENANCE).write_text(json.dumps(put_everywhere(said, EVIL)))
+    (model / PROVENANCE).write_text(json.dumps(put_everywhere(provenance, EVIL)))
     card = card_of(model)
     assert shape_of(card) == shape_of(plain)
     assert "evil" not in card.partition("```bibtex")[2], "neither a version nor a commit"

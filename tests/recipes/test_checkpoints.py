@@ -18,7 +18,7 @@ from tests.recipes.runs import train
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """Writing waits until the test lets it go on."""
+    """Writing waits until the test lets it continue."""
     save, go = torch.save, threading.Event()
 
     def wait_and_save(content, path):
@@ -76,7 +76,7 @@ def test_what_went_wrong_while_writing_is_raised_once(tmp_path, monkeypatch):
     writer = BackgroundCheckpointIO()
     writer.save_checkpoint({}, tmp_path / "run" / "checkpoints" / "step1.ckpt")
     writer.save_checkpoint({}, tmp_path / "run" / "checkpoints" / "step2.ckpt")
-    assert writer.failed, "kept until all ranks can hear of it"
+    assert writer.failed, "kept until all ranks can learn of it"
     with pytest.raises(DiskFull, match=r"step1\.ckpt could not be written to .*; there is no earlier checkpoint"):
         writer.finish()
     writer.finish()

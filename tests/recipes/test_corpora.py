@@ -1,4 +1,4 @@
-"""Guards: a corpus gives the same documents in the same order, and goes on from any cursor."""
+"""Guards: a corpus gives the same documents in the same order, and resumes from any cursor."""
 
 import sys
 from itertools import islice

@@ -169,9 +169,9 @@ def test_a_data_set_in_a_folder_says_that_its_files_must_stay(tmp_path, monkeypa
     argv = ["--dataset", str(folder), "--tokenizer", str(tmp_path / "tokenizer.json"), "--workers", "1"]
     argv += ["--output", str(tmp_path / "out")]
     assert prepare.main(argv) == 2
-    said = capsys.readouterr().err
-    assert "train-1.jsonl: damaged" in said
-    assert f"choose another output folder, since {STAY}" in said
+    stderr = capsys.readouterr().err
+    assert "train-1.jsonl: damaged" in stderr
+    assert f"choose another output folder, since {STAY}" in stderr
     (folder / "train-1.jsonl").write_text('{"text": "mended"}\n')
     assert prepare.main(argv) == 2
     assert f"from train-1.jsonl, which has been edited since; restore it, or choose another output folder ({STAY})" in (

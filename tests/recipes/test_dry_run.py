@@ -1,4 +1,4 @@
-"""Guards: a dry run finds what would stop the job, says what it will need, and leaves nothing behind."""
+"""Guards: a dry run finds what would stop the job, prints what it will need, and writes nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.recipes.runs import arguments, assert_same_run, foreign_id, train
 
 def test_it_prints_what_the_run_will_need_and_writes_nothing(data, tmp_path, capsys):
     assert main([*arguments(data, tmp_path / "run", training__device="cpu"), "--dry-run=2"]) == 0
-    said = capsys.readouterr().out
-    assert "gpt_neox, 41,728 parameters" in said
-    assert "8 rows = 2 processes × 1 micro-batches × 4" in said
-    assert "40 steps × 512 = 20,480 tokens, 1.11 × the data" in said
-    assert re.search(r"[\d,]+ tokens/s on 2 of this CPU \(measured", said)
-    assert "0.5 MB each, 4 at a time at most: 2.0 MB" in said
-    assert "starts anew" in said
+    printed = capsys.readouterr().out
+    assert "gpt_neox, 41,728 parameters" in printed
+    assert "8 rows = 2 processes × 1 micro-batches × 4" in printed
+    assert "40 steps × 512 = 20,480 tokens, 1.11 × the data" in printed
+    assert re.search(r"[\d,]+ tokens/s on 2 of this CPU \(measured", printed)
+    assert "0.5 MB each, 4 at a time at most: 2.0 MB" in printed
+    assert "starts at step 0" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -42,7 +42,7 @@ def test_without_a_gpu_it_assumes_one_and_says_so(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_an_id_beyond_the_vocabulary_stops_the_job(tmp_path, capsys, split):
-    """The validation rows that will be scored are read at the start, even where checksums are not."""
+    """The validation rows that will be scored are read at the start, even if checksums are not."""
     data = foreign_id(tmp_path / "data", split)
     for words in (
         [],
@@ -50,8 +50,8 @@ def test_an_id_beyond_the_vocabulary_stops_the_job(tmp_path, capsys, split):
         *[["--data.verify=sizes"], ["--data.verify=sizes", "--dry-run"]] * (split != "train"),
     ):
         assert main([*arguments(data, tmp_path / "run"), *words]) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert f"{split}-00000.bin holds the id 300 at token 100, but its tokenizer has the ids 0 to 299" in said
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert f"{split}-00000.bin holds the id 300 at token 100, but its tokenizer has the ids 0 to 299" in message
         assert not (tmp_path / "run").exists()
 
 

@@ -26,7 +26,7 @@ def inputs(tmp_path_factory):
 
 
 def known(generation: int, candidates: np.ndarray) -> np.ndarray:
-    """Highest, 0, where every number is 0.3."""
+    """Highest, 0, if every number is 0.3."""
     return -np.square(candidates - 0.3).sum(axis=1)
 
 
@@ -59,7 +59,7 @@ def test_the_optimiser_is_replayed_from_fitnesses_bit_for_bit(kind):
 
 
 def test_a_signal_ends_the_loop_after_the_generation(monkeypatch):
-    """Risk: a run that should stop goes on until its time is over, or loses the generation that it has finished."""
+    """Risk: a run that should stop continues until its time is over, or loses the generation that it has finished."""
     noted = []
 
     def after(generation, values):
@@ -130,7 +130,7 @@ def test_groups_of_candidates_are_shared_and_come_back_in_order(monkeypatch, ran
 
 
 REFUSED = [
-    ({"population": 3}, "population is 3; CMA-ES needs at least 4"),
+    ({"population": 3}, "population is 3; it must be at least 4 candidates"),
     ({"namm__interval": 18}, "namm: hop 4 does not divide interval 18; make interval a multiple of hop"),
     ({"namm__gamma": 1.5}, "namm: gamma is 1.5"),
     ({"tasks__names": "[key_valu]"}, "there is no task 'key_valu'; did you mean key_value?"),
@@ -213,7 +213,7 @@ def shorter(state: str) -> str:
 
 
 def test_a_damaged_state_is_one_line(inputs, tmp_path, capsys, monkeypatch):
-    """Risk: a traceback, or a run that begins anew over what is left of another one."""
+    """Risk: a traceback, or a run that starts from the beginning over what is left of another one."""
     let_pass(monkeypatch)
     folder = tmp_path / "run"
     assert run(arguments(inputs, folder, generations=1)) == 0

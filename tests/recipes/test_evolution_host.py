@@ -108,7 +108,7 @@ def test_the_full_cache_is_scored_as_sink_eval_does(inputs, loaded, name):
 
 
 def test_rows_generate_each_its_own_answer(inputs, loaded, namm, monkeypatch):
-    """Risk: all rows get the first row's text, or one that has ended goes on."""
+    """Risk: all rows get the first row's text, or one that has ended continues."""
     cell = cell_of(inputs, loaded, "niah_single_1", "match", 1)
     (asked,) = cell.readings[0].asked
     texts: list[str] = []

@@ -78,12 +78,12 @@ def test_two_processes_that_are_killed_are_resumed_by_one_bit_for_bit(inputs, wh
         words = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         words |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "KILLED_AT": "3"}
         processes.append(Program("tests.recipes.evolving", arguments(inputs, tmp_path / "run"), words))
-    told = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [-signal.SIGKILL, 1], told
-    assert "in 2 groups on 2 process(es)" in told[0]
-    assert "rank 1" in told[1]
-    assert "has lost the others" in told[1]
-    assert "generation 1" not in told[1], "all processes report"
+    stderr = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 1], stderr
+    assert "in 2 groups on 2 process(es)" in stderr[0]
+    assert "rank 1" in stderr[1]
+    assert "has lost the others" in stderr[1]
+    assert "generation 1" not in stderr[1], "all processes report"
     assert len(read_metrics(tmp_path / "run")) == 3, "it was not killed between its line and its state"
     assert len(json.loads((tmp_path / "run" / "state.json").read_text())["fitness"]) == 2
     let_pass(monkeypatch)

@@ -1,4 +1,4 @@
-"""Guards: what happens to one rank, or is told to one alone, ends all of them, soon and with one message."""
+"""Guards: what happens to one rank, or is sent to only one, ends all of them, soon and with one message."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_a_signal_that_reaches_one_rank_only_stops_all_at_the_same_step_saved(da
     assert len(ranks) == 2
     for _ in range(2):
         os.kill(ranks[1], signal.SIGUSR1)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGUSR1, said
-    assert "SIGUSR1 came to another rank" in said
-    assert f"stopped at step {max(checkpoint_steps(run))} of 100000" in said
-    assert said.count("stopped at step") == 1
-    assert "Traceback" not in said
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGUSR1, stderr
+    assert "SIGUSR1 came to another rank" in stderr
+    assert f"stopped at step {max(checkpoint_steps(run))} of 100000" in stderr
+    assert stderr.count("stopped at step") == 1
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.slow
@@ -44,10 +44,10 @@ def test_a_rank_that_dies_ends_the_run_with_a_message(data, tmp_path):
     process = start_process(data, run, **(QUICK | {"schedule__steps": 100_000}), training__devices=2)
     wait_for_checkpoint(process, run, 3)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "has lost the others" in said or "rank 1 was ended by SIGKILL" in said
-    assert "Traceback" not in said
+    assert "has lost the others" in stderr or "rank 1 was ended by SIGKILL" in stderr
+    assert "Traceback" not in stderr
 
 
 @pytest.mark.slow
@@ -58,10 +58,10 @@ def test_a_rank_that_hangs_ends_the_run_in_bounded_time(data, tmp_path):
     wait_for_checkpoint(process, run, 3)
     hung = children_of(process.pid)[1]
     os.kill(hung, signal.SIGSTOP)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1, said
-    assert "no progress for 8 s after step" in said
-    assert "recipes/training" in (run / "hang-rank0.txt").read_text(), "where rank 0 waited"
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
+    assert "no progress for 8 s after step" in stderr
+    assert "recipes/training" in (run / "hang-rank0.txt").read_text(), "the place in the code at which rank 0 waited"
     assert not os.path.exists(f"/proc/{hung}")
 
 
@@ -118,10 +118,10 @@ def test_ranks_that_disagree_all_stop_with_one_message(data, tmp_path):
     ]
     for changes, message in cases:
         run = tmp_path / "run"
-        said, codes = by_hand(data, run, changes)
-        assert codes == [2, 2], said
-        assert message in said, said
-        assert said.count("sink-pretrain:") == 1
+        output, codes = by_hand(data, run, changes)
+        assert codes == [2, 2], output
+        assert message in output, output
+        assert output.count("sink-pretrain:") == 1
         assert not run.exists()
 
 
@@ -132,8 +132,8 @@ def by_hand(data, run, of_rank_1) -> tuple[str, list[int]]:
     for rank, changes in enumerate(({}, of_rank_1)):
         words = arguments(data, **({"output": run} | QUICK | changes))
         ranks.append(Program("recipes.pretrain", words, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    return "".join(said), [process.returncode for process in ranks]
+    stderr = [process.communicate(timeout=120)[1] for process in ranks]
+    return "".join(stderr), [process.returncode for process in ranks]
 
 
 @pytest.mark.slow
@@ -143,9 +143,9 @@ def test_an_id_that_one_rank_alone_reads_ends_the_run_with_its_message(tmp_path,
     data = foreign_id(tmp_path / "data", "train", slice(1_000_000, None), 220_000)  # all ranks read those before
     settings = QUICK | {"data__verify": "sizes", "data__workers": 1, "schedule__steps": 3000}
     process = start_process(data, tmp_path / "run", **settings, training__devices=devices)
-    _, said = process.communicate(timeout=180)
-    assert process.returncode == 2, said
-    assert "sink-pretrain: the shard" in said
-    assert "holds the id 300 at token 1,0" in said
-    assert "Traceback" not in said
-    assert "no progress for" not in said
+    _, stderr = process.communicate(timeout=180)
+    assert process.returncode == 2, stderr
+    assert "sink-pretrain: the shard" in stderr
+    assert "holds the id 300 at token 1,0" in stderr
+    assert "Traceback" not in stderr
+    assert "no progress for" not in stderr

@@ -1,4 +1,4 @@
-"""Guards: a spike is told from noise and named with its rows; a loss that is not finite stops the run."""
+"""Guards: a spike is distinguished from noise and named with its rows; a loss that is not finite stops the run."""
 
 from __future__ import annotations
 

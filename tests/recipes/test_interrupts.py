@@ -1,4 +1,4 @@
-"""Guards: Ctrl-C ends `sink-prepare` at once, whatever its processes are in the middle of, and leaves none behind."""
+"""Guards: Ctrl-C ends `sink-prepare` at once, whatever its processes do at that moment, and none of them is left."""
 
 import contextlib
 import os

@@ -63,9 +63,9 @@ def test_mending_adding_and_removing_files_that_were_not_read_keeps_the_work(tmp
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(writing.SplitWriter, "write", lambda self, ids: (written.append(len(ids)), write(self, ids))[1])
         assert run(tmp_path) == 0
-    said = capsys.readouterr().err
-    assert "p3.jsonl has changed since it was read in part" in said
-    assert "resuming" in said
+    stderr = capsys.readouterr().err
+    assert "p3.jsonl has changed since it was read in part" in stderr
+    assert "resuming" in stderr
     order = [str(tmp_path / "in" / f"{name}.jsonl") for name in ("p0", "p1", "p2", "p0-new", "p3", "p4")]
     assert run(tmp_path, "whole", *order) == 0
     assert open_split(tmp_path / "out", "train").documents == 80
@@ -88,8 +88,8 @@ def test_a_file_that_was_read_must_stay_as_it_was(tmp_path, parts, small_units, 
     write_lines(tmp_path / "in" / "p1.jsonl", parts["p1.jsonl"][::-1])
     capsys.readouterr()
     assert run(tmp_path) == 2
-    said = capsys.readouterr().err
-    assert "was prepared from p1.jsonl, which has been edited since; restore it, or choose another output" in said
+    stderr = capsys.readouterr().err
+    assert "was prepared from p1.jsonl, which has been edited since; restore it, or choose another output" in stderr
     (tmp_path / "in" / "p1.jsonl").unlink()
     assert run(tmp_path) == 2
     assert "was prepared from p1.jsonl, which has been removed since or is not given; " in capsys.readouterr().err
@@ -103,9 +103,9 @@ def test_a_file_removed_after_it_was_read_in_part_is_not_said_to_have_changed(tm
     (tmp_path / "in" / "p3.jsonl").unlink()
     capsys.readouterr()
     assert run(tmp_path) == 0
-    said = capsys.readouterr().err
-    assert "p3.jsonl was read in part and has been removed since; its text is left out" in said
-    assert "changed" not in said
+    stderr = capsys.readouterr().err
+    assert "p3.jsonl was read in part and has been removed since; its text is left out" in stderr
+    assert "changed" not in stderr
     assert open_split(tmp_path / "out", "train").documents == 50
     write_lines(tmp_path / "in" / "p7.jsonl", parts["p3.jsonl"])
     assert run(tmp_path) == 2
@@ -141,7 +141,7 @@ def test_parts_without_text_add_nothing_and_are_counted(tmp_path, parts, small_u
 
             patched.setattr(writing.FolderWriter, "write", interrupt)
             assert run(tmp_path) == 130
-    (folder / "p9.txt").unlink()  # as whoever thinks it stands in the way
+    (folder / "p9.txt").unlink()  # as a user does who thinks that it is in the way
     assert run(tmp_path) == 0
     assert manifest(tmp_path / "out")["skipped"] == 3
     assert manifest(tmp_path / "out")["fingerprint"] == manifest(tmp_path / "whole")["fingerprint"]

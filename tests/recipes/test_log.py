@@ -41,13 +41,13 @@ def test_what_was_measured_goes_to_the_runs_own_page_and_its_lacking_curves_with
     artifacts = {(artifact.type, alias) for artifact in records_of(run, "artifact") for alias in artifact.aliases}
     assert {("model", f"step{step}") for step in (28, 35, 40)} < artifacts
     assert {("evaluation", "latest"), ("report", "latest")} < artifacts
-    told = {
+    summary = {
         item.key or item.nested_key[0]: item.value_json
         for record in records_of(run, "summary")
         for item in record.update
     }
     names = ("answer", "speaks_of", "first", "second", "difference", "low", "high", "tokens")
-    assert json.loads(told["verdict"]) == {name: results.verify()["verdict"][name] for name in names}
+    assert json.loads(summary["verdict"]) == {name: results.verify()["verdict"][name] for name in names}
     assert points(run) == expected_points(run)
     board = EventAccumulator(str(run / "tensorboard" / "measured")).Reload()
     assert board.Images("maps/maps")[0].width == 8
@@ -96,9 +96,9 @@ def test_what_cannot_be_logged_is_one_line(data, tmp_path, measured, capsys):
         cases.append((["--run", str(run), "--to", "wandb", *map(str, words)], f" leads out of {words[1]}, to "))
     cases.append((["--run", str(run), "--to", "wandb", "--checkpoints"], f"step1.ckpt leads out of {run}, to "))
     capsys.readouterr()
-    for words, told in cases:
+    for words, expected in cases:
         assert log(words) == 2
-        (said,) = capsys.readouterr().err.splitlines()
-        assert told in said
+        (message,) = capsys.readouterr().err.splitlines()
+        assert expected in message
     assert not (run / "tensorboard").exists()
     assert not (run / "wandb").exists()

@@ -42,7 +42,7 @@ def test_a_mirror_takes_the_lines_that_it_lacks_and_no_line_twice():
     mirror.catch_up(lines)
     mirror.log_metrics({"loss": 2.5}, 20)
     assert mirror.lines == [(15, {"loss": 1.875}), (20, {"loss": 2.5})]
-    ahead = Memory(has=20)  # the steps behind the checkpoint were logged before the kill
+    ahead = Memory(has=20)  # the steps after the checkpoint were logged before the kill
     ahead.catch_up(lines)
     ahead.log_metrics({"loss": 2.5}, 20)
     ahead.log_metrics({"loss": 3.0}, 25)
@@ -55,8 +55,8 @@ def test_a_mirror_that_fails_is_said_once_and_asked_no_more(capsys):
         mirror.log_metrics({"loss": 1.0}, step)
     mirror.finalize("success")
     assert mirror.lines == [(5, {"loss": 1.0})]
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("memory failed at step 10 ([Errno 104] Connection reset by peer) and is now disabled;")
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("memory failed at step 10 ([Errno 104] Connection reset by peer) and is now disabled;")
 
 
 def test_twins_share_a_group_and_differ_in_a_tag():
@@ -83,7 +83,7 @@ def test_twins_share_a_group_and_differ_in_a_tag():
 
 @pytest.mark.slow
 def test_training_needs_neither_wandb_nor_tensorboard(data, tmp_path):
-    """Their packages cannot be imported; a run that asks for one is told so before anything is written."""
+    """Their packages cannot be imported; a run that asks for one gets an error before anything is written."""
     run = tmp_path / "run"
     words = arguments(data, run, schedule__steps=6)
     program = (
@@ -97,8 +97,8 @@ def test_training_needs_neither_wandb_nor_tensorboard(data, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for package in ("wandb", "tensorboard"):
-        told = f"logging.{package} is true, but {package} is not installed; pip install 'sinkmodel[{package}]'"
-        assert f"sink-pretrain: {told}\n" in done.stderr
+        message = f"logging.{package} is true, but {package} is not installed; pip install 'sinkmodel[{package}]'"
+        assert f"sink-pretrain: {message}\n" in done.stderr
     assert read_metrics(run)
 
 
@@ -121,8 +121,8 @@ def test_a_disk_that_is_full_ends_tensorboard_and_not_the_run(data, tmp_path, ca
 
     monkeypatch.setattr(SummaryWriter, "flush", full)
     run = train(data, tmp_path / "run", logging__tensorboard=True, schedule__steps=10)
-    said = [line for line in capsys.readouterr().err.splitlines() if "TensorBoard" in line]
-    assert said == [
+    lines = [line for line in capsys.readouterr().err.splitlines() if "TensorBoard" in line]
+    assert lines == [
         "TensorBoard failed at step 5 ([Errno 28] No space left on device) and is now disabled; metrics.csv has every "
         "line, and sink-log, or a resumed run, adds the missing ones"
     ]

@@ -58,9 +58,9 @@ def test_a_longer_run_is_the_run_that_it_would_have_been(data, short, tmp_path, 
     assert yaml.safe_load((end / "config.yaml").read_text(encoding="utf-8"))["schedule"]["steps"] == 10
 
     assert yaml.safe_load((short / "config.yaml").read_text(encoding="utf-8"))["schedule"]["steps"] == 16
-    told = Recipe.from_dict(read_checkpoint(short / "checkpoints" / "step16.ckpt")["recipe"]).provenance
-    assert told["config"]["schedule"]["steps"] == 16
-    assert [(one["until_step"], one["steps"]) for one in told["earlier_schedules"]] == [(5, 10)]
+    provenance = Recipe.from_dict(read_checkpoint(short / "checkpoints" / "step16.ckpt")["recipe"]).provenance
+    assert provenance["config"]["schedule"]["steps"] == 16
+    assert [(one["until_step"], one["steps"]) for one in provenance["earlier_schedules"]] == [(5, 10)]
 
 
 @pytest.mark.slow

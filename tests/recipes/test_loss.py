@@ -82,7 +82,7 @@ def test_gradients_are_not_computed_where_nobody_asks():
         assert not loss.requires_grad
         assert Scatters.count == 0
         chunked_cross_entropy(hidden, head, targets, 16)
-        assert Scatters.count == 4, "one a chunk, where they are wanted"
+        assert Scatters.count == 4, "one per chunk, if they are wanted"
 
 
 # --------------------------------------------------------------------------------------- a bias, and rows of their own

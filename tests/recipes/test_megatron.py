@@ -1,4 +1,4 @@
-"""Guards: Pythia's pre-shuffled rows are read in their order, from where they lie, and only if they are whole."""
+"""Guards: Pythia's pre-shuffled rows are read in their order, from their own files, and only if they are whole."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""Guards: nothing waits for the device between two logged lines; the metrics file goes on where a run does."""
+"""Guards: nothing waits for the device between two logged lines; the metrics file continues when a run resumes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_sink_of_an_even_spread(sinks):
     model, row_1T = even_model(), torch.randint(0, 300, (1, 70))  # cut to 64
     even = sum(1 / (i + 1) for i in range(64)) / 64
     assert measure_sink(model, row_1T, sinks).tolist() == pytest.approx([even, 0], rel=1e-5)
-    assert model.config._attn_implementation == "sdpa", "training goes on with its fast kernel"
+    assert model.config._attn_implementation == "sdpa", "training continues with its fast kernel"
 
 
 @pytest.mark.parametrize("kind", IN_SOFTMAX)

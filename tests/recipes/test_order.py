@@ -34,7 +34,7 @@ def test_order_is_not_nearly_sorted():
 
 
 def test_order_stays_what_it_was():
-    """A resumed run of an older version must go on in the same order: these numbers may never change."""
+    """A resumed run of an older version must continue in the same order: these numbers may never change."""
     assert [row_at(n, 1000, seed=1234) for n in (0, 1, 2, 999, 1000, 123_456_789)] == PINNED
 
 

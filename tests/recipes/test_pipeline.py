@@ -32,7 +32,7 @@ def test_pieces_encode_as_the_whole_text_does(definition, limit):
     assert len(pieces) > 15
     whole = encoder.encode(text, add_special_tokens=False).ids
     assert [i for piece in pieces for i in encoder.encode(piece, add_special_tokens=False).ids] == whole
-    # and it matters where: the same text cut at every `limit` characters encodes otherwise
+    # and the place of the cut matters: the same text cut at every `limit` characters encodes otherwise
     blunt = [text[i : i + limit] for i in range(0, len(text), limit)]
     assert [i for piece in blunt for i in encoder.encode(piece, add_special_tokens=False).ids] != whole
 

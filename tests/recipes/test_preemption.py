@@ -40,7 +40,7 @@ def test_ctrl_c_ends_at_once_before_there_is_anything_to_save_and_when_it_comes_
     with pytest.raises(KeyboardInterrupt):
         interrupt(3, training=True)
     assert seen == [1], "the first is noted, the second ends it"
-    assert signals.received is None, "the next block begins anew"
+    assert signals.received is None, "the next block begins without a signal"
 
 
 def test_the_handlers_are_there_before_torch_is_loaded():
@@ -98,8 +98,8 @@ def test_a_job_that_its_user_cancelled_is_not(scontrol, capsys):
 def test_where_it_cannot_be_put_back_the_user_is_told_what_to_do(scontrol, capsys, monkeypatch):
     (scontrol / "requeue").write_text("echo 'Requested operation is presently disabled' >&2; exit 1\n")
     requeue()
-    said = capsys.readouterr().err
-    assert "could not be returned to the queue (Requested operation is presently disabled); submit it again" in said
+    stderr = capsys.readouterr().err
+    assert "could not be returned to the queue (Requested operation is presently disabled); submit it again" in stderr
     monkeypatch.setenv("PATH", "")
     requeue()
     assert "submit it again: it resumes where it stopped" in capsys.readouterr().err
@@ -113,12 +113,12 @@ def test_a_run_that_was_stopped_asks_for_the_queue_when_it_is_saved(data, scontr
     process = start_process(data, run, schedule__steps=100_000)
     wait_for_checkpoint(process, run, 7)
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, said
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, stderr
     assert (scontrol / "calls").exists() == requeued
     if requeued:
         assert calls(scontrol) == ["show job 17", "requeue 17"]
-        assert said.index("stopped at step") < said.index("job 17 is back in the queue")
+        assert stderr.index("stopped at step") < stderr.index("job 17 is back in the queue")
 
 
 def test_outside_of_slurm_there_is_no_queue(scontrol, monkeypatch):

@@ -248,7 +248,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path, corpus, caps
     assert "\n" not in error
     assert not (tmp_path / "out" / "manifest.json").exists()
     monkeypatch.setattr(writing.SplitWriter, "write", write)
-    assert prepare.main(arguments(tmp_path)) == 0  # there is room again: it goes on
+    assert prepare.main(arguments(tmp_path)) == 0  # there is room again: it resumes
     assert "resuming" in capsys.readouterr().err
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -343,11 +343,11 @@ def test_ctrl_c_at_any_line_of_the_writers_costs_no_byte_and_doubles_none(tmp_pa
     for moment in moments:
         with interrupted_at(moment), pytest.raises(KeyboardInterrupt):
             run(f"at {moment}")
-        said = "are kept; the same command resumes" in capsys.readouterr().err
-        kept += said
+        resumable = "are kept; the same command resumes" in capsys.readouterr().err
+        kept += resumable
         run(f"at {moment}")
         again = capsys.readouterr().err
-        assert not said or "resuming" in again or "already complete" in again
+        assert not resumable or "resuming" in again or "already complete" in again
         assert tree(tmp_path / f"at {moment}") == whole, moment
     assert (kept > 40) == (notes == "after every unit")
 
@@ -373,10 +373,10 @@ def test_the_split_does_not_depend_on_the_tokenizer(tmp_path):
 
 
 class Hub:
-    """Stands for `datasets.load_dataset_builder`: a Hub where one data set has a folder for each commit."""
+    """Takes the place of `datasets.load_dataset_builder`: a Hub with one data set, a folder for each commit."""
 
     def __init__(self, commits):
-        import datasets  # now that the test has said where its cache is
+        import datasets  # now that the test has set the folder of its cache
 
         self.commits, self.newest, self.load = commits, next(iter(commits)), datasets.load_dataset_builder
 
@@ -454,7 +454,7 @@ def test_a_sink_in_the_text_is_text(tmp_path):
     split = open_split(tmp_path / "out", "train")
     tokens = split.read(0, split.tokens)
     assert split.documents > 10
-    assert (tokens == 0).sum() == split.documents  # end of text stands where documents end and nowhere else
+    assert (tokens == 0).sum() == split.documents  # the end of text is at the ends of documents and in no other place
     assert not (tokens == 1).any()
 
 
@@ -511,7 +511,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path, corpus):
 
 
 def test_the_tokenizer_of_a_model_encodes_text_alone(tmp_path, corpus):
-    """Risk: `<s>` stands in front of each document in the shards, or the same command cannot resume."""
+    """Risk: `<s>` is in front of each document in the shards, or the same command cannot resume."""
     tokenizer = tiny.sentencepiece().backend()
     model = tmp_path / "model"
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

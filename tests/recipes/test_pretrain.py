@@ -1,4 +1,4 @@
-"""Guards: a run that was killed and resumed is the run that was not; what is logged, saved, and said."""
+"""Guards: a run that was killed and resumed is the run that was not; what is logged, saved, and printed."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def test_it_goes_on_from_any_checkpoint_and_past_one_that_is_damaged(data, undis
     damaged = run / "checkpoints" / "step35.ckpt"
     damaged.write_bytes(damaged.read_bytes()[:50_000])
     train(data, run)
-    said = capsys.readouterr().err
-    assert "step35.ckpt is not what was written" in said
-    assert f"resuming from {run / 'checkpoints' / 'step28.ckpt'}" in said
+    stderr = capsys.readouterr().err
+    assert "step35.ckpt is not what was written" in stderr
+    assert f"resuming from {run / 'checkpoints' / 'step28.ckpt'}" in stderr
     assert_same_run(run, undisturbed)
 
 
@@ -151,13 +151,13 @@ def test_a_signal_to_all_its_processes_saves_and_says_how_to_resume(data, undist
     process = start_process(data, run, checkpoints__every=2, data__workers=2)
     wait_for_checkpoint(process, run, 2)
     os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
-    assert f"{number.name}: saving" in said
-    assert f"sink-pretrain --config {run / 'config.yaml'}" in said
-    assert "Traceback" not in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, stderr
+    assert f"{number.name}: saving" in stderr
+    assert f"sink-pretrain --config {run / 'config.yaml'}" in stderr
+    assert "Traceback" not in stderr
     stopped = max(checkpoint_steps(run))
-    assert f"stopped at step {stopped} of 40" in said
+    assert f"stopped at step {stopped} of 40" in stderr
     assert main(["--config", str(run / "config.yaml")]) == 0
     assert numbers(run) == numbers(undisturbed)
 
@@ -168,9 +168,9 @@ def test_a_second_ctrl_c_ends_at_once(data, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
 
 
 def test_one_run_folder_is_for_one_process(data, tmp_path, capsys):
@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     poisoned = torch.load(good, weights_only=True)
     poisoned["optimizer_states"][0]["state"][1]["exp_avg"][:] = math.nan  # step 8 makes the weights so, step 9 sees it
     torch.save(poisoned, good)
-    (run / "checkpoints" / "SHA256SUMS").unlink()  # which would have told it from what was written
+    (run / "checkpoints" / "SHA256SUMS").unlink()  # which would have distinguished it from what was written
     capsys.readouterr()
     assert main([str(word) for word in arguments(data, run, schedule__steps=14, checkpoints__every=7)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -331,7 +331,7 @@ def test_bad_input_is_one_line_and_writes_nothing(data, undisturbed, tmp_path, c
     ids=lambda value: str(value)[:30],
 )
 def test_a_checkpoint_of_another_run_is_refused(data, undisturbed, tmp_path, capsys, changes, message):
-    """Put by hand where this run's own would be, with this run's config beside it."""
+    """Put by hand into the place of this run's own, with this run's config beside it."""
     run = tmp_path / "run"
     changes = dict(changes)
     source = tiny.prepared(tmp_path / "other", train_words=3000) if changes.pop("other data", False) else data

@@ -21,27 +21,27 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 @pytest.fixture
-def said(monkeypatch):
-    """An environment that says nothing of other processes; what `find_world` writes into it is undone."""
+def launcher(monkeypatch):
+    """Sets the variables of a launcher: none at first. What `find_world` writes into the environment is undone."""
     for name in NAMES:
         monkeypatch.setenv(name, "")  # so that monkeypatch remembers, whatever is set later
         monkeypatch.delenv(name)
     return monkeypatch
 
 
-def tell(monkeypatch, **words) -> None:
-    for name, value in words.items():
+def set_variables(monkeypatch, **variables) -> None:
+    for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
 
 
-def test_alone_where_nobody_says_otherwise(said):
+def test_alone_if_no_launcher_sets_a_variable(launcher):
     assert find_world() == World(0, 1, 0, 1)
-    tell(said, SLURM_JOB_ID=7, SLURM_NTASKS=8, SLURM_PROCID=0)  # a batch script that does not use srun
+    set_variables(launcher, SLURM_JOB_ID=7, SLURM_NTASKS=8, SLURM_PROCID=0)  # a batch script that does not use srun
     assert find_world() == World(0, 1, 0, 1)
 
 
-def test_torchrun(said):
-    tell(said, RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4)
+def test_torchrun(launcher):
+    set_variables(launcher, RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, LOCAL_WORLD_SIZE=4)
     assert find_world() == World(5, 8, 1, 4)
     assert find_world().nodes == 2
 
@@ -58,8 +58,8 @@ SRUN = {
 }
 
 
-def test_srun_and_what_it_says_is_said_in_torchs_words_too(said):
-    tell(said, **SRUN)
+def test_the_variables_of_srun_are_set_under_torchs_names_too(launcher):
+    set_variables(launcher, **SRUN)
     assert find_world() == World(6, 8, 2, 4)
     assert os.environ["MASTER_ADDR"] == "gpu07"
     assert int(os.environ["MASTER_PORT"]) > 1024
@@ -67,14 +67,14 @@ def test_srun_and_what_it_says_is_said_in_torchs_words_too(said):
     assert find_world() == World(6, 8, 2, 4), "asked once more"
 
 
-def test_an_address_that_the_site_gives_is_kept(said):
-    tell(said, **SRUN, MASTER_ADDR="10.0.0.7", MASTER_PORT="5000")
+def test_an_address_that_the_site_gives_is_kept(launcher):
+    set_variables(launcher, **SRUN, MASTER_ADDR="10.0.0.7", MASTER_PORT="5000")
     find_world()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "5000")
 
 
-def test_nodes_with_unequal_numbers_are_refused(said):
-    tell(said, **(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "5,3"}))
+def test_nodes_with_unequal_numbers_are_refused(launcher):
+    set_variables(launcher, **(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "5,3"}))
     with pytest.raises(UserError, match="srun has put 5,3 tasks on the nodes; give --ntasks-per-node"):
         find_world()
 
@@ -127,9 +127,9 @@ def test_a_rank_that_was_killed_is_named_and_the_others_are_not_left_alone(progr
     start = time.monotonic()
     assert launch(program("time.sleep(60) if rank == 0 else os.kill(os.getpid(), 9)"), [], 2) == 137
     assert time.monotonic() - start < 20
-    said = capsys.readouterr().err
-    assert "rank 1 has failed; stopping the ranks that are still running" in said
-    assert "rank 1 was ended by SIGKILL; resume with the same command" in said
+    stderr = capsys.readouterr().err
+    assert "rank 1 has failed; stopping the ranks that are still running" in stderr
+    assert "rank 1 was ended by SIGKILL; resume with the same command" in stderr
 
 
 def test_when_the_launcher_dies_its_ranks_do(program, tmp_path):
@@ -156,11 +156,11 @@ def alive(pid: int) -> bool:
 
 
 def test_a_signal_before_a_rank_can_note_it_waits_until_then(program, tmp_path):
-    """Risk: it ends the rank, by default, where it should save and go back to the queue."""
+    """Risk: by default the signal ends the rank, which should save and go back to the queue."""
     module = program(
         f"open(f'{tmp_path}/started{{rank}}', 'w').close(); time.sleep(0.5)\n"
         "from recipes.training.processes import signals\n"
-        f"with signals.noted(): open(f'{tmp_path}/told{{rank}}', 'w').write(str(signals.received))"
+        f"with signals.noted(): open(f'{tmp_path}/received{{rank}}', 'w').write(str(signals.received))"
     )
 
     def interrupt() -> None:
@@ -170,30 +170,30 @@ def test_a_signal_before_a_rank_can_note_it_waits_until_then(program, tmp_path):
 
     threading.Thread(target=interrupt).start()
     assert launch(module, [], 2) == 0
-    assert [(tmp_path / f"told{rank}").read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2
+    assert [(tmp_path / f"received{rank}").read_text() for rank in range(2)] == [str(int(signal.SIGUSR1))] * 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what_rank_1_does", "said_of_it"),
+    ("what_rank_1_does", "remedy"),
     [("os._exit(7)", "own log why they ended; resume"), ("time.sleep(5)", "or they need longer than training.timeout")],
 )
-def test_a_rank_that_is_lost_while_the_run_starts_is_said(program, tmp_path, what_rank_1_does, said_of_it):
-    """Risk: the others end in a traceback of gloo's, which says nothing of what to do."""
+def test_a_rank_that_is_lost_while_the_run_starts_is_reported(program, tmp_path, what_rank_1_does, remedy):
+    """Risk: the others end in a traceback of gloo's, which does not state what to do."""
     module = program(
         "from recipes.training.processes import ranks\n"
         "from sinkmodel.errors import UserError\n"
         "ranks.join(ranks.find_world(), -58.0, 'cpu')\n"  # two seconds
         f"if rank == 1: {what_rank_1_does}\n"
         "try: ranks.from_first(lambda: 1)\n"
-        f"except UserError as error: open('{tmp_path}/told', 'a').write(f'{{error.exit_code}} {{error}}')\n"
+        f"except UserError as error: open('{tmp_path}/message', 'a').write(f'{{error.exit_code}} {{error}}')\n"
         "ranks.leave(0)"
     )
     launch(module, [], 2)
-    told = (tmp_path / "told").read_text()
-    assert told.startswith("1 rank 0 on ")
-    assert "has lost the others (" in told
-    assert said_of_it in told
+    message = (tmp_path / "message").read_text()
+    assert message.startswith("1 rank 0 on ")
+    assert "has lost the others (" in message
+    assert remedy in message
 
 
 @pytest.mark.slow
@@ -207,20 +207,20 @@ def test_two_ranks_agree(program, tmp_path, capfd):
         "join(find_world(), 60, 'cpu')\n"
         "def fail():\n"
         "    if rank == 1: raise UserError('no such disk')\n"
-        "told = [from_first(lambda: f'by {rank}')]\n"
-        "told.append(str(mean(torch.tensor([float(rank), 2.0])).tolist()))\n"
-        "told.append(str(mean(torch.tensor([float('nan') if rank else 1.0])).tolist()))\n"
+        "lines = [from_first(lambda: f'by {rank}')]\n"
+        "lines.append(str(mean(torch.tensor([float(rank), 2.0])).tolist()))\n"
+        "lines.append(str(mean(torch.tensor([float('nan') if rank else 1.0])).tolist()))\n"
         "for action in (fail, lambda: refuse_unequal({'lr': rank}, 'mend it'), lambda: None):\n"
-        "    try: agree(action); told.append('well')\n"
-        "    except UserError as error: told.append(str(error))\n"
-        f"open(f'{tmp_path}/told{{rank}}', 'w').write('\\n'.join(told))\n"
+        "    try: agree(action); lines.append('well')\n"
+        "    except UserError as error: lines.append(str(error))\n"
+        f"open(f'{tmp_path}/lines{{rank}}', 'w').write('\\n'.join(lines))\n"
         "leave(0)"
     )
     assert launch(module, [], 2) == 0
-    told = [(tmp_path / f"told{rank}").read_text().splitlines() for rank in range(2)]
-    assert told[0] == told[1]
-    assert told[0][:3] == ["by 0", "[0.5, 2.0]", "[nan]"]
-    assert told[0][3].startswith("rank 1 on ")
-    assert told[0][3].endswith(": no such disk")
-    assert told[0][4].startswith("the ranks disagree: lr is 0 on rank 0, 1 on rank 1 (")
-    assert told[0][5] == "well"
+    lines = [(tmp_path / f"lines{rank}").read_text().splitlines() for rank in range(2)]
+    assert lines[0] == lines[1]
+    assert lines[0][:3] == ["by 0", "[0.5, 2.0]", "[nan]"]
+    assert lines[0][3].startswith("rank 1 on ")
+    assert lines[0][3].endswith(": no such disk")
+    assert lines[0][4].startswith("the ranks disagree: lr is 0 on rank 0, 1 on rank 1 (")
+    assert lines[0][5] == "well"

@@ -52,7 +52,7 @@ def test_rows_tile_the_text(tmp_path):
 
 @pytest.mark.parametrize(("rows", "ranks"), [(8, 1), (7, 1), (3, 1), (7, 2), (9, 2), (1, 3), (12, 3), (10_000, 2)])
 def test_every_validation_row_counts_once_and_all_ranks_get_as_many_batches(tmp_path, rows, ranks):
-    """Guards the mean over ranks where rows run out: a partial micro-batch, and one that is there for the others."""
+    """Guards the mean over ranks when rows run out: a partial micro-batch, and one that is there for the others."""
     split = open_split(tiny.prepared(tmp_path / "data"), "validation")
     held_out = RowLayout(split, 64)
     module = TextDataModule(split, split, [310], 64, BatchPlan(4 * ranks, 4, ranks), 6, 1, True, rows, 0)
@@ -96,7 +96,7 @@ def test_a_resumed_sampler_goes_on_where_training_stopped():
         whole = list(MicroBatches(plan, 9, rank))
         rest = MicroBatches(plan, 9, rank, consumed=4 * 12)
         assert list(rest) == whole[4 * plan.accumulation :]
-        assert len(rest) == len(whole) == 18, "Lightning counts on from where it was: the length is the whole run's"
+        assert len(rest) == len(whole) == 18, "Lightning counts on from its last batch: the length is the whole run's"
 
 
 def test_workers_do_not_change_the_batches(tmp_path):

@@ -78,7 +78,7 @@ def test_where_a_decay_begins():
     assert wsd(100).decay_begins == 80
     assert wsd(100).lr(80, 1.0) == 1.0 > wsd(100).lr(81, 1.0)
     assert wsd(100, decay=0).decay_begins is None
-    assert wsd(100, decay=0.9).decay_begins is None, "no rate that could go on"
+    assert wsd(100, decay=0.9).decay_begins is None, "no constant rate that could continue"
     assert PYTHIA.decay_begins is None
 
 

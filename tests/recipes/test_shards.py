@@ -121,7 +121,7 @@ def test_damage_is_named_with_the_file_and_the_remedy(folder, damage):
     do(folder)
     with pytest.raises(UserError, match=message) as caught:
         open_split(folder, "train")
-    assert ";" in str(caught.value)  # what to do stands behind it
+    assert ";" in str(caught.value)  # the remedy comes after it
 
 
 def test_a_manifest_altered_to_fit_altered_shards_is_found(folder):
@@ -278,11 +278,13 @@ def test_an_id_that_is_not_in_the_vocabulary_is_found_where_it_is(folder, dtype,
     sign(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     shard, inside = divmod(place, SHARD)
-    says = rf"train-{shard:05d}\.bin holds the id {token_id} at token {inside}, but its tokenizer has the ids 0 to 2499"
-    with pytest.raises(UserError, match=says):
+    message = (
+        rf"train-{shard:05d}\.bin holds the id {token_id} at token {inside}, but its tokenizer has the ids 0 to 2499"
+    )
+    with pytest.raises(UserError, match=message):
         open_split(folder, "train")
     split = open_split(folder, "train", verify="sizes")
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         split.read(0, TOKENS)
     assert caught.value.any_rank, "of several ranks one alone reads it"
     assert split.read(place + 1, 500).tolist() == list(range(place + 1, place + 501))

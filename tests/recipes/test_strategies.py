@@ -61,8 +61,8 @@ def test_processes_that_were_killed_end_with_the_same_bits(data, alone, tmp_path
     settings = {"training__strategy": strategy, "training__micro_rows": 4 // processes, "data__workers": 1}
     settings |= {"training__precision": precision, "checkpoints__early": True, "training__devices": processes}
     whole, run = tmp_path / "whole", tmp_path / "run"
-    said = complete(data, whole, start=start, **settings)
-    assert f"{processes} process(es), {strategy}" in said
+    stderr = complete(data, whole, start=start, **settings)
+    assert f"{processes} process(es), {strategy}" in stderr
     process = start(data, run, **QUICK, **settings)
     wait_for_checkpoint(process, run, 6)
     process.kill()  # the launcher alone: its ranks go with it
@@ -88,15 +88,15 @@ def test_a_run_goes_on_under_any_strategy_and_on_any_number_of_processes(data, a
     for stop, (processes, strategy, rows) in zip((6, 9, 15, STEPS), path):
         settings = QUICK | {"training__strategy": strategy, "training__micro_rows": rows}
         if stop == STEPS:
-            said = complete(data, run, processes, **settings)
-            assert "on 2 processes instead of 4: the same rows, losses equal up to rounding" in said
+            stderr = complete(data, run, processes, **settings)
+            assert "on 2 processes instead of 4: the same rows, losses equal up to rounding" in stderr
             break
         process = start_process(data, run, **settings, training__devices=processes)
         wait_for_checkpoint(process, run, stop)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 128 + signal.SIGTERM, said
-        assert "saved; resume with the same command" in said
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, stderr
+        assert "saved; resume with the same command" in stderr
     assert [row["step"] for row in numbers(run)] == [row["step"] for row in numbers(alone)]
     assert_close(run, alone, 2e-3)
 

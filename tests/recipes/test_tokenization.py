@@ -105,7 +105,7 @@ def test_a_tokenizer_that_cannot_serve_is_named(tmp_path):
 
 
 def test_a_run_an_export_and_a_gguf_file_of_one_model_give_the_ids_of_their_data(tmp_path):
-    """Risk: data for going on with a model of ours has a sink in its vocabulary, or cannot be prepared at all."""
+    """Risk: data for further training of a model of ours has a sink in its vocabulary, or cannot be prepared at all."""
     write_tokenizer(tmp_path / "tokenizer.json")
     given = load_vocabulary(str(tmp_path / "tokenizer.json"))
     text = TextTokenizer(given.definition, given.eos_id, given.pad_id)

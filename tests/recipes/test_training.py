@@ -126,7 +126,7 @@ def test_validation_is_over_the_twins_targets_of_the_first_rows_of_the_validatio
 
 
 def test_validation_is_every_so_many_steps_and_at_the_end(data, tmp_path):
-    """Guards the last line of a run whose steps do not divide, and the tokens that a line stands at."""
+    """Guards the last line of a run whose steps do not divide, and the number of tokens in a line."""
     run = train(data, tmp_path / "run", schedule__steps=5, validation__every=2)
     rows = [row for row in read_metrics(run) if row["val_loss"]]
     assert [(int(row["step"]), int(row["tokens"])) for row in rows] == [(step, step * ROWS * T) for step in (2, 4, 5)]

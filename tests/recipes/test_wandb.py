@@ -47,7 +47,7 @@ def wandbs_processes(parent: int) -> list[int]:
 
 @pytest.mark.parametrize("left", [0, 1, 6, 7, 8, 500])
 def test_a_wandb_file_is_read_over_the_borders_of_its_blocks_and_up_to_where_a_kill_has_cut_it(left):
-    """Risk: a part at a border is misread, and the steps behind it are logged a second time. `left`: in the block."""
+    """Risk: a part at a border is misread, and the steps after it are logged a second time. `left`: in the block."""
     first = b"a" * (32768 - 7 - 7 - left)
     head = HEADER + part(first, 1)
     if left >= 7:
@@ -137,7 +137,7 @@ def test_several_ranks_are_one_wandb_run_and_one_file_of_tensorboard_both_comple
 
 
 def test_a_server_that_is_silent_holds_up_the_end_of_a_run_no_longer_than_a_job_has(tmp_path, server, monkeypatch):
-    """Risk: the time behind SLURM's signal runs out in an upload, and the job does not go back to the queue."""
+    """Risk: the time after SLURM's signal runs out in an upload, and the job does not go back to the queue."""
     monkeypatch.setattr("recipes.training.logs.wandb_run.PATIENCE", 1.0)
     mirror = WandbRun(tmp_path, LoggingSettings(wandb=True), False, 40, config={}, group="g", tags=[])
     server.awake.clear()
@@ -161,9 +161,9 @@ def test_online_a_resumed_run_goes_on_and_is_level_with_its_metrics(data, tmp_pa
     assert [row["step"] for row in uploaded(held)] == list(range(5, 41, 5))
     assert [row["loss"] for row in uploaded(held)] == [line["loss"] for line in curves(run)]
     assert held.exits == [0, 0]
-    said = capsys.readouterr().err
-    assert f"wandb: {server.url}/me/sinkmodel/runs/" in said
-    assert KEY not in said
+    stderr = capsys.readouterr().err
+    assert f"wandb: {server.url}/me/sinkmodel/runs/" in stderr
+    assert KEY not in stderr
 
 
 @pytest.mark.slow
@@ -174,9 +174,9 @@ def test_wandb_that_does_not_let_us_in_is_refused_at_the_start_and_survived_by_a
     server.refuses = True
     for argv in (["--dry-run"], []):
         assert main([*arguments(data, run, logging__wandb=True), *argv]) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith("sink-pretrain: wandb cannot be used: Failed to authenticate")
-        assert said.endswith("set WANDB_MODE=offline to upload later, or leave logging.wandb out")
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("sink-pretrain: wandb cannot be used: Failed to authenticate")
+        assert message.endswith("set WANDB_MODE=offline to upload later, or leave logging.wandb out")
     assert not checkpoint_steps(run)
     monkeypatch.delenv("WANDB_API_KEY")
     wandb.teardown()
@@ -185,9 +185,9 @@ def test_wandb_that_does_not_let_us_in_is_refused_at_the_start_and_survived_by_a
     train(data, run)
     forget(run, above=35)
     train(data, run, logging__wandb=True)
-    said = capsys.readouterr().err
-    assert "this start logs offline" in said
-    assert f"wandb sync {run}/wandb/offline-run-*" in said
+    stderr = capsys.readouterr().err
+    assert "this start logs offline" in stderr
+    assert f"wandb sync {run}/wandb/offline-run-*" in stderr
     assert logged_steps(run) == list(range(5, 41, 5)), "the whole run, wandb asked for late"
     assert KEY not in "".join(file.read_text(errors="replace") for file in run.rglob("*") if file.is_file())
 
@@ -199,9 +199,9 @@ def test_when_wandbs_process_dies_the_run_goes_on(data, tmp_path, capfd):
     wait_for_checkpoint(process, run, 7)
     (pid,) = wandbs_processes(process.pid)
     os.kill(pid, signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert said.count("wandb failed at step") == 1
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stderr.count("wandb failed at step") == 1
     assert max(checkpoint_steps(run)) == 150
 
 
@@ -241,7 +241,7 @@ def test_a_mode_that_wandb_does_not_have_is_a_mistake_in_one_line(data, tmp_path
     monkeypatch.setenv("WANDB_MODE", "ofline")
     wandb.teardown()
     assert main([*arguments(data, tmp_path / "run", logging__wandb=True), "--dry-run"]) == 2
-    said = capsys.readouterr().err
-    assert "wandb cannot be used: mode Input should be 'online', 'offline'" in said
-    assert "Traceback" not in said
+    stderr = capsys.readouterr().err
+    assert "wandb cannot be used: mode Input should be 'online', 'offline'" in stderr
+    assert "Traceback" not in stderr
     wandb.teardown()

@@ -17,7 +17,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 @dataclass
 class ServerRun:
-    """What the server has of a run. A history line stands where its writer put it, as on the real one."""
+    """What the server has of a run. A history line is at the place that its writer gave it, as on the real one."""
 
     lines: dict[int, dict[str, Any]] = field(default_factory=dict)
     summary: str = "{}"
@@ -96,15 +96,15 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *words: Any) -> None:
         pass
 
-    def file_stream(self, name: str, told: dict[str, Any]) -> None:
+    def file_stream(self, name: str, request: dict[str, Any]) -> None:
         run = self.server.runs[name]
-        for file, chunk in told.get("files", {}).items():
+        for file, chunk in request.get("files", {}).items():
             if file == "wandb-history.jsonl":
                 run.lines |= {chunk["offset"] + i: json.loads(line) for i, line in enumerate(chunk["content"])}
             elif file == "wandb-summary.json":
                 run.summary = chunk["content"][-1]
-        if told.get("complete"):
-            run.exits.append(told["exitcode"])
+        if request.get("complete"):
+            run.exits.append(request["exitcode"])
         self.answer({"exitcode": None, "limits": {}})
 
     # What GraphQL is asked, by the name of the operation.

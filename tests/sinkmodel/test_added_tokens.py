@@ -19,7 +19,7 @@ from sinkmodel.streaming import Sampler, Stream
 from sinkmodel.tokenizer import suppressed_ids
 from sinkmodel.unused_rows import UNUSED
 from tests import tiny
-from tests.plain import told, transformers_4
+from tests.plain import json_printed_by, transformers_4
 
 # As people fine-tune, with plain transformers. It returns the new id, a text, and what a text at random is made of.
 TUNE = """
@@ -81,7 +81,7 @@ def test_it_is_said_after_fine_tuning_with_plain_transformers(case, tmp_path):
 @pytest.mark.slow
 def test_it_is_said_in_transformers_4_57(tmp_path):
     program = TUNE + "\nprint(json.dumps(tune(*sys.argv[1:])))"
-    check(*told(transformers_4(), program, exported(tmp_path), tmp_path / "tuned", place=tmp_path))
+    check(*json_printed_by(transformers_4(), program, exported(tmp_path), tmp_path / "tuned", place=tmp_path))
 
 
 def test_rows_that_a_fine_tuner_pads_with_are_not_said_by_a_stream(tmp_path):

@@ -79,7 +79,7 @@ def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def fields(config) -> dict:
-    """All that a config says, but for where it was read and for which class."""
+    """All keys of a config, except the path that it was read from and the name of its class."""
     return {key: x for key, x in config.to_dict().items() if key not in ("_name_or_path", "architectures")}
 
 
@@ -136,7 +136,7 @@ def test_generate_with_a_cache_is_decoding_without(family):
 
 @pytest.mark.parametrize("family", IN_SOFTMAX)
 def test_a_cache_fed_in_pieces_gives_the_same_logits(family):
-    """Guards T < K: a piece behind a cache sees all of it, and its own past."""
+    """Guards T < K: a piece after a cache sees all of it, and its own past."""
     model, ids, cache = model_of(family), tokens(30), DynamicCache()
     with torch.no_grad():
         whole = model(torch.tensor([ids])).logits[0]

@@ -44,7 +44,7 @@ def test_it_is_the_models_own_causal_attention(architecture):
 
 
 def test_the_compiled_graph_has_no_mask():
-    """With `sdpa` the traced forward builds one; with ours the kernel is told that it is causal."""
+    """With `sdpa` the traced forward builds one; with ours the kernel gets `is_causal`."""
     model = build_model(tiny.SHAPES["gpt_neox"], 384, seed=1)
     ids = torch.randint(0, 300, (2, 40))
 
@@ -171,7 +171,7 @@ def test_a_sink_is_one_more_column_of_the_softmax(T, K, way, monkeypatch):
 
 
 def test_rows_of_training_and_steps_of_decoding_go_through_the_fused_kernel(monkeypatch):
-    """Guards the speed: no mask of T × T, no copy of keys and values, where none is needed."""
+    """Guards the speed: no mask of T × T, no copy of keys and values, if none is needed."""
     calls = []
     monkeypatch.setattr(attention, "_with_column", lambda *inputs: calls.append(inputs[0].shape[2]) or inputs[0])
     for T, K in LENGTHS:

@@ -86,7 +86,7 @@ def test_the_sinks_of_gpt_oss_are_a_sink_in_the_softmax():
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "says"),
+    ("family", "settings", "message"),
     [
         ("falcon", {}, r"'falcon' does not send its attention .* \(0 of 2 did\)"),
         ("falcon-new", {}, "'falcon' does not send"),
@@ -98,7 +98,7 @@ def test_the_sinks_of_gpt_oss_are_a_sink_in_the_softmax():
         ("mistral", {"sliding_window": T - 1}, f"its own sliding window of {T - 1}, narrower than rows of {T}"),
     ],
 )
-def test_a_model_that_cannot_be_watched_is_refused_by_name(family, settings, says):
+def test_a_model_that_cannot_be_watched_is_refused_by_name(family, settings, message):
     """Risk: maps that are not what the model computes, or pages of advice from transformers around our one line."""
     model = build(family, **settings)
     before = model.config._attn_implementation
@@ -107,7 +107,7 @@ def test_a_model_that_cannot_be_watched_is_refused_by_name(family, settings, say
     handler.emit = advice.append
     logging.getLogger("transformers").addHandler(handler)
     try:
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             layers_of(model)
     finally:
         logging.getLogger("transformers").removeHandler(handler)

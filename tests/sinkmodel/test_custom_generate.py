@@ -106,10 +106,10 @@ def test_stop_strings_end_a_text_wherever_they_are_said(folder):
     expected = model.generate(**batch, **settings, stop_strings=strings, tokenizer=tokenizer)
     assert expected.shape[1] < batch.input_ids.shape[1] + 60
     config = transformers.GenerationConfig(**settings, stop_strings=strings)
-    for said in ({**settings, "stop_strings": strings}, {"generation_config": config}):
-        assert torch.equal(generate(model, **batch, **said, tokenizer=tokenizer, budget=200), expected)
+    for stopping in ({**settings, "stop_strings": strings}, {"generation_config": config}):
+        assert torch.equal(generate(model, **batch, **stopping, tokenizer=tokenizer, budget=200), expected)
         with pytest.raises(ValueError, match="tokenizer"):
-            generate(model, **batch, **said, budget=200)
+            generate(model, **batch, **stopping, budget=200)
     model.generation_config.stop_strings = strings
     assert torch.equal(generate(model, **batch, **settings, tokenizer=tokenizer, budget=200), expected)
 
@@ -130,9 +130,9 @@ def test_transformers_runs_it_from_the_hub_where_it_is_trusted_and_for_any_model
         streamer = transformers.TextStreamer(tokenizer, skip_prompt=True)
         out = model.generate(**asked, trust_remote_code=True, streamer=streamer)
         assert out.tolist() == streamed(model, batch.input_ids, 8, 1, new=50, do_sample=False).tolist()
-        said = tokenizer.decode(out[0, batch.input_ids.shape[1] :])
-        assert said
-        assert said.strip() == capsys.readouterr().out.strip()
+        written = tokenizer.decode(out[0, batch.input_ids.shape[1] :])
+        assert written
+        assert written.strip() == capsys.readouterr().out.strip()
 
 
 def test_a_model_folder_has_no_code(folder):

@@ -30,7 +30,7 @@ for folder in sys.argv[1:]:
             print(folder, name, "LOADED")
         except Exception as error:
             print(folder, name, type(error).__name__, " ".join(str(error).split()))
-"""  # it has never heard of us
+"""  # it does not know our package
 
 
 @pytest.fixture(params=[(a, k) for a in tiny.SHAPES for k in KINDS], ids=lambda p: f"{p[0]}, {p[1]}", scope="module")
@@ -97,7 +97,7 @@ def test_the_files_are_those_of_save_pretrained(architecture, kind, tied, tmp_pa
 
 @pytest.mark.parametrize("output", ["model", "model.gguf"])
 def test_a_checkpoint_with_another_checksum_is_not_exported(output, tmp_path, capsys):
-    """Risk: the checksum is compared while the files are written, and comes too late or leaves something behind."""
+    """Risk: the checksum is compared while the files are written, and comes too late or leaves files."""
     checkpoint = tiny.checkpoint(tmp_path / "run", "llama")
     write_manifest(checkpoint.parent, checkpoint.name, "0" * 64)
     form = "gguf" if output.endswith(".gguf") else "transformers"
@@ -122,7 +122,7 @@ def test_generation_emits_neither_sink_nor_padding_nor_unused_ids(exported):
     assert new.shape[1] > 5
     row = new.flatten().tolist()
     assert not set(row) & set(unused)
-    ended = (new == 0).int().cumsum(1).bool()  # behind the end a batch is filled up with padding
+    ended = (new == 0).int().cumsum(1).bool()  # after the end a batch is filled up with padding
     assert not ((new == 1) & ~ended).any()
 
 
@@ -181,7 +181,7 @@ def refusals(python: str, folders, place) -> dict[tuple[str, str], str]:
     assert done.returncode == 0, done.stderr
     lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
     assert len(lines) == 4 * len(folders)
-    return {(folder, loader): said for folder, loader, said in lines}
+    return {(folder, loader): message for folder, loader, message in lines}
 
 
 def softmax_exports(place) -> dict[str, tuple[str, str]]:
@@ -199,12 +199,12 @@ def softmax_exports(place) -> dict[str, tuple[str, str]]:
 def test_without_our_module_nothing_loads_a_softmax_without_its_sink(tmp_path):
     """Guards the silent loss of a sink: a loader that does not know of it must fail, and say what is missing."""
     folders = softmax_exports(tmp_path)
-    for (folder, loader), said in refusals(sys.executable, folders, tmp_path).items():
-        assert "LOADED" not in said
+    for (folder, loader), message in refusals(sys.executable, folders, tmp_path).items():
+        assert "LOADED" not in message
         if loader.startswith("Auto"):
-            assert f"`sink_{folders[folder][0]}`" in said
+            assert f"`sink_{folders[folder][0]}`" in message
         else:
-            assert "this model has a sink in its softmax: import sinkmodel.architectures" in said
+            assert "this model has a sink in its softmax: import sinkmodel.architectures" in message
 
 
 def test_where_it_comes_from_is_written_beside_it(exported):

@@ -20,7 +20,7 @@ from sinkmodel.tokenizer import NO_BOS, chat_template_of, load_tokenizer, templa
 from tests import tiny
 from tests.hub import hub, upload
 from tests.models import build
-from tests.plain import told, transformers_4
+from tests.plain import json_printed_by, transformers_4
 from tests.sinkmodel.test_transformers_4 import PROGRAM
 
 __all__ = ["hub"]
@@ -73,7 +73,9 @@ def exports(tmp_path_factory):
 @pytest.fixture(scope="module")
 def in_4_57(exports, tmp_path_factory):
     place = tmp_path_factory.mktemp("4.57")
-    version, ours, seen = told(transformers_4(), PROGRAM, *(folder for folder, _ in exports.values()), place=place)
+    version, ours, seen = json_printed_by(
+        transformers_4(), PROGRAM, *(folder for folder, _ in exports.values()), place=place
+    )
     assert version.startswith("4.57.")
     assert not ours
     return {name: seen[str(folder)] for name, (folder, _) in exports.items()}
@@ -242,7 +244,9 @@ def test_sampling_and_ends_of_the_base_stay(tmp_path):
     (tmp_path / "again").mkdir()
     pad_ends = dataclasses.replace(text, pad_id=end)
     folder = of_llama_2(tmp_path / "again", SinkConfig("token"), pad_ends, generation=generation)
-    assert end not in GenerationConfig.from_pretrained(folder).suppress_tokens, "a token that ends a text may be said"
+    assert end not in GenerationConfig.from_pretrained(folder).suppress_tokens, (
+        "a token that ends texts may be generated"
+    )
     assert end not in load_model(str(folder)).model.generation_config.suppress_tokens
 
 
@@ -281,7 +285,7 @@ def test_a_checkpoint_of_what_was_trained_becomes_a_whole_model(tmp_path, parts)
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["parts"] == parts
     assert record["base"]["name"] == "base"
-    assert str(tmp_path) not in json.dumps(record), "an export is published: where a base lay is nobody's business"
+    assert str(tmp_path) not in json.dumps(record), "published with the export: no folder of the base"
     assert record["base"]["license"] == "mit"
     assert len(record["base"]["fingerprint"]) == 64
 

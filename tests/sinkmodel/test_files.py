@@ -1,4 +1,4 @@
-"""Guards: a file or folder is there whole or not at all, and a full disk is said in one line."""
+"""Guards: a file or folder is there whole or not at all, and a full disk is reported in one line."""
 
 from __future__ import annotations
 

@@ -106,13 +106,13 @@ def test_a_chat_has_one_sink_in_front_and_the_same_distribution(twice):
     assert [token for token in ids if token in twice.sinks] == ids[: len(twice.sinks)] == twice.sinks
     with torch.no_grad():
         here = twice.model(**batch).logits[0, -1].log_softmax(-1)
-    (letter,) = twice.tokenizer("a", add_special_tokens=False).input_ids  # what is said shall be a whole letter
+    (letter,) = twice.tokenizer("a", add_special_tokens=False).input_ids  # what is generated shall be a whole letter
     asked = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20, "logit_bias": [[letter, 100]]}
     there = ask(twice.server, "/v1/chat/completions", messages=CHAT, **asked)
     assert there["usage"]["prompt_tokens"] == len(ids)
-    (said,) = there["choices"][0]["logprobs"]["content"]
-    assert len(said["top_logprobs"]) >= 20
-    for token in said["top_logprobs"]:
+    (first,) = there["choices"][0]["logprobs"]["content"]
+    assert len(first["top_logprobs"]) >= 20
+    for token in first["top_logprobs"]:
         assert token["logprob"] == pytest.approx(here[token["id"]].item(), abs=2e-3)
 
 

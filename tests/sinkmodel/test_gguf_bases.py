@@ -63,10 +63,10 @@ def test_llama_cpp_has_the_same_distribution(tmp_path, name):
     asked = {"n_predict": 1, "n_probs": len(here), "logit_bias": [[letter, 100]]}
     there = ask(serve(file, exact=True), "/completion", prompt=PROMPT, **asked)
     assert there["tokens_evaluated"] == batch.input_ids.shape[1]
-    said = there["completion_probabilities"][0]["top_logprobs"]
-    assert len(said) > 50
+    top = there["completion_probabilities"][0]["top_logprobs"]
+    assert len(top) > 50
     close = 1e-2 if family == "gpt_neox" else 1e-4  # llama.cpp looks up its GELU in a table of fp16
-    for token in said:
+    for token in top:
         assert token["logprob"] == pytest.approx(here[token["id"]].item(), abs=close)
 
 

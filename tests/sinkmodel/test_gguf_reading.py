@@ -26,7 +26,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often each of the two is made anew."""
+    """How often each of the two is made again."""
     count = {"readers": 0, "tables": 0}
 
     class Reader(gguf.GGUFReader):

@@ -62,7 +62,7 @@ COMMANDS = {
     "sinkmodel/streaming/command.py": "sinkmodel.loading",
     **{str(path.relative_to(ROOT)): "eval.measures" for path in sorted((ROOT / "eval" / "commands").glob("*.py"))},
 }
-LIGHT = {  # imported where they are used, but they import neither torch nor transformers
+LIGHT = {  # imported in the functions that use them, but they import neither torch nor transformers
     "recipes.training.settings",
     "recipes.training.processes.ranks",  # torch alone, in a run of several processes
 }

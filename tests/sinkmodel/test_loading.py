@@ -57,7 +57,7 @@ def test_a_vanilla_model_has_no_sink(tmp_path):
 
 @pytest.mark.parametrize("sink", [SinkConfig("token", 2), SinkConfig("none")])
 def test_what_a_strangers_tokenizer_puts_in_front_is_put_in_front(tmp_path, sink):
-    """Risk: a Llama is measured without its `<s>`, where its sink is, and seems to have none."""
+    """Risk: a Llama is measured without its `<s>`, which is its sink, and seems to have none."""
     tiny.checkpoint(tmp_path / "run", "llama", sink)
     folder = export(tmp_path / "run", tmp_path / "model")
     ours = load_model(str(folder))
@@ -252,7 +252,7 @@ def test_an_added_token_without_a_row_is_refused_when_it_is_fed(exported, specia
 
 
 @pytest.mark.parametrize(
-    ("record", "says"),
+    ("record", "message"),
     [
         ({"kind": "pool", "token_ids": [300]}, "a sink of kind 'pool'"),
         ({"kind": "token", "token_ids": "abc"}, "the token ids 'abc'"),
@@ -261,10 +261,10 @@ def test_an_added_token_without_a_row_is_refused_when_it_is_fed(exported, specia
         ({"kind": "none", "token_ids": [300]}, "token ids [300]"),
     ],
 )
-def test_a_sink_that_is_none_of_ours_is_not_taken_for_one(exported, record, says):
+def test_a_sink_that_is_none_of_ours_is_not_taken_for_one(exported, record, message):
     config = json.loads((exported / "config.json").read_text()) | {"sink": record}
     (exported / "config.json").write_text(json.dumps(config))
-    assert says in refusal(exported)
+    assert message in refusal(exported)
 
 
 def test_a_device_that_is_not_there(run):

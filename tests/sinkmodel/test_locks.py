@@ -56,8 +56,8 @@ def test_a_living_holder_on_another_machine_is_respected(tmp_path, monkeypatch, 
         raise AssertionError("the block must not run")
     assert alive.is_set(), "before it gave a sign of life, it could have been dead"
     assert json.loads((tmp_path / LOCK).read_text()) == THERE
-    said = capsys.readouterr().err
-    assert said.count("is held by process 41 on n7, job 1234, silent for 1 s: waiting for a sign of life, 59 s") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("is held by process 41 on n7, job 1234, silent for 1 s: waiting for a sign of life, 59 s") == 1
 
 
 def test_one_that_died_a_moment_ago_is_waited_for(tmp_path, quick, capsys):

@@ -193,7 +193,7 @@ def test_measuring_leaves_random_numbers_and_threads_alone():
 
 
 def test_scoring_and_a_prompt_go_through_it_and_decoding_does_not(taken, monkeypatch):
-    """Risk: the block is lost where a model is scored, or costs every step; the model is not what it was."""
+    """Risk: the block is lost when a model is scored, or costs every step; the model is not what it was."""
     model = build("llama").eval()
     before = copy.deepcopy(model.state_dict())
     ids = torch.randint(0, model.config.vocab_size, (1, 64))

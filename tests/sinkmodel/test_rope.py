@@ -68,7 +68,7 @@ def test_rope_whose_frequencies_depend_on_length_says_up_to_where(kind):
     rotary = rotary_of(model)
     assert rotary.limit == (32 if kind == "longrope" else 63)
     with torch.no_grad():
-        model(torch.tensor([tokens(80)]))  # a long text leaves other frequencies behind
+        model(torch.tensor([tokens(80)]))  # after a long text the frequencies are others
     assert torch.equal(rotary_of(model).inv_freq, rotary.inv_freq)
 
 

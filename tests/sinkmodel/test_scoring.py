@@ -90,14 +90,14 @@ def test_documents_of_a_batch_do_not_touch_each_other(score, monkeypatch):
     monkeypatch.setattr(scoring, "ROWS_AT_ONCE", 24)  # three rows of a chunk of 8
     model = model_of("gpt_neox")
     documents = [tokens(length, seed=length) for length in (20, 60, 1, 37, 60, 3, 41)]
-    told = []
+    reported = []
     batch = score(model, documents)
     for ids, nll in zip(documents, batch):
         assert nll.shape == (len(ids) - 1,)
         if len(ids) > 1:
             torch.testing.assert_close(nll, score(model, [ids])[0], atol=1e-4, rtol=0)
-    streaming_nll(model, documents, BUDGET, 2, chunk=8, on_chunk=told.append)
-    assert sum(told) == sum(len(ids) - 1 for ids in documents)
+    streaming_nll(model, documents, BUDGET, 2, chunk=8, on_chunk=reported.append)
+    assert sum(reported) == sum(len(ids) - 1 for ids in documents)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "llama", "llama-yarn"])
@@ -170,7 +170,7 @@ def test_a_budget_that_holds_no_window_is_refused(budget, sinks):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "says"),
+    ("family", "changes", "message"),
     [
         ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "'opt' adds absolute positions"),
         ("Falcon", {"alibi": False}, "'falcon' does not send its attention"),
@@ -188,10 +188,10 @@ def test_a_budget_that_holds_no_window_is_refused(budget, sinks):
         ),
     ],
 )
-def test_what_cannot_be_streamed_is_refused_by_name(family, changes, says):
+def test_what_cannot_be_streamed_is_refused_by_name(family, changes, message):
     model = build(family, **changes)
     before = model.config._attn_implementation
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         streaming_nll(model, [tokens(LENGTH)], BUDGET, 1)
     assert model.config._attn_implementation == before
 
@@ -229,7 +229,7 @@ def test_logits_that_are_not_finite_are_not_a_perplexity():
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "says"),
+    ("family", "changes", "message"),
     [
         ("Bert", {}, "'bert' lets a token see those that follow it"),
         ("Mamba", MAMBA, r"'mamba' does not continue .* \(it forgets what came before\); .* recompute"),
@@ -237,11 +237,11 @@ def test_logits_that_are_not_finite_are_not_a_perplexity():
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dense_scores_decoders_with_keys_alone(family, changes, says, dtype):
+def test_dense_scores_decoders_with_keys_alone(family, changes, message, dtype):
     """Guards a perplexity of a model that sees the answer, or that has forgotten the text at the edge of a chunk."""
     model = build(family, **changes).to(dtype)
     for _ in range(2):  # a refusal is not forgotten
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             dense_nll(model, [tokens(LENGTH)], chunk=9)
 
 

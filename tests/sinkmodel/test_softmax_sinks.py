@@ -145,14 +145,14 @@ def test_after_hundreds_of_tokens_and_many_moves_of_the_origin(family, sizes):
     """The last hundred tokens say all: nothing else is still seen, by any layer, at the end."""
     model, ids, cache = model_of(family), tokens(700), new(model_of(family))
     logits = fed(model, cache, ids, *sizes)
-    assert cache.state.origin[0] > 600, "positions were counted anew"
+    assert cache.state.origin[0] > 600, "positions have got a new origin"
     close(logits[-20:], truth(model, ids[-100:])[-20:])
 
 
 @pytest.mark.parametrize("positions", ["cache", "text"])
 @pytest.mark.parametrize("family", KEYS)
 def test_after_four_million_positions(family, positions):
-    """Guards the place of the query in the text, which a learned key is told however far it is."""
+    """Guards the place of the query in the text, which a learned key gets however far it is."""
     model, ids, cache = model_of(family), tokens(90), new(model_of(family), positions)
     fed(model, cache, ids[:40], 7)
     far = leap_far(cache)

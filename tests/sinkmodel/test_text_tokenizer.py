@@ -1,4 +1,4 @@
-"""Guards: data prepared with the tokenizer of any model has its ids, and no sink; two tokenizers are told apart."""
+"""Guards: data prepared with the tokenizer of any model has its ids, and no sink; two tokenizers are distinguished."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ids_of(text: TextTokenizer) -> list[int]:
 @pytest.mark.parametrize("sink", SINKS, ids=lambda sink: f"{sink.tokens} sinks")
 @pytest.mark.parametrize("padding", [1, None])
 def test_an_export_gives_the_tokenizer_that_its_data_was_prepared_with(tmp_path, sink, read, padding):
-    """Risk: data prepared for going on with a model has a sink more in its vocabulary, and other ids behind it."""
+    """Risk: data for further training of a model has one sink more in its vocabulary, and other ids after it."""
     backend = tiny.tokenizer().backend()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
     text = TextTokenizer(backend.to_str(), eos_id=0, pad_id=padding)
@@ -63,7 +63,7 @@ def test_an_export_gives_the_tokenizer_that_its_data_was_prepared_with(tmp_path,
 
 
 def test_twins_exports_give_the_same_bytes(tmp_path):
-    """Risk: twins that go on from two exports cannot share a prepared folder, whose checksum would differ."""
+    """Risk: twins that start from two exports cannot share a prepared folder, whose checksum would differ."""
     definitions = set()
     for sink in SINKS:
         folder = tmp_path / f"{sink.tokens}"
@@ -111,7 +111,7 @@ def test_a_sentencepiece_tokenizer_stays_as_it_is(tmp_path):
 
 
 def test_a_token_of_a_fine_tuner_keeps_its_id():
-    """Risk: `tokenizers` fills the hole that a sink leaves, and the tokens behind it move."""
+    """Risk: `tokenizers` fills the hole that a sink leaves, and the tokens after it move."""
     tokenizer = load_tokenizer(tiny.tokenizer(), SinkConfig("token"), 64)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 301
@@ -381,7 +381,7 @@ def test_what_is_only_written_in_another_way_is_the_same():
     ],
 )  # fmt: skip
 def test_what_differs_is_said_in_a_phrase(other, phrase):
-    """Risk: a model goes on with data whose ids mean other words."""
+    """Risk: a model is trained further on data whose ids mean other words."""
     assert same_tokenizer(tiny.tokenizer(), other) == phrase
 
 

@@ -1,4 +1,4 @@
-"""Guards: what docs/runtimes.md says of torch.export works as it stands there, for texts of any length."""
+"""Guards: the code for torch.export in docs/runtimes.md works as it is printed there, for texts of any length."""
 
 from __future__ import annotations
 

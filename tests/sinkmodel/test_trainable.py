@@ -59,12 +59,12 @@ def refusal(model, match: str) -> str:
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_training_would_compute_wrongly_is_refused_by_name(case):
-    family, changes, says = REFUSED[case]
+    family, changes, message = REFUSED[case]
     model = build(family, **changes)
     ids = torch.tensor([tokens(9)])
     with torch.no_grad():
         before = model(ids).logits
-        refusal(model, says)
+        refusal(model, message)
         assert torch.equal(model(ids).logits, before), "and the model is as it was"
 
 

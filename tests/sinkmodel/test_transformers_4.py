@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sinkmodel.export import export
 from sinkmodel.sinks import SinkConfig
 from tests import tiny
-from tests.plain import told, transformers_4
+from tests.plain import json_printed_by, transformers_4
 from tests.sinkmodel.test_export import refusals, softmax_exports
 
 PROGRAM = """
@@ -53,7 +53,7 @@ def seen_by_4_57(tmp_path_factory):
     for i, (architecture, name) in enumerate(CASES):
         checkpoint = tiny.checkpoint(place / f"run{i}", architecture, SINKS[name])
         folders[architecture, name] = export(checkpoint, place / f"model{i}")
-    version, ours, seen = told(transformers_4(), PROGRAM, *folders.values(), place=place)
+    version, ours, seen = json_printed_by(transformers_4(), PROGRAM, *folders.values(), place=place)
     assert version.startswith("4.57.")
     assert not ours
     return {case: (folder, seen[str(folder)]) for case, folder in folders.items()}
@@ -82,6 +82,6 @@ def test_it_loads_in_4_57_without_us_and_computes_the_same(seen_by_4_57, case):
 @pytest.mark.slow
 def test_4_57_does_not_load_a_softmax_without_its_sink(tmp_path):
     folders = softmax_exports(tmp_path)
-    for (folder, loader), said in refusals(transformers_4(), folders, tmp_path).items():
-        assert "LOADED" not in said
-        assert not loader.startswith("Auto") or f"`sink_{folders[folder][0]}`" in said
+    for (folder, loader), message in refusals(transformers_4(), folders, tmp_path).items():
+        assert "LOADED" not in message
+        assert not loader.startswith("Auto") or f"`sink_{folders[folder][0]}`" in message

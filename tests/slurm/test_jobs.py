@@ -1,6 +1,6 @@
 """Guards: what the sbatch files ask of SLURM, and what their scripts do with it; without a cluster, its words doubled.
 
-tests/cluster submits the same files to a real one, where a line that only a larger cluster needs would not be missed.
+tests/cluster submits the same files to a real one, which does not fail without a line that only a larger cluster needs.
 """
 
 from __future__ import annotations
@@ -101,24 +101,24 @@ class Job:
     def run(self, script: str, *arguments: str, **environment: object) -> subprocess.CompletedProcess:
         """As SLURM's batch step would: a job of two nodes, eight processes each."""
         (self.folder / "calls").write_text("")
-        told = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SINK_", "OMP_"))}
-        told |= {"PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        told |= {
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SINK_", "OMP_"))}
+        env |= {"PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        env |= {
             "RESULT": json.dumps(content_of(RESULT)),
             "DOUBLES": str(self.folder),
             "SINK_SITE": str(self.folder / "site.sh"),
         }
-        told |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2"}
-        told |= {"SLURM_CPUS_ON_NODE": "96", **{key: str(value) for key, value in environment.items()}}
+        env |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2"}
+        env |= {"SLURM_CPUS_ON_NODE": "96", **{key: str(value) for key, value in environment.items()}}
         # A copy, run from elsewhere, is what SLURM runs.
         copy = self.folder / "slurm_script"
         copy.write_text((ROOT / "slurm" / script).read_text())
         return subprocess.run(
-            ["bash", copy, *arguments], env=told, cwd=self.folder, capture_output=True, text=True, timeout=60
+            ["bash", copy, *arguments], env=env, cwd=self.folder, capture_output=True, text=True, timeout=60
         )
 
     def calls(self, name: str) -> list[list[str]]:
-        """The words behind every call of a program, in order."""
+        """The arguments of every call of a program, in order."""
         calls = [call.split("\0") for call in (self.folder / "calls").read_text().split("\0\0")]
         return [words[1:] for words in calls if words[0] == name]
 
@@ -173,7 +173,7 @@ def test_a_job_goes_back_to_the_queue_where_another_start_would_help(job, code, 
     done = job.run("pretrain.sbatch", CODE=code, **environment)
     assert (done.returncode, job.requeued()) == (code, requeued), done.stderr
     waits = [int(seconds) for (seconds,) in job.calls("sleep")]
-    # For SLURM to end the script, behind its requeueing; and before, to notice the node by itself.
+    # For SLURM to end the script, after its requeueing; and before, to notice the node by itself.
     assert waits == ([900, 600] if requeued and "NODES_SAY" in environment else [600] if requeued else [])
 
 
@@ -197,8 +197,8 @@ def trained(job, *arguments: str, **environment: object) -> list[str]:
 
 def test_twins_are_an_array_over_kinds_and_seeds(job):
     """Risk: tasks of the array train the same twin, or miss one, or a folder is not what it is called."""
-    told = [trained(job, "--config=tiny", SLURM_ARRAY_TASK_ID=task) for task in range(4)]
-    assert told == [
+    trainings = [trained(job, "--config=tiny", SLURM_ARRAY_TASK_ID=task) for task in range(4)]
+    assert trainings == [
         ["sink-none", "1234", "runs/twins/none-seed1234"],
         ["sink-token", "1234", "runs/twins/token-seed1234"],
         ["sink-none", "1235", "runs/twins/none-seed1235"],
@@ -206,8 +206,10 @@ def test_twins_are_an_array_over_kinds_and_seeds(job):
     ]
     kinds = ["none", "token", "zero", "logit", "kv_bias"]
     changed = {"SINK_KINDS": " ".join(kinds), "SINK_FIRST_SEED": 7}
-    told = [trained(job, "--config=tiny", SLURM_ARRAY_TASK_ID=task, **changed) for task in range(10)]
-    assert told == [[f"sink-{kind}", str(seed), f"runs/twins/{kind}-seed{seed}"] for seed in (7, 8) for kind in kinds]
+    trainings = [trained(job, "--config=tiny", SLURM_ARRAY_TASK_ID=task, **changed) for task in range(10)]
+    assert trainings == [
+        [f"sink-{kind}", str(seed), f"runs/twins/{kind}-seed{seed}"] for seed in (7, 8) for kind in kinds
+    ]
 
 
 def test_no_argument_makes_two_twins_alike(job):
@@ -250,7 +252,7 @@ def test_the_evaluation_measures_every_checkpoint_and_collects_one_table(job, ru
 
 
 def test_the_tasks_of_the_evaluation_share_the_checkpoints(job, run_folder, tmp_path):
-    """Risk: a checkpoint is left out or done twice, while a run that goes on writes some and removes others."""
+    """Risk: a checkpoint is left out or done twice, while a run that continues writes some and removes others."""
     folder, checkpoints = tmp_path / "ppl", run_folder / "checkpoints"
     words = ("eval.sbatch", str(run_folder), str(folder), "--text", "a book")
     claims = folder / ".claims"

@@ -22,7 +22,7 @@ from eval.measures.harness.files import in_memory, task_config
 from eval.measures.harness.paper import PAPER
 from sinkmodel.console import say
 from sinkmodel.errors import UserError, first_line
-from sinkmodel.secrets import hub_token
+from sinkmodel.hub_token import hub_token
 from sinkmodel.text.json_lines import Row, read_json_lines
 
 

@@ -125,7 +125,7 @@ def _side(options: argparse.Namespace, loaded: LoadedModel, name: str, budget: i
     return Side(name, budget, memory_reader(make), f"{memory.sinks} first, {memory.window} last, and the best others")
 
 
-def _stream(model: Any, budget: int, sinks: int, positions: str) -> Any:
+def _stream(model: Any, budget: int, sinks: int, positions: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "sinks=0")  # intended: this is the window
         return StreamingCache(model, budget, sinks, positions)

@@ -23,7 +23,10 @@ def section(inputs: Inputs) -> Section:
     made.blocks.append(Note(f"{' '.join(WHAT.split())}. From {' and '.join(basis) or 'attention maps alone'}."))
     made.blocks += [*_streams(inputs), *_memories(inputs)]
     if not inputs.of(VerdictResult):
-        text = "Whether one trained sink is as good as four borrowed tokens is not measured here (sink-eval verify)."
+        text = (
+            "Whether one trained sink is as good as four borrowed tokens is not measured here. To measure it: "
+            "sink-eval verify --sink MODEL --vanilla TWIN --text FILE"
+        )
         made.blocks.append(Note(text, "plain", "No verdict yet"))
     return made
 

@@ -230,7 +230,7 @@ def _folder_of(name: str, revision: str | None) -> Path:
 def _of_hub(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
-    from sinkmodel.secrets import hub_token
+    from sinkmodel.hub_token import hub_token
 
     hub_token()  # raises if the token is malformed
     try:

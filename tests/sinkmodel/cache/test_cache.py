@@ -86,7 +86,7 @@ def test_each_row_of_a_padded_batch_has_its_own_sinks(family, sizes, positions, 
 @pytest.mark.parametrize("sizes", [[1], [60], [3, 17, 1]], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_may_stand_anywhere(family, sizes):
-    """Guards chats in a batch, where answers of unequal length leave pads in mid-stream."""
+    """Guards chats in a batch, in which answers of unequal length leave pads in mid-stream."""
     model, columns = model_of(family), torch.rand(3, 60, generator=torch.Generator().manual_seed(1))
     mask = (columns > torch.tensor([[0.1], [0.4], [0.8]])).long()
     ids = torch.tensor([tokens(60, seed=seed) for seed in range(3)])
@@ -101,14 +101,14 @@ def test_a_mask_is_needed_only_where_there_is_padding():
     """Guards decoding loops that pass the mask of the prompt once, as long as nobody is padded any more."""
     model, rows = model_of("llama"), [tokens(length + 21, seed=length) for length in LENGTHS]
     ids, mask = padded(rows)
-    cache, told = new(model), new(model)
-    for each in (cache, told):
+    cache, masked = new(model), new(model)
+    for each in (cache, masked):
         fed_batch(model, each, ids[:, :30], [30], mask)
     rest = fed_batch(model, cache, ids[:, 30:], [1])
     with torch.no_grad():
         for at in range(30, 51):
-            told_logits = model(ids[:, at : at + 1], past_key_values=told, attention_mask=mask[:, : at + 1]).logits
-            close(rest[:, at - 30], told_logits[:, 0])
+            masked_logits = model(ids[:, at : at + 1], past_key_values=masked, attention_mask=mask[:, : at + 1]).logits
+            close(rest[:, at - 30], masked_logits[:, 0])
     for row, logits in zip(rows, rest):
         close(logits, truth(model, row)[-21:])
 
@@ -230,7 +230,7 @@ def test_crop_down_to_within_the_sinks_and_to_nothing():
 
 @pytest.mark.parametrize("fed_so_far", [BUDGET + 1, 40])
 def test_crop_is_refused_once_something_was_evicted(fed_so_far):
-    """Guards a rollback that would silently go on without the tokens that it needs back."""
+    """Guards a rollback that would silently continue without the tokens that it needs back."""
     model, ids, cache = model_of("llama"), tokens(60), new(model_of("llama"))
     fed(model, cache, ids[:fed_so_far], 5)
     with pytest.raises(UserError):
@@ -241,7 +241,7 @@ def test_crop_is_refused_once_something_was_evicted(fed_so_far):
 
 @pytest.mark.parametrize("pieces", [[8], [3, 5], [4, 4]])
 def test_crop_does_not_reach_back_to_a_pad(pieces):
-    """Risk: a row that had a pad where others had a token loses one token too many; also in a later forward."""
+    """Risk: a row loses one token too many, if it had a pad when others had a token; also in a later forward."""
     model, ids = model_of("llama"), torch.tensor([tokens(8), tokens(8, seed=1)])
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, 4] = 0  # the fifth column

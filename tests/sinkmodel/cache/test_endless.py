@@ -239,7 +239,7 @@ def test_the_compiled_step_is_compiled_once(family, backend, positions, prompt):
 
 
 def test_a_compiled_step_compiles_nothing_beside_the_model():
-    """Risk: torch.compile tries a function of ours, gives up on it, or tries it anew at each step (a millisecond)."""
+    """Risk: torch.compile tries a function of ours, gives up on it, or tries it again at each step (a millisecond)."""
     torch._dynamo.reset()
     model = build("llama")
     compiled, cache = torch.compile(model, backend="eager"), StreamingCache(model.config, BUDGET, SINKS)

@@ -1,4 +1,4 @@
-"""Guards: in every family, the cache gives what a stream gives that is fed token by token and turns every key anew."""
+"""Guards: in every family, the logits of a cache are those of a stream that turns all original keys at each token."""
 
 from __future__ import annotations
 

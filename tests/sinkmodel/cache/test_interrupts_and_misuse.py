@@ -1,4 +1,4 @@
-"""Guards what would go wrong in silence: a stream that goes on where it should stop, or with another model."""
+"""Guards what would go wrong in silence: a stream that continues although it should stop, or with another model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_an_interrupt_anywhere_is_harmless_or_said(where, held, piece, late, mon
 
 
 def test_an_interrupt_between_two_layers_that_are_turned_is_said(monkeypatch):
-    """Half of the layers count from one token, half from another: such a stream must not go on."""
+    """Half of the layers count from one token, half from another: such a stream must not continue."""
     model, cache = build("llama"), StreamingCache(build("llama").config, BUDGET, SINKS)
     fed(model, cache, tokens(24), 24)
     original, calls = Rotary.turned_pairs, []
@@ -165,7 +165,7 @@ def test_a_subclass_that_filters_what_it_is_given_is_refused():
 
 
 def test_generate_that_drops_the_cache_is_noticed():
-    """Phi-3 with longrope begins anew at its original length, without the cache that it was given."""
+    """Phi-3 with longrope starts from the beginning at its original length, without the cache that it was given."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 12}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     model = build("Phi3", num_key_value_heads=2, original_max_position_embeddings=12, rope_parameters=rope)

@@ -70,7 +70,7 @@ def check_row(ring: Ring, plan, b: int, row: Row, valid_N: torch.Tensor, old_ori
         position = int(plan.positions_BN[b, n])
         assert position == token - plan.origin[b]
         assert 0 <= position < ring.reach
-        place = min(token, ring.slots - 1)  # of the query in the cache; a sink i stands at i
+        place = min(token, ring.slots - 1)  # of the query in the cache; a sink i is at i
         turn = position - place if not ring.text else -plan.origin[b]
         if plan.delta_B is None:
             assert int(plan.delta_BN[b, n if plan.delta_BN.shape[1] > 1 else 0]) == turn

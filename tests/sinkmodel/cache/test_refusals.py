@@ -40,7 +40,7 @@ def refused(call, match: str = r"\w") -> str:
     return message
 
 
-def tell(model, cache, ids=((1, 2),), **more):
+def feed(model, cache, ids=((1, 2),), **more):
     with torch.no_grad():
         return model(torch.tensor(ids), past_key_values=cache, **more)
 
@@ -49,7 +49,7 @@ def tell(model, cache, ids=((1, 2),), **more):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"budget": 4, "sinks": 4}, "budget"),
         ({"budget": 3, "sinks": 5}, "budget"),
@@ -61,8 +61,8 @@ def tell(model, cache, ids=((1, 2),), **more):
     ],
     ids=str,
 )
-def test_settings_that_make_no_stream(settings, says):
-    refused(lambda: StreamingCache(model_of("llama").config, **settings), says)
+def test_settings_that_make_no_stream(settings, message):
+    refused(lambda: StreamingCache(model_of("llama").config, **settings), message)
 
 
 def test_a_stream_without_sinks_is_allowed_but_said():
@@ -83,14 +83,14 @@ def test_a_cache_made_for_another_model():
         ("llama", {"num_key_value_heads": 4}),
     ):
         cache = StreamingCache(build(family, **changes).config, BUDGET, SINKS)
-        refused(lambda cache=cache: tell(model_of("llama"), cache))
+        refused(lambda cache=cache: feed(model_of("llama"), cache))
         assert not held(cache)
         assert sum(cache.seen) == 0
 
 
 def test_two_models_that_share_a_cache(stream):
     _, cache = stream
-    refused(lambda: tell(build("llama"), cache), "model")
+    refused(lambda: feed(build("llama"), cache), "model")
 
 
 def test_a_cache_is_free_for_another_model_after_a_reset():
@@ -106,19 +106,19 @@ def test_a_cache_is_free_for_another_model_after_a_reset():
 @pytest.mark.parametrize("ids", [((1, 2), (3, 4)), ((1,), (2,), (3,))])
 def test_a_batch_whose_size_changes(stream, ids):
     model, cache = stream
-    assert str(len(ids)) in refused(lambda: tell(model, cache, ids), "row")
+    assert str(len(ids)) in refused(lambda: feed(model, cache, ids), "row")
 
 
 @pytest.mark.parametrize("bad", [VOCABULARY, 10**9, -1])
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_ids_outside_the_vocabulary(stream, bad, length):
     model, cache = stream
-    assert str(bad) in refused(lambda: tell(model, cache, ((1,) * (length - 1) + (bad,),)))
+    assert str(bad) in refused(lambda: feed(model, cache, ((1,) * (length - 1) + (bad,),)))
 
 
 def test_ids_outside_the_vocabulary_at_the_start():
     cache = StreamingCache(model_of("llama").config, BUDGET, SINKS)
-    refused(lambda: tell(model_of("llama"), cache, ((1, VOCABULARY),)), str(VOCABULARY))
+    refused(lambda: feed(model_of("llama"), cache, ((1, VOCABULARY),)), str(VOCABULARY))
     assert cache.get_seq_length() == 0
     refused(lambda: model_of("llama").generate(torch.tensor([[1, 99]]), past_key_values=cache, max_new_tokens=2), "99")
 
@@ -127,7 +127,7 @@ def test_ids_outside_the_vocabulary_at_the_start():
 
 
 @pytest.mark.parametrize(
-    ("request_", "says"),
+    ("request_", "message"),
     [
         ({"attention_mask": torch.zeros(1, 1, 2, 32)}, "mask"),
         ({"attention_mask": torch.ones(1, 1, dtype=torch.long)}, "mask"),
@@ -139,19 +139,19 @@ def test_ids_outside_the_vocabulary_at_the_start():
     ],
     ids=["4-D mask", "short mask", "long mask", "mask of other rows", "labels", "attentions", "no cache"],
 )
-def test_requests_that_would_not_be_honoured(stream, request_, says):
+def test_requests_that_would_not_be_honoured(stream, request_, message):
     model, cache = stream
-    refused(lambda: tell(model, cache, **request_), says)
+    refused(lambda: feed(model, cache, **request_), message)
 
 
-@pytest.mark.parametrize("told", [30, 10])
+@pytest.mark.parametrize("columns", [30, 10])
 @pytest.mark.parametrize("length", [1, 2, 40])
-def test_a_mask_that_hides_what_was_fed(stream, length, told):
+def test_a_mask_that_hides_what_was_fed(stream, length, columns):
     """Guards turns that are masked as a DynamicCache would have it: what is in a slot is seen, whatever they say."""
     model, cache = stream
-    mask = torch.ones(1, told + length, dtype=torch.long)
+    mask = torch.ones(1, columns + length, dtype=torch.long)
     mask[0, 3:8] = 0
-    refused(lambda: tell(model, cache, ((1,) * length,), attention_mask=mask), "hides 5 of the tokens that row 0")
+    refused(lambda: feed(model, cache, ((1,) * length,), attention_mask=mask), "hides 5 of the tokens that row 0")
 
 
 def test_a_turn_that_hides_the_pads_of_a_row_that_ended_before_others():
@@ -255,7 +255,7 @@ def test_attention_that_would_not_see_the_mask(implementation):
     model = build("llama")
     model.config._attn_implementation = implementation
     cache = StreamingCache(model.config, BUDGET, SINKS)
-    assert implementation in refused(lambda: tell(model, cache), "sdpa")
+    assert implementation in refused(lambda: feed(model, cache), "sdpa")
     assert not held(cache)
 
 
@@ -263,7 +263,7 @@ def test_a_forward_that_was_replaced_before_the_cache_was_made():
     """Guards `model.forward = torch.compile(model.forward)` before there is a cache: it would go past the cache."""
     model = build("llama")
     model.forward = functools.partial(transformers.LlamaForCausalLM.forward.__wrapped__, model)
-    refused(lambda: tell(model, StreamingCache(model.config, BUDGET, SINKS)), "forward")
+    refused(lambda: feed(model, StreamingCache(model.config, BUDGET, SINKS)), "forward")
 
 
 # ------------------------------------------------------------------------------------------------ refused by name
@@ -286,7 +286,7 @@ SLIDING = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "says"),
+    ("family", "changes", "message"),
     [
         ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "opt"),
         ("GPT2", {"n_inner": 48}, "gpt2"),
@@ -309,16 +309,16 @@ SLIDING = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
         ("mpt", {"max_seq_len": BUDGET - 1}, "mpt.*11"),
     ],
 )
-def test_what_cannot_be_streamed_is_refused_by_name(family, changes, says):
+def test_what_cannot_be_streamed_is_refused_by_name(family, changes, message):
     model = build(family, **changes)
 
     def start(one_by_one: bool):
         cache = StreamingCache(model.config, BUDGET, SINKS)
         for ids in ([1], [2]) if one_by_one else (tokens(30),):
-            tell(model, cache, (ids,))
+            feed(model, cache, (ids,))
 
     for one_by_one in (True, False):
-        refused(lambda one_by_one=one_by_one: start(one_by_one), f"(?i){says}")
+        refused(lambda one_by_one=one_by_one: start(one_by_one), f"(?i){message}")
     with torch.no_grad():
         assert model(torch.tensor([tokens(5)])).logits.isfinite().all(), "and the model is as it was"
 
@@ -341,7 +341,7 @@ def test_what_is_no_decoder_is_refused():
     ],
 )
 def test_what_just_fits_is_not_refused(family, changes):
-    """Guards the refusals: they begin where the model ends, not before."""
+    """Guards the refusals: they begin at the model's limit, not before."""
     model, ids = build(family, **changes), tokens(40)
     logits = fed(model, StreamingCache(model.config, BUDGET, SINKS), ids, 1)
     torch.testing.assert_close(logits, stream_logits(model, ids, BUDGET, SINKS), atol=1e-4, rtol=0)

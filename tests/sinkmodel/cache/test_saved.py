@@ -1,4 +1,4 @@
-"""Guards: a stream is saved in flight and goes on with the same bits, and a file from a stranger is only data."""
+"""Guards: a stream is saved in flight and continues with the same bits, and a file from a stranger is only data."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def test_a_file_that_is_no_saved_stream(stream, tmp_path):
     ):
         (tmp_path / f"{name}.pt").write_bytes(content)
     for name in ("cut", "short", "empty", "text", "foreign", "list", "missing"):
-        says = refused(lambda name=name: StreamingCache.load(tmp_path / f"{name}.pt", model.config))
-        assert f"{name}.pt" in says
+        message = refused(lambda name=name: StreamingCache.load(tmp_path / f"{name}.pt", model.config))
+        assert f"{name}.pt" in message
     assert not list(tmp_path.glob("*.tmp*"))
 
 

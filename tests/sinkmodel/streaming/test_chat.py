@@ -55,16 +55,16 @@ def test_blanks_that_a_template_trims_are_not_fed(template, content):
     for message, system, size in itertools.product(MESSAGES, [None, *MESSAGES], [1, 3, 100]):
         chat = Chat(tokenizer, [300], system)
         turns = [{"role": "user", "content": message}]
-        told = [] if system is None else [{"role": "system", "content": system}]
+        system_turn = [] if system is None else [{"role": "system", "content": system}]
         front = [300, *chat.pinned] if template is HEADERS else chat.pinned
         ids = front + blocks(tokenizer, [*chat.opening, *chat.message(pieces_of(message, size)), *chat.closing])
-        whole = tokenizer.apply_chat_template([*told, *turns], add_generation_prompt=True).input_ids
+        whole = tokenizer.apply_chat_template([*system_turn, *turns], add_generation_prompt=True).input_ids
         if template is not PLAIN or system is None:  # without a special token the system's end may join what follows
             assert ids == whole, (message, system)
         turns += [{"role": "assistant", "content": "a reply"}, {"role": "user", "content": message}]
         chat.held = None
         later = blocks(tokenizer, [*chat.between, *chat.message(pieces_of(message, size)), *chat.closing])
-        whole = tokenizer.apply_chat_template([*told, *turns], add_generation_prompt=True).input_ids
+        whole = tokenizer.apply_chat_template([*system_turn, *turns], add_generation_prompt=True).input_ids
         if template is not PLAIN:
             assert [*ids, *ids_of(tokenizer, "a reply"), *later] == whole, (message, system)
 

@@ -1,4 +1,4 @@
-"""Guards: `sink-stream` reads without end, tells what it did, and can be stopped at any time without loss."""
+"""Guards: `sink-stream` reads without end, prints what it did, and can be stopped at any time without loss."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def result_of(out: str) -> tuple[int, float, float]:
 
 
 def test_a_piped_text_is_continued(stream, model):
-    code, out, said = stream(TEXT + "\n", "--max-tokens", 20)
-    assert code == 0, said
+    code, out, stderr = stream(TEXT + "\n", "--max-tokens", 20)
+    assert code == 0, stderr
     assert out == expected_text(model, TEXT, 20) + "\n"
-    assert re.search(r"^sink-stream: 1\.\d+k tokens, \S+ tokens/s, cache 32/32$", said, re.MULTILINE)
+    assert re.search(r"^sink-stream: 1\.\d+k tokens, \S+ tokens/s, cache 32/32$", stderr, re.MULTILINE)
     assert stream(TEXT, "--max-tokens", 20)[1] == out, "a line end at the very end is the shell's"
     assert stream(TEXT + "\n\n", "--max-tokens", 20)[1] != out, "two are not"
 
@@ -96,13 +96,13 @@ def test_the_loss_is_that_of_chunked_scoring_from_the_second_text_token_on(strea
     network, tokenizer, sinks = load_checkpoint(Path(model))
     ids = tokenizer(TEXT + "\n", add_special_tokens=False).input_ids
     (nll,) = streaming_nll(network, [sinks + ids], BUDGET, 1)
-    code, out, said = stream(TEXT + "\n", "--score")
-    assert code == 0, said
+    code, out, stderr = stream(TEXT + "\n", "--score")
+    assert code == 0, stderr
     tokens, mean, ppl = result_of(out)
     assert tokens == len(ids) - 1
     assert mean == pytest.approx(nll[1:].mean().item(), abs=1e-5)
     assert ppl == pytest.approx(math.exp(mean), rel=1e-4)
-    assert f"nll {mean:.4f}" in said
+    assert f"nll {mean:.4f}" in stderr
 
 
 def test_options_reach_the_stream(stream, model):
@@ -123,15 +123,15 @@ def test_options_reach_the_stream(stream, model):
 @pytest.mark.parametrize("mode", [["--score"], ["--max-tokens", "0"]], ids=["score", "continue"])
 def test_bytes_that_are_no_text_are_one_clear_error_and_nothing_before_them_is_lost(stream, tmp_path, mode):
     text, saved = TEXT[:1500].encode() + "é".encode(), tmp_path / "saved"
-    code, out, said = stream(text + b"\xff" + b"more text", *mode, "--save", saved)
+    code, out, stderr = stream(text + b"\xff" + b"more text", *mode, "--save", saved)
     assert code == 2
-    assert f"the input is not UTF-8 at byte {len(text)} (invalid start byte)" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert f"the input is not UTF-8 at byte {len(text)} (invalid start byte)" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     before = stream(text.decode(), *mode, "--save", tmp_path / "whole")
     assert torch.equal(*(torch.load(path)["values"] for path in (saved, tmp_path / "whole")))
     assert out == (before[1] if mode == ["--score"] else "")
-    code, _, said = stream("ab é".encode()[:-1], *mode)
-    assert (code, "not UTF-8 at byte 3 (unexpected end of data)" in said) == (2, True)
+    code, _, stderr = stream("ab é".encode()[:-1], *mode)
+    assert (code, "not UTF-8 at byte 3 (unexpected end of data)" in stderr) == (2, True)
 
 
 def test_a_pipe_is_read_bit_by_bit_as_it_is_used(tmp_path):
@@ -159,7 +159,7 @@ def test_text_is_the_same_however_it_comes(tmp_path, monkeypatch, read):
                 parts.append((text, pipe.taken))
         assert pipe.error is None
         assert pipe.taken == len(content)
-        if len(parts) > 1:  # a pipe that begins where another was left gives the rest
+        if len(parts) > 1:  # a pipe that begins at the place at which another was left gives the rest
             for begun, taken in parts:
                 assert begun + text_of(content[taken:], **settings) == text
         return text
@@ -173,9 +173,9 @@ def test_text_is_the_same_however_it_comes(tmp_path, monkeypatch, read):
 
 def test_the_status_goes_on_now_and_then(stream, monkeypatch):
     monkeypatch.setattr("sinkmodel.streaming.terminal.EVERY", 0.0)
-    said = stream(TEXT, "--score")[2].splitlines()
-    assert len(said) > 100
-    assert all(re.match(r"sink-stream: \S+ tokens, \S+ tokens/s, cache \d+/32, nll \d", line) for line in said)
+    lines = stream(TEXT, "--score")[2].splitlines()
+    assert len(lines) > 100
+    assert all(re.match(r"sink-stream: \S+ tokens, \S+ tokens/s, cache \d+/32, nll \d", line) for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------- a saved stream
@@ -187,10 +187,10 @@ def test_a_saved_stream_goes_on(stream, tmp_path):
     whole = result_of(stream(TEXT, "--score")[1])
     half = result_of(stream(TEXT[:cut], "--score", "--save", saved)[1])
     assert half[0] < whole[0]
-    code, out, said = stream(TEXT[cut:], "--score", "--restore", saved, "--save", again)
-    assert code == 0, said
+    code, out, stderr = stream(TEXT[cut:], "--score", "--restore", saved, "--save", again)
+    assert code == 0, stderr
     assert result_of(out) == (whole[0], pytest.approx(whole[1], abs=1e-5), pytest.approx(whole[2], rel=1e-4))
-    assert f"bytes of this input; continue with --restore {again}" in said
+    assert f"bytes of this input; continue with --restore {again}" in stderr
 
 
 def test_draws_go_on_where_they_were(stream, tmp_path):
@@ -216,14 +216,14 @@ def test_a_saved_stream_is_checked_before_it_is_used(stream, model, tmp_path):
         (tmp_path, "is not a file"),
         (tmp_path / "none", "is not a file"),
     ):
-        code, _, said = stream("text", "--restore", path)
+        code, _, stderr = stream("text", "--restore", path)
         assert code == 2
-        assert message in said
-        assert len(said.splitlines()) == 1, said
+        assert message in stderr
+        assert len(stderr.splitlines()) == 1, stderr
     for option, value in (("--budget", 8), ("--sinks", 1), ("--system", "x"), ("--positions", "text")):
-        code, _, said = stream("text", "--restore", saved, option, value)
+        code, _, stderr = stream("text", "--restore", saved, option, value)
         assert code == 2
-        assert f"{option} is fixed" in said
+        assert f"{option} is fixed" in stderr
 
 
 # ----------------------------------------------------------------------------------------------- Ctrl-C, broken pipes
@@ -242,14 +242,14 @@ def test_ctrl_c_while_it_waits_for_a_pipe_saves_and_nothing_is_lost(model, tmp_p
     process.stdin.flush()
     wait_until(lambda: asleep(process) and empty(process.stdin))
     process.send_signal(signal.SIGINT)
-    out, said = (stream.decode() for stream in process.communicate(timeout=60))
-    assert process.returncode == 130, said
+    out, stderr = (stream.decode() for stream in process.communicate(timeout=60))
+    assert process.returncode == 130, stderr
     assert out == ""
-    assert re.search(r"^sink-stream: \S+ tokens, .*cache 32/32, nll \d", said, re.MULTILINE)
-    assert f", {cut} bytes of this input; continue with --restore" in said
-    assert "Traceback" not in said
-    code, out, said = stream(TEXT[cut:], "--score", "--restore", saved)
-    assert code == 0, said
+    assert re.search(r"^sink-stream: \S+ tokens, .*cache 32/32, nll \d", stderr, re.MULTILINE)
+    assert f", {cut} bytes of this input; continue with --restore" in stderr
+    assert "Traceback" not in stderr
+    code, out, stderr = stream(TEXT[cut:], "--score", "--restore", saved)
+    assert code == 0, stderr
     whole = result_of(stream(TEXT, "--score")[1])
     assert result_of(out)[0] == whole[0]
     assert result_of(out)[1] == pytest.approx(whole[1], abs=1e-5)
@@ -261,11 +261,13 @@ def test_ctrl_c_while_it_writes_into_a_pipe_ends_it_at_once(model):
     process.stdin.close()
     begun = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
-    said = process.stderr.read().decode()
-    assert process.wait(timeout=60) == 130, said
+    stderr = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 130, stderr
     assert expected_text(model, TEXT, 40).encode().startswith(begun)
-    assert re.search(r"^sink-stream: \S+ tokens, .*cache 32/32\nsink-stream: interrupted$", said.strip(), re.MULTILINE)
-    assert "Traceback" not in said
+    assert re.search(
+        r"^sink-stream: \S+ tokens, .*cache 32/32\nsink-stream: interrupted$", stderr.strip(), re.MULTILINE
+    )
+    assert "Traceback" not in stderr
 
 
 def test_a_reader_that_goes_away_is_no_error(model):
@@ -320,7 +322,7 @@ class Terminal:
     """The command in a terminal of its own; `said` is all that it showed."""
 
     def __init__(self, model: str, *argv: object):
-        self.said = ""
+        self.shown = ""
         command = [*PROGRAM, "--model", model, *map(str, argv)]
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
@@ -332,11 +334,11 @@ class Terminal:
     def see(self, pattern: str, seconds: float = 120) -> str:
         """What has come since the last call, up to what matches `pattern`."""
         seen, deadline = "", time.monotonic() + seconds
-        while not (found := re.search(pattern, self.said)):
-            assert time.monotonic() < deadline, f"no {pattern!r} in {self.said!r}"
+        while not (found := re.search(pattern, self.shown)):
+            assert time.monotonic() < deadline, f"no {pattern!r} in {self.shown!r}"
             if select.select([self.screen], [], [], 0.1)[0]:
-                self.said += os.read(self.screen, 4096).decode(errors="replace")
-        seen, self.said = self.said[: found.end()], self.said[found.end() :]
+                self.shown += os.read(self.screen, 4096).decode(errors="replace")
+        seen, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return seen
 
     def code(self) -> int:
@@ -390,10 +392,10 @@ def test_turns_of_a_chat_are_what_the_template_makes_of_all_messages(sink, syste
     tokenizer = load_tokenizer(tiny.tokenizer(), sink, 128)
     sinks = sink.ids(300)
     chat = Chat(tokenizer, sinks, system)
-    told = [{"role": "system", "content": system}] if system else []
+    system_turn = [{"role": "system", "content": system}] if system else []
     # A word that is one token less with the space in front.
     hello = next(word for word in TEXT.split() if len(ids_of(tokenizer, f" {word}")) == len(ids_of(tokenizer, word)))
-    messages = [*told, {"role": "user", "content": hello}]
+    messages = [*system_turn, {"role": "user", "content": hello}]
     ids = [*sinks, *chat.pinned, *blocks(tokenizer, [*chat.opening, hello, *chat.closing])]
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids
@@ -446,12 +448,12 @@ def test_a_chat_from_a_pipe(stream, model, tmp_path):
     chat = Chat(tokenizer, sinks, "be kind")
     expected = Stream(network, tokenizer, BUDGET, pinned=chat.pinned)
     expected.feed([*chat.opening, "hello you", *chat.closing])
-    code, out, said = stream("hello you\n", "--chat", "--system", "be kind", "--max-tokens", 10)
-    assert code == 0, said
+    code, out, stderr = stream("hello you\n", "--chat", "--system", "be kind", "--max-tokens", 10)
+    assert code == 0, stderr
     assert out == "".join(expected.text(max_tokens=10)) + "\n"
     fed = len(sinks + chat.pinned + blocks(tokenizer, [*chat.opening, "hello you"]))
-    said = stream(b"hello you\xff", "--chat", "--system", "be kind", "--save", tmp_path / "saved")[2]
-    assert f"saved the stream after {fed} tokens" in said, "a message that is not whole is not closed"
+    stderr = stream(b"hello you\xff", "--chat", "--system", "be kind", "--save", tmp_path / "saved")[2]
+    assert f"saved the stream after {fed} tokens" in stderr, "a message that is not whole is not closed"
 
 
 def test_templates_that_cannot_be_streamed_are_named(model):
@@ -488,17 +490,17 @@ def test_templates_that_cannot_be_streamed_are_named(model):
     ],
 )
 def test_a_mistake_is_one_line(stream, argv, message):
-    code, out, said = stream("some text", *argv)
+    code, out, stderr = stream("some text", *argv)
     assert (code, out) == (2, "")
-    assert len(said.splitlines()) == 1, said
-    assert re.search(message, said), said
+    assert len(stderr.splitlines()) == 1, stderr
+    assert re.search(message, stderr), stderr
 
 
 def test_too_little_to_score(stream):
     for text in ("", "a"):
-        code, _, said = stream(text, "--score")
+        code, _, stderr = stream(text, "--score")
         assert code == 2
-        assert "nothing to score: a loss needs at least two tokens" in said
+        assert "nothing to score: a loss needs at least two tokens" in stderr
 
 
 def test_mistakes_are_found_before_anything_heavy_is_loaded():

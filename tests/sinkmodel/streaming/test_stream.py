@@ -103,9 +103,9 @@ def test_scores_go_on_after_feeding_and_after_generating():
     model, ids = model_of("gpt_neox"), tokens(30)
     stream = Stream(model, budget=BUDGET)
     stream.feed(ids[:10])
-    said = list(stream.tokens(max_tokens=5, stop=()))
+    generated = list(stream.tokens(max_tokens=5, stop=()))
     given = list(stream.score(ids[10:]))
-    (expected,) = streaming_nll(model, [ids[:10] + said + ids[10:]], BUDGET, 1)
+    (expected,) = streaming_nll(model, [ids[:10] + generated + ids[10:]], BUDGET, 1)
     torch.testing.assert_close(torch.tensor(given), expected[14:], atol=1e-4, rtol=0)
 
 
@@ -147,13 +147,13 @@ def test_rows_of_a_batch_are_as_streams_of_their_own():
     lengths = []
     for turn in turns:
         scores = list(batch.score(turn))
-        said = list(batch.tokens(max_tokens=12, stop=[5, 26]))
+        generated = list(batch.tokens(max_tokens=12, stop=[5, 26]))
         for row, stream in enumerate(alone):
             expected = list(stream.score(turn[row]))
             given = [value[row] for value in scores if value[row] is not None]
             torch.testing.assert_close(torch.tensor(given), torch.tensor(expected), atol=1e-4, rtol=0)
             expected = list(stream.tokens(max_tokens=12, stop=[5, 26]))
-            assert [ids[row] for ids in said] == expected + [None] * (len(said) - len(expected))
+            assert [ids[row] for ids in generated] == expected + [None] * (len(generated) - len(expected))
             lengths.append(len(expected))
             torch.testing.assert_close(batch.logits[row], stream.logits[0], atol=1e-4, rtol=0)
     assert any(lengths[2 * turn] != lengths[2 * turn + 1] for turn in range(3)), "one row stopped before the other"
@@ -169,10 +169,10 @@ def test_drawn_rows_are_as_streams_of_their_own_too():
         given.append(list(batch.tokens(max_tokens=20, stop=[5], sample=drawn)))
     for row in range(2):
         stream, drawn = Stream(model, budget=BUDGET), Sampler(temperature=1.5, seed=7 + row)
-        for ids, said in zip((tokens(5), tokens(6, seed=9)), given):
+        for ids, generated in zip((tokens(5), tokens(6, seed=9)), given):
             stream.feed(ids)
             expected = list(stream.tokens(max_tokens=20, stop=[5], sample=drawn))
-            assert [ids[row] for ids in said if ids[row] is not None] == expected
+            assert [ids[row] for ids in generated if ids[row] is not None] == expected
     assert [x for x, _ in given[0]] != [y for _, y in given[0]]
 
 
@@ -217,7 +217,7 @@ def test_nothing_grows_with_the_stream():
     model, text = sink_model(num_hidden_layers=1)
     # Untied from the text: a random model soon repeats itself, and a drawn one does not.
     drawn = Sampler(temperature=1.0)
-    stream = Stream(model, text, budget=BUDGET, pinned="Be kind.", on_evict=lambda *told: None)
+    stream = Stream(model, text, budget=BUDGET, pinned="Be kind.", on_evict=lambda *evicted: None)
     forever = itertools.cycle(words(100) + " ")
 
     def live() -> int:
@@ -290,38 +290,39 @@ def test_a_front_longer_than_a_block_is_fed_once_and_whole():
 
 
 def test_evictions_are_told_in_order_with_place_and_id():
-    told = []
+    evicted = []
     ids = tokens(700)
-    stream = Stream(model_of("llama"), budget=8, sinks=2, on_evict=lambda *what: told.append(what))
+    stream = Stream(model_of("llama"), budget=8, sinks=2, on_evict=lambda *what: evicted.append(what))
     stream.feed(ids[:8])
-    assert told == []
+    assert evicted == []
     stream.feed(ids[8:10])
-    assert told == [(0, 2, ids[2]), (0, 3, ids[3])]
+    assert evicted == [(0, 2, ids[2]), (0, 3, ids[3])]
     stream.feed(ids[10:])
-    said = list(stream.tokens(max_tokens=5, stop=()))
+    generated = list(stream.tokens(max_tokens=5, stop=()))
     stream.feed([1])
-    everything = [*ids, *said, 1]
-    assert told == [(0, place, everything[place]) for place in range(2, len(everything) - 6)]
+    everything = [*ids, *generated, 1]
+    assert evicted == [(0, place, everything[place]) for place in range(2, len(everything) - 6)]
 
 
 def test_evictions_of_rows_are_told_row_by_row_as_they_happen():
-    told = []
+    evicted = []
     rows = [tokens(9, seed=1), tokens(12, seed=2)]
-    stream = Stream(model_of("llama"), budget=6, sinks=1, batch=2, on_evict=lambda *what: told.append(what))
+    stream = Stream(model_of("llama"), budget=6, sinks=1, batch=2, on_evict=lambda *what: evicted.append(what))
     stream.feed(rows)
     for row in range(2):
-        assert [what[1:] for what in told if what[0] == row] == [
+        assert [what[1:] for what in evicted if what[0] == row] == [
             (p, rows[row][p]) for p in range(1, len(rows[row]) - 5)
         ]
-    assert [what[0] for what in told] == [0, 1, 0, 1, 0, 1, 1, 1, 1]
+    assert [what[0] for what in evicted] == [0, 1, 0, 1, 0, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("rows", [None, 2])
 def test_a_stream_that_was_reset_is_a_new_one(rows):
-    """Risk: something of the old stream lives on: tokens told as evicted, half a word, the last that was given out."""
-    (model, text), told = sink_model(), []
+    """Risk: something of the old stream lives on: evicted tokens, half a word, the last that was given out."""
+    (model, text), evicted = sink_model(), []
     new, used = (
-        Stream(model, text, BUDGET, pinned=[5], batch=rows, on_evict=lambda *what: told.append(what)) for _ in range(2)
+        Stream(model, text, BUDGET, pinned=[5], batch=rows, on_evict=lambda *what: evicted.append(what))
+        for _ in range(2)
     )
 
     def of_rows(*texts):
@@ -332,18 +333,18 @@ def test_a_stream_that_was_reset_is_a_new_one(rows):
         raise KeyboardInterrupt
 
     def run(stream) -> tuple:
-        told.clear()
+        evicted.clear()
         first = list(stream.text(max_tokens=2, stop=())), stream.state_dict()["stream"]["recent"]
         scores = list(stream.score(of_rows(TEXT[:90], TEXT[100:300])))
-        said = list(stream.text(max_tokens=5, stop=()))
+        generated = list(stream.text(max_tokens=5, stop=()))
         beside = {name: value for name, value in stream.state_dict()["stream"].items() if name != "logits"}
-        return first, scores, said, list(told), beside, stream.seen, stream.logits.tolist()
+        return first, scores, generated, list(evicted), beside, stream.seen, stream.logits.tolist()
 
     run(used)
     with pytest.raises(KeyboardInterrupt):
         used.feed(of_rows(interrupted(), "b"))
     assert list(used.tokens(max_tokens=3, stop=())), "the last one is given out and not fed"
-    assert len(told) > 10
+    assert len(evicted) > 10
     used.reset()
     assert used.logits is None
     assert run(used) == run(new)
@@ -353,16 +354,16 @@ def test_a_stream_that_was_reset_is_a_new_one(rows):
 def test_pinned_tokens_stay_and_are_seen(as_text):
     model, text = sink_model()
     pinned = text("be kind to me", add_special_tokens=False).input_ids
-    ids, told = tokens(200), []
+    ids, evicted = tokens(200), []
     stream = Stream(
-        model, text, budget=24, pinned="be kind to me" if as_text else pinned, on_evict=lambda *x: told.append(x)
+        model, text, budget=24, pinned="be kind to me" if as_text else pinned, on_evict=lambda *x: evicted.append(x)
     )
     given = torch.tensor(list(stream.score(ids)))
     front = [300, *pinned]
     assert stream.cache.sinks == len(front) > 4
     (expected,) = streaming_nll(model, [front + ids], 24, len(front))
     torch.testing.assert_close(given, expected[len(front) - 1 :], atol=1e-4, rtol=0)
-    assert min(place for _, place, _ in told) == len(front)
+    assert min(place for _, place, _ in evicted) == len(front)
 
     other = Stream(model, text, budget=24, pinned=pinned[::-1])
     assert (given - torch.tensor(list(other.score(ids))))[100:].abs().max() > 1e-2, "they are seen long after"
@@ -421,7 +422,7 @@ def test_a_stop_string_is_met_across_tokens_and_nothing_of_it_is_given():
     assert string in spoken(text, ids[:count])
     assert string not in spoken(text, ids[: count - 1])
     again.feed([])
-    assert again.seen == stream.seen - 40 + count + 1, "what was said stays in the stream"
+    assert again.seen == stream.seen - 40 + count + 1, "what was generated stays in the stream"
 
 
 def test_pieces_of_text_are_the_text_of_the_tokens():
@@ -446,13 +447,15 @@ def test_text_goes_on_from_what_was_fed():
     fed, state, spaces = text(TEXT[:30]).input_ids, stream.state_dict(), 0
     for seed in range(20):
         stream = Stream.from_state(state, model, text)
-        said = list(stream.tokens(max_tokens=5, stop=(), sample=Sampler(temperature=9.0, seed=seed)))
+        generated = list(stream.tokens(max_tokens=5, stop=(), sample=Sampler(temperature=9.0, seed=seed)))
         again = Stream.from_state(state, model, text)
         given = "".join(again.text(max_tokens=5, stop=(), sample=Sampler(temperature=9.0, seed=seed)))
-        assert spoken(text, fed) + given == spoken(text, fed + said)
+        assert spoken(text, fed) + given == spoken(text, fed + generated)
         spaces += given.startswith(" ")
         more = "".join(stream.text(max_tokens=5, stop=()))
-        assert spoken(text, [*fed, *said]) + more == spoken(text, [*fed, *said, *again.tokens(max_tokens=5, stop=())])
+        assert spoken(text, [*fed, *generated]) + more == spoken(
+            text, [*fed, *generated, *again.tokens(max_tokens=5, stop=())]
+        )
     assert spaces > 2
 
 
@@ -492,14 +495,16 @@ def test_sampling():
     stream.feed(tokens(20))
     state = stream.state_dict()
 
-    def said(**settings):
+    def generated(**settings):
         return list(Stream.from_state(state, model).tokens(max_tokens=25, stop=(), sample=Sampler(**settings)))
 
-    greedy = said()
-    assert said(temperature=0) == said(top_k=1) == said(temperature=5.0, top_p=1e-6) == greedy
-    assert said(temperature=1.0, seed=3) == said(temperature=1.0, seed=3) != said(temperature=1.0, seed=4)
+    greedy = generated()
+    assert generated(temperature=0) == generated(top_k=1) == generated(temperature=5.0, top_p=1e-6) == greedy
+    assert (
+        generated(temperature=1.0, seed=3) == generated(temperature=1.0, seed=3) != generated(temperature=1.0, seed=4)
+    )
     likeliest = set(stream.logits[0].topk(3).indices.tolist())
-    first = {said(top_k=3, temperature=9.0, seed=seed)[0] for seed in range(30)}
+    first = {generated(top_k=3, temperature=9.0, seed=seed)[0] for seed in range(30)}
     assert first == likeliest
 
 
@@ -509,7 +514,7 @@ def test_sampling():
 def test_a_stream_in_flight_goes_on_as_if_nothing_had_been():
     """Guards what is between steps: text without a border, a token that was given but not fed, draws, the window."""
     model, text = sink_model()
-    told: list = []
+    evicted: list = []
     pieces = [TEXT[i : i + 9] for i in range(0, len(TEXT), 9)]
 
     class Stopped(Exception):
@@ -520,10 +525,10 @@ def test_a_stream_in_flight_goes_on_as_if_nothing_had_been():
         raise Stopped
 
     def run(stop: bool):
-        told.clear()
-        on_evict = lambda *what: told.append(what)  # noqa: E731
+        evicted.clear()
+        on_evict = lambda *what: evicted.append(what)  # noqa: E731
         stream, drawn = Stream(model, text, BUDGET, on_evict=on_evict), Sampler(temperature=1.0)
-        said = list(itertools.islice(stream_start(stream, drawn), 6))
+        generated = list(itertools.islice(stream_start(stream, drawn), 6))
         if stop:
             stream = written_and_read(stream, on_evict)
             with pytest.raises(Stopped):
@@ -533,7 +538,7 @@ def test_a_stream_in_flight_goes_on_as_if_nothing_had_been():
             stream.feed(pieces[20:])
         else:
             stream.feed(pieces)
-        return said, list(stream.text(max_tokens=20, stop=(), sample=drawn)), stream.seen, list(told)
+        return generated, list(stream.text(max_tokens=20, stop=(), sample=drawn)), stream.seen, list(evicted)
 
     def stream_start(stream, drawn):
         stream.feed("begin with this")

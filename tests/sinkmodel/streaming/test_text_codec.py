@@ -23,7 +23,7 @@ def byte_level():
 
 @functools.lru_cache
 def spaces_first():
-    """As SentencePiece does it: ▁ for a space, one put before every text, and stripped where a text begins."""
+    """As SentencePiece does it: ▁ for a space, one put before every text, and stripped at the start of a text."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace(prepend_scheme="always")
