@@ -11,9 +11,9 @@ from recipes.training.processes.ranks import World
 from recipes.training.settings import PretrainConfig, TrainingSettings
 from sinkmodel.checkpoint import Recipe, find_checkpoint, read_checkpoint
 from sinkmodel.errors import UserError
+from sinkmodel.hub_token import hub_token
 from sinkmodel.names import find_model
 from sinkmodel.row_file import read_row
-from sinkmodel.secrets import hub_token
 
 GROUPS = Path("/sys/fs/cgroup")
 CONTROL_GROUPS = (
