@@ -81,7 +81,7 @@ class MemoryInterface(Cache):
     def unusable(self, message: str) -> UserError:
         """The error for scores that cannot be used. Layers may have lost tokens by then, so the memory is emptied."""
         self.reset()
-        return UserError(f"{message}. This {self.name} is empty again; read the prompt anew")
+        return UserError(f"{message}. This {self.name} is empty again; read the prompt again")
 
     def fork(self) -> Any:
         """An independent copy, for example to ask many questions about one compressed context."""
