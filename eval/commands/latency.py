@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="sinks of the policy sink (default: the model's own, or 4; 0 if the model's sink is in its softmax)",
     )
-    shared.add_policies(parser, "all of them")
+    shared.add_policies(parser, "all of them", NAMES)
     parser.add_argument(
         "--tokens",
         type=positive,

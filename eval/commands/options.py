@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from eval.policies.options import NAMES
@@ -58,8 +59,8 @@ def add_sinks(parser: Any) -> None:
     )
 
 
-def add_policies(parser: Any, default: str) -> None:
-    parser.add_argument("--policies", nargs="+", choices=NAMES, help=f"default: {default}")
+def add_policies(parser: Any, default: str, names: Sequence[str] = NAMES) -> None:
+    parser.add_argument("--policies", nargs="+", choices=names, help=f"default: {default}")
 
 
 def add_chunk(parser: Any) -> None:

@@ -97,4 +97,5 @@ def paint_map(axis: Axes, rows: list[list[float]], limits: tuple, sinks: int, in
     axis.set_yticklabels(names)
     axis.tick_params(labelsize=7)
     axis.set_xlabel("key (S: sink)" if in_softmax or sinks else "key", fontsize=8)
+    axis.set_ylabel("query", fontsize=8)
     axis.spines[:].set_visible(False)
