@@ -62,9 +62,9 @@ def test_measures_import_at_the_top(room):
 
 
 def test_a_command_loads_its_measure_in_run():
-    """One obvious place: `run`, after the checks. Elsewhere only `tables` imports rich, and `output` what a measure uses.
+    """One obvious place: `run`, after the checks. Elsewhere `tables` imports only rich, and `output` only one module.
 
-    The latter is the library of products, which a result records; by then the measure has loaded torch.
+    That is the library of products, which a result records; by then the measure has loaded torch.
     """
     for path in sorted((EVAL / "commands").glob("*.py")):
         for function, module in imports_in_functions(path):
