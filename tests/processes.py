@@ -116,7 +116,8 @@ def _run(module: str, words: Sequence[str], environment: dict[str, str]) -> None
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):  # a handler of this process's earlier life
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # not if it is ignored, as in a shell's background job
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
     for name in [name for name in sys.modules if name.partition(".")[0] in ROOMS]:

@@ -46,6 +46,7 @@ def main(what: str, where: str) -> int:
     elif what == "raise":
         raise ValueError("as the test asked")
     elif what == "wait":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         Path(where).touch()
         time.sleep(60)
     elif what == "end":

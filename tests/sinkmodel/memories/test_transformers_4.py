@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.models import model_of
-from tests.plain import told, transformers_4
+from tests.plain import json_printed_by, transformers_4
 from tests.sinkmodel.memories.generated import AFTER, BUDGET, FAMILIES, PADS, PROMPT, outcomes
 
 PROGRAM = """
@@ -29,7 +29,9 @@ def test_memories_are_the_same_on_4_57(tmp_path):
     weights = {family: [x.data for x in model_of(family).parameters()] for family in FAMILIES}
     torch.save(weights, tmp_path / "weights.pt")
     checkout = Path(__file__).parents[3]
-    version = told(transformers_4(), PROGRAM, checkout, tmp_path / "weights.pt", tmp_path / "found.pt", place=tmp_path)
+    version = json_printed_by(
+        transformers_4(), PROGRAM, checkout, tmp_path / "weights.pt", tmp_path / "found.pt", place=tmp_path
+    )
     assert version.startswith("4.57.")
     there = torch.load(tmp_path / "found.pt", weights_only=True)
     for family in FAMILIES:
