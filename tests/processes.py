@@ -25,16 +25,8 @@ ROOMS = ("sinkmodel", "recipes", "eval", "tests")
 PACKAGES = [
     *("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"),
     *("torch.nn.attention.flex_attention", "torch.utils.data", "torch.utils.tensorboard"),
-    *(
-        "lightning.pytorch",
-        "torchmetrics",
-        "deepspeed.runtime.engine",
-        "wandb",
-        "datasets",
-        "rich.progress",
-        "jsonargparse",
-    ),
-    *("docstring_parser", "torch._inductor.compile_fx", "torch.profiler"),
+    *("lightning.pytorch", "torchmetrics", "deepspeed.runtime.engine", "wandb", "datasets"),
+    *("rich.progress", "jsonargparse", "docstring_parser", "torch._inductor.compile_fx", "torch.profiler"),
     *("transformers.generation.utils", "transformers.models.auto.modeling_auto", "transformers.modeling_utils"),
     *("transformers.models.gpt_neox.modeling_gpt_neox", "transformers.models.llama.modeling_llama"),
     *("safetensors.torch", "tokenizers", "huggingface_hub.hf_api"),
