@@ -13,8 +13,7 @@ PLAIN  := .venv-transformers-$(OLD)
 # A peer in the bench, in an environment of its own: it pins older packages than ours.
 LITGPT := 0.5.13
 PEER   := .venv-litgpt-$(LITGPT)
-# Two test files at a time, each of one thread, in the order of tests/conftest.py; if a process crashes,
-# the tests end.
+# Two test files at a time, each of one thread, in the order of tests/conftest.py. If a process crashes, the tests end.
 BOTH   := --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # The GPU's targets. REHEARSE=1 runs the same lines with tiny sizes on a CPU. GPU_PYTHON is a Python that has all packages

@@ -135,6 +135,14 @@ def _products(x_MK: Tensor, weight_NK: Tensor, grad_MN: Tensor) -> list[tuple[Ca
 _CHOSEN: ContextVar[str | None] = ContextVar("sinkmodel_products", default=None)  # None outside of every block
 
 
+_USED: set[str] = set()  # beside PyTorch's own library, by this process
+
+
+def used() -> str:
+    """`onednn` if any product of this process went through it, else `torch`."""
+    return ONEDNN if ONEDNN in _USED else TORCH
+
+
 @contextlib.contextmanager
 def fast_products(chosen: str | None = None, rows: int = ROWS) -> Iterator[None]:
     """Within the block, F.linear and `matmul` go through the chosen library.
@@ -193,7 +201,10 @@ def _through_onednn(input: Tensor, weight_NK: Tensor) -> bool:
     rows = input.numel() // max(1, input.shape[-1])
     if rows < ROWS or rows * weight_NK.numel() < WORK or torch.is_autocast_enabled("cpu"):
         return False
-    return (library(torch.is_grad_enabled()) if chosen == AUTO else chosen) == ONEDNN
+    through = (library(torch.is_grad_enabled()) if chosen == AUTO else chosen) == ONEDNN
+    if through:
+        _USED.add(ONEDNN)
+    return through
 
 
 class _Linear(torch.autograd.Function):

@@ -31,10 +31,10 @@ def _write(options: argparse.Namespace, result: Result) -> None:
     """Write the result as JSON to --json, if given, and add the command line, the date and the versions."""
     if options.json is None:
         return
-    from sinkmodel.products import library
+    from sinkmodel.products import used
 
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-    versions["products"] = library(backward=False)
+    versions["products"] = used()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     typed = redacted(options.command_line)
     write_result(options.json, replace(result, command_line=typed, date=date, versions=versions))

@@ -161,6 +161,21 @@ def test_scoring_has_a_choice_of_its_own(taken, monkeypatch):
     assert products.library() == TORCH
 
 
+def test_what_was_used_is_known_and_nothing_is_measured_for_it(taken, monkeypatch):
+    """Risk: a result names a library that its numbers did not go through, or is lost since the choice is refused."""
+    layer, x = torch.nn.Linear(24, 24), torch.randn(32, 24)
+    monkeypatch.setattr(products, "_USED", set())
+    monkeypatch.setattr(products, "_faster", lambda backward: pytest.fail("measured"))
+    layer(x)
+    with fast_products(ONEDNN):
+        layer(x[:8])
+    monkeypatch.setenv(products.SWITCH, "mkl")
+    assert products.used() == TORCH
+    with fast_products(ONEDNN):
+        layer(x)
+    assert products.used() == ONEDNN
+
+
 def test_without_a_sound_operator_torch_computes(monkeypatch):
     """Risk: an operator that gives other numbers, or none, is used."""
     monkeypatch.setenv(products.SWITCH, "auto")
